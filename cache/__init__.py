@@ -1,0 +1,1 @@
+"""Stage 1: everything that touches bytes on disk or the language model."""

@@ -1,0 +1,17 @@
+"""Errors a user can cause; the command line prints their text and exits with status 2."""
+
+
+class UserError(ValueError):
+    """A request that can't be met: the text says what was given, what is allowed and what to do next."""
+
+
+class StoreError(UserError):
+    """An activation store is missing, unfinished, damaged or made for another configuration."""
+
+
+class ModelError(UserError):
+    """A language model, tokenizer or hook point can't be used as asked."""
+
+
+class CorpusError(UserError):
+    """A corpus can't be read, or has too little text."""

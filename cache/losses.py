@@ -1,0 +1,103 @@
+"""Cross-entropy and KL divergence per token, computed slice by slice so that memory stays bounded at V = 262,144.
+
+Two families. `cross_entropy`, `distribution` and `kl_divergence` do exactly what SAEBench does: every element-wise step is rounded to the
+type of the logits, and the logarithm is taken of the softmax, so that an underflowing probability gives NaN or infinity.
+`stable_losses` works in float32 from log-softmax and has neither defect. All are in nats, and none depends on how rows are grouped.
+
+Shapes: N tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SLICE_BYTES = 1 << 22  # of logits; what one slice touches stays in the processor's last-level cache
+
+
+class Distribution(NamedTuple):
+    """The clean model's next-token distribution: rounded as SAEBench rounds it, or stable in float32."""
+
+    probs: Tensor
+    """[N, V] softmax of the clean logits."""
+    log_probs: Tensor
+    """[N, V] logarithm of `probs`."""
+
+
+def slices(rows: int, row_bytes: int, slice_bytes: int = SLICE_BYTES) -> Iterator[slice]:
+    """Cut `rows` into near-equal slices of about `slice_bytes`, none of a single row.
+
+    torch reduces a lone row in two passes, which rounds differently; so one row alone occurs only when `rows` is 1.
+    """
+    wanted = max(2, slice_bytes // max(1, row_bytes))
+    count = max(1, min(-(-rows // wanted), rows // 2))
+    edges = [rows * index // count for index in range(count + 1)]
+    for start, stop in pairwise(edges):
+        yield slice(start, stop)
+
+
+def _row_slices(logits_NV: Tensor) -> Iterator[slice]:
+    size = SLICE_BYTES if logits_NV.device.type == "cpu" else SLICE_BYTES * 64
+    return slices(logits_NV.shape[0], logits_NV.shape[1] * logits_NV.element_size(), size)
+
+
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Next-token loss -log_softmax(logits)[target], [N] in the logits' type (SAEBench core)."""
+    losses = torch.empty(logits_NV.shape[0], dtype=logits_NV.dtype, device=logits_NV.device)
+    index_N1 = targets_N.long()[:, None]
+    for part in _row_slices(logits_NV):
+        losses[part] = -logits_NV[part].log_softmax(-1).gather(-1, index_N1[part])[:, 0]
+    return losses
+
+
+def _filled(out: Distribution | None, logits_NV: Tensor, dtype: torch.dtype) -> Distribution:
+    if out is not None and out.probs.shape[0] >= logits_NV.shape[0] and out.probs.shape[1:] == logits_NV.shape[1:]:
+        return Distribution(out.probs[: logits_NV.shape[0]], out.log_probs[: logits_NV.shape[0]])
+    first = torch.empty(logits_NV.shape, dtype=dtype, device=logits_NV.device)
+    return Distribution(first, torch.empty_like(first))
+
+
+def distribution(logits_NV: Tensor, out: Distribution | None = None) -> Distribution:
+    """p0 = softmax(logits) and log(p0), both in the logits' type (SAEBench core); `out` is memory to use again."""
+    probs, log_probs = filled = _filled(out, logits_NV, logits_NV.dtype)
+    for part in _row_slices(logits_NV):
+        torch.softmax(logits_NV[part], -1, out=probs[part])
+        torch.log(probs[part], out=log_probs[part])
+    return filled
+
+
+def kl_divergence(clean_probs: Tensor, clean_log_probs: Tensor, logits_NV: Tensor) -> Tensor:
+    """KL(clean || modified) = sum_v p0 (log p0 - log softmax(logits)), [N] in the logits' type (SAEBench core).
+
+    NaN where both probabilities underflow to 0, infinite where only the modified one does, as in SAEBench.
+    """
+    divergence = torch.empty(logits_NV.shape[0], dtype=logits_NV.dtype, device=logits_NV.device)
+    for part in _row_slices(logits_NV):
+        terms = logits_NV[part].softmax(-1).log_()
+        torch.sub(clean_log_probs[part], terms, out=terms)
+        divergence[part] = terms.mul_(clean_probs[part]).sum(-1)
+    return divergence
+
+
+def stable_distribution(logits_NV: Tensor, out: Distribution | None = None) -> Distribution:
+    """Softmax and log-softmax of the clean logits in float32, without log(0); `out` is memory to use again."""
+    probs, log_probs = filled = _filled(out, logits_NV, torch.float32)
+    for part in _row_slices(logits_NV):
+        torch.log_softmax(logits_NV[part].float(), -1, out=log_probs[part])
+        torch.exp(log_probs[part], out=probs[part])
+    return filled
+
+
+def stable_losses(clean: Distribution, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Next-token loss and KL(clean || modified), [N] float32 each, from log-softmax; `clean` is a `stable_distribution`."""
+    losses = torch.empty(logits_NV.shape[0], dtype=torch.float32, device=logits_NV.device)
+    divergence = torch.empty_like(losses)
+    index_N1 = targets_N.long()[:, None]
+    for part in _row_slices(logits_NV):
+        terms = logits_NV[part].float().log_softmax(-1)
+        losses[part] = -terms.gather(-1, index_N1[part])[:, 0]
+        torch.sub(clean.log_probs[part], terms, out=terms)
+        divergence[part] = terms.mul_(clean.probs[part]).sum(-1)
+    return losses, divergence

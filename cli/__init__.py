@@ -1,0 +1,1 @@
+"""Typer commands; no logic lives here."""

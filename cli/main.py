@@ -1,0 +1,62 @@
+"""The `hsae` command."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from hsae.cli import cache, quickstart, report, train
+from hsae.cli import eval as eval_commands
+from hsae.cli.common import errors
+
+app = typer.Typer(
+    help="Hierarchical sparse autoencoders: cache a language model's activations once, then train and evaluate at will.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(cache.app, name="cache", help="Write, check and list activation stores.")
+app.command(name="train")(train.train)
+app.add_typer(eval_commands.app, name="eval", help="Measure trained SAEs.")
+app.command(name="report")(report.report)
+app.command(name="quickstart")(quickstart.quickstart)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"hsae {version('hsae')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+def main() -> None:
+    """Run a command; a mistake of the user's ends with one clear line and status 2, a failing machine with status 1."""
+    from hsae.cache.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"[bold red]Error:[/] {_escaped(error)}", soft_wrap=True)
+        sys.exit(2)
+    except OSError as error:
+        errors.print(f"[bold red]Error:[/] {_escaped(error)}", soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("Interrupted.")
+        sys.exit(130)
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))

@@ -1,0 +1,141 @@
+"""`hsae train`."""
+
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SetOption, console, errors
+
+if TYPE_CHECKING:
+    from hsae.train.config import RunConfig
+
+
+def train(
+    run: RunOption = None,
+    all_runs: AllOption = False,
+    plan: PlanOption = None,
+    overrides: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from checkpoints where there are any.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what the run directories hold.")] = False,
+    device: DeviceOption = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the plan and the store, show the runs, and stop.")
+    ] = False,
+) -> None:
+    """Train runs of the plan from the cached activations; the language model is never loaded.
+
+    All selected runs train in one pass over the cache, each exactly as if alone.
+
+    Example: hsae train --run 3
+    """
+    from hsae.cache.errors import UserError
+    from hsae.train.plan import load_plan
+
+    if (run is None) == (not all_runs):
+        raise UserError("say which runs to train: --run 3, --run 0-5, --run baseline, or --all")
+    if resume and restart:
+        raise UserError("--resume and --restart exclude each other")
+    loaded = load_plan(plan, overrides or ())
+    selected = list(loaded.runs.values()) if run is None else loaded.select(run)
+
+    from hsae.cache.store import ActivationStore
+    from hsae.train.trainer import check, pick_device
+    from hsae.train.trainer import train as train_runs
+
+    store = ActivationStore.open(loaded.store_path("train"))
+    check(loaded, selected, store)
+    table = Table(
+        title=f"plan {loaded.name}: {loaded.train.steps:,} steps of {loaded.train.batch_tokens:,} tokens on {pick_device(device)}"
+    )
+    for column in ("run", "structure", "widths", "L0", "composition", "curriculum"):
+        table.add_column(column)
+    for config in selected:
+        curriculum = config.curriculum if isinstance(config.curriculum, str) else f"{len(config.curriculum)} stages"
+        widths, l0 = " + ".join(map(str, config.widths)), " + ".join(f"{value:g}" for value in config.l0)
+        table.add_row(
+            f"{config.number} {config.name}",
+            f"{config.structure}, {config.activation}",
+            widths,
+            l0,
+            config.composition.mode,
+            curriculum,
+        )
+    console.print(table)
+    if dry_run:
+        return
+    with _StopFlag() as stop, _Screen() as screen:
+        results = train_runs(
+            loaded, selected, screen, device=device, resume=resume, restart=restart, should_stop=lambda: stop.asked
+        )
+    for result in results:
+        where = loaded.run_dir(result.run)
+        console.print(f"run {result.run.number} {result.run.name}: {result.status} {result.detail} [dim]{where}[/]")
+    if any(result.status == "failed" for result in results):
+        raise typer.Exit(1)
+    if stop.asked:
+        raise typer.Exit(130)
+
+
+class _StopFlag:
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the current step."""
+
+    asked = False
+
+    def __enter__(self) -> "_StopFlag":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        errors.print("stopping after this step; again to stop at once")
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Screen:
+    """One progress bar a run: loss, explained variance, L0 and dead share of each level, speed, data-loading share."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+        )
+        self.tasks: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Screen":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def started(self, run: "RunConfig", step: int, steps: int) -> None:
+        """Add the run's bar."""
+        self.tasks[run.number] = self.progress.add_task(
+            f"{run.number} {run.name}", total=steps, completed=step, text=""
+        )
+
+    def metrics(self, run: "RunConfig", metrics: dict[str, Any]) -> None:
+        """Move the run's bar."""
+        l0 = "/".join("-" if value is None else f"{value:.0f}" for value in metrics["l0"])
+        dead = "/".join(f"{value:.0%}" for value in metrics["dead"])
+        text = f"loss {metrics['loss']:.3f}  EV {metrics['explained_variance']:.3f}  L0 {l0}  dead {dead}"
+        if metrics["time"]:
+            text += f"  {metrics['time']['tokens_per_s']:,.0f} tok/s  data {metrics['time']['data_loading_share']:.0%}"
+        self.progress.update(self.tasks[run.number], completed=metrics["step"], text=text)
+
+    def warning(self, run: "RunConfig", message: str) -> None:
+        """Print a warning above the bars."""
+        self.progress.console.print(f"[yellow]run {run.number} {run.name}: {message}[/]")

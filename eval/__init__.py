@@ -1,0 +1,1 @@
+"""Metrics, SAEBench-compatible results and the report."""

@@ -1,0 +1,1 @@
+"""SAE definitions, losses, the run plan and the training loop."""

@@ -1,0 +1,37 @@
+"""Checkpoints: one safetensors file a run, whose header carries the loop's state as JSON. Written atomically."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from hsae.cache.errors import UserError
+from hsae.train.files import write_atomically
+from hsae.train.run import TrainingRun
+
+FILE = "checkpoint/state.safetensors"
+
+
+def save_checkpoint(run: TrainingRun, run_dir: Path, identity: str) -> None:
+    """Replace the run's checkpoint by its state now; `identity` names the configuration and data it belongs to."""
+    tensors, rest = run.state()
+    path = run_dir / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {"state": json.dumps({**rest, "identity": identity})}
+    write_atomically(path, lambda partial: save_file(tensors, partial, header))
+
+
+def load_checkpoint(run: TrainingRun, run_dir: Path, identity: str) -> None:
+    """Put a run back where its checkpoint left it. Raises UserError if the file is damaged or another configuration's."""
+    path = run_dir / FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            rest: dict[str, Any] = json.loads(file.metadata()["state"])
+        tensors = load_file(path)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} can't be read ({error}); train with --restart to begin again") from None
+    if rest["identity"] != identity:
+        raise UserError(f"{path} belongs to another configuration or store; train with --restart to begin again")
+    run.restore(tensors, rest)

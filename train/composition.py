@@ -1,0 +1,74 @@
+"""Composition: W_l, level l's code as a sparse non-negative mixture of level l-1's.
+
+Shapes: B vectors of a batch, F coarse latents (level l), G fine latents (level l-1).
+
+normalised: codes are divided by their running root mean square before they meet W, because otherwise scale moves freely
+between W and the codes; W >= 0 is kept by projection and thinned by a proximal step after the optimiser's.
+literal: ||W h_{l-1} - h_l||^2 + l1 |W|, both codes with gradient.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hsae.train.config import CompositionConfig
+
+RMS_DECAY = 0.99
+RMS_FLOOR = 1e-8
+
+
+class Composition(nn.Module):
+    """The map W [F, G] between two neighbouring levels, with the running rms of both codes."""
+
+    rms_coarse: Tensor
+    """[F] root mean square of the coarse code, over all tokens."""
+    rms_fine: Tensor
+    """[G] likewise of the fine code."""
+
+    def __init__(self, fine: int, coarse: int, config: CompositionConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.config = config
+        self.W = nn.Parameter(torch.rand(coarse, fine, generator=generator) * (2 / fine))
+        self.register_buffer("rms_coarse", torch.zeros(coarse))
+        self.register_buffer("rms_fine", torch.zeros(fine))
+
+    @torch.no_grad()
+    def track(self, fine_BG: Tensor, coarse_BF: Tensor) -> None:
+        """Move the running rms of both codes towards this batch's."""
+        for rms, acts in ((self.rms_fine, fine_BG), (self.rms_coarse, coarse_BF)):
+            square = acts.float().square().mean(0)
+            seen = rms.square()
+            rms.copy_(torch.where(seen > 0, seen * RMS_DECAY + square * (1 - RMS_DECAY), square).sqrt())
+
+    def loss(self, fine_BG: Tensor, coarse_BF: Tensor) -> Tensor:
+        """The composition loss of one batch, a scalar; `track` it first."""
+        if self.config.mode == "literal":
+            difference = fine_BG @ self.W.T - coarse_BF
+            return difference.float().square().sum(1).mean() + self.config.l1 * self.W.abs().sum()
+        fine = fine_BG / self.rms_fine.clamp_min(RMS_FLOOR)
+        coarse = coarse_BF / self.rms_coarse.clamp_min(RMS_FLOOR)
+        mixture = fine @ self.W.T
+        loss = (mixture - coarse.detach()).float().square().mean()
+        if self.config.commitment:
+            loss = loss + self.config.commitment * (mixture.detach() - coarse).float().square().mean()
+        return loss
+
+    @torch.no_grad()
+    def project(self, learning_rate: float, sparsify: bool) -> None:
+        """After the optimiser's step (normalised mode): soft-threshold by rate x l1 if `sparsify`, then W >= 0."""
+        if self.config.mode == "normalised":
+            self.W.sub_(learning_rate * self.config.l1 if sparsify else 0.0).clamp_min_(0)
+
+    @torch.no_grad()
+    def contributions(self) -> Tensor:
+        """[F, G] share of coarse latent i's rms that fine latent j brings: w_ij rms_j / rms_i in the codes' own units."""
+        if self.config.mode == "normalised":
+            alive = (self.rms_coarse > RMS_FLOOR)[:, None] & (self.rms_fine > RMS_FLOOR)[None, :]
+            return self.W * alive
+        return self.W * self.rms_fine[None, :] / self.rms_coarse[:, None].clamp_min(RMS_FLOOR)
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        """[F, G] W in the codes' own units: h_l is compared with weight() @ h_{l-1}; rows of dead latents are zero."""
+        if self.config.mode == "literal":
+            return self.W.clone()
+        return self.contributions() * self.rms_coarse[:, None] / self.rms_fine[None, :].clamp_min(RMS_FLOOR)

@@ -1,0 +1,55 @@
+"""Losses of a run besides composition. Shapes: B vectors, I width of what a level reads, F latents of a level.
+
+Every reconstruction loss is a fraction of variance unexplained: mean squared error over the variance of its target, so
+that levels and models of any scale weigh alike.
+"""
+
+import torch
+from torch import Tensor
+
+from hsae.train.sae import Level, LevelOutput
+
+
+def fraction_unexplained(target_BI: Tensor, reconstruction_BI: Tensor, variance: Tensor | float) -> Tensor:
+    """E||target - reconstruction||^2 / variance, a scalar; variance is E||target - E target||^2."""
+    return (target_BI.float() - reconstruction_BI.float()).square().sum(-1).mean() / variance
+
+
+def explained_variance(target_BI: Tensor, reconstruction_BI: Tensor) -> Tensor:
+    """1 - sum||r||^2 / sum||target - mean||^2 over this batch, a scalar (1 is perfect, 0 the batch mean)."""
+    centred = target_BI - target_BI.mean(0)
+    return 1 - (target_BI - reconstruction_BI.float()).square().sum() / centred.square().sum()
+
+
+def auxiliary(
+    level: Level, output: LevelOutput, target_BI: Tensor, reconstruction_BI: Tensor, dead_F: Tensor, latents: int
+) -> Tensor:
+    """AuxK (Gao et al. 2024, arXiv 2406.04093, A.2): dead latents reconstruct what the living left over.
+
+    The k dead latents with the largest pre-activations of each vector decode the residual; the loss is the fraction of it
+    left unexplained, and 0 while no latent is dead. k is `latents`, but at most half the width read.
+    """
+    indices = dead_F.nonzero().squeeze(1)
+    if len(indices) == 0:
+        return torch.zeros((), device=target_BI.device)
+    residual_BI = (target_BI - reconstruction_BI).detach().float()
+    pre = output.pre[:, indices]
+    k = min(latents, max(1, target_BI.shape[1] // 2), len(indices))
+    values, chosen = torch.topk(pre, k, dim=-1, sorted=False)
+    acts = torch.zeros_like(pre).scatter(-1, chosen, values.relu())
+    variance = residual_BI.square().sum(-1).mean().clamp_min(1e-12)
+    return fraction_unexplained(residual_BI, acts @ level.W_dec[indices], variance)
+
+
+class SparsityController:
+    """Holds relu's L0 at its target by moving the L1 coefficient: log(coefficient) += gain * log(L0 / target)."""
+
+    GAIN = 0.05
+
+    def __init__(self, target: float, start: float) -> None:
+        self.target, self.coefficient = target, start
+
+    def update(self, l0: float) -> None:
+        """Take a step after a batch whose mean L0 was `l0`; one step moves the coefficient by at most a factor e^0.1."""
+        error = torch.log(torch.tensor(max(l0, 1e-3) / self.target)).clamp(-2, 2).item()
+        self.coefficient *= float(torch.exp(torch.tensor(self.GAIN * error)))

@@ -1,0 +1,204 @@
+"""The plan: one TOML file that says which model, which text, and which runs.
+
+Tables `[model] [hook] [cache] [cache.train] [cache.eval] [train]`, and one `[runs.N]` for each run, whose keys override those of
+`[train]`. `./hsae.toml` wins over the packaged default plan; a name or file given by the user wins over both. A plan may
+begin with `extends = "NAME"` and state only what differs.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from hsae.cache.config import CacheConfig, Config, HookConfig, ModelConfig, Split, StoreSpec, store_spec
+from hsae.cache.errors import UserError
+from hsae.train.config import RunConfig, StreamConfig
+
+DEFAULT_PLAN = "gemma-2-2b"
+LOCAL_PLAN = "hsae.toml"
+ConfigT = TypeVar("ConfigT", bound=Config)
+TABLES = {"extends", "name", "model", "hook", "cache", "train", "runs"}
+
+
+class PlanError(UserError):
+    """A plan that can't be read, or says something impossible."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A plan whose every value has been checked."""
+
+    name: str
+    source: str
+    """File or packaged name the plan came from."""
+    model: ModelConfig
+    hook: HookConfig
+    cache: CacheConfig
+    train: StreamConfig
+    runs: dict[int, RunConfig]
+
+    def store(self, split: Split) -> StoreSpec:
+        """The activation store the plan asks for."""
+        return store_spec(split, self.model, self.hook, self.cache)
+
+    def store_path(self, split: Split) -> Path:
+        """Where that store lies."""
+        return Path(self.cache.dir) / self.store(split).name
+
+    def run_dir(self, run: RunConfig) -> Path:
+        """Where a run's results lie: `<train.dir>/<number>`."""
+        return Path(self.train.dir) / str(run.number)
+
+    def select(self, text: str) -> list[RunConfig]:
+        """Runs named by `3`, `0-5`, `baseline` or a comma-separated list of those, in the order of their numbers."""
+        chosen: set[int] = set()
+        names = {run.name: number for number, run in self.runs.items()}
+        for part in (piece.strip() for piece in text.split(",")):
+            first, dash, last = part.partition("-")
+            if part in names:
+                numbers = [names[part]]
+            elif part.isdecimal():
+                numbers = [int(part)]
+            elif dash and first.isdecimal() and last.isdecimal():
+                numbers = [number for number in self.runs if int(first) <= number <= int(last)]
+            else:
+                numbers = []
+            if not numbers or any(number not in self.runs for number in numbers):
+                have = ", ".join(f"{number} ({run.name})" for number, run in self.runs.items())
+                raise PlanError(f"no run {part!r} in plan {self.name} ({self.source}); it has {have}")
+            chosen.update(numbers)
+        return [self.runs[number] for number in sorted(chosen)]
+
+
+def packaged_plans() -> list[str]:
+    """Names of the plans that come with hsae."""
+    files = resources.files("hsae.train.plans").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def load_plan(plan: str | None = None, overrides: Sequence[str] = ()) -> Plan:
+    """Read a plan by packaged name or file, apply `key=value` overrides, and check it.
+
+    Raises PlanError naming the file, the key, the value and what is allowed.
+    """
+    source, tables = _read(plan if plan is not None else LOCAL_PLAN if Path(LOCAL_PLAN).is_file() else DEFAULT_PLAN)
+    for override in overrides:
+        _apply(tables, override)
+    return _checked(source, tables)
+
+
+def _read(plan: str, chain: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
+    if plan in packaged_plans():
+        source, text = f"packaged plan {plan}", resources.files("hsae.train.plans").joinpath(f"{plan}.toml").read_text()
+    elif Path(plan).is_file():
+        source, text = plan, Path(plan).read_text()
+    else:
+        raise PlanError(f"no plan {plan!r}: neither a file nor one of {', '.join(packaged_plans())}")
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(f"{source} is not valid TOML: {error}") from None
+    if unknown := tables.keys() - TABLES:
+        raise PlanError(f"{source}: unknown table {sorted(unknown)[0]!r}; allowed: {', '.join(sorted(TABLES))}")
+    base = tables.pop("extends", None)
+    if base is not None:
+        if not isinstance(base, str) or base in chain:
+            raise PlanError(
+                f"{source}: extends = {base!r}; it must name a packaged plan or a file, and not in a circle"
+            )
+        tables = _merged(_read(base, (*chain, plan))[1], tables)
+    tables.setdefault("name", Path(plan).stem)
+    return source, tables
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _apply(tables: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path) or path[0] not in TABLES - {"extends"}:
+        raise PlanError(f"--set {override!r}: write it as table.key=value, for example --set cache.train.rows=2000")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    place = tables
+    for part in path[:-1]:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise PlanError(f"--set {override!r}: {part!r} is a value, not a table")
+    place[path[-1]] = value
+
+
+def _checked(source: str, tables: dict[str, Any]) -> Plan:
+    for table in ("model", "hook", "cache", "train", "runs"):
+        if not isinstance(tables.get(table), dict):
+            raise PlanError(f"{source}: table [{table}] is missing")
+    shared = {key: value for key, value in tables["train"].items() if key in StreamConfig.model_fields}
+    defaults = {key: value for key, value in tables["train"].items() if key not in StreamConfig.model_fields}
+    for key in defaults:
+        if key not in RunConfig.model_fields or key in ("number", "name"):
+            allowed = sorted({*StreamConfig.model_fields, *RunConfig.model_fields} - {"number", "name"})
+            raise PlanError(f"{source}: [train] has no key {key!r}; allowed: {', '.join(allowed)}")
+    runs: dict[int, RunConfig] = {}
+    for key, table in tables["runs"].items():
+        if not str(key).isdecimal() or not isinstance(table, dict):
+            raise PlanError(f"{source}: [runs.{key}]: runs are tables with a number, such as [runs.3]")
+        if fixed := table.keys() & {*StreamConfig.model_fields}:
+            raise PlanError(
+                f"{source}: [runs.{key}] sets {sorted(fixed)[0]!r}, which all runs share; set it in [train]"
+            )
+        values = {**_merged(defaults, table), "number": int(key)}
+        runs[int(key)] = _table(source, f"runs.{key}", RunConfig, values)
+    if not runs:
+        raise PlanError(f"{source}: there is no run; add a table [runs.0]")
+    plan = Plan(
+        name=str(tables["name"]),
+        source=source,
+        model=_table(source, "model", ModelConfig, tables["model"]),
+        hook=_table(source, "hook", HookConfig, tables["hook"]),
+        cache=_table(source, "cache", CacheConfig, tables["cache"]),
+        train=_table(source, "train", StreamConfig, shared),
+        runs=dict(sorted(runs.items())),
+    )
+    _check_matched(plan)
+    return plan
+
+
+def _table(source: str, table: str, kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join([table, *(str(part) for part in first["loc"])])
+        if first["type"] == "extra_forbidden":
+            raise PlanError(f"{source}: unknown key {key}; allowed: {', '.join(sorted(kind.model_fields))}") from None
+        given = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
+        raise PlanError(f"{source}: {key}: {first['msg'].removeprefix('Value error, ')}{given}") from None
+
+
+def _check_matched(plan: Plan) -> None:
+    names = [run.name for run in plan.runs.values()]
+    if len(set(names)) != len(names):
+        raise PlanError(
+            f"{plan.source}: two runs have one name: {sorted(name for name in names if names.count(name) > 1)[0]!r}"
+        )
+    widths: dict[int, float] = {number: sum(run.widths) for number, run in plan.runs.items()}
+    l0s = {number: sum(run.l0) for number, run in plan.runs.items()}
+    for what, totals in (("width", widths), ("L0", l0s)):
+        if plan.train.matched and len(set(totals.values())) > 1:
+            listed = ", ".join(f"run {number}: {value:g}" for number, value in totals.items())
+            raise PlanError(
+                f"{plan.source}: runs differ in total {what} ({listed}), so their results can't be compared; "
+                "match them, or set train.matched=false"
+            )

@@ -1,0 +1,230 @@
+"""One run in training: its model, optimiser and counters, and what a step does to them.
+
+Shapes: B vectors of a batch, D residual width, F latents of a level. x is scaled so that E||x||^2 = D.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hsae.train.composition import Composition
+from hsae.train.config import RunConfig
+from hsae.train.curriculum import Curriculum, Moment
+from hsae.train.losses import SparsityController, auxiliary, explained_variance, fraction_unexplained
+from hsae.train.optim import make_optimiser, rename_state, restore_state, schedule, set_rates
+from hsae.train.sae import HierarchicalSAE, Output, seed_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """How the store's vectors become the trainer's: x = scale * vector, so that E||x||^2 = D."""
+
+    scale: float
+    median: Tensor
+    """[D] geometric median, scaled: where the bias starts."""
+    variance: float
+    """E||x - E x||^2, scaled: what losses are a fraction of."""
+
+
+class TrainingRun:
+    """A run between its first and last step. Same configuration, stream and machine: same bits."""
+
+    def __init__(self, config: RunConfig, scaling: Scaling, *, steps: int, seed: int, device: str) -> None:
+        self.config, self.scaling, self.steps, self.device = config, scaling, steps, device
+        self.step_number = 0
+        self.failure: str | None = None
+        d_in = len(scaling.median)
+        self.model = HierarchicalSAE(config, d_in, seed=seed)
+        with torch.no_grad():
+            self.model.bias(1).copy_(scaling.median)
+        generator = torch.Generator().manual_seed(seed_of(seed, config.number, 1))
+        pairs = pairwise(config.widths) if config.composition.mode != "none" else ()
+        maps = [Composition(fine, coarse, config.composition, generator) for fine, coarse in pairs]
+        self.compositions = nn.ModuleList(maps)
+        self.model.to(device).train()
+        self.compositions.to(device)
+        self.curriculum = Curriculum(config, steps)
+        self.optimiser = make_optimiser(self.model, self.compositions, config)
+        self.tokens_since_fired = [torch.zeros(width, dtype=torch.int64, device=device) for width in config.widths]
+        self.controllers = [SparsityController(l0, config.l1_start) for l0 in config.l0]
+        self.warned: set[str] = set()
+
+    def composition(self, level: int) -> Composition:
+        """The map from level `level - 1` to `level`."""
+        module = self.compositions[level - 2]
+        assert isinstance(module, Composition)
+        return module
+
+    def step(self, x_BD: Tensor) -> dict[str, Tensor]:
+        """One optimiser step on a scaled batch; returns the loss and its parts (scalars, still on the device)."""
+        config, step = self.config, self.step_number
+        moment = self.curriculum.at(step)
+        base_rate = set_rates(self.optimiser, config, moment, step, self.steps)
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            output = self.model(x_BD, moment.stage.levels)
+            parts = self._losses(x_BD, output, moment)
+        loss = torch.stack([part.float() for part in parts.values()]).sum()
+        self.optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        active = [self.model.level(number) for number in moment.stage.levels]
+        for level in active:
+            level.remove_parallel_gradient()
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
+        self.optimiser.step()
+        for level in active:
+            level.normalise_decoder()
+        if moment.composition > 0:
+            for module in self.compositions:
+                assert isinstance(module, Composition)
+                module.project(base_rate, moment.stage.sparsify)
+        self._count(output)
+        self.step_number += 1
+        self.last_output, self.last_moment = output, moment
+        return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
+
+    def _losses(self, x_BD: Tensor, output: Output, moment: Moment) -> dict[str, Tensor]:
+        config = self.config
+        weights = config.level_weights or (1.0,) * config.levels
+        parts: dict[str, Tensor] = {}
+        for number, level in output.levels.items():
+            if moment.stage.rates.get(number, 1.0) == 0.0 and config.structure == "stacked":
+                continue  # a frozen stacked level has nothing of its own to learn
+            weight = weights[number - 1]
+            target, reconstruction = self.model.target(number, x_BD, output)
+            parts[f"reconstruction{number}"] = weight * fraction_unexplained(
+                x_BD, output.reconstructions[number], self.scaling.variance
+            )
+            if config.structure == "stacked" and number > 1:
+                variance = (target - target.mean(0)).float().square().sum(-1).mean().detach().clamp_min(1e-12)
+                parts[f"code{number}"] = weight * fraction_unexplained(target, reconstruction, variance)
+            if config.activation == "relu":
+                parts[f"l1_{number}"] = self.controllers[number - 1].coefficient * level.acts.float().sum(1).mean()
+            if config.aux_weight:
+                dead = self.tokens_since_fired[number - 1] >= config.dead_after_tokens
+                module = self.model.level(number)
+                parts[f"auxiliary{number}"] = config.aux_weight * auxiliary(
+                    module, level, target, reconstruction, dead, config.aux_latents
+                )
+        for number in range(2, config.levels + 1):
+            if config.composition.mode != "none" and {number, number - 1} <= output.levels.keys():
+                fine, coarse = output.levels[number - 1].acts, output.levels[number].acts
+                self.composition(number).track(fine, coarse)
+                if moment.composition > 0:
+                    strength = config.composition.weight * moment.composition
+                    parts[f"composition{number}"] = strength * self.composition(number).loss(fine, coarse)
+        return parts
+
+    @torch.no_grad()
+    def _count(self, output: Output) -> None:
+        """Per-level counters: tokens since each latent fired, and relu's controllers."""
+        for number, level in output.levels.items():
+            fired = level.acts > 0
+            counter = self.tokens_since_fired[number - 1]
+            counter += len(fired)
+            counter[fired.any(0)] = 0
+            if self.config.activation == "relu":
+                self.controllers[number - 1].update(fired.sum(1).float().mean().item())
+
+    @torch.no_grad()
+    def metrics(self, x_BD: Tensor, parts: dict[str, Tensor]) -> dict[str, Any]:
+        """What metrics.jsonl says of the step just taken on `x_BD`; levels finest first, null where one takes no part."""
+        output, moment = self.last_output, self.last_moment
+        numbers = range(1, self.config.levels + 1)
+        values = {name: part.item() for name, part in parts.items()}
+        composition = [value for name, value in values.items() if name.startswith("composition")]
+        strength = self.config.composition.weight * moment.composition
+        levels = {
+            number: explained_variance(x_BD, reconstruction).item()
+            for number, reconstruction in output.reconstructions.items()
+        }
+        return {
+            "kind": "metrics",
+            "step": self.step_number,
+            "tokens": self.step_number * len(x_BD),
+            "stage": moment.stage.name,
+            "loss": values["loss"],
+            "parts": {name: value for name, value in values.items() if name != "loss"},
+            "explained_variance": levels[min(levels)],
+            "learning_rate": self.config.rate * schedule(self.config, self.step_number - 1, self.steps),
+            "l0": [self._l0(output, number) for number in numbers],
+            "dead": [self._dead(number) for number in numbers],
+            "level_explained_variance": [levels.get(number) for number in numbers],
+            "composition_loss": sum(composition) / strength if composition and strength else None,
+        }
+
+    def _l0(self, output: Output, number: int) -> float | None:
+        level = output.levels.get(number)
+        return None if level is None else (level.acts > 0).sum(1).float().mean().item()
+
+    def _dead(self, number: int) -> float:
+        return (self.tokens_since_fired[number - 1] >= self.config.dead_after_tokens).float().mean().item()
+
+    def complaints(self, metrics: dict[str, Any]) -> list[str]:
+        """What is wrong with the step `metrics` tells of, each said once: dead levels, levels that never fire."""
+        found = {}
+        for index, (l0, dead) in enumerate(zip(metrics["l0"], metrics["dead"], strict=True)):
+            if l0 == 0:
+                found[f"silent{index}"] = f"level {index + 1} does not fire at all (L0 = 0)"
+            if dead > 0.5:
+                found[f"dead{index}"] = f"{dead:.0%} of level {index + 1}'s latents are dead"
+        new = [text for key, text in found.items() if key not in self.warned]
+        self.warned |= found.keys()
+        return new
+
+    def finite(self) -> bool:
+        """Whether every weight is finite."""
+        tensors = [*self.model.parameters(), *self.compositions.parameters()]
+        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        modules = {"model": self.model, "composition": self.compositions}
+        return {
+            parameter: f"{prefix}.{name}"
+            for prefix, module in modules.items()
+            for name, parameter in module.named_parameters()
+        }
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a resumed run needs: tensors by name, and a JSON-ready rest."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"composition.{name}": tensor for name, tensor in self.compositions.state_dict().items()}
+        tensors |= {f"fired.{index}": counter for index, counter in enumerate(self.tokens_since_fired)}
+        tensors |= {f"adam/{name}": tensor for name, tensor in rename_state(self.optimiser, self._names()).items()}
+        rest = {
+            "step": self.step_number,
+            "coefficients": [controller.coefficient for controller in self.controllers],
+            "warned": sorted(self.warned),
+        }
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, rest
+
+    def restore(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+        """Put back what `state` gave; the next step is the one an uninterrupted run would take."""
+        for prefix, module in (("model.", self.model), ("composition.", self.compositions)):
+            module.load_state_dict(
+                {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            )
+        for index, counter in enumerate(self.tokens_since_fired):
+            counter.copy_(tensors[f"fired.{index}"])
+        adam = {name.removeprefix("adam/"): tensor for name, tensor in tensors.items() if name.startswith("adam/")}
+        restore_state(self.optimiser, self._names(), adam)
+        self.step_number = int(rest["step"])
+        for controller, coefficient in zip(self.controllers, rest["coefficients"], strict=True):
+            controller.coefficient = float(coefficient)
+        self.warned = set(rest["warned"])
+
+    def last_step_done(self) -> bool:
+        """Whether all steps have been taken."""
+        return self.step_number >= self.steps
+
+    def diverged(self, loss: Tensor) -> bool:
+        """Whether the loss of the last step is not a finite number; remembers why the run stops."""
+        if math.isfinite(loss.item()):
+            return False
+        self.failure = f"the loss became {loss.item()} at step {self.step_number}"
+        return True

@@ -1,0 +1,245 @@
+"""The training loop: every selected run in one pass over the stream of cached activations. The language model is never loaded."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hsae.cache.errors import UserError
+from hsae.cache.store import ActivationStore
+from hsae.cache.stream import TokenStream
+from hsae.train import rundir, saelens
+from hsae.train.checkpoint import FILE as CHECKPOINT
+from hsae.train.checkpoint import load_checkpoint, save_checkpoint
+from hsae.train.config import RunConfig
+from hsae.train.model import folded, save_model
+from hsae.train.plan import Plan
+from hsae.train.run import Scaling, TrainingRun
+
+
+class Listener(Protocol):
+    """Who is told how training goes."""
+
+    def started(self, run: RunConfig, step: int, steps: int) -> None:
+        """A run begins, or goes on, at `step` of `steps`."""
+
+    def metrics(self, run: RunConfig, metrics: dict[str, Any]) -> None:
+        """A line for metrics.jsonl was made."""
+
+    def warning(self, run: RunConfig, message: str) -> None:
+        """Something is wrong with a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a run ended."""
+
+    run: RunConfig
+    status: str
+    """`trained`, `already trained`, `stopped` or `failed`."""
+    detail: str = ""
+
+
+@dataclass
+class Trainee:
+    """A run with its place on disk and its log."""
+
+    run: TrainingRun
+    log: rundir.MetricsLog
+    identity: str
+
+
+def pick_device(device: str) -> str:
+    """`auto` is cuda where there is a GPU, else cpu. Raises UserError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
+    return device
+
+
+def scaling_of(store: ActivationStore, hook: str) -> Scaling:
+    """Scale, starting bias and variance from the store's statistics. Raises UserError if they are not finite."""
+    statistics = store.statistics(hook)
+    d_in = len(statistics.mean_D)
+    if not statistics.mean_square_norm > 0:
+        raise UserError(f"{store.url}: the activations at {hook} are all zero")
+    scale = (d_in / statistics.mean_square_norm) ** 0.5
+    mean = statistics.mean_D * scale
+    variance = d_in - float(mean.square().sum())
+    if not (torch.isfinite(mean).all() and variance > 1e-6 * d_in):
+        raise UserError(f"{store.url}: the activations at {hook} do not vary (variance {variance:g} after scaling)")
+    return Scaling(scale=scale, median=(statistics.geometric_median_D * scale).float(), variance=variance)
+
+
+def check(plan: Plan, runs: Sequence[RunConfig], store: ActivationStore) -> None:
+    """Refuse what can't work before anything is computed. Raises UserError."""
+    hook = plan.hook.names[0]
+    if hook not in store.spec.hooks:
+        raise UserError(f"{store.url} holds {', '.join(store.spec.hooks)}, not {hook}; run `hsae cache build`")
+    available = TokenStream(store, hook, batch_tokens=1, seed=0).tokens_per_epoch
+    if plan.train.batch_tokens > available:
+        raise UserError(
+            f"train.batch_tokens is {plan.train.batch_tokens}, but the store has only {available} tokens in all"
+        )
+    for run in runs:
+        if run.activation != "relu" and max(run.l0) * plan.train.batch_tokens < 1:
+            raise UserError(f"run {run.number}: l0 {run.l0} keeps no latent in a batch of {plan.train.batch_tokens}")
+
+
+def train(
+    plan: Plan,
+    runs: Sequence[RunConfig],
+    listener: Listener,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    restart: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Result]:
+    """Train `runs` of `plan` in one pass over its training store; finished ones are left alone unless `restart`.
+
+    Each result is bit-identical to training that run alone, and a resumed run to an uninterrupted one, on one machine.
+    Raises UserError before any compute if something can't work; a run whose loss stops being finite is stopped, keeps its
+    last checkpoint, and the others go on.
+    """
+    device = pick_device(device)
+    store = ActivationStore.open(plan.store_path("train"))
+    check(plan, runs, store)
+    scaling, name, hook = scaling_of(store, plan.hook.names[0]), plan.store("train").name, plan.hook.names[0]
+
+    # --- which runs are there to train, and where do they begin -------------------------------------------------
+    results: dict[int, Result] = {}
+    trainees: list[Trainee] = []
+    for config in runs:
+        if not restart and rundir.is_complete(plan, config, name):
+            results[config.number] = Result(run=config, status="already trained")
+            continue
+        goes_on = rundir.prepare(plan, config, name, store.header.d_model, resume=resume, restart=restart)
+        run = TrainingRun(config, scaling, steps=plan.train.steps, seed=plan.train.seed, device=device)
+        identity = rundir.identity(plan, config, name)
+        if goes_on:
+            load_checkpoint(run, plan.run_dir(config), identity)
+        trainees.append(Trainee(run, rundir.MetricsLog(plan.run_dir(config), run.step_number), identity))
+        listener.started(config, run.step_number, run.steps)
+
+    # --- one pass over the stream ------------------------------------------------------------------------------
+    stream = TokenStream(store, hook, batch_tokens=plan.train.batch_tokens, seed=plan.train.seed)
+    first = min((trainee.run.step_number for trainee in trainees), default=plan.train.steps)
+    clock = _Clock(plan.train.batch_tokens)
+    x_BD: Tensor | None = None
+    for step, batch in enumerate(stream.batches(first, plan.train.steps), first):
+        clock.loaded()
+        x_BD = batch.to(device, non_blocking=True).float() * scaling.scale
+        for trainee in trainees:
+            if trainee.run.failure is None and trainee.run.step_number == step:
+                _step(plan, trainee, x_BD, clock, listener)
+        clock.computed()
+        if should_stop() and step + 1 < plan.train.steps:
+            _stop(plan, trainees, results)
+            break
+
+    # --- save what was trained ---------------------------------------------------------------------------------
+    for trainee in trainees:
+        config = trainee.run.config
+        if trainee.run.failure is not None:
+            results[config.number] = Result(run=config, status="failed", detail=trainee.run.failure)
+        elif config.number not in results:
+            assert x_BD is not None  # a checkpoint is never of the last step, so there was a step to take
+            _finish(plan, store, trainee, x_BD)
+            results[config.number] = Result(run=config, status="trained")
+    return [results[config.number] for config in runs]
+
+
+class _Clock:
+    """Tokens per second of the whole pass, and the share of its time spent waiting for data."""
+
+    def __init__(self, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
+        self.mark = time.perf_counter()
+        self.waiting = self.working = 0.0
+        self.batches = 0
+
+    def loaded(self) -> None:
+        now = time.perf_counter()
+        self.waiting, self.mark = self.waiting + now - self.mark, now
+
+    def computed(self) -> None:
+        now = time.perf_counter()
+        self.working, self.mark = self.working + now - self.mark, now
+        self.batches += 1
+        if self.batches == 1:  # the first batch warms up and is not counted
+            self.waiting = self.working = 0.0
+
+    def reading(self) -> dict[str, float] | None:
+        """Over the pass so far without its first batch; None until there is something to tell."""
+        total = self.waiting + self.working
+        if not total:
+            return None
+        return {
+            "tokens_per_s": (self.batches - 1) * self.batch_tokens / total,
+            "data_loading_share": self.waiting / total,
+        }
+
+
+def _step(plan: Plan, trainee: Trainee, x_BD: Tensor, clock: _Clock, listener: Listener) -> None:
+    run, config, settings = trainee.run, trainee.run.config, plan.train
+    moment = run.curriculum.at(run.step_number)
+    if run.step_number == 0 or moment.index != run.curriculum.at(run.step_number - 1).index:
+        trainee.log.write({"kind": "stage", "step": run.step_number, "stage": moment.stage.name})
+    parts = run.step(x_BD)
+    logs = run.step_number % settings.log_steps == 0 or run.last_step_done()
+    saves = run.step_number % settings.checkpoint_steps == 0 and not run.last_step_done()
+    if run.diverged(parts["loss"]) or (saves and not run.finite()):
+        run.failure = run.failure or f"a weight became NaN or infinite by step {run.step_number}"
+        kept = plan.run_dir(config) / CHECKPOINT
+        message = f"{run.failure}; stopped" + (f", the last good state is in {kept}" if kept.is_file() else "")
+        _warn(trainee, listener, message)
+        return
+    if logs:
+        metrics = {**run.metrics(x_BD, parts), "time": clock.reading()}
+        trainee.log.write(metrics)
+        listener.metrics(config, metrics)
+        for message in run.complaints(metrics):
+            _warn(trainee, listener, message)
+    if saves:
+        save_checkpoint(run, plan.run_dir(config), trainee.identity)
+
+
+def _warn(trainee: Trainee, listener: Listener, message: str) -> None:
+    trainee.log.write({"kind": "warning", "step": trainee.run.step_number, "message": message})
+    listener.warning(trainee.run.config, message)
+
+
+def _stop(plan: Plan, trainees: list[Trainee], results: dict[int, Result]) -> None:
+    for trainee in trainees:
+        config = trainee.run.config
+        if trainee.run.failure is None:
+            save_checkpoint(trainee.run, plan.run_dir(config), trainee.identity)
+            detail = f"at step {trainee.run.step_number} of {trainee.run.steps}; go on with --resume"
+            results[config.number] = Result(run=config, status="stopped", detail=detail)
+
+
+def _finish(plan: Plan, store: ActivationStore, trainee: Trainee, x_BD: Tensor) -> None:
+    """Write the folded model, the SAELens folders and, last, that the run is complete."""
+    run_dir = plan.run_dir(trainee.run.config)
+    metadata = {
+        "model_name": plan.model.id,
+        "hook_name": plan.hook.names[0],
+        "hook_head_index": None,
+        "context_size": store.context,
+        "prepend_bos": store.spec.prepend_bos,
+        "dataset_path": store.spec.corpus.corpus,
+        "exclude_special_tokens": True,
+    }
+    model = folded(trainee.run, metadata, x_BD)
+    save_model(model, run_dir / "model")
+    for name, sae in model.one_layer().items():
+        saelens.save(sae, run_dir / "saelens" / name)
+    content = rundir.read_run(run_dir)
+    assert content is not None
+    rundir.write_run(run_dir, {**content, "complete": True})
+    (run_dir / CHECKPOINT).unlink(missing_ok=True)
