@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hsae.train.config import CompositionConfig
+from hsae.train.losses import widened
 
 RMS_DECAY = 0.99
 RMS_FLOOR = 1e-8
@@ -35,7 +36,7 @@ class Composition(nn.Module):
     def track(self, fine_BG: Tensor, coarse_BF: Tensor) -> None:
         """Move the running rms of both codes towards this batch's."""
         for rms, acts in ((self.rms_fine, fine_BG), (self.rms_coarse, coarse_BF)):
-            square = acts.float().square().mean(0)
+            square = widened(acts).square().mean(0).to(rms.dtype)
             seen = rms.square()
             rms.copy_(torch.where(seen > 0, seen * RMS_DECAY + square * (1 - RMS_DECAY), square).sqrt())
 
@@ -43,13 +44,13 @@ class Composition(nn.Module):
         """The composition loss of one batch, a scalar; `track` it first."""
         if self.config.mode == "literal":
             difference = fine_BG @ self.W.T - coarse_BF
-            return difference.float().square().sum(1).mean() + self.config.l1 * self.W.abs().sum()
+            return widened(difference).square().sum(1).mean() + self.config.l1 * self.W.abs().sum()
         fine = fine_BG / self.rms_fine.clamp_min(RMS_FLOOR)
         coarse = coarse_BF / self.rms_coarse.clamp_min(RMS_FLOOR)
         mixture = fine @ self.W.T
-        loss = (mixture - coarse.detach()).float().square().mean()
+        loss = widened(mixture - coarse.detach()).square().mean()
         if self.config.commitment:
-            loss = loss + self.config.commitment * (mixture.detach() - coarse).float().square().mean()
+            loss = loss + self.config.commitment * widened(mixture.detach() - coarse).square().mean()
         return loss
 
     @torch.no_grad()

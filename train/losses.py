@@ -10,15 +10,20 @@ from torch import Tensor
 from hsae.train.sae import Level, LevelOutput
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is wider: sums of squares are never taken in half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def fraction_unexplained(target_BI: Tensor, reconstruction_BI: Tensor, variance: Tensor | float) -> Tensor:
     """E||target - reconstruction||^2 / variance, a scalar; variance is E||target - E target||^2."""
-    return (target_BI.float() - reconstruction_BI.float()).square().sum(-1).mean() / variance
+    return (widened(target_BI) - widened(reconstruction_BI)).square().sum(-1).mean() / variance
 
 
 def explained_variance(target_BI: Tensor, reconstruction_BI: Tensor) -> Tensor:
     """1 - sum||r||^2 / sum||target - mean||^2 over this batch, a scalar (1 is perfect, 0 the batch mean)."""
     centred = target_BI - target_BI.mean(0)
-    return 1 - (target_BI - reconstruction_BI.float()).square().sum() / centred.square().sum()
+    return 1 - (target_BI - widened(reconstruction_BI)).square().sum() / centred.square().sum()
 
 
 def auxiliary(
@@ -32,7 +37,7 @@ def auxiliary(
     indices = dead_F.nonzero().squeeze(1)
     if len(indices) == 0:
         return torch.zeros((), device=target_BI.device)
-    residual_BI = (target_BI - reconstruction_BI).detach().float()
+    residual_BI = widened(target_BI - reconstruction_BI).detach()
     pre = output.pre[:, indices]
     k = min(latents, max(1, target_BI.shape[1] // 2), len(indices))
     values, chosen = torch.topk(pre, k, dim=-1, sorted=False)

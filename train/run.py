@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hsae.train.composition import Composition
 from hsae.train.config import RunConfig
 from hsae.train.curriculum import Curriculum, Moment
-from hsae.train.losses import SparsityController, auxiliary, explained_variance, fraction_unexplained
+from hsae.train.losses import SparsityController, auxiliary, explained_variance, fraction_unexplained, widened
 from hsae.train.optim import make_optimiser, rename_state, restore_state, schedule, set_rates
 from hsae.train.sae import HierarchicalSAE, Output, seed_of
 
@@ -101,7 +101,7 @@ class TrainingRun:
                 x_BD, output.reconstructions[number], self.scaling.variance
             )
             if config.structure == "stacked" and number > 1:
-                variance = (target - target.mean(0)).float().square().sum(-1).mean().detach().clamp_min(1e-12)
+                variance = widened(target - target.mean(0)).square().sum(-1).mean().detach().clamp_min(1e-12)
                 parts[f"code{number}"] = weight * fraction_unexplained(target, reconstruction, variance)
             if config.activation == "relu":
                 parts[f"l1_{number}"] = self.controllers[number - 1].coefficient * level.acts.float().sum(1).mean()

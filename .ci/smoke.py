@@ -1,0 +1,27 @@
+"""Run outside the checkout against an installed hsae: every module imports, every packaged plan loads, zarr knows bfloat16."""
+
+import importlib
+import pkgutil
+import sys
+
+import hsae.cache
+import hsae.cli
+import hsae.eval
+import hsae.train
+from hsae.train.plan import load_plan, packaged_plans
+
+assert "site-packages" in hsae.cache.__file__, hsae.cache.__file__
+count = 0
+for package in (hsae.cache, hsae.train, hsae.eval, hsae.cli):
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+        count += 1
+plans = packaged_plans()
+assert "gemma-2-2b" in plans, plans
+for plan in plans:
+    load_plan(plan)
+
+from zarr.dtype import parse_dtype  # noqa: E402
+
+assert parse_dtype("bfloat16", zarr_format=3).to_json(zarr_format=3) == "bfloat16"
+print(f"{count} modules and {len(plans)} plans work on Python {sys.version.split()[0]}")

@@ -1,0 +1,180 @@
+"""Folding, saving, and what other tools see: pairwise different sizes (B=17, D=7, F1=13, F2=5, F3=3)."""
+
+import json
+
+import pytest
+import torch
+
+from hsae.cache.errors import UserError
+from hsae.train import saelens
+from hsae.train.config import RunConfig
+from hsae.train.model import folded, load_model, save_model
+from hsae.train.run import Scaling, TrainingRun
+from hsae.train.views import View
+
+B, D, F1, F2, F3 = 17, 7, 13, 5, 3
+METADATA = {
+    "model_name": "m",
+    "hook_name": "blocks.1.hook_resid_post",
+    "context_size": 9,
+    "prepend_bos": True,
+    "dataset_path": "d",
+}
+
+
+def trained(structure, activation="batchtopk", steps=12, **changes):
+    widths, l0 = ((F1,), (3,)) if structure == "flat" else ((F1, F2, F3), (3, 2, 1))
+    mode = "none" if structure == "flat" else "normalised"
+    values = {"widths": widths, "l0": l0, "composition": {"mode": mode}, "precision": "float32", "warmup_steps": 2}
+    config = RunConfig(number=0, name="r", structure=structure, activation=activation, **{**values, **changes})
+    generator = torch.Generator().manual_seed(1)
+    x = 0.2 * torch.randn(B, D, generator=generator) + torch.randn(D, generator=generator)
+    scaling = Scaling(scale=5.0, median=x.median(0).values * 5, variance=float((x * 5).var(0).sum()))
+    run = TrainingRun(config, scaling, steps=steps, seed=0, device="cpu")
+    for _ in range(steps):
+        run.step(x * 5)
+    return run, x
+
+
+@pytest.mark.parametrize(
+    ("structure", "activation"),
+    [("flat", "relu"), ("flat", "topk"), ("flat", "batchtopk"), ("additive", "relu"), ("additive", "batchtopk"),
+     ("stacked", "relu"), ("stacked", "topk"), ("stacked", "batchtopk")],
+)  # fmt: skip
+def test_the_folded_model_gives_the_trained_reconstructions_in_raw_units(structure, activation, tmp_path):
+    run, x = trained(structure, activation)
+    save_model(folded(run, METADATA, x * 5), tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    run.model.eval()
+    output = run.model(x * 5)
+    views = model.views()
+    for name, view in views.items():
+        assert isinstance(view, View)
+        level = 1 if name == "sae" else int(name.removeprefix("level"))
+        if structure == "additive" and name != "sae":
+            expected = output.levels[level].decoded + run.model.bias(1)
+        else:
+            expected = output.reconstructions[level]
+        codes = view.encode(x)
+        assert codes.shape == (B, view.d_sae)
+        torch.testing.assert_close(view.decode(codes), expected / 5, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(view.W_dec.norm(dim=1), torch.ones(view.d_sae))
+        if view.architecture != "stacked":  # a stack has no one-layer form
+            torch.testing.assert_close(view.W_enc, view.to(dtype=torch.float64).W_enc.float())
+    assert (
+        set(views)
+        == {
+            "flat": {"sae"},
+            "additive": {"sae", "level1", "level2", "level3"},
+            "stacked": {"level1", "level2", "level3"},
+        }[structure]
+    )
+
+
+def test_unit_rows_of_a_stack_scale_its_code():
+    run, x = trained("stacked", "relu")
+    view = folded(run, METADATA, x * 5).views()["level2"]
+    code = run.model.eval()(x * 5).levels[2].acts / 5
+    rows = run.model.level(2).W_dec @ run.model.level(1).W_dec
+    torch.testing.assert_close(view.encode(x), code * rows.norm(dim=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("structure", ["flat", "additive", "stacked"])
+def test_saelens_folders_round_trip(structure, tmp_path):
+    run, x = trained(structure)
+    model = folded(run, METADATA, x * 5)
+    saes = model.one_layer()
+    assert (
+        set(saes)
+        == {
+            "flat": {"sae"},
+            "additive": {"sae", "level1", "level2", "level3"},
+            "stacked": {"level1", "level2", "level3", "level2-effective", "level3-effective"},
+        }[structure]
+    )
+    for name, sae in saes.items():
+        saelens.save(sae, tmp_path / name)
+        again = saelens.load(tmp_path / name)
+        read = torch.randn(B, sae.d_in)
+        assert torch.equal(again.decode(again.encode(read)), sae.decode(sae.encode(read)))
+        config = json.loads((tmp_path / name / "cfg.json").read_text())
+        assert config["architecture"] == "jumprelu" and config["metadata"]["sae_lens_version"] >= "6"
+    if structure == "stacked":
+        assert [saes[f"level{n}"].d_in for n in (1, 2, 3)] == [D, F1, F2]
+        chained = saes["level2"].encode(saes["level1"].encode(x)) * model.views()["level2"].norms
+        torch.testing.assert_close(model.views()["level2"].encode(x), chained)
+        effective = saes["level2-effective"]
+        assert effective.d_in == D
+        assert (effective.encode(x) > 0).sum().item() == pytest.approx(B * 2, abs=1)
+        assert torch.equal(effective.W_dec, model.views()["level2"].W_dec)
+
+
+def test_composition_is_kept_in_the_codes_own_units(tmp_path):
+    run, x = trained("additive", steps=40)
+    save_model(folded(run, METADATA, x * 5), tmp_path)
+    model = load_model(tmp_path)
+    assert [(part.level, tuple(part.weight.shape)) for part in model.compositions] == [(2, (F2, F1)), (3, (F3, F2))]
+    part, module = model.compositions[0], run.composition(2)
+    alive = (module.rms_coarse > 0)[:, None] & (module.rms_fine > 0)
+    torch.testing.assert_close(part.contributions, module.W.detach() * alive)
+    torch.testing.assert_close(
+        part.weight * module.rms_fine / module.rms_coarse.clamp_min(1e-8)[:, None], part.contributions
+    )
+
+
+def test_damaged_models_are_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="no trained model in"):
+        load_model(tmp_path)
+    run, x = trained("flat")
+    save_model(folded(run, METADATA, x * 5), tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="is damaged"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "crosscoder"}, "architecture 'crosscoder'; hsae reads standard, topk, jumprelu, gated"),
+        (
+            {"normalize_activations": "layer_norm"},
+            "normalize_activations is 'layer_norm'; fold it into the weights first",
+        ),
+        ({"d_sae": 99}, "cfg.json says d_in=7, d_sae=99"),
+        ({"architecture": "gated"}, "tensors missing for architecture 'gated': b_gate, b_mag, r_mag"),
+    ],
+)
+def test_foreign_saelens_folders_are_refused_clearly(change, message, tmp_path):
+    run, x = trained("flat")
+    saelens.save(folded(run, METADATA, x * 5).one_layer()["sae"], tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=message):
+        saelens.load(tmp_path)
+    (tmp_path / "cfg.json").unlink()
+    with pytest.raises(UserError, match=r"is not a SAELens folder: cfg\.json is missing"):
+        saelens.load(tmp_path)
+
+
+def test_gated_and_rescaled_topk_follow_saelens():
+    generator = torch.Generator().manual_seed(0)
+    W_enc, W_dec = torch.randn(D, F1, generator=generator), torch.randn(F1, D, generator=generator)
+    gate, magnitude, r, b_dec, x = (torch.randn(n, generator=generator) for n in (F1, F1, F1, D, D))
+    extra = {"b_gate": gate, "b_mag": magnitude, "r_mag": r}
+    sae = saelens.SAE(
+        name="g", architecture="gated", W_enc=W_enc, W_dec=W_dec, b_enc=torch.zeros(F1), b_dec=b_dec, extra=extra
+    )
+    centred = x - b_dec
+    expected = torch.stack([
+        (centred @ W_enc[:, i] + gate[i] > 0) * torch.relu(centred @ (W_enc[:, i] * r[i].exp()) + magnitude[i]) for i in range(F1)
+    ])  # fmt: skip
+    torch.testing.assert_close(sae.encode(x), expected)
+    topk = saelens.SAE(
+        name="t", architecture="topk", W_enc=W_enc, W_dec=W_dec, b_enc=gate, b_dec=b_dec, k=4,
+        rescale_acts_by_decoder_norm=True, apply_b_dec_to_input=False,
+    )  # fmt: skip
+    pre = (x @ W_enc + gate) * W_dec.norm(dim=1)
+    kept = pre >= pre.sort(descending=True).values[3]
+    torch.testing.assert_close(topk.encode(x), torch.where(kept, pre.relu(), 0.0))
+    torch.testing.assert_close(topk.decode(topk.encode(x)), (topk.encode(x) / W_dec.norm(dim=1)) @ W_dec + b_dec)

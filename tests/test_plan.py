@@ -1,0 +1,120 @@
+import re
+
+import pytest
+
+from hsae.train.plan import PlanError, load_plan, packaged_plans
+
+
+def test_packaged_plans_load_and_are_matched():
+    assert packaged_plans() == ["gemma-2-2b", "gemma-2-2b-16k", "gemma-3-270m", "tiny"]
+    for name in packaged_plans():
+        plan = load_plan(name)
+        assert list(plan.runs) == [0, 1, 2, 3, 4, 5]
+        assert len({sum(run.widths) for run in plan.runs.values()}) == 1
+        assert len({sum(run.l0) for run in plan.runs.values()}) == 1
+
+
+def test_default_plan_is_saebenchs_setting():
+    plan = load_plan("gemma-2-2b")
+    store = plan.store("eval")
+    assert (plan.model.id, plan.model.dtype, plan.hook.names) == (
+        "google/gemma-2-2b",
+        "bfloat16",
+        ("blocks.19.hook_resid_post",),
+    )
+    assert (store.clean_rows, store.rows, store.context, store.batch_rows) == (3200, 35200, 128, 16)
+    assert {sum(run.widths) for run in plan.runs.values()} == {2304}
+    assert {sum(run.widths) for run in load_plan("gemma-2-2b-16k").runs.values()} == {16384}
+
+
+def test_default_plan_is_used_without_a_local_one_and_a_local_one_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_plan().name == "gemma-2-2b"
+    (tmp_path / "hsae.toml").write_text('extends = "gemma-3-270m"\nname = "mine"\n[cache.train]\nrows = 77\n')
+    assert (load_plan().name, load_plan().cache.train.rows) == ("mine", 77)
+    assert load_plan("tiny").name == "tiny"
+
+
+def test_overrides_are_toml_values_or_bare_words():
+    plan = load_plan(
+        "tiny", ["cache.train.rows=31", "model.id=some/folder", 'runs.3.name="other"', "train.learning_rate=1e-3"]
+    )
+    assert plan.cache.train.rows == 31
+    assert plan.model.id == "some/folder"
+    assert plan.runs[3].name == "other"
+    assert {run.rate for run in plan.runs.values()} == {1e-3}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.speed=3", "[train] has no key 'speed'; allowed: activation,"),
+        ("cache.train.rows=0", "cache.train.rows: Input should be greater than or equal to 1 (given: 0)"),
+        ("cache.context=many", "cache.context: Input should be a valid integer (given: 'many')"),
+        ("model.kind=x", "unknown key model.kind; allowed: attention, dtype, id, revision"),
+        ("hook.names=['blocks.1.mlp']", "hook.names: 'blocks.1.mlp' is not a hook hsae knows"),
+        ("runs.3.widths=[31,57]", "runs.3: widths [31, 57] must fall strictly"),
+        ("runs.3.l0=[6,31]", "runs.3: level 2: l0 31 must be below its width 31"),
+        ("runs.3.widths=[58,31]", "runs differ in total width (run 0: 88, run 1: 88, run 2: 88, run 3: 89,"),
+        ("runs.3.l0=[6,4]", "runs differ in total L0"),
+        ("runs.3.tokens=5", "[runs.3] sets 'tokens', which all runs share; set it in [train]"),
+        ("runs.x.name=a", "[runs.x]: runs are tables with a number"),
+        ("runs.3.name=stacked", "two runs have one name: 'stacked'"),
+        ("runs.0.composition.mode=normalised", "runs.0: composition needs two levels or more"),
+        ("runs.3.activation=topk", "runs.3: additive levels use relu or batchtopk"),
+        ("rows=3", "--set 'rows=3': write it as table.key=value"),
+        ("cache.train.rows", "--set 'cache.train.rows': write it as table.key=value"),
+        ("cache.context.x=1", "--set 'cache.context.x=1': 'context' is a value, not a table"),
+        ("runs.3.curriculum=[{name='a',until=0.5,levels=[1,2]}]", "`until` must rise and the last must be 1.0"),
+        ("runs.3.curriculum=[{name='a',until=1.0,levels=[3]}]", "names level(s) [3]; this run has 1 to 2"),
+        ("runs.3.curriculum=[{name='a',until=1.0,levels=[1]}]", "the last curriculum stage must train all 2 levels"),
+    ],
+)
+def test_mistakes_name_the_key_the_value_and_what_is_allowed(override, message):
+    with pytest.raises(PlanError, match=re.escape(message)):
+        load_plan("tiny", [override])
+
+
+def test_unreadable_plans_are_named(tmp_path):
+    with pytest.raises(PlanError, match=r"no plan 'nowhere\.toml': neither a file nor one of gemma-2-2b"):
+        load_plan("nowhere.toml")
+    path = tmp_path / "plan.toml"
+    for text, message in [
+        ("x = ", "is not valid TOML"),
+        ("[modle]", "unknown table 'modle'; allowed: cache, extends"),
+        (f"extends = '{path}'", "not in a circle"),
+        ("name = 'a'", r"table \[model\] is missing"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(PlanError, match=message):
+            load_plan(str(path))
+
+
+def test_select_by_number_name_range_and_list():
+    plan = load_plan("tiny")
+    assert [run.number for run in plan.select("3")] == [3]
+    assert [run.number for run in plan.select("0-2, full")] == [0, 1, 2, 3]
+    assert [run.number for run in plan.select("no-curriculum")] == [4]
+    with pytest.raises(
+        PlanError, match=re.escape("no run '9' in plan tiny (packaged plan tiny); it has 0 (baseline), 1 (stacked)")
+    ):
+        plan.select("9")
+
+
+def test_fingerprint_changes_with_everything_that_determines_the_content():
+    names = {
+        load_plan("tiny", [change] if change else []).store("train").name
+        for change in (
+            "",
+            "cache.train.rows=121",
+            "cache.context=41",
+            "model.dtype=bfloat16",
+            "cache.batch_rows=7",
+            "cache.train.first_document=41",
+            "cache.prepend_bos=false",
+            "cache.codec=compact",
+            "model.revision=abc",
+        )
+    }
+    assert len(names) == 9
+    assert load_plan("tiny", ["train.tokens=10_000"]).store("train").name in names

@@ -1,0 +1,220 @@
+"""Every loss against a naive computation and float64 autograd, on pairwise different sizes (B=11, D=7, F1=13, F2=5)."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hsae.train.composition import Composition
+from hsae.train.config import CompositionConfig, RunConfig
+from hsae.train.losses import SparsityController, auxiliary, explained_variance, fraction_unexplained
+from hsae.train.sae import HierarchicalSAE, Level
+
+B, D, F1, F2 = 11, 7, 13, 5
+
+
+def config(**changes):
+    values = {"number": 3, "name": "r", "structure": "additive", "widths": (F1, F2), "l0": (3, 2)}
+    return RunConfig(**{**values, **changes})
+
+
+def vectors(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def double(module):
+    return module.double()
+
+
+def test_fraction_unexplained_and_explained_variance():
+    x, reconstruction = vectors(B, D), vectors(B, D, seed=1)
+    squared = sum(float((a - b) ** 2) for a, b in zip(x.flatten(), reconstruction.flatten(), strict=True))
+    assert fraction_unexplained(x, reconstruction, 2.5).item() == pytest.approx(squared / B / 2.5, rel=1e-6)
+    centred = sum(float(((x[:, d] - x[:, d].mean()) ** 2).sum()) for d in range(D))
+    assert explained_variance(x, reconstruction.float().double()).item() == pytest.approx(
+        1 - squared / centred, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("structure", ["additive", "stacked"])
+@pytest.mark.parametrize("activation", ["relu", "batchtopk"])
+def test_forward_is_the_formula(structure, activation):
+    model = double(HierarchicalSAE(config(structure=structure, activation=activation), D)).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * vectors(*parameter.shape, seed=parameter.numel()))
+    x = vectors(B, D)
+
+    def code(level, pre):
+        acts = pre.relu()
+        if activation == "batchtopk":
+            kept = acts.flatten().sort(descending=True).values[: round(B * level.l0)].min()
+            acts = torch.where(acts >= kept, acts, 0.0)
+        return acts
+
+    one, two, output = model.level(1), model.level(2), model(x)
+    h1 = code(one, (x - model.bias(1)) @ one.W_enc + one.b_enc)
+    if structure == "additive":
+        h2 = code(two, (x - model.bias(1)) @ two.W_enc + two.b_enc)
+        coarse = model.bias(1) + h2 @ two.W_dec
+        fine = coarse + h1 @ one.W_dec
+    else:
+        h2 = code(two, (h1 - model.bias(2)) @ two.W_enc + two.b_enc)
+        fine = h1 @ one.W_dec + model.bias(1)
+        coarse = (h2 @ two.W_dec + model.bias(2)) @ one.W_dec + model.bias(1)
+    torch.testing.assert_close(output.levels[1].acts, h1)
+    torch.testing.assert_close(output.levels[2].acts, h2)
+    torch.testing.assert_close(output.reconstructions[1], fine)
+    torch.testing.assert_close(output.reconstructions[2], coarse)
+
+
+def test_batchtopk_keeps_exactly_k_a_token_on_average_and_tracks_its_threshold():
+    model = HierarchicalSAE(config(), D).train()
+    acts = model(vectors(B, D).float()).levels[1].acts
+    assert (acts > 0).sum() == B * 3
+    assert model.level(1).threshold == acts[acts > 0].min()
+    model.eval()
+    evaluated = model(vectors(B, D).float()).levels[1]
+    assert torch.equal(evaluated.acts > 0, evaluated.pre > model.level(1).threshold)
+
+
+def test_stacked_losses_of_level_two_reach_level_one_only_without_stop_gradient():
+    for stop in (True, False):
+        model = HierarchicalSAE(config(structure="stacked", stop_gradient=stop), D).train()
+        model(vectors(B, D).float()).reconstructions[2].square().sum().backward()
+        touched = model.level(1).W_enc.grad is not None or model.level(1).W_dec.grad is not None
+        assert touched is not stop
+        assert model.level(2).W_dec.grad is not None
+
+
+def test_gradients_of_the_reconstruction_and_sparsity_losses_match_finite_differences():
+    level = double(Level(D, F1, "relu", 3.0, torch.Generator().manual_seed(0)))
+    x, bias = vectors(B, D), vectors(D, seed=2)
+
+    def losses(W_enc, W_dec, b_enc):
+        output = torch.func.functional_call(level, {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc}, (x, bias))
+        return fraction_unexplained(x, output.decoded + bias, 1.7) + 0.3 * output.acts.sum(1).mean()
+
+    inputs = tuple(tensor.detach().clone().requires_grad_() for tensor in (level.W_enc, level.W_dec, level.b_enc))
+    assert torch.autograd.gradcheck(losses, inputs)
+
+
+def test_gradients_of_the_auxiliary_loss_match_finite_differences():
+    level = double(Level(D, F1, "relu", 3.0, torch.Generator().manual_seed(0)))
+    x, bias, dead = vectors(B, D), vectors(D, seed=2), torch.arange(F1) % 3 == 1
+
+    def loss(W_enc, W_dec):
+        weights = {"W_enc": W_enc, "W_dec": W_dec}
+        output = torch.func.functional_call(level, weights, (x, bias))
+        return auxiliary(SimpleNamespace(W_dec=W_dec), output, x, x * 0.3, dead, 2)
+
+    inputs = tuple(tensor.detach().clone().requires_grad_() for tensor in (level.W_enc, level.W_dec))
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("mode", ["normalised", "literal"])
+def test_gradients_of_the_composition_losses_match_finite_differences(mode):
+    module = composition(mode=mode, commitment=0.0).double()
+    fine, coarse = vectors(B, F1).abs().requires_grad_(), vectors(B, F2, seed=1).abs().requires_grad_()
+    module.track(fine, coarse)
+
+    target = (
+        coarse if mode == "literal" else coarse.detach()
+    )  # normalised: W and the fine code learn, the coarse one stands
+
+    def loss(W, fine, *rest):
+        return torch.func.functional_call(SimpleModule(module), {"inner.W": W}, (fine, *(rest or (target,))))
+
+    W = vectors(F2, F1, seed=3).abs().requires_grad_()
+    assert torch.autograd.gradcheck(loss, (W, fine, coarse) if mode == "literal" else (W, fine))
+
+
+class SimpleModule(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, fine, coarse):
+        return self.inner.loss(fine, coarse)
+
+
+def test_auxiliary_is_the_dead_latents_reconstruction_of_what_is_left():
+    level = Level(D, F1, "relu", 3.0, torch.Generator().manual_seed(0))
+    x, bias = vectors(B, D).float(), torch.zeros(D)
+    output, dead = level(x, bias), torch.zeros(F1, dtype=torch.bool)
+    assert auxiliary(level, output, x, output.decoded, dead, 4).item() == 0
+    dead[[1, 4, 6, 9, 12]] = True
+    loss = auxiliary(level, output, x, output.decoded, dead, 512)
+    residual, k = (x - output.decoded).detach(), D // 2
+    naive = 0.0
+    for row in range(B):
+        chosen = sorted((i for i in range(F1) if dead[i]), key=lambda i, row=row: -output.pre[row, i].item())[:k]
+        rebuilt = sum((output.pre[row, i].clamp_min(0) * level.W_dec[i] for i in chosen), torch.zeros(D))
+        naive += (residual[row] - rebuilt).square().sum().item()
+    assert loss.item() == pytest.approx(naive / residual.square().sum().item(), rel=1e-5)
+    loss.backward()
+    assert level.W_dec.grad is not None and level.W_dec.grad[dead].abs().sum() > 0
+    assert level.W_dec.grad[~dead].abs().sum() == 0
+
+
+def composition(**changes):
+    return Composition(
+        F1, F2, CompositionConfig(**{"mode": "normalised", "l1": 0.5, **changes}), torch.Generator().manual_seed(0)
+    )
+
+
+def test_normalised_composition_loss_and_where_its_gradients_go():
+    module = composition(commitment=0.25).double()
+    fine, coarse = vectors(B, F1).relu().requires_grad_(), vectors(B, F2, seed=1).relu().requires_grad_()
+    module.track(fine, coarse)
+    rms_fine, rms_coarse = fine.square().mean(0).sqrt().detach(), coarse.square().mean(0).sqrt().detach()
+    torch.testing.assert_close(module.rms_fine.double(), rms_fine, rtol=1e-5, atol=1e-7)
+    difference = (fine / rms_fine) @ module.W.T - coarse / rms_coarse
+    loss = module.loss(fine, coarse)
+    assert loss.item() == pytest.approx(1.25 * difference.square().mean().item(), rel=1e-5)
+    loss.backward()
+    scale = 2 / difference.numel()
+    torch.testing.assert_close(fine.grad, scale * (difference @ module.W.detach()) / rms_fine, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(coarse.grad, -0.25 * scale * difference.detach() / rms_coarse, rtol=1e-4, atol=1e-9)
+
+
+def test_literal_composition_loss():
+    module = composition(mode="literal").double()
+    fine, coarse = vectors(B, F1), vectors(B, F2, seed=1)
+    naive = (
+        sum(((module.W @ fine[b] - coarse[b]) ** 2).sum().item() for b in range(B)) / B
+        + 0.5 * module.W.abs().sum().item()
+    )
+    assert module.loss(fine, coarse).item() == pytest.approx(naive, rel=1e-5)
+
+
+def test_projection_and_proximal_step():
+    module = composition()
+    with torch.no_grad():
+        module.W.copy_(torch.linspace(-1, 1, F1 * F2).view(F2, F1))
+    before = module.W.detach().clone()
+    module.project(0.2, sparsify=False)
+    torch.testing.assert_close(module.W.detach(), before.clamp_min(0))
+    module.project(0.2, sparsify=True)
+    torch.testing.assert_close(module.W.detach(), (before.clamp_min(0) - 0.1).clamp_min(0))
+
+
+@pytest.mark.parametrize("mode", ["normalised", "literal"])
+def test_weight_and_contributions_agree_with_the_codes_scales(mode):
+    module = composition(mode=mode)
+    fine, coarse = vectors(B, F1).float().abs(), 3 * vectors(B, F2, seed=1).float().abs()
+    module.track(fine, coarse)
+    rms_fine, rms_coarse = fine.square().mean(0).sqrt(), coarse.square().mean(0).sqrt()
+    torch.testing.assert_close(module.contributions(), module.weight() * rms_fine / rms_coarse[:, None])
+    expected = (fine / rms_fine) @ module.W.T * rms_coarse if mode == "normalised" else fine @ module.W.T
+    torch.testing.assert_close(fine @ module.weight().T, expected)
+
+
+def test_sparsity_controller_moves_against_the_error():
+    controller = SparsityController(8.0, 0.01)
+    controller.update(16.0)
+    raised = controller.coefficient
+    controller.update(2.0)
+    assert raised > 0.01 > controller.coefficient * 0.99
+    controller.update(8.0)
+    assert controller.coefficient == pytest.approx(raised * 0.25**0.05, rel=1e-5)
