@@ -1,11 +1,7 @@
 """SAEBench's core evaluation from an evaluation store: no prefix pass, one suffix pass per SAE and reconstruction row.
 
 The store's first `clean_rows` rows are SAEBench's reconstruction rows, the rest its sparsity and variance rows; batches are
-those of the store, because several of SAEBench's numbers depend on them. Batches are the outer loop and SAEs the inner one:
-clean logits (one matrix product from the stored final vector) and the clean distribution are made once for all SAEs, a
-slice of tokens at a time, so that no [tokens, V] matrix of a whole batch exists.
-
-Every SAE runs in the type of the store, which is the language model's.
+those of the store, because several of SAEBench's numbers depend on them. Every SAE runs in the type of the store, which is the language model's.
 
 Shapes: B rows of a batch, T context, D residual width, F latents, N = B * T tokens of a batch, V vocabulary.
 """
@@ -13,12 +9,12 @@ Shapes: B rows of a batch, T context, D residual width, F latents, N = B * T tok
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hsae.cache import losses
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.lm import LanguageModel
 from hsae.cache.store import ActivationStore
@@ -26,16 +22,15 @@ from hsae.eval import corrected
 from hsae.eval.metrics import (
     InputMetrics,
     LatentMetrics,
-    Mean,
     VarianceBatch,
     frequency_metrics,
     score,
     weight_metrics,
 )
+from hsae.eval.reconstruction import ReconstructionPhase
 from hsae.eval.schema import CoreResult, dead_explanation, hsae_version, nan_to_minus_one
 from hsae.train.views import View
 
-SLICE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of logits at a time
 DETAIL_DIGITS = 10
 
 
@@ -47,14 +42,24 @@ class CoreOptions:
     """Leave the residual of special tokens as it is in the run with the SAE (`exclude_special_tokens_from_reconstruction`)."""
 
 
-class Listener:
-    """Hears how an evaluation goes; this one is deaf."""
+class Listener(Protocol):
+    """Hears how an evaluation goes."""
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """`done` of `total` batches of `phase` ("reconstruction" or "variance") are finished."""
 
     def warning(self, view: str, message: str) -> None:
-        """Something about a view that can be known before the end."""
+        """Something about a view that is known before the end."""
+
+
+class _Silent:
+    """A listener that does nothing."""
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Nothing."""
+
+    def warning(self, view: str, message: str) -> None:
+        """Nothing."""
 
 
 def check(views: Sequence[View], store: ActivationStore, model: LanguageModel | None, hook: str) -> None:
@@ -101,7 +106,7 @@ def evaluate(
     `model` must lie on `device`. Raises UserError or StoreError for what `check` refuses.
     """
     check(views, store, model, hook)
-    job = _Job(views, store, model, hook, options or CoreOptions(), listener or Listener(), device)
+    job = _Job(views, store, model, hook, options or CoreOptions(), listener or _Silent(), device)
     job.warn_of_dead()
     job.reconstruct()
     job.measure_latents()
@@ -127,17 +132,19 @@ class _Job:
         self.d_model = store.header.d_model
         self.views = [view.to(dtype=self.dtype, device=device) for view in views]
         self.batch_rows = store.spec.batch_rows
-        resampler = corrected.Resampler(store.clean_rows, device)
-        self.shared_means = {name: Mean(self.dtype) for name in ("kl_ablation", "ce_ablation", "ce_clean")}
-        self.sae_means = [{name: Mean(self.dtype) for name in ("kl", "ce")} for _ in views]
-        self.shared_sums = corrected.Sums(resampler, len(corrected.RECONSTRUCTION_COLUMNS))
-        self.sae_sums = [corrected.Sums(resampler, len(corrected.SAE_COLUMNS)) for _ in views]
+        self.reconstruction = ReconstructionPhase(
+            self.views,
+            store,
+            model,
+            hook,
+            exclude_special_tokens=options.exclude_special_tokens,
+            device=device,
+        )
         resampler = corrected.Resampler(store.rows - store.clean_rows, device)
         self.inputs = InputMetrics(self.dtype)
         self.latents = [LatentMetrics(view.d_sae, self.dtype, device) for view in views]
         self.input_moments = corrected.InputMoments(resampler, self.d_model)
         self.moments = [corrected.ReconstructionMoments(resampler) for _ in views]
-        self.memory: tuple[losses.Distribution | None, losses.Distribution | None] = (None, None)
 
     def batches(self, first: int, last: int) -> list[tuple[int, int]]:
         return [(start, min(start + self.batch_rows, last)) for start in range(first, last, self.batch_rows)]
@@ -161,72 +168,10 @@ class _Job:
                     "vector in place of the residual",
                 )
 
-    # ---- reconstruction phase -----------------------------------------------------------------------------------
-
     def reconstruct(self) -> None:
+        """The reconstruction phase."""
         batches = self.batches(0, self.store.clean_rows)
-        # A zero residual stays the same at every position and after every token, so one token stands for all.
-        zero = torch.zeros(1, 1, self.d_model, dtype=self.dtype, device=self.device)
-        zero_logits_1V = self.model.unembed(self.model.suffix(self.hook, zero)[0])
-        for done, (start, stop) in enumerate(batches, 1):
-            tokens_BT, x_BTD, mask_BT = self.rows(start, stop)
-            finals = [self._final(view, x_BTD, mask_BT) for view in self.views]
-            self._losses(start, stop, tokens_BT, mask_BT, finals, zero_logits_1V)
-            self.listener.progress("reconstruction", done, len(batches))
-
-    def _final(self, view: View, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Final vectors with the SAE's reconstruction in the residual's place."""
-        out_BTD = view.decode(view.encode(x_BTD)).to(x_BTD.dtype)
-        if self.options.exclude_special_tokens:
-            out_BTD = torch.where(mask_BT[..., None], out_BTD, x_BTD)
-        return self.model.suffix(self.hook, out_BTD)
-
-    def _losses(
-        self, start: int, stop: int, tokens_BT: Tensor, mask_BT: Tensor, finals: list[Tensor], zero_logits_1V: Tensor
-    ) -> None:
-        rows, context = tokens_BT.shape
-        final_ND = self.store.clean("final", start, stop).to(self.device).flatten(0, 1)
-        targets_N = tokens_BT.roll(-1, dims=1).flatten()
-        stable = {
-            name: torch.empty(rows * context, device=self.device) for name in ("clean", "ablation", "kl_ablation")
-        }
-        faithful = [torch.empty(2, rows * context, dtype=self.dtype, device=self.device) for _ in finals]
-        own = [torch.empty(2, rows * context, device=self.device) for _ in finals]
-        row_bytes = self.model.vocab_size * final_ND.element_size()
-        for part in losses.slices(rows * context, row_bytes, SLICE_BYTES[torch.device(self.device).type]):
-            targets = targets_N[part]
-            logits_NV = self.model.unembed(final_ND[part])
-            rounded = losses.distribution(logits_NV, self.memory[0])
-            exact = losses.stable_distribution(logits_NV, self.memory[1])
-            if self.memory[0] is None:
-                self.memory = (rounded, exact)
-            stable["clean"][part] = -exact.log_probs.gather(-1, targets.long()[:, None])[:, 0]
-            ablated_NV = zero_logits_1V.expand(len(targets), -1)
-            stable["ablation"][part], stable["kl_ablation"][part] = losses.stable_losses(exact, ablated_NV, targets)
-            for index, sae_final_BTD in enumerate(finals):
-                logits_NV = self.model.unembed(sae_final_BTD.flatten(0, 1)[part])
-                faithful[index][0, part] = losses.cross_entropy(logits_NV, targets)
-                faithful[index][1, part] = losses.kl_divergence(*rounded, logits_NV)
-                own[index][0, part], own[index][1, part] = losses.stable_losses(exact, logits_NV, targets)
-        loss_mask_BT = mask_BT.clone()
-        loss_mask_BT[:, -1] = False
-        stored = {
-            "ce_clean": self.store.clean("loss", start, stop),
-            "ce_ablation": self.store.ablation(self.hook, "loss", start, stop),
-            "kl_ablation": self.store.ablation(self.hook, "kl", start, stop),
-        }
-        for name, values_BT in stored.items():
-            selected = mask_BT if name == "kl_ablation" else loss_mask_BT
-            self.shared_means[name].add(values_BT.to(self.device)[selected])
-        ce, kl = _Selected(loss_mask_BT), _Selected(mask_BT)
-        columns = [ce.count, ce(stable["clean"]), ce(stable["ablation"]), kl.count, kl(stable["kl_ablation"])]
-        self.shared_sums.add(start, torch.stack(columns, 1))
-        for index in range(len(finals)):
-            self.sae_means[index]["ce"].add(faithful[index][0].view(rows, context)[loss_mask_BT])
-            self.sae_means[index]["kl"].add(faithful[index][1].view(rows, context)[mask_BT])
-            self.sae_sums[index].add(start, torch.stack([ce(own[index][0]), kl(own[index][1])], 1))
-
-    # ---- sparsity and variance phase ----------------------------------------------------------------------------
+        self.reconstruction.run(batches, self.rows, partial(self.listener.progress, "reconstruction"))
 
     def measure_latents(self) -> None:
         first = self.store.clean_rows
@@ -243,8 +188,6 @@ class _Job:
                 moments.add(batch, first, acts_BTF, out_BTD)
             self.listener.progress("variance", done, len(batches))
 
-    # ---- results ------------------------------------------------------------------------------------------------
-
     def result(self, index: int) -> CoreResult:
         """SAEBench's numbers and hsae's for one view."""
         weights = weight_metrics(self.views[index])
@@ -260,8 +203,8 @@ class _Job:
 
     def _metrics(self, index: int, weights: dict[str, Tensor]) -> dict[str, dict[str, float]]:
         latents = self.latents[index]
-        shared = {name: mean.value() for name, mean in self.shared_means.items()}
-        own = {name: mean.value() for name, mean in self.sae_means[index].items()}
+        shared = {name: mean.value() for name, mean in self.reconstruction.shared_means.items()}
+        own = {name: mean.value() for name, mean in self.reconstruction.sae_means[index].items()}
         means = {name: mean.value() for name, mean in latents.means.items()}
         metrics: dict[str, dict[str, float]] = {
             "model_behavior_preservation": {
@@ -321,11 +264,11 @@ class _Job:
         measures = {
             **self.moments[index].measures(self.input_moments, self.d_model),
             "dead_fraction": {"value": silent / self.views[index].d_sae, "low": None, "high": None},
-            **corrected.loss_measures(self.shared_sums, self.sae_sums[index]),
+            **corrected.loss_measures(self.reconstruction.shared_sums, self.reconstruction.sae_sums[index]),
         }
         tokens = {
-            "reconstruction": int(self.shared_sums.sums_SC[0, 3]),
-            "reconstruction_losses": int(self.shared_sums.sums_SC[0, 0]),
+            "reconstruction": int(self.reconstruction.shared_sums.sums_SC[0, 3]),
+            "reconstruction_losses": int(self.reconstruction.shared_sums.sums_SC[0, 0]),
             "variance": self.latents[index].tokens,
         }
         dead = silent == self.views[index].d_sae
@@ -365,15 +308,3 @@ class _Job:
             "exclude_special_tokens_from_reconstruction": self.options.exclude_special_tokens,
             "verbose": False,
         }
-
-
-class _Selected:
-    """Sums over the selected tokens of each row."""
-
-    def __init__(self, mask_BT: Tensor) -> None:
-        self.mask_BT = mask_BT
-        self.count = mask_BT.sum(1).double()
-
-    def __call__(self, values_N: Tensor) -> Tensor:
-        """[B] float64."""
-        return torch.where(self.mask_BT, values_N.view(self.mask_BT.shape).double(), 0.0).sum(1)

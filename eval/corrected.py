@@ -25,10 +25,10 @@ SAE_COLUMNS = ("ce_with_sae", "kl_with_sae")
 class Resampler:
     """How often each of R rows is drawn in each of S resamples with replacement; the first "resample" is the data itself."""
 
-    def __init__(self, rows: int, device: str, resamples: int = RESAMPLES, seed: int = SEED) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        counts_SR = torch.ones(1 + resamples, rows, dtype=torch.uint8)
-        for index in range(1, 1 + resamples):
+    def __init__(self, rows: int, device: str) -> None:
+        generator = torch.Generator().manual_seed(SEED)
+        counts_SR = torch.ones(1 + RESAMPLES, rows, dtype=torch.uint8)
+        for index in range(1, 1 + RESAMPLES):
             drawn = torch.randint(rows, (rows,), generator=generator)
             counts_SR[index] = drawn.bincount(minlength=rows).clamp_max(255)
         self.counts_SR = counts_SR.to(device)

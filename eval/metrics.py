@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from hsae.train.views import View
 
@@ -159,12 +159,12 @@ def weight_metrics(view: View) -> dict[str, Tensor]:
     """SAEBench's per-latent weight metrics, [F] each, in the type of the weights."""
     W_enc_FD, W_dec_FD = view.W_enc.T, view.W_dec
     encoder_norm_F = view.W_enc.norm(dim=0)
-    unit_enc_FD = W_enc_FD / encoder_norm_F[:, None]
+    unit_enc_FD = W_enc_FD / encoder_norm_F[:, None]  # normalised here and again by cosine_similarity, as SAEBench does
     unit_dec_FD = W_dec_FD / W_dec_FD.norm(dim=-1, keepdim=True)
     return {
         "encoder_bias": view.b_enc,
         "encoder_norm": encoder_norm_F,
-        "encoder_decoder_cosine_sim": (unit_enc_FD * unit_dec_FD).sum(-1),
+        "encoder_decoder_cosine_sim": cosine_similarity(unit_dec_FD, unit_enc_FD),
         "max_decoder_cosine_sim": _largest_cosine(W_dec_FD),
         "max_encoder_cosine_sim": _largest_cosine(W_enc_FD),
     }

@@ -1,0 +1,271 @@
+"""Stage 1: run the language model once over the corpus and keep what its residual stream said.
+
+Shapes: R rows, T context length, D residual width, N tokens of a slice, V vocabulary.
+
+Tokens first, then every missing chunk of activations, then statistics. Whatever is there is kept: a build that was killed goes on where it
+was, and ends with the same bytes.
+"""
+
+import itertools
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from hsae.cache import losses, writer
+from hsae.cache.config import FORMAT_VERSION, StoreSpec
+from hsae.cache.corpus import Corpus, Packer, open_corpus, tokenised
+from hsae.cache.errors import CorpusError, StoreError
+from hsae.cache.layout import ArraySpec, Header, arrays, chunk_rows, read_header
+from hsae.cache.lm import LanguageModel
+from hsae.cache.mapped import MappedArray
+from hsae.cache.statistics import summarise
+
+Stage = Literal["tokens", "activations", "statistics"]
+Progress = Callable[[Stage, int, int], None]
+"""Told the stage, the rows done and the rows in all."""
+
+SLICE_TOKENS = 128  # tokens unembedded at once: 64 MiB of bfloat16 logits at V = 262,144
+LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
+
+
+def build(
+    spec: StoreSpec,
+    root: str | Path,
+    *,
+    device: str = "cpu",
+    progress: Progress = lambda stage, done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+    documents: Iterable[Sequence[int]] | None = None,
+) -> Path:
+    """Make the store that `spec` describes in folder `root`, or finish it, and return its path.
+
+    `documents`, token ids without BOS, take the place of the corpus's text. Raises UserError if it can't be made; what is there stays.
+    """
+    target = Path(root).expanduser() / spec.name
+    if target.is_dir() and held_by(target, spec).complete:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.with_name(f".{spec.name}.lock"))
+    try:
+        with lock.acquire(timeout=0):
+            say(f"loading {spec.model.id}")
+            model = LanguageModel.load(spec.model, device=device, say=say)
+            Builder(spec, target, model, progress, documents).run()
+    except Timeout:
+        raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
+    return target
+
+
+def held_by(target: Path, spec: StoreSpec) -> Header:
+    """The header of an existing store. Raises StoreError if it was made for another configuration."""
+    header = read_header(target)
+    if header.spec != spec:
+        raise StoreError(
+            f"{target} was made for another configuration; move it away, or build elsewhere with --set cache.dir=FOLDER"
+        )
+    return header
+
+
+class Builder:
+    """One store in the making, with the model loaded."""
+
+    def __init__(
+        self,
+        spec: StoreSpec,
+        target: Path,
+        model: LanguageModel,
+        progress: Progress,
+        documents: Iterable[Sequence[int]] | None = None,
+    ) -> None:
+        self.spec, self.target, self.model, self.progress = spec, target, model, progress
+        model.check_hooks(spec.hooks)
+        self.documents = documents
+        self.corpus = open_corpus(spec.corpus) if documents is None else Corpus("token ids", "given", lambda: iter(()))
+        self.specs = arrays(spec, model.d_model)
+        self.step = chunk_rows(spec, model.d_model)
+        self.deepest = max(spec.hooks, key=lambda hook: (int(hook.split(".")[1]), hook.endswith("post")))
+        self._ablated: dict[str, Tensor] = {}
+
+    def run(self) -> None:
+        """Everything that is missing, in order."""
+        header = self.header()
+        if self.target.is_dir():
+            self._check_same(read_header(self.target), header)
+            for leftover in self.target.rglob("*.partial"):
+                leftover.unlink()
+        else:
+            writer.create(self.target, header, self.specs.values())
+        self.write_tokens()
+        self.write_activations()
+        self.finish(header)
+
+    def header(self) -> Header:
+        """The header of the store while it is unfinished."""
+        model = self.model
+        return Header(
+            format=FORMAT_VERSION,
+            spec=self.spec,
+            d_model=model.d_model,
+            vocab_size=model.vocab_size,
+            bos_id=model.bos_id,
+            special_ids=model.special_ids,
+            model_digest=model.model_digest,
+            tokenizer_digest=model.tokenizer_digest,
+            corpus_digest=self.corpus.digest,
+            versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        )
+
+    def _check_same(self, held: Header, wanted: Header) -> None:
+        for name in ("model_digest", "tokenizer_digest", "corpus_digest", "d_model", "bos_id", "special_ids"):
+            if getattr(held, name) != getattr(wanted, name):
+                what = name.removesuffix("_digest")
+                raise StoreError(
+                    f"{self.target} was begun with another {what} of the same name; nothing was written. "
+                    "Move it away, or build elsewhere with --set cache.dir=FOLDER"
+                )
+
+    # --- tokens -------------------------------------------------------------------------------------------------
+
+    def write_tokens(self) -> None:
+        """Pack the corpus into rows; the state of the packing lies beside the tokens until they are all there."""
+        spec, array = self.spec, self.specs["tokens"]
+        state_file = self.target / "packing.json"
+        packer = Packer(spec.context, self.model.bos_id if spec.prepend_bos else None)
+        first = 0
+        if state_file.is_file():
+            state = json.loads(state_file.read_text())
+            first = int(state.pop("chunks"))
+            packer.restore(state)
+        if all(array.chunk_file(self.target, index).is_file() for index in range(array.count)):
+            state_file.unlink(missing_ok=True)
+            return
+        rows = packer.pack(self._token_documents(packer.documents - 1 if packer.documents else 0))
+        for index in range(first, array.count):
+            wanted = min(self.step, spec.rows - index * self.step)
+            chunk = list(itertools.islice(rows, wanted))
+            if len(chunk) < wanted:
+                self._too_little_text(index * self.step + len(chunk))
+            writer.write_chunk(self.target, array, index, torch.tensor(chunk, dtype=torch.int32))
+            writer.write_json(state_file, {"chunks": index + 1, **packer.state()})
+            self.progress("tokens", index * self.step + wanted, spec.rows)
+        state_file.unlink(missing_ok=True)
+
+    def _token_documents(self, first: int) -> Iterator[Sequence[int]]:
+        if self.documents is not None:
+            return itertools.islice(self.documents, first, None)
+        return tokenised(itertools.islice(self.corpus.open(), first, None), self.model.tokenizer)
+
+    def _too_little_text(self, rows: int) -> None:
+        spec = self.spec
+        last = "" if spec.corpus.last_document is None else f" to {spec.corpus.last_document - 1}"
+        shutil.rmtree(self.target)  # tokens only: nothing that took long is lost
+        change = "cache.train.rows" if spec.split == "train" else "cache.eval.batches_variance"
+        raise CorpusError(
+            f"corpus {spec.corpus.corpus!r}, documents {spec.corpus.first_document}{last or ' to the last'}, gives {rows} rows of "
+            f"{spec.context} tokens; {spec.rows} were asked for. Lower {change}, or use more text"
+        )
+
+    # --- activations --------------------------------------------------------------------------------------------
+
+    def write_activations(self) -> None:
+        """Compute every chunk that is missing from any array of activations or losses."""
+        total = self.specs["tokens"].count
+        for index in range(total):
+            missing = [array for array in self.row_arrays(index) if not array.chunk_file(self.target, index).is_file()]
+            if missing:
+                self.write_chunks(index, missing)
+            self.progress("activations", min((index + 1) * self.step, self.spec.rows), self.spec.rows)
+
+    def row_arrays(self, index: int) -> list[ArraySpec]:
+        """The arrays besides the tokens that have a chunk `index`."""
+        return [array for path, array in self.specs.items() if path != "tokens" and index < array.count]
+
+    def write_chunks(self, index: int, wanted: Sequence[ArraySpec]) -> None:
+        """Compute chunk `index` of some arrays, always in the same batches, and write them."""
+        start = index * self.step
+        stop = min(start + self.step, self.spec.rows)
+        tokens = MappedArray(self.target, self.specs["tokens"]).rows(start, stop)
+        paths = {array.path for array in wanted}
+        buffers = {array.path: torch.zeros(array.chunks, dtype=writer.TORCH_DTYPES[array.dtype]) for array in wanted}
+        for first in range(0, stop - start, self.spec.batch_rows):
+            batch = tokens[first : first + self.spec.batch_rows]
+            last = first + len(batch)
+            resid = self.model.prefix(batch, self.spec.hooks)
+            for hook, vectors in resid.items():
+                self._refuse_non_finite(vectors, hook, start + first)
+                if f"acts/{hook}" in paths:
+                    buffers[f"acts/{hook}"][first:last] = vectors
+            if start + first < self.spec.clean_rows and paths & {
+                path for path in self.specs if not path.startswith("acts/")
+            }:
+                for path, values in self.clean(batch, resid[self.deepest]).items():
+                    if path in paths:
+                        buffers[path][first:last] = values
+            self.progress("activations", start + last, self.spec.rows)
+        for array in wanted:
+            writer.write_chunk(self.target, array, index, buffers[array.path])
+
+    def _refuse_non_finite(self, vectors: Tensor, hook: str, row: int) -> None:
+        if not torch.isfinite(vectors).all():
+            bad = row + int((~torch.isfinite(vectors)).flatten(1).any(1).nonzero()[0])
+            raise StoreError(
+                f"the activations of row {bad} at {hook} are not finite in {self.spec.model.dtype}; "
+                "use --set model.dtype=float32, or another model"
+            )
+
+    def clean(self, tokens_BT: Tensor, resid_BTD: Tensor) -> dict[str, Tensor]:
+        """What an evaluation store keeps of one batch: clean final vector and loss, and loss and KL of each hook's ablation."""
+        final = self.model.suffix(self.deepest, resid_BTD)
+        rows, context = tokens_BT.shape
+        targets = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], 1).flatten().long().to(final.device)
+        flat = final.flatten(0, 1)
+        kept = {"clean/loss": torch.zeros(rows * context)}
+        kept |= {
+            f"ablation/{hook}/{kind}": torch.zeros(rows * context)
+            for hook in self.spec.hooks
+            for kind in ("loss", "kl")
+        }
+        for first in range(0, rows * context, SLICE_TOKENS):
+            part = slice(first, first + SLICE_TOKENS)
+            logits = self.model.unembed(flat[part])
+            kept["clean/loss"][part] = losses.cross_entropy(logits, targets[part]).float().cpu()
+            clean = losses.distribution(logits)
+            for hook in self.spec.hooks:
+                ablated = self.ablated_logits(hook).expand_as(logits)
+                kept[f"ablation/{hook}/loss"][part] = losses.cross_entropy(ablated, targets[part]).float().cpu()
+                kept[f"ablation/{hook}/kl"][part] = (
+                    losses.kl_divergence(clean.probs, clean.log_probs, ablated).float().cpu()
+                )
+        results = {path: values.view(rows, context) for path, values in kept.items()}
+        for path, values in results.items():
+            if path.endswith("loss"):
+                values[:, -1] = 0  # the last token of a row has no next one
+        return {"clean/final": final.cpu(), **results}
+
+    def ablated_logits(self, hook: str) -> Tensor:
+        """Logits [1, V] after zeroing the residual at `hook`: the same for every token, since position only enters by rotation."""
+        if hook not in self._ablated:
+            zero = torch.zeros(1, 1, self.model.d_model, dtype=self.model.dtype)
+            self._ablated[hook] = self.model.unembed(self.model.suffix(hook, zero))[0]
+        return self._ablated[hook]
+
+    # --- statistics ---------------------------------------------------------------------------------------------
+
+    def finish(self, header: Header) -> None:
+        """Write the statistics and, last, that the store is complete."""
+        statistics = {}
+        for number, hook in enumerate(self.spec.hooks):
+            self.progress("statistics", number, len(self.spec.hooks))
+            acts = MappedArray(self.target, self.specs[f"acts/{hook}"])
+            tokens = MappedArray(self.target, self.specs["tokens"])
+            statistics[hook] = summarise(self.target, hook, acts, tokens, header.special_ids)
+        self.progress("statistics", len(self.spec.hooks), len(self.spec.hooks))
+        writer.write_header(self.target, header.model_copy(update={"statistics": statistics, "complete": True}))

@@ -1,0 +1,173 @@
+"""The on-disk format of an activation store; the only module that knows it.
+
+A store is a directory holding a zarr v3 group, written with zarr-python and readable by any zarr v3 reader that knows `bfloat16`:
+
+    zarr.json                          group attributes, one key `hsae`: the header (see `Header`)
+    tokens/                            int32   [R, T]         token ids
+    acts/<hook>/                       dtype   [R, T, D]      residual at the hook
+    clean/loss/                        float32 [C, T]         evaluation stores: next-token loss of the clean model, nats; last column 0
+    clean/final/                       dtype   [C, T, D]      evaluation stores: normed residual just before unembedding
+    ablation/<hook>/loss/, .../kl/     float32 [C, T]         evaluation stores: loss, and KL(clean||ablated), with the residual zeroed
+    stats/<hook>/mean/, .../geometric_median/  float64 [D]    over a sample of non-special tokens
+
+R rows, C <= R clean rows (the first ones), T context length, D residual width; dtype is the model's (`bfloat16`, `float32`, `float16`).
+Losses hold what the model's dtype rounds to. Arrays with rows are cut into chunks of `chunk_rows` rows, never along T or D; chunk i
+holds rows i*chunk_rows and following and lies at `<array>/c/<i>/0/0` (`/0` for each further axis). The last chunk is padded to full size.
+
+Codec `mappable`: a chunk file is its numbers in C order, little-endian, then their crc32c in 4 bytes (little-endian). The numbers can
+be memory-mapped at offset 0. Codec `compact` applies to acts and clean/final: blosc (lz4, bitshuffle), then crc32c.
+
+Files are published by rename, so a chunk file is whole if it is there; the crc32c tells whether it is what was written. A store is finished
+when the header says `complete`. Nothing in it depends on when or in how many goes it was built.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from hsae.cache.config import FORMAT_VERSION, HOOK_PATTERN, Config, StoreSpec
+from hsae.cache.errors import StoreError
+
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int32": 4}
+CRC_BYTES = 4
+LARGEST = 1 << 40  # rows, widths or vocabularies beyond this are a damaged header, not a store
+
+
+class HookSummary(Config):
+    """Scalar statistics of one hook, over the sampled tokens."""
+
+    mean_square_norm: float = Field(ge=0)
+    """E||x||^2."""
+    tokens: int = Field(ge=1)
+    """Non-special tokens the statistics were taken over."""
+
+
+class Header(Config):
+    """What the group's attribute `hsae` holds."""
+
+    format: int
+    spec: StoreSpec
+    d_model: int = Field(ge=1, le=1 << 24)
+    vocab_size: int = Field(ge=1, le=1 << 31)
+    bos_id: int = Field(ge=0)
+    special_ids: tuple[int, ...] = Field(strict=False)
+    """pad, EOS and BOS ids: left out of training and of most metrics."""
+    model_digest: str
+    tokenizer_digest: str
+    corpus_digest: str
+    versions: dict[str, str]
+    """Libraries that determine the content."""
+    statistics: dict[str, HookSummary] = Field(default_factory=dict)
+    """Per hook; empty until the store is complete."""
+    complete: bool = False
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Shape, type and chunking that an array of a store must have."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[int, ...]
+    compact: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of chunks (all lie along the first axis)."""
+        return -(-self.shape[0] // self.chunks[0])
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk's numbers."""
+        size = ITEM_BYTES[self.dtype]
+        for length in self.chunks:
+            size *= length
+        return size
+
+    @property
+    def codecs(self) -> list[dict[str, Any]]:
+        """Codec metadata that zarr must show, without what a reader may add."""
+        blosc = [{"name": "blosc"}] if self.compact else []
+        return [{"name": "bytes"}, *blosc, {"name": "crc32c"}]
+
+    def chunk_file(self, root: Path, index: int) -> Path:
+        """File of chunk `index`."""
+        return root / self.path / "c" / "/".join([str(index), *["0"] * (len(self.shape) - 1)])
+
+
+def chunk_rows(spec: StoreSpec, d_model: int) -> int:
+    """Rows of a chunk: about `chunk_mib` of activations, in whole batches."""
+    row_bytes = spec.context * d_model * ITEM_BYTES[spec.model.dtype]
+    batches = round(spec.chunk_mib * 2**20 / (row_bytes * spec.batch_rows))
+    return max(1, batches) * spec.batch_rows
+
+
+def arrays(spec: StoreSpec, d_model: int) -> dict[str, ArraySpec]:
+    """Every array with rows that a store of this description has, by path."""
+    rows, step, context = spec.rows, chunk_rows(spec, d_model), spec.context
+    dtype, compact = spec.model.dtype, spec.codec == "compact"
+    found = [ArraySpec("tokens", (rows, context), "int32", (step, context))]
+    for hook in spec.hooks:
+        found.append(ArraySpec(f"acts/{hook}", (rows, context, d_model), dtype, (step, context, d_model), compact))
+    if clean := spec.clean_rows:
+        found.append(ArraySpec("clean/final", (clean, context, d_model), dtype, (step, context, d_model), compact))
+        names = ["clean/loss", *(f"ablation/{hook}/{kind}" for hook in spec.hooks for kind in ("loss", "kl"))]
+        found.extend(ArraySpec(name, (clean, context), "float32", (step, context)) for name in names)
+    return {array.path: array for array in found}
+
+
+def statistics_arrays(spec: StoreSpec, d_model: int) -> dict[str, ArraySpec]:
+    """The arrays of statistics, by path."""
+    names = [f"stats/{hook}/{kind}" for hook in spec.hooks for kind in ("mean", "geometric_median")]
+    return {name: ArraySpec(name, (d_model,), "float64", (d_model,)) for name in names}
+
+
+def total_bytes(spec: StoreSpec, d_model: int) -> int:
+    """Bytes of all chunk files of a finished mappable store (an upper bound for a compact one)."""
+    every = [*arrays(spec, d_model).values(), *statistics_arrays(spec, d_model).values()]
+    return sum(array.count * (array.chunk_bytes + CRC_BYTES) for array in every)
+
+
+def read_header(root: Path) -> Header:
+    """The header of the store at `root`. Raises StoreError if there is none or it can't be trusted."""
+    path = root / "zarr.json"
+    if not path.is_file():
+        raise StoreError(f"no activation store at {root}; make it with `hsae cache build`")
+    try:
+        header = Header(**json.loads(path.read_text())["attributes"]["hsae"])
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
+        detail = str(error).splitlines()
+        raise StoreError(f"{path} is not the header of an hsae store: {' '.join(detail[:3])}") from None
+    spec = header.spec
+    if header.format != FORMAT_VERSION:
+        raise StoreError(
+            f"{root} has format {header.format}; this hsae reads format {FORMAT_VERSION}: build the store again"
+        )
+    if not all(HOOK_PATTERN.fullmatch(hook) for hook in spec.hooks):
+        raise StoreError(f"{path} names hooks hsae doesn't know: {', '.join(spec.hooks)}")
+    if not 0 <= spec.clean_rows <= spec.rows <= LARGEST or not 0 < spec.context <= LARGEST or spec.chunk_mib > 1 << 20:
+        raise StoreError(f"{path} gives impossible sizes: {spec.rows} rows of {spec.context} tokens")
+    return header
+
+
+def check_array(root: Path, array: ArraySpec) -> None:
+    """Raise StoreError unless the array's own metadata is what the header leads one to expect."""
+    path = root / array.path / "zarr.json"
+    try:
+        held = json.loads(path.read_text())
+        given = {
+            "shape": tuple(held["shape"]),
+            "data_type": held["data_type"],
+            "chunks": tuple(held["chunk_grid"]["configuration"]["chunk_shape"]),
+            "codecs": [{"name": codec["name"]} for codec in held["codecs"]],
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} can't be read ({type(error).__name__}: {error}); run `hsae cache verify`") from None
+    wanted = {"shape": array.shape, "data_type": array.dtype, "chunks": array.chunks, "codecs": array.codecs}
+    for key, value in wanted.items():
+        if given[key] != value:
+            raise StoreError(f"{path}: {key} is {given[key]!r}, but the store's header leads to {value!r}")

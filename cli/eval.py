@@ -1,0 +1,173 @@
+"""`hsae eval`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SetOption, console
+
+if TYPE_CHECKING:
+    from hsae.eval.schema import CoreResult
+    from hsae.eval.targets import Evaluated, Target
+    from hsae.train.plan import Plan
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Measure trained SAEs."""
+
+
+@app.command()
+def core(
+    run: RunOption = None,
+    all_runs: AllOption = False,
+    sae: Annotated[
+        list[Path] | None,
+        typer.Option("--sae", metavar="FOLDER", help="A SAELens folder to evaluate instead of runs. Repeatable."),
+    ] = None,
+    plan: PlanOption = None,
+    overrides: SetOption = None,
+    all_tokens: Annotated[
+        bool,
+        typer.Option("--all-tokens", help="Replace the residual of special tokens too (SAEBench's other setting)."),
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results of --sae.")] = Path("eval_results/core"),
+    legacy: Annotated[
+        bool, typer.Option("--legacy", help="Also write each result as SAEBench up to 0.1 did, into legacy/.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Compute anew what is there already.")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """SAEBench's core metrics, and corrected ones with intervals, from the evaluation store.
+
+    Every trained run of the plan unless runs or SAE folders are named. Results are SAEBench's JSON files.
+
+    Example: hsae eval core --run 3
+    """
+    from hsae.cache.errors import UserError
+    from hsae.train.plan import load_plan
+
+    if sum((run is not None, all_runs, bool(sae))) > 1:
+        raise UserError("--run, --all and --sae exclude each other")
+    loaded = load_plan(plan, overrides or ())
+
+    from hsae.cache.lm import LanguageModel
+    from hsae.cache.store import ActivationStore
+    from hsae.eval.core import CoreOptions
+    from hsae.eval.schema import write_core
+    from hsae.eval.targets import evaluate_targets, folder_targets
+    from hsae.train.trainer import pick_device
+
+    place = pick_device(device)
+    targets = folder_targets(loaded, sae, out) if sae else _of_runs(loaded, run)
+    store = ActivationStore.open(loaded.store_path("eval"))
+    with _Screen() as screen:
+        evaluated = evaluate_targets(
+            targets,
+            store,
+            lambda: LanguageModel.load(store.spec.model, device=place),
+            options=CoreOptions(exclude_special_tokens=not all_tokens),
+            force=force,
+            listener=screen,
+            device=place,
+        )
+    if legacy:
+        for item in evaluated:
+            target = item.target
+            write_core(
+                item.result, target.folder / "legacy", release=target.release, sae_id=target.sae_id, layout="legacy"
+            )
+    console.print(_table(evaluated))
+    for item in evaluated:
+        if item.result.dead:
+            text = " ".join(item.result.notes)
+            console.print(f"[yellow]{escape(item.target.release)} {escape(item.target.sae_id)}: {escape(text)}[/]")
+    for folder in dict.fromkeys(item.target.folder for item in evaluated):
+        console.print(f"results in [bold]{escape(str(folder))}[/]")
+    if reused := sum(item.reused for item in evaluated):
+        console.print(f"{reused} of {len(evaluated)} were there already; --force computes them anew")
+
+
+def _of_runs(plan: "Plan", run: str | None) -> "list[Target]":
+    from hsae.cache.errors import UserError
+    from hsae.eval.targets import is_trained, run_targets
+
+    if run is not None:
+        return [target for config in plan.select(run) for target in run_targets(plan, config)]
+    trained = [config for config in plan.runs.values() if is_trained(plan, config)]
+    if not trained:
+        raise UserError(
+            f"no run of plan {plan.name} has been trained in {plan.train.dir}; train them with: hsae train --all"
+        )
+    if left_out := [str(config.number) for config in plan.runs.values() if config not in trained]:
+        console.print(f"not trained yet, left out: run {', '.join(left_out)}")
+    return [target for config in trained for target in run_targets(plan, config)]
+
+
+def _table(evaluated: "list[Evaluated]") -> Table:
+    table = Table(
+        title="core, corrected measures with 95 % intervals over rows (SAEBench's own numbers are in the files)",
+        title_justify="left",
+    )
+    table.add_column("SAE")
+    for column in ("CE score", "KL score", "explained variance", "L0", "alive"):
+        table.add_column(column, justify="right")
+    for item in evaluated:
+        result = item.result
+        dead = result.measure("dead_fraction")
+        alive = "-" if dead is None or dead.value is None else f"{1 - dead.value:.1%}"
+        cells = [
+            _cell(result, name, digits)
+            for name, digits in (("ce_loss_score", 3), ("kl_div_score", 3), ("explained_variance", 3), ("l0", 1))
+        ]
+        name = f"{item.target.release.rsplit('_', 1)[-1]} {item.target.sae_id}"
+        table.add_row(escape(name), *cells, alive, style="yellow" if result.dead else None)
+    return table
+
+
+def _cell(result: "CoreResult", name: str, digits: int) -> str:
+    measure = result.measure(name)
+    if measure is None or measure.value is None:
+        return "undefined"
+    text = f"{measure.value:.{digits}f}"
+    if measure.low is not None and measure.high is not None:
+        text += f" [dim]({measure.low:.{digits}f} to {measure.high:.{digits}f})[/]"
+    return text
+
+
+class _Screen:
+    """A progress bar for each phase, and warnings above them."""
+
+    def __init__(self) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("batches"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+        )
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "_Screen":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Move the bar of a phase; it begins again for another hook."""
+        if phase not in self.tasks:
+            self.tasks[phase] = self.bars.add_task(phase, total=total)
+        self.bars.update(self.tasks[phase], completed=done, total=total)
+
+    def warning(self, view: str, message: str) -> None:
+        """Print above the bars."""
+        self.bars.console.print(f"[yellow]{escape(view)}: {escape(message)}[/]")
