@@ -6,6 +6,7 @@ Tokens first, then every missing chunk of activations, then statistics. Whatever
 was, and ends with the same bytes.
 """
 
+import contextlib
 import itertools
 import json
 import platform
@@ -29,39 +30,52 @@ from hsae.cache.mapped import MappedArray
 from hsae.cache.statistics import summarise
 
 Stage = Literal["tokens", "activations", "statistics"]
-Progress = Callable[[Stage, int, int], None]
-"""Told the stage, the rows done and the rows in all."""
+Progress = Callable[[StoreSpec, Stage, int, int, int], None]
+"""Told the store, the stage, how many are done, how many there are, and the bytes of activations in one row."""
 
 SLICE_TOKENS = 128  # tokens unembedded at once: 64 MiB of bfloat16 logits at V = 262,144
 LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
 
 
 def build(
-    spec: StoreSpec,
+    specs: Sequence[StoreSpec],
     root: str | Path,
     *,
     device: str = "cpu",
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = lambda spec, stage, done, total, row_bytes: None,
     say: Callable[[str], None] = lambda text: None,
     documents: Iterable[Sequence[int]] | None = None,
-) -> Path:
-    """Make the store that `spec` describes in folder `root`, or finish it, and return its path.
+) -> list[Path]:
+    """Make the stores that `specs` describe (of one model) in folder `root`, or finish them, and return their paths.
 
-    `documents`, token ids without BOS, take the place of the corpus's text. Raises UserError if it can't be made; what is there stays.
+    The text of all of them is packed before the first activation is computed. `documents`, token ids without BOS, take the place of
+    the corpus's text. Raises UserError if a store can't be made; what is there stays.
     """
-    target = Path(root).expanduser() / spec.name
-    if target.is_dir() and held_by(target, spec).complete:
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.with_name(f".{spec.name}.lock"))
-    try:
-        with lock.acquire(timeout=0):
-            say(f"loading {spec.model.id}")
-            model = LanguageModel.load(spec.model, device=device, say=say)
-            Builder(spec, target, model, progress, documents).run()
-    except Timeout:
-        raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
-    return target
+    folder = Path(root).expanduser()
+    targets = [folder / spec.name for spec in specs]
+    missing = [
+        (spec, target)
+        for spec, target in zip(specs, targets, strict=True)
+        if not (target.is_dir() and held_by(target, spec).complete)
+    ]
+    if not missing:
+        return targets
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as locks:
+        for spec, target in missing:
+            try:
+                locks.enter_context(FileLock(folder / f".{spec.name}.lock").acquire(timeout=0))
+            except Timeout:
+                raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
+        say(f"loading {specs[0].model.id}")
+        model = LanguageModel.load(specs[0].model, device=device, say=say)
+        builders = [Builder(spec, target, model, progress, documents) for spec, target in missing]
+        for builder in builders:
+            builder.prepare()
+        for builder in builders:
+            builder.write_activations()
+            builder.finish()
+    return targets
 
 
 def held_by(target: Path, spec: StoreSpec) -> Header:
@@ -91,21 +105,19 @@ class Builder:
         self.corpus = open_corpus(spec.corpus) if documents is None else Corpus("token ids", "given", lambda: iter(()))
         self.specs = arrays(spec, model.d_model)
         self.step = chunk_rows(spec, model.d_model)
+        self.row_bytes = len(spec.hooks) * self.specs[f"acts/{spec.hooks[0]}"].chunk_bytes // self.step
         self.deepest = max(spec.hooks, key=lambda hook: (int(hook.split(".")[1]), hook.endswith("post")))
         self._ablated: dict[str, Tensor] = {}
 
-    def run(self) -> None:
-        """Everything that is missing, in order."""
-        header = self.header()
+    def prepare(self) -> None:
+        """Make the store if it isn't there, sweep up what a killed build left half-written, and pack the tokens."""
         if self.target.is_dir():
-            self._check_same(read_header(self.target), header)
+            self.check_same(read_header(self.target), self.header())
             for leftover in self.target.rglob("*.partial"):
                 leftover.unlink()
         else:
-            writer.create(self.target, header, self.specs.values())
+            writer.create(self.target, self.header(), self.specs.values())
         self.write_tokens()
-        self.write_activations()
-        self.finish(header)
 
     def header(self) -> Header:
         """The header of the store while it is unfinished."""
@@ -123,7 +135,8 @@ class Builder:
             versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         )
 
-    def _check_same(self, held: Header, wanted: Header) -> None:
+    def check_same(self, held: Header, wanted: Header) -> None:
+        """Raise StoreError if the store was begun with another model, tokenizer or corpus."""
         for name in ("model_digest", "tokenizer_digest", "corpus_digest", "d_model", "bos_id", "special_ids"):
             if getattr(held, name) != getattr(wanted, name):
                 what = name.removesuffix("_digest")
@@ -155,7 +168,7 @@ class Builder:
                 self._too_little_text(index * self.step + len(chunk))
             writer.write_chunk(self.target, array, index, torch.tensor(chunk, dtype=torch.int32))
             writer.write_json(state_file, {"chunks": index + 1, **packer.state()})
-            self.progress("tokens", index * self.step + wanted, spec.rows)
+            self.progress(self.spec, "tokens", index * self.step + wanted, spec.rows, 0)
         state_file.unlink(missing_ok=True)
 
     def _token_documents(self, first: int) -> Iterator[Sequence[int]]:
@@ -166,7 +179,8 @@ class Builder:
     def _too_little_text(self, rows: int) -> None:
         spec = self.spec
         last = "" if spec.corpus.last_document is None else f" to {spec.corpus.last_document - 1}"
-        shutil.rmtree(self.target)  # tokens only: nothing that took long is lost
+        if not any(self.target.glob("acts/*/c")):
+            shutil.rmtree(self.target)  # tokens only: nothing that took long is lost
         change = "cache.train.rows" if spec.split == "train" else "cache.eval.batches_variance"
         raise CorpusError(
             f"corpus {spec.corpus.corpus!r}, documents {spec.corpus.first_document}{last or ' to the last'}, gives {rows} rows of "
@@ -182,7 +196,9 @@ class Builder:
             missing = [array for array in self.row_arrays(index) if not array.chunk_file(self.target, index).is_file()]
             if missing:
                 self.write_chunks(index, missing)
-            self.progress("activations", min((index + 1) * self.step, self.spec.rows), self.spec.rows)
+            self.progress(
+                self.spec, "activations", min((index + 1) * self.step, self.spec.rows), self.spec.rows, self.row_bytes
+            )
 
     def row_arrays(self, index: int) -> list[ArraySpec]:
         """The arrays besides the tokens that have a chunk `index`."""
@@ -209,7 +225,7 @@ class Builder:
                 for path, values in self.clean(batch, resid[self.deepest]).items():
                     if path in paths:
                         buffers[path][first:last] = values
-            self.progress("activations", start + last, self.spec.rows)
+            self.progress(self.spec, "activations", start + last, self.spec.rows, self.row_bytes)
         for array in wanted:
             writer.write_chunk(self.target, array, index, buffers[array.path])
 
@@ -259,13 +275,13 @@ class Builder:
 
     # --- statistics ---------------------------------------------------------------------------------------------
 
-    def finish(self, header: Header) -> None:
+    def finish(self) -> None:
         """Write the statistics and, last, that the store is complete."""
-        statistics = {}
+        header, statistics = self.header(), {}
         for number, hook in enumerate(self.spec.hooks):
-            self.progress("statistics", number, len(self.spec.hooks))
+            self.progress(self.spec, "statistics", number, len(self.spec.hooks), 0)
             acts = MappedArray(self.target, self.specs[f"acts/{hook}"])
             tokens = MappedArray(self.target, self.specs["tokens"])
             statistics[hook] = summarise(self.target, hook, acts, tokens, header.special_ids)
-        self.progress("statistics", len(self.spec.hooks), len(self.spec.hooks))
+        self.progress(self.spec, "statistics", len(self.spec.hooks), len(self.spec.hooks), 0)
         writer.write_header(self.target, header.model_copy(update={"statistics": statistics, "complete": True}))

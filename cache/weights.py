@@ -69,6 +69,23 @@ def weight_bytes(config: ModelConfig) -> int | None:
     )
 
 
+def config_file(config: ModelConfig) -> Path | None:
+    """The model's config.json, fetched alone from the hub if need be; None for a GGUF file that was not converted yet."""
+    if config.id in PACKAGED:
+        path = _packaged_place(config.id) / "config.json"
+        return path if path.is_file() else None
+    place = Path(config.id).expanduser()
+    if place.is_dir():
+        _check_folder(place)
+        return place / "config.json"
+    if place.suffix == ".gguf" or config.id.count("/") != 1:
+        return None
+    from huggingface_hub import hf_hub_download
+
+    with _clear_hub_errors(config):
+        return Path(hf_hub_download(config.id, "config.json", revision=config.revision))
+
+
 def weights_digest(folder: Path) -> str:
     """SHA-256 over config.json and the weight files; remembered in hsae's cache as long as their sizes and times stay."""
     return _digest([folder / "config.json", *sorted(folder.glob(WEIGHTS))])
@@ -124,14 +141,18 @@ def _package_parts(name: str) -> list[Path]:
 
 
 def _packaged(name: str, say: Say) -> Path:
-    package = import_module(PACKAGED[name]) if _package_parts(name) else None
-    assert package is not None
-    done = home() / "models" / f"{name}-{package.EXPECTED_SHA256[:16]}"
+    done = _packaged_place(name)
     if done.is_dir():
         return done
+    package = import_module(PACKAGED[name])
     with tempfile.TemporaryDirectory(prefix="hsae-") as temporary:
         whole: Path = package.assemble(Path(temporary) / package.MODEL_NAME)  # checks the file's SHA-256
         return _convert(whole, done, say)
+
+
+def _packaged_place(name: str) -> Path:
+    _package_parts(name)
+    return home() / "models" / f"{name}-{import_module(PACKAGED[name]).EXPECTED_SHA256[:16]}"
 
 
 def _converted(path: Path, name: str, say: Say) -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -87,7 +88,7 @@ def core(
     for item in evaluated:
         if item.result.dead:
             text = " ".join(item.result.notes)
-            console.print(f"[yellow]{escape(item.target.release)} {escape(item.target.sae_id)}: {escape(text)}[/]")
+            console.print(f"[yellow]{escape(item.target.label)}: {escape(text)}[/]")
     for folder in dict.fromkeys(item.target.folder for item in evaluated):
         console.print(f"results in [bold]{escape(str(folder))}[/]")
     if reused := sum(item.reused for item in evaluated):
@@ -112,12 +113,13 @@ def _of_runs(plan: "Plan", run: str | None) -> "list[Target]":
 
 def _table(evaluated: "list[Evaluated]") -> Table:
     table = Table(
-        title="core, corrected measures with 95 % intervals over rows (SAEBench's own numbers are in the files)",
+        title="core: corrected measures, ± spans the 95 % interval over rows; SAEBench's numbers are in the files",
         title_justify="left",
+        box=SIMPLE_HEAD,
     )
     table.add_column("SAE")
-    for column in ("CE score", "KL score", "explained variance", "L0", "alive"):
-        table.add_column(column, justify="right")
+    for column in ("CE score", "KL score", "EV", "L0", "alive"):
+        table.add_column(column, justify="right", no_wrap=True)
     for item in evaluated:
         result = item.result
         dead = result.measure("dead_fraction")
@@ -126,8 +128,7 @@ def _table(evaluated: "list[Evaluated]") -> Table:
             _cell(result, name, digits)
             for name, digits in (("ce_loss_score", 3), ("kl_div_score", 3), ("explained_variance", 3), ("l0", 1))
         ]
-        name = f"{item.target.release.rsplit('_', 1)[-1]} {item.target.sae_id}"
-        table.add_row(escape(name), *cells, alive, style="yellow" if result.dead else None)
+        table.add_row(escape(item.target.label), *cells, alive, style="yellow" if result.dead else None)
     return table
 
 
@@ -137,7 +138,7 @@ def _cell(result: "CoreResult", name: str, digits: int) -> str:
         return "undefined"
     text = f"{measure.value:.{digits}f}"
     if measure.low is not None and measure.high is not None:
-        text += f" [dim]({measure.low:.{digits}f} to {measure.high:.{digits}f})[/]"
+        text += f" [dim]± {max(measure.high - measure.value, measure.value - measure.low):.{digits}f}[/]"
     return text
 
 

@@ -29,6 +29,8 @@ class Target:
     hook: str
     folder: Path
     """Where the result goes."""
+    label: str
+    """Short name for people."""
     release: str
     sae_id: str
     weights_digest: str
@@ -70,6 +72,7 @@ def run_targets(plan: Plan, run: RunConfig) -> list[Target]:
             view=view,
             hook=plan.hook.names[0],
             folder=run_dir / RESULTS,
+            label=f"{run.number} {run.name} {name}",
             release=f"hsae_{plan.name}_{run.number}-{run.name}",
             sae_id=name,
             weights_digest=digest,
@@ -89,6 +92,7 @@ def folder_targets(plan: Plan, folders: Sequence[Path], out: Path) -> list[Targe
                 view=view,
                 hook=made_for if made_for in plan.hook.names else plan.hook.names[0],
                 folder=out,
+                label="/".join(folder.resolve().parts[-2:]),
                 release=folder.as_posix().strip("./") or folder.resolve().name,
                 sae_id="custom_sae",
                 weights_digest=_digest(folder / saelens.CONFIG_FILE, folder / saelens.WEIGHTS_FILE),

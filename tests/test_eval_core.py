@@ -62,7 +62,7 @@ def made(tmp_path_factory):
     def make(dtype):
         if dtype not in held:
             spec = golden_spec(dtype)
-            path = build(spec, tmp_path_factory.mktemp(dtype), documents=golden_documents())
+            path = build([spec], tmp_path_factory.mktemp(dtype), documents=golden_documents())[0]
             held[dtype] = (ActivationStore.open(path), LanguageModel.load(spec.model))
         return held[dtype]
 
@@ -403,7 +403,7 @@ def test_an_sae_of_another_hook_is_refused(made):
 
 def test_a_store_without_clean_losses_is_refused(made, tmp_path):
     _, model = made("float32")
-    path = build(golden_spec("float32", clean_rows=0), tmp_path, documents=golden_documents())
+    path = build([golden_spec("float32", clean_rows=0)], tmp_path, documents=golden_documents())[0]
     with pytest.raises(StoreError, match="keeps no clean losses"):
         evaluate([small_sae()], ActivationStore.open(path), model, hook=HOOK)
 

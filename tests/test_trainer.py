@@ -43,7 +43,7 @@ class Recorder:
 @pytest.fixture(scope="module")
 def activations(tmp_path_factory):
     folder = tmp_path_factory.mktemp("activations")
-    build(load_plan("tiny", [f"model.id={str(GOLDEN_MODEL)!r}"]).store("train"), str(folder))
+    build([load_plan("tiny", [f"model.id={str(GOLDEN_MODEL)!r}"]).store("train")], folder)
     return folder
 
 
@@ -298,7 +298,7 @@ def test_training_needs_no_model_and_imports_no_transformers(activations, tmp_pa
         f"train.dir={str(tmp_path / 'runs')!r}",
     ]
     plan = load_plan("tiny", places)
-    build(plan.store("train"), plan.cache.dir)
+    build([plan.store("train")], plan.cache.dir)
     shutil.rmtree(model)
     arguments = [
         "train",

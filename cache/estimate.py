@@ -1,0 +1,123 @@
+"""What a build will take, told before anything is computed."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hsae.cache import weights
+from hsae.cache.build import held_by
+from hsae.cache.config import StoreSpec
+from hsae.cache.errors import ModelError, StoreError, UserError
+from hsae.cache.layout import total_bytes
+from hsae.cache.lm import check_dtype, hook_layer
+
+CPU_FLOPS, GPU_FLOPS = 1e11, 1e14  # sustained, per machine: only for the estimate before the first batch is timed
+SPARE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Sizes and time of one store."""
+
+    spec: StoreSpec
+    state: str
+    """`complete`, `to be finished` or `new`."""
+    path: Path
+    bytes: int
+    """Bytes on disk of the finished store."""
+    free_bytes: int
+    model_bytes: int | None
+    """Bytes of the model's weights; None if unknown."""
+    seconds: float | None
+    """Rough time to build all of it; None if the model's size is unknown."""
+
+
+def pick_device(device: str) -> str:
+    """`auto` is cuda where there is a GPU, else cpu. Raises UserError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device {device!r}: use auto, cpu, cuda or cuda:N")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
+    return device
+
+
+def estimate(spec: StoreSpec, root: Path, device: str) -> Estimate:
+    """Sizes and time for `spec` in folder `root`; the weights are not read. Raises UserError if the request can't be met."""
+    check_dtype(spec.model)
+    path = root.expanduser() / spec.name
+    config, model_bytes = model_config(spec)
+    check_dtype(spec.model, config.get("model_type"))
+    layers, d_model = int(config["num_hidden_layers"]), int(config["hidden_size"])
+    for hook in spec.hooks:
+        layer, kind = hook_layer(hook)
+        if layer >= layers:
+            raise ModelError(
+                f"hook {hook!r}: {spec.model.id} has layers 0 to {layers - 1}; use for example "
+                f"--set hook.names=['blocks.{layers * 2 // 3}.hook_resid_{kind}']"
+            )
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    state = "new"
+    if path.is_dir():
+        state = "complete" if held_by(path, spec).complete else "to be finished"
+    return Estimate(
+        spec=spec,
+        state=state,
+        path=path,
+        bytes=total_bytes(spec, d_model),
+        free_bytes=shutil.disk_usage(existing).free,
+        model_bytes=model_bytes,
+        seconds=_seconds(spec, config, device),
+    )
+
+
+def _seconds(spec: StoreSpec, config: dict[str, Any], device: str) -> float:
+    """Two floating-point operations a weight and token: prefix layers for all rows, everything else for the clean ones."""
+    width, layers, vocabulary = int(config["hidden_size"]), int(config["num_hidden_layers"]), int(config["vocab_size"])
+    heads, groups = (
+        int(config["num_attention_heads"]),
+        int(config.get("num_key_value_heads") or config["num_attention_heads"]),
+    )
+    head = int(config.get("head_dim") or width // heads)
+    layer = width * head * (2 * heads + 2 * groups) + 3 * width * int(config["intermediate_size"])
+    deepest = max(hook_layer(hook)[0] for hook in spec.hooks) + 1
+    weights_used = deepest * layer * spec.rows + ((layers - deepest) * layer + width * vocabulary) * spec.clean_rows
+    return 2.0 * weights_used * spec.context / (GPU_FLOPS if device.startswith("cuda") else CPU_FLOPS)
+
+
+def model_config(spec: StoreSpec) -> tuple[dict[str, Any], int | None]:
+    """(content of config.json, bytes of weights), without reading weights. Raises ModelError if there is no such model."""
+    size = weights.weight_bytes(spec.model)
+    path = weights.config_file(spec.model)
+    if path is None:  # a GGUF file that was not converted yet: its metadata is read when it is
+        path = weights.model_folder(spec.model) / "config.json"
+    config = json.loads(path.read_text())
+    text: dict[str, Any] = config.get("text_config", config)
+    if (
+        missing := {"hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "intermediate_size"}
+        - text.keys()
+    ):
+        raise ModelError(
+            f"{spec.model.id}: config.json has no {', '.join(sorted(missing))}; is it a decoder-only language model?"
+        )
+    return text, size
+
+
+def check_space(estimates: list[Estimate]) -> None:
+    """Raise StoreError if the stores that are still to be written don't fit on the disk."""
+    needed = sum(item.bytes - _written(item.path) for item in estimates if item.state != "complete")
+    free = min(item.free_bytes for item in estimates)
+    if needed + SPARE_BYTES > free:
+        raise StoreError(
+            f"not enough disk: {needed / 1e9:.2f} GB are to be written and {free / 1e9:.2f} GB are free at {estimates[0].path.parent}; "
+            "lower cache.train.rows, or build elsewhere with --set cache.dir=FOLDER"
+        )
+
+
+def _written(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0

@@ -1,0 +1,211 @@
+"""`hsae cache`: build, info, verify, ls."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hsae.cli.common import DeviceOption, PlanOption, SetOption, console
+
+if TYPE_CHECKING:
+    from hsae.cache.build import Progress as BuildProgress
+    from hsae.cache.config import StoreSpec
+    from hsae.cache.estimate import Estimate
+
+app = typer.Typer(no_args_is_help=True)
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of a store.")]
+
+
+@app.command()
+def build(
+    plan: PlanOption = None,
+    overrides: SetOption = None,
+    split: Annotated[Literal["train", "eval", "both"], typer.Option("--split", help="Which store.")] = "both",
+    device: DeviceOption = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and estimated time, and stop.")] = False,
+) -> None:
+    """Run the language model once over the plan's text and write its activation stores.
+
+    Interrupted at any moment, the same command goes on where it was.
+
+    Example: hsae cache build --plan gemma-3-270m
+    """
+    from hsae.cache.build import build as build_store
+    from hsae.cache.estimate import check_space, estimate, pick_device
+    from hsae.train.plan import load_plan
+
+    loaded = load_plan(plan, overrides or ())
+    chosen = pick_device(device)
+    specs = [loaded.store(name) for name in ("eval", "train") if split in (name, "both")]
+    estimates = [estimate(spec, Path(loaded.cache.dir), chosen) for spec in specs]
+    console.print(_sizes(estimates, loaded.name, chosen))
+    check_space(estimates)
+    if dry_run:
+        return
+    with _progress() as progress:
+        paths = build_store(specs, loaded.cache.dir, device=chosen, progress=progress, say=console.print)
+    for spec, path in zip(specs, paths, strict=True):
+        console.print(f"{spec.split} store: [bold]{path}[/]", soft_wrap=True)
+
+
+def _sizes(estimates: "list[Estimate]", plan: str, device: str) -> Table:
+    table = Table(title=f"plan {plan}, {estimates[0].spec.model.id} in {estimates[0].spec.model.dtype} on {device}")
+    for column in ("store", "state", "rows", "tokens", "on disk", "free", "model", "time, about"):
+        table.add_column(column, justify="left" if column in ("store", "state") else "right")
+    for item in estimates:
+        spec = item.spec
+        table.add_row(
+            f"{spec.split}, {len(spec.hooks)} hook{'s' if len(spec.hooks) > 1 else ''}",
+            item.state,
+            f"{spec.rows:,}",
+            f"{spec.rows * spec.context:,}",
+            _gb(item.bytes),
+            _gb(item.free_bytes),
+            _gb(item.model_bytes),
+            "-" if item.state == "complete" else _duration(item.seconds),
+        )
+    return table
+
+
+def _gb(count: int | None) -> str:
+    return "?" if count is None else f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+@contextmanager
+def _progress() -> "Iterator[BuildProgress]":
+    """A progress bar a store and stage, with tokens/s and GB/s of activations."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"))
+    with Progress(
+        *columns, TimeRemainingColumn(compact=True), TextColumn("{task.fields[text]}"), console=console
+    ) as bars:
+        tasks = {}
+        began: dict[str, tuple[float, int]] = {}
+
+        def told(spec: "StoreSpec", stage: str, done: int, total: int, row_bytes: int) -> None:
+            name = f"{spec.split} {stage}"
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total, text="")
+                began[name] = (time.perf_counter(), done)
+            text, (start, first) = "", began[name]
+            if row_bytes and done > first:
+                seconds = time.perf_counter() - start
+                speed = (done - first) * spec.context / seconds
+                text = f"{speed:,.0f} tokens/s  {(done - first) * row_bytes / seconds / 1e9:.4f} GB/s"
+            bars.update(tasks[name], completed=done, text=text)
+
+        yield told
+
+
+@app.command()
+def info(store: StoreArgument) -> None:
+    """Show what a store holds and what it was made from.
+
+    Example: hsae cache info activations/gemma-3-270m-train-0123456789abcdef.zarr
+    """
+    from hsae.cache.layout import total_bytes
+    from hsae.cache.store import ActivationStore
+
+    opened = ActivationStore.open(store, require_complete=False)
+    header, spec = opened.header, opened.spec
+    table = Table(title=str(store), show_header=False)
+    corpus = spec.corpus
+    last = "the last" if corpus.last_document is None else str(corpus.last_document - 1)
+    rows = {
+        "state": "complete" if header.complete else "not finished; go on with `hsae cache build`",
+        "model": f"{spec.model.id} ({spec.model.revision or 'default revision'}), {spec.model.dtype}, digest {header.model_digest[:12]}",
+        "hooks": ", ".join(spec.hooks),
+        "text": f"{corpus.corpus}, documents {corpus.first_document} to {last}, digest {header.corpus_digest[:12]}",
+        "rows": f"{spec.rows:,} of {spec.context} tokens, width {header.d_model}; clean losses for {spec.clean_rows:,}",
+        "chunks": f"{opened.chunks:,} of {opened.chunk_rows} rows, {spec.codec}",
+        "size": _gb(total_bytes(spec, header.d_model)),
+        "versions": ", ".join(f"{name} {number}" for name, number in header.versions.items()),
+    }
+    for hook, summary in header.statistics.items():
+        rows[f"norm at {hook}"] = (
+            f"root mean square {summary.mean_square_norm**0.5:,.4g} over {summary.tokens:,} tokens"
+        )
+    for key, value in rows.items():
+        table.add_row(key, value)
+    console.print(table)
+
+
+@app.command()
+def verify(
+    store: StoreArgument,
+    repair: Annotated[bool, typer.Option("--repair", help="Compute damaged and missing chunks again.")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Check every chunk's presence, length and checksum; name what is damaged. Status 1 if something is (still) wrong.
+
+    Example: hsae cache verify activations/gemma-3-270m-train-0123456789abcdef.zarr --repair
+    """
+    from hsae.cache.estimate import pick_device
+    from hsae.cache.verify import repair as repair_store
+    from hsae.cache.verify import verify as verify_store
+
+    with Progress(
+        TextColumn("checking"), BarColumn(), TextColumn("{task.completed}/{task.total} chunks"), console=console
+    ) as bars:
+        task = bars.add_task("", total=None)
+        damages = verify_store(store, lambda done, total: bars.update(task, completed=done, total=total))
+    for damage in damages:
+        console.print(f"[red]damaged[/] {damage.path} {damage.problem}", soft_wrap=True)
+    if damages and repair:
+        left = repair_store(store, damages, device=pick_device(device), say=console.print)
+        console.print(f"{len(damages) - len(left)} of {len(damages)} damaged chunks repaired")
+        damages = left
+    elif damages:
+        console.print(f"{len(damages)} damaged; mend with: hsae cache verify {store} --repair", soft_wrap=True)
+    else:
+        console.print("all chunks are whole")
+    if damages:
+        raise typer.Exit(1)
+
+
+@app.command("ls")
+def list_stores(
+    folder: Annotated[Path | None, typer.Argument(help="Folder of stores; default: the plan's cache.dir.")] = None,
+    plan: PlanOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """List the stores in a folder.
+
+    Example: hsae cache ls
+    """
+    from hsae.cache.errors import StoreError
+    from hsae.cache.layout import read_header, total_bytes
+    from hsae.train.plan import load_plan
+
+    place = folder or Path(load_plan(plan, overrides or ()).cache.dir)
+    if not place.is_dir():
+        raise StoreError(f"there is no folder {place}; stores are made by `hsae cache build`")
+    table = Table(title=str(place))
+    for column in ("store", "state", "model", "hooks", "rows", "size"):
+        table.add_column(column, overflow="fold")
+    for path in sorted(place.glob("*.zarr")):
+        try:
+            header = read_header(path)
+        except StoreError as error:
+            table.add_row(path.name, f"[red]{error}[/]", "", "", "", "")
+            continue
+        spec, state = header.spec, "complete" if header.complete else "not finished"
+        size = _gb(total_bytes(spec, header.d_model))
+        table.add_row(path.name, state, spec.model.id, ", ".join(spec.hooks), f"{spec.rows:,}", size)
+    console.print(table)
