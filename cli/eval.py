@@ -116,14 +116,15 @@ def _table(evaluated: "list[Evaluated]") -> Table:
         title="core: corrected measures, ± spans the 95 % interval over rows; SAEBench's numbers are in the files",
         title_justify="left",
         box=SIMPLE_HEAD,
+        pad_edge=False,
     )
-    table.add_column("SAE")
+    table.add_column("SAE", overflow="fold")
     for column in ("CE score", "KL score", "EV", "L0", "alive"):
         table.add_column(column, justify="right", no_wrap=True)
     for item in evaluated:
         result = item.result
         dead = result.measure("dead_fraction")
-        alive = "-" if dead is None or dead.value is None else f"{1 - dead.value:.1%}"
+        alive = "-" if dead is None or dead.value is None else f"{1 - dead.value:.0%}"
         cells = [
             _cell(result, name, digits)
             for name, digits in (("ce_loss_score", 3), ("kl_div_score", 3), ("explained_variance", 3), ("l0", 1))
@@ -138,7 +139,8 @@ def _cell(result: "CoreResult", name: str, digits: int) -> str:
         return "undefined"
     text = f"{measure.value:.{digits}f}"
     if measure.low is not None and measure.high is not None:
-        text += f" [dim]± {max(measure.high - measure.value, measure.value - measure.low):.{digits}f}[/]"
+        half = f"{max(measure.high - measure.value, measure.value - measure.low):.{digits}f}"
+        text += f" [dim]±{half.removeprefix('0') or '0'}[/]"
     return text
 
 

@@ -1,0 +1,57 @@
+"""`hsae report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from hsae.cli.common import AllOption, PlanOption, RunOption, SetOption, console
+
+
+def report(
+    run: RunOption = None,
+    all_runs: AllOption = False,
+    plan: PlanOption = None,
+    overrides: SetOption = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--compare",
+            metavar="FILE",
+            help="A core result written by SAEBench, old or new, as a further row. Repeatable.",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for index.html, report.md and summary.png.")] = Path(
+        "report"
+    ),
+) -> None:
+    """Put the runs side by side in one self-contained HTML page and a Markdown table.
+
+    Example: hsae report --compare other_eval_results.json
+    """
+    from hsae.cache.errors import ModelError, StoreError, UserError
+    from hsae.train.plan import load_plan
+
+    if run is not None and all_runs:
+        raise UserError("--run and --all exclude each other")
+    loaded = load_plan(plan, overrides or ())
+    selected = loaded.select(run) if run is not None else list(loaded.runs.values())
+
+    from hsae.cache.lm import load_tokenizer
+    from hsae.cache.store import ActivationStore
+    from hsae.eval.report import write_report
+
+    store = tokenizer = None
+    try:
+        store = ActivationStore.open(loaded.store_path("eval"))
+        tokenizer = load_tokenizer(loaded.model)
+    except (StoreError, ModelError) as error:
+        console.print(f"[yellow]no contexts in this report: {escape(str(error))}[/]")
+    run_dirs = [loaded.run_dir(config) for config in selected]
+    path = write_report(
+        run_dirs, out, compare=compare or (), store=store, tokenizer=tokenizer, hook=loaded.hook.names[0]
+    )
+    console.print(
+        f"report: [bold]{escape(str(path))}[/], table: {escape(str(path.with_name('report.md')))}", soft_wrap=True
+    )
