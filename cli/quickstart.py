@@ -1,6 +1,7 @@
 """`hsae quickstart`: the whole pipeline on real Gemma-3-270M and the text that ships with Python."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,7 @@ def quickstart(
     from hsae.cli import eval as eval_commands
 
     places = [f"cache.dir={str(out / 'activations')!r}", f"train.dir={str(out / 'runs')!r}", *(overrides or ())]
-    stages = {
+    stages: dict[str, Callable[[], None]] = {
         "cache": lambda: cache.build(plan=PLAN, overrides=places),
         "train": lambda: train.train(all_runs=True, plan=PLAN, overrides=places, resume=True),
         "core": lambda: eval_commands.core(all_runs=True, plan=PLAN, overrides=places),

@@ -110,7 +110,7 @@ def test_fingerprint_changes_with_everything_that_determines_the_content():
             "cache.context=41",
             "model.dtype=bfloat16",
             "cache.batch_rows=7",
-            "cache.train.first_document=41",
+            "cache.train.first_document=81",
             "cache.prepend_bos=false",
             "cache.codec=compact",
             "model.revision=abc",

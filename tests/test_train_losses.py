@@ -1,5 +1,6 @@
 """Every loss against a naive computation and float64 autograd, on pairwise different sizes (B=11, D=7, F1=13, F2=5)."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -210,11 +211,20 @@ def test_weight_and_contributions_agree_with_the_codes_scales(mode):
     torch.testing.assert_close(fine @ module.weight().T, expected)
 
 
-def test_sparsity_controller_moves_against_the_error():
-    controller = SparsityController(8.0, 0.01)
-    controller.update(16.0)
-    raised = controller.coefficient
-    controller.update(2.0)
-    assert raised > 0.01 > controller.coefficient * 0.99
-    controller.update(8.0)
-    assert controller.coefficient == pytest.approx(raised * 0.25**0.05, rel=1e-5)
+def test_sparsity_controller_leads_a_sluggish_l0_to_its_target_without_overshoot():
+    controller, l0, seen = SparsityController(8.0, 1e-3, 100), 400.0, []
+    for _ in range(600):  # an L0 that follows the coefficient with a delay, as an SAE's does
+        l0 *= (min(400.0, 0.5 / controller.coefficient) / l0) ** 0.05
+        controller.update(l0)
+        seen.append(l0)
+    assert seen[-1] == pytest.approx(8.0, rel=0.02)
+    assert min(seen) > 6.5
+
+
+def test_sparsity_controller_goes_on_from_its_state():
+    one, other = SparsityController(8.0, 1e-3, 50), SparsityController(8.0, 1e-3, 50)
+    for step in range(30):
+        one.update(300.0 / (step + 1))
+    other.restore(json.loads(json.dumps(one.state())))
+    one.update(20.0), other.update(20.0)
+    assert one.coefficient == other.coefficient

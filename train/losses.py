@@ -4,6 +4,8 @@ Every reconstruction loss is a fraction of variance unexplained: mean squared er
 that levels and models of any scale weigh alike.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,14 +49,39 @@ def auxiliary(
 
 
 class SparsityController:
-    """Holds relu's L0 at its target by moving the L1 coefficient: log(coefficient) += gain * log(L0 / target)."""
+    """Leads relu's L0 to its target by moving the L1 coefficient.
 
-    GAIN = 0.05
+    A reference falls geometrically from the first batch's L0 to the target over `ramp_steps` and stays there. With d the smoothed
+    log(L0 / reference) and v its smoothed change a step, log(coefficient) += GAIN * (d + HORIZON * v): the change damps what would
+    otherwise overshoot, because the weights follow the coefficient only after many steps and a relu latent pushed to zero doesn't come back.
+    """
 
-    def __init__(self, target: float, start: float) -> None:
-        self.target, self.coefficient = target, start
+    GAIN, HORIZON, SMOOTHING, LARGEST = 0.05, 20.0, 0.8, 2.0
+
+    def __init__(self, target: float, start: float, ramp_steps: int) -> None:
+        self.target, self.coefficient, self.ramp_steps = target, start, max(1, ramp_steps)
+        self.steps, self.first, self.distance, self.change = 0, 0.0, 0.0, 0.0
 
     def update(self, l0: float) -> None:
-        """Take a step after a batch whose mean L0 was `l0`; one step moves the coefficient by at most a factor e^0.1."""
-        error = torch.log(torch.tensor(max(l0, 1e-3) / self.target)).clamp(-2, 2).item()
-        self.coefficient *= float(torch.exp(torch.tensor(self.GAIN * error)))
+        """Take a step after a batch whose mean L0 was `l0`; one step moves log(coefficient) by at most GAIN * LARGEST."""
+        if self.steps == 0:
+            self.first = max(l0, self.target)
+        self.steps += 1
+        reference = self.first * (self.target / self.first) ** min(1.0, self.steps / self.ramp_steps)
+        distance, before = math.log(max(l0, 1e-3) / reference), self.distance
+        if self.steps > 1:
+            distance = self.SMOOTHING * before + (1 - self.SMOOTHING) * distance
+            self.change = self.SMOOTHING * self.change + (1 - self.SMOOTHING) * (distance - before)
+        self.distance = distance
+        error = max(-self.LARGEST, min(self.LARGEST, distance + self.HORIZON * self.change))
+        self.coefficient *= math.exp(self.GAIN * error)
+
+    def state(self) -> dict[str, float]:
+        """JSON-ready state."""
+        names = ("coefficient", "steps", "first", "distance", "change")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Put back what `state` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)

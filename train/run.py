@@ -50,7 +50,7 @@ class TrainingRun:
         self.curriculum = Curriculum(config, steps)
         self.optimiser = make_optimiser(self.model, self.compositions, config)
         self.tokens_since_fired = [torch.zeros(width, dtype=torch.int64, device=device) for width in config.widths]
-        self.controllers = [SparsityController(l0, config.l1_start) for l0 in config.l0]
+        self.controllers = [SparsityController(l0, config.l1_start, steps // 2) for l0 in config.l0]
         self.warned: set[str] = set()
 
     def composition(self, level: int) -> Composition:
@@ -198,7 +198,7 @@ class TrainingRun:
         tensors |= {f"adam/{name}": tensor for name, tensor in rename_state(self.optimiser, self._names()).items()}
         rest = {
             "step": self.step_number,
-            "coefficients": [controller.coefficient for controller in self.controllers],
+            "controllers": [controller.state() for controller in self.controllers],
             "warned": sorted(self.warned),
         }
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, rest
@@ -214,8 +214,8 @@ class TrainingRun:
         adam = {name.removeprefix("adam/"): tensor for name, tensor in tensors.items() if name.startswith("adam/")}
         restore_state(self.optimiser, self._names(), adam)
         self.step_number = int(rest["step"])
-        for controller, coefficient in zip(self.controllers, rest["coefficients"], strict=True):
-            controller.coefficient = float(coefficient)
+        for controller, state in zip(self.controllers, rest["controllers"], strict=True):
+            controller.restore(state)
         self.warned = set(rest["warned"])
 
     def last_step_done(self) -> bool:
