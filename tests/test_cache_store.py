@@ -1,0 +1,362 @@
+"""Stores: built from the tiny Gemma-2, read back by us and by plain zarr, damaged and mended, killed and resumed."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import google_crc32c
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import zarr
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from hsae.cache import layout
+from hsae.cache.build import build
+from hsae.cache.config import CorpusConfig, ModelConfig, StoreSpec
+from hsae.cache.errors import CorpusError, ModelError, StoreError
+from hsae.cache.estimate import check_space, estimate
+from hsae.cache.lm import LanguageModel
+from hsae.cache.mapped import MappedArray
+from hsae.cache.statistics import geometric_median
+from hsae.cache.store import ActivationStore
+from hsae.cache.verify import repair, verify
+
+GOLDEN = Path(__file__).parent / "golden"
+HOOK = "blocks.2.hook_resid_post"
+
+
+def spec(**changes):
+    values = {
+        "split": "eval", "model": ModelConfig(id=str(GOLDEN / "model"), dtype="bfloat16"), "hooks": (HOOK,),
+        "corpus": CorpusConfig(corpus="python-docs", last_document=30), "context": 21, "prepend_bos": True, "batch_rows": 5,
+        "chunk_mib": 0.02, "codec": "mappable", "rows": 43, "clean_rows": 15,
+    }  # fmt: skip
+    return StoreSpec(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return build([spec()], tmp_path_factory.mktemp("stores"))[0]
+
+
+@pytest.fixture
+def copied(built, tmp_path):
+    return Path(shutil.copytree(built, tmp_path / built.name))
+
+
+def contents(root):
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_golden_documents_pack_to_the_golden_rows(tmp_path):
+    tensors, params = (
+        load_file(GOLDEN / "core/documents.safetensors"),
+        json.loads((GOLDEN / "core/params.json").read_text()),
+    )
+    ids, edges, data = tensors["ids"].tolist(), tensors["offsets"].tolist(), params["dataset"]
+    order = [number for shard in data["shard_order_used"] for number in range(*data["shards"][shard]["docs"])]
+    documents = [ids[edges[number] : edges[number + 1]] for number in order]
+    for dtype in ("float32", "bfloat16"):
+        model = ModelConfig(id=str(GOLDEN / "model"), dtype=dtype)
+        path = build(
+            [spec(model=model, context=48, batch_rows=8, rows=144, clean_rows=48)], tmp_path, documents=documents
+        )[0]
+        store = ActivationStore.open(path)
+        assert torch.equal(store.tokens(0, 144), load_file(GOLDEN / "core/tokens.safetensors")["tokens"])
+        assert torch.equal(store.acts(HOOK, 0, 144), load_file(GOLDEN / f"core/resid_{dtype}.safetensors")["resid"])
+
+
+def test_what_is_stored_is_what_the_model_says(built):
+    store, model = ActivationStore.open(built), LanguageModel.load(spec().model)
+    tokens = store.tokens(0, 15)
+    logits = torch.cat([model.logits(tokens[first : first + 5]) for first in (0, 5, 10)])
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten().long(), reduction="none"
+    )
+    loss = store.clean("loss", 0, 15)
+    torch.testing.assert_close(loss[:, :-1].flatten(), expected, rtol=0.02, atol=0.02)
+    assert torch.equal(loss, loss.bfloat16().float()) and not loss[:, -1].any()
+    assert torch.equal(model.unembed(store.clean("final", 0, 5)), logits[:5])
+    ablated = torch.full(
+        (), 800.0
+    ).log()  # zeroing the residual of a bias-free model makes every token as likely as any other
+    torch.testing.assert_close(
+        store.ablation(HOOK, "loss", 0, 15)[:, :-1], ablated.expand(15, 20), rtol=0.01, atol=0.01
+    )
+    entropy = -(logits.float().softmax(-1) * logits.float().log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(store.ablation(HOOK, "kl", 0, 15), ablated - entropy, rtol=0.05, atol=0.05)
+
+
+def test_plain_zarr_reads_the_same_numbers_and_the_file_is_payload_then_crc32c(built):
+    store, group = ActivationStore.open(built), zarr.open_group(built, mode="r")
+    array = group[f"acts/{HOOK}"]
+    assert array.dtype == ml_dtypes.bfloat16 and array.metadata.to_dict()["data_type"] == "bfloat16"
+    assert np.array_equal(array[:].view(np.int16), store.acts(HOOK, 0, 43).view(torch.int16).numpy())
+    assert np.array_equal(group["tokens"][:], store.tokens(0, 43).numpy())
+    data = (built / f"acts/{HOOK}/c/1/0/0").read_bytes()
+    assert len(data) == store.chunk_rows * 21 * 48 * 2 + 4
+    assert int.from_bytes(data[-4:], "little") == google_crc32c.value(data[:-4])
+    mapped = store.acts_chunk(HOOK, 1)
+    assert data[:-4] == mapped.contiguous().view(torch.int16).numpy().tobytes()
+    changed = mapped[0, 0, 0].clone()
+    mapped[0, 0, 0] = 99  # a write stays in this process
+    assert zarr.open_group(built, mode="r")[f"acts/{HOOK}"][store.chunk_rows, 0, 0] == changed.item()
+    mapped[0, 0, 0] = changed
+
+
+def test_rows_across_chunks_and_outside(built):
+    store = ActivationStore.open(built)
+    whole = torch.cat([store.acts_chunk(HOOK, index) for index in range(store.chunks)])
+    assert whole.shape == (43, 21, 48) and store.chunks > 2 and 43 % store.chunk_rows
+    for start, stop in ((0, 43), (3, 4), (store.chunk_rows - 1, store.chunk_rows + 1), (42, 43), (7, 7)):
+        assert torch.equal(store.acts(HOOK, start, stop), whole[start:stop])
+    with pytest.raises(IndexError):
+        store.acts(HOOK, 0, 44)
+    with pytest.raises(StoreError, match=re.escape(f"holds {HOOK}, not blocks.1.hook_resid_post")):
+        store.acts("blocks.1.hook_resid_post", 0, 1)
+
+
+def test_statistics_are_the_moments_of_the_non_special_tokens(built):
+    store = ActivationStore.open(built)
+    vectors = store.acts(HOOK, 0, 43)[~store.special_mask(store.tokens(0, 43))].double()
+    statistics = store.statistics(HOOK)
+    assert statistics.tokens == len(vectors)
+    torch.testing.assert_close(statistics.mean_D, vectors.mean(0))
+    assert statistics.mean_square_norm == pytest.approx(vectors.square().sum(1).mean().item())
+    distance = [
+        (vectors - point).norm(dim=1).sum().item() for point in (statistics.geometric_median_D, vectors.mean(0))
+    ]
+    assert distance[0] < distance[1]
+    line = torch.tensor([[0.0, 0], [1, 0], [10, 0]], dtype=torch.float64)
+    torch.testing.assert_close(geometric_median(line), torch.tensor([1.0, 0], dtype=torch.float64), atol=1e-3, rtol=0)
+
+
+def test_several_hooks_in_one_pass_give_what_one_alone_gives(built, tmp_path):
+    hooks = ("blocks.0.hook_resid_post", HOOK, "blocks.4.hook_resid_pre")
+    store, alone = ActivationStore.open(build([spec(hooks=hooks)], tmp_path)[0]), ActivationStore.open(built)
+    assert torch.equal(store.acts(HOOK, 0, 43), alone.acts(HOOK, 0, 43))
+    assert torch.equal(store.clean("loss", 0, 15), alone.clean("loss", 0, 15))
+    assert not torch.equal(store.acts(hooks[0], 0, 43), store.acts(hooks[2], 0, 43))
+
+
+def test_compact_stores_hold_the_same_and_are_smaller(built, tmp_path, monkeypatch):
+    monkeypatch.setenv("HSAE_HOME", str(tmp_path / "home"))
+    path = build([spec(codec="compact")], tmp_path)[0]
+    store, plain = ActivationStore.open(path), ActivationStore.open(built)
+    assert torch.equal(store.acts(HOOK, 0, 43), plain.acts(HOOK, 0, 43))
+    assert np.array_equal(
+        zarr.open_group(path, mode="r")[f"acts/{HOOK}"][:].view(np.int16),
+        plain.acts(HOOK, 0, 43).view(torch.int16).numpy(),
+    )
+    sizes = [
+        sum(file.stat().st_size for file in (root / "acts").rglob("*") if "c" in file.parts) for root in (path, built)
+    ]
+    assert sizes[0] < sizes[1]
+    assert verify(path) == []
+    chunk = path / f"acts/{HOOK}/c/0/0/0"
+    data = bytearray(chunk.read_bytes())
+    data[40] ^= 1
+    chunk.write_bytes(data)
+    assert [damage.problem for damage in verify(path)] == ["fails its checksum"]
+    with pytest.raises(StoreError, match="fails its checksum"):
+        ActivationStore.open(path).acts_chunk(HOOK, 0)
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "swap"])
+@pytest.mark.parametrize(
+    "array", [f"acts/{HOOK}", "tokens", "clean/final", "clean/loss", f"ablation/{HOOK}/kl", f"stats/{HOOK}/mean"]
+)
+def test_any_damaged_chunk_is_found_named_and_repaired_to_the_same_bytes(built, copied, array, harm):
+    chunk = next(path for path in sorted((copied / array / "c").rglob("*")) if path.is_file())
+    data = bytearray(chunk.read_bytes())
+    if harm == "flip":
+        data[len(data) // 3] ^= 16
+        chunk.write_bytes(data)
+    elif harm == "truncate":
+        chunk.write_bytes(data[:-9])
+    elif harm == "swap":
+        chunk.write_bytes(b"x" * len(data))
+    else:
+        chunk.unlink()
+    damages = verify(copied)
+    assert [damage.path for damage in damages] == [chunk]
+    spec_of = {**layout.arrays(spec(), 48), **layout.statistics_arrays(spec(), 48)}[array]
+    with pytest.raises(StoreError, match=re.escape(f"{chunk} ") + r".*hsae cache verify .* --repair"):
+        MappedArray(copied, spec_of).chunk(damages[0].index)
+    assert repair(copied, damages) == []
+    assert contents(copied) == contents(built)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header.update(format=99), "has format 99; this hsae reads format 1"),
+        (lambda header: header["spec"].update(rows=-5), "impossible sizes"),
+        (lambda header: header["spec"].update(rows=1 << 60), "impossible sizes"),
+        (lambda header: header["spec"].update(hooks=["../../etc"]), "names hooks hsae doesn't know"),
+        (lambda header: header.update(d_model=1 << 40), "is not the header of an hsae store"),
+        (lambda header: header.update(d_model="48"), "is not the header of an hsae store"),
+        (lambda header: header.update(extra=1), "is not the header of an hsae store"),
+        (lambda header: header.update(d_model=49), "the store's header leads to"),
+        (lambda header: header.update(complete=False), "is not finished; go on with `hsae cache build`"),
+    ],
+)
+def test_metadata_that_cannot_be_trusted_is_refused(copied, change, message):
+    content = json.loads((copied / "zarr.json").read_text())
+    change(content["attributes"]["hsae"])
+    (copied / "zarr.json").write_text(json.dumps(content))
+    with pytest.raises(StoreError, match=re.escape(message)):
+        ActivationStore.open(copied)
+
+
+def test_an_array_of_another_type_is_refused(copied):
+    path = copied / f"acts/{HOOK}/zarr.json"
+    path.write_text(path.read_text().replace('"bfloat16"', '"float16"'))
+    with pytest.raises(StoreError, match="data_type is 'float16', but the store's header leads to 'bfloat16'"):
+        ActivationStore.open(copied)
+
+
+def test_missing_stores_and_urls_are_refused_clearly(tmp_path):
+    with pytest.raises(StoreError, match=r"no activation store at .*; make it with `hsae cache build`"):
+        ActivationStore.open(tmp_path / "nothing")
+    with pytest.raises(StoreError, match="only local paths can be read so far"):
+        ActivationStore.open("s3://bucket/store.zarr")
+
+
+def test_a_finished_store_is_used_again_without_the_model(built, tmp_path, monkeypatch):
+    monkeypatch.setattr("hsae.cache.build.LanguageModel.load", None)
+    assert build([spec()], built.parent) == [built]
+
+
+def test_a_store_begun_from_something_else_is_not_touched(copied, tmp_path):
+    content = json.loads((copied / "zarr.json").read_text())
+    content["attributes"]["hsae"] |= {"complete": False, "corpus_digest": "other"}
+    (copied / "zarr.json").write_text(json.dumps(content))
+    before = contents(copied)
+    with pytest.raises(StoreError, match="was begun with another corpus of the same name; nothing was written"):
+        build([spec()], copied.parent)
+    assert contents(copied) == before
+    other = copied.rename(copied.with_name(spec(rows=44).name))
+    with pytest.raises(StoreError, match="was made for another configuration"):
+        build([spec(rows=44)], other.parent)
+
+
+def test_two_builders_do_not_share_a_store(tmp_path):
+    with FileLock(tmp_path / f".{spec().name}.lock"), pytest.raises(StoreError, match="another process is building"):
+        build([spec()], tmp_path)
+
+
+def test_too_little_text_is_said_before_activations_are_computed(tmp_path):
+    with pytest.raises(
+        CorpusError, match=r"documents 0 to 1, gives \d+ rows of 21 tokens; 90000 were asked for. Lower cache.eval"
+    ):
+        build([spec(rows=90_000, corpus=CorpusConfig(corpus="python-docs", last_document=2))], tmp_path)
+    assert not list(tmp_path.glob("*.zarr"))
+
+
+def test_estimates_and_what_they_refuse(built, tmp_path, monkeypatch):
+    item = estimate(spec(), built.parent, "cpu")
+    files = sum(
+        path.stat().st_size for path in built.rglob("*") if "c" in path.relative_to(built).parts and path.is_file()
+    )
+    assert (item.state, item.bytes) == ("complete", files)
+    new = estimate(spec(rows=1000), tmp_path, "cpu")
+    assert (
+        new.state == "new"
+        and new.seconds > 0
+        and new.model_bytes == (GOLDEN / "model/model.safetensors").stat().st_size
+    )
+    check_space([new])
+    with pytest.raises(StoreError, match="not enough disk"):
+        check_space([estimate(spec(rows=10**9), tmp_path, "cpu")])
+    with pytest.raises(ModelError, match="has layers 0 to 4"):
+        estimate(spec(hooks=("blocks.5.hook_resid_post",)), tmp_path, "cpu")
+    with pytest.raises(ModelError, match="it would overflow"):
+        estimate(spec(model=ModelConfig(id=str(GOLDEN / "model"), dtype="float16")), tmp_path, "cpu")
+
+
+def killed_and_resumed(built, folder, times, seed):
+    """Build in a process that is killed with SIGKILL at random moments, `times` times, finish, compare."""
+    code = (
+        "import sys, json, time\nfrom hsae.cache import build as b\nfrom hsae.cache.config import StoreSpec\n"
+        "slow = b.writer.write_chunk\n"
+        "def write(*a):\n    print(flush=True); time.sleep(0.02); slow(*a)\n"
+        "b.writer.write_chunk = write\n"
+        f"b.build([StoreSpec(**json.loads({spec().model_dump_json()!r}))], {str(folder)!r})"
+    )
+    generator, killed = torch.Generator().manual_seed(seed), 0
+    while killed < times:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+        process.stdout.readline()  # it has begun to write, or ended
+        time.sleep(0.3 * torch.rand((), generator=generator).item())
+        if process.poll() is not None:
+            assert process.returncode == 0, process.stderr.read().decode()
+            assert contents(folder / built.name) == contents(built)
+            shutil.rmtree(folder / built.name)
+            continue
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        killed += 1
+    with contextlib.suppress(FileNotFoundError):
+        (folder / built.name / f"acts/{HOOK}/c/0/0/.x.partial").touch()
+    build([spec()], folder)
+    assert contents(folder / built.name) == contents(built)
+
+
+def test_kill_minus_nine_then_build_again_gives_the_same_bytes(built, tmp_path):
+    killed_and_resumed(built, tmp_path, times=2, seed=0)
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_ten_times_then_build_again_gives_the_same_bytes(built, tmp_path):
+    killed_and_resumed(built, tmp_path, times=10, seed=1)
+
+
+def test_a_full_disk_leaves_a_store_that_can_be_finished(built, tmp_path, monkeypatch):
+    from hsae.cache import build as module
+
+    real, count = module.writer.write_chunk, iter(range(100))
+
+    def full(*arguments):
+        if next(count) == 9:
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(module.writer, "write_chunk", full)
+    with pytest.raises(OSError, match="No space left"):
+        build([spec()], tmp_path)
+    with pytest.raises(StoreError, match="is not finished"):
+        ActivationStore.open(tmp_path / built.name)
+    monkeypatch.undo()
+    build([spec()], tmp_path)
+    assert contents(tmp_path / built.name) == contents(built)
+
+
+def test_activations_that_are_not_finite_are_refused_by_row(tmp_path, monkeypatch):
+    prefix = LanguageModel.prefix
+
+    def poisoned(self, tokens, hooks):
+        found = prefix(self, tokens, hooks)
+        found[HOOK][2, 3, 4] = torch.inf
+        return found
+
+    monkeypatch.setattr(LanguageModel, "prefix", poisoned)
+    with pytest.raises(StoreError, match=f"activations of row 2 at {HOOK} are not finite in bfloat16"):
+        build([spec()], tmp_path)
