@@ -5,6 +5,7 @@ document goes on in the next row after that row's own BOS; nothing is padded.
 """
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import json
@@ -165,7 +166,8 @@ def _hub(config: CorpusConfig) -> tuple[str, Callable[[], Iterator[str]]]:
     ), texts
 
 
-def python_docs() -> list[str]:
+@functools.cache
+def python_docs() -> tuple[str, ...]:
     """Prose that ships with every CPython: the language reference's topics and the docstrings of the standard library.
 
     One document a topic or module, without doubles, in an order mixed by a fixed seed.
@@ -182,7 +184,7 @@ def python_docs() -> list[str]:
         raise CorpusError("this Python ships neither pydoc topics nor library sources; give another corpus")
     texts = sorted(set(texts))
     random.Random(PYTHON_DOCS_SEED).shuffle(texts)
-    return texts
+    return tuple(texts)
 
 
 def _docstrings(file: Path) -> str:

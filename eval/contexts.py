@@ -16,7 +16,7 @@ from hsae.train.views import View
 MOST_ROWS = 2048  # rows read, from the front of the store: bounds the time on large stores
 BATCH_ROWS = 64
 BEFORE, AFTER = 16, 6
-SPACE_MARKS = {"▁": " ", "Ġ": " ", "Ċ": "\n"}
+SPACE_MARKS = {"▁": " ", "Ġ": " ", "Ċ": "\n", "\n": "↵"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _context(value: float, row: int, ids_T: Tensor, acts_T: Tensor, tokenizer: A
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Each token as readable text, with the spaces its marks stand for."""
+    """Each token as readable text on one line: the spaces its marks stand for, line ends as ↵."""
     texts = []
     for token in tokenizer.convert_ids_to_tokens(list(ids)):
         text = str(token)

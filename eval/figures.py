@@ -156,7 +156,7 @@ def drawn_part(contributions_FG: Tensor) -> Tensor:
 def _matrix(axis: Any, contributions_FG: Tensor, title: str) -> Any:
     part = drawn_part(contributions_FG)
     image = axis.imshow(
-        part.numpy(), aspect="auto", cmap="magma_r", vmin=0, vmax=max(1e-9, float(part.max())), interpolation="nearest"
+        part.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=max(1e-9, float(part.max())), interpolation="nearest"
     )
     axis.set_title(title)
     axis.set_xlabel(f"fine latents (the {part.shape[1]} strongest of {contributions_FG.shape[1]})")
