@@ -64,9 +64,10 @@ def weight_bytes(config: ModelConfig) -> int | None:
         return sum(file.stat().st_size for file in path.glob(WEIGHTS))
     if config.id.count("/") != 1:
         return None
-    return sum(
-        sibling.size or 0 for sibling in _hub_info(config).siblings or [] if sibling.rfilename.endswith(".safetensors")
-    )
+    if (cached := _hub_cached(config)) is not None:
+        return sum(file.stat().st_size for file in cached.glob(WEIGHTS))
+    siblings = _hub_info(config).siblings or []
+    return sum(sibling.size or 0 for sibling in siblings if sibling.rfilename.endswith(".safetensors"))
 
 
 def config_file(config: ModelConfig) -> Path | None:
@@ -194,19 +195,29 @@ def _hub_info(config: ModelConfig) -> Any:
         return HfApi().model_info(config.id, revision=config.revision, timeout=HUB_TIMEOUT_S, files_metadata=True)
 
 
-def _downloaded(config: ModelConfig, say: Say) -> Path:
+def _hub_cached(config: ModelConfig) -> Path | None:
+    """The folder of a model that is already in the hub's local cache, weights included."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(config.id, revision=config.revision, allow_patterns=HUB_PATTERNS, local_files_only=True)
+        found = snapshot_download(
+            config.id, revision=config.revision, allow_patterns=HUB_PATTERNS, local_files_only=True
         )
     except (LocalEntryNotFoundError, FileNotFoundError):
-        _hub_info(config)  # fails within seconds where there is no hub or no access
-        say(f"downloading {config.id}")
-        with _clear_hub_errors(config):
-            return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=HUB_PATTERNS))
+        return None
+    return Path(found) if any(Path(found).glob(WEIGHTS)) else None
+
+
+def _downloaded(config: ModelConfig, say: Say) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if (cached := _hub_cached(config)) is not None:
+        return cached
+    _hub_info(config)  # fails within seconds where there is no hub or no access
+    say(f"downloading {config.id}")
+    with _clear_hub_errors(config):
+        return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=HUB_PATTERNS))
 
 
 class _clear_hub_errors:

@@ -114,7 +114,7 @@ def test_the_default_plans_sizes_are_told_without_reading_weights(tmp_path):
     gemma_2_2b_in_the_hubs_cache(tmp_path / "hub")
     done = hsae("cache", "build", "--dry-run", "--split", "eval", cwd=tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"))
     assert done.returncode == 0, done.stderr
-    for number in ("35,200", "4,505,600", "22.65 GB", "google/gemma-2-2b in bfloat16"):
+    for number in ("35,200", "4,505,600", "22.67 GB", "google/gemma-2-2b in bfloat16"):
         assert number in done.stdout
     hook = hsae(
         "cache",
@@ -170,7 +170,7 @@ def test_usage_mistakes_and_damaged_stores_have_their_status(folder):
         and f"{store}/tokens/c/0/0 is {len(data) - 1} bytes long, not {len(data)}" in damaged.stdout
     )
     train = hsae("train", "--run", "4", cwd=folder)
-    assert train.returncode == 2 and f"hsae cache verify {store} --repair" in train.stderr
+    assert train.returncode == 2 and f"hsae cache verify {store.relative_to(folder)} --repair" in train.stderr
     mended = hsae("cache", "verify", str(store), "--repair", cwd=folder)
     assert mended.returncode == 0 and "1 of 1 damaged chunks repaired" in mended.stdout
     assert chunk.read_bytes() == data
