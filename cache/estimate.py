@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hsae.cache import weights
 from hsae.cache.build import held_by
 from hsae.cache.config import StoreSpec
-from hsae.cache.errors import ModelError, StoreError, UserError
+from hsae.cache.errors import ModelError, StoreError
 from hsae.cache.layout import total_bytes
 from hsae.cache.lm import check_dtype, hook_layer
 
@@ -34,17 +32,6 @@ class Estimate:
     """Bytes of the model's weights; None if unknown."""
     seconds: float | None
     """Rough time to build all of it; None if the model's size is unknown."""
-
-
-def pick_device(device: str) -> str:
-    """`auto` is cuda where there is a GPU, else cpu. Raises UserError for a device that is not there."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"device {device!r}: use auto, cpu, cuda or cuda:N")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device!r}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
-    return device
 
 
 def estimate(spec: StoreSpec, root: Path, device: str) -> Estimate:

@@ -36,7 +36,8 @@ def build(
     Example: hsae cache build --plan gemma-3-270m
     """
     from hsae.cache.build import build as build_store
-    from hsae.cache.estimate import check_space, estimate, pick_device
+    from hsae.cache.device import pick_device
+    from hsae.cache.estimate import check_space, estimate
     from hsae.train.plan import load_plan
 
     loaded = load_plan(plan, overrides or ())
@@ -156,7 +157,7 @@ def verify(
 
     Example: hsae cache verify activations/gemma-3-270m-train-0123456789abcdef.zarr --repair
     """
-    from hsae.cache.estimate import pick_device
+    from hsae.cache.device import pick_device
     from hsae.cache.verify import repair as repair_store
     from hsae.cache.verify import verify as verify_store
 

@@ -39,6 +39,13 @@ def core(
         typer.Option("--all-tokens", help="Replace the residual of special tokens too (SAEBench's other setting)."),
     ] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder for the results of --sae.")] = Path("eval_results/core"),
+    faithful: Annotated[
+        bool,
+        typer.Option(
+            "--faithful/--corrected",
+            help="Which numbers to print: SAEBench's with all their quirks, or hsae's with intervals. The files hold both.",
+        ),
+    ] = True,
     legacy: Annotated[
         bool, typer.Option("--legacy", help="Also write each result as SAEBench up to 0.1 did, into legacy/.")
     ] = False,
@@ -58,12 +65,12 @@ def core(
         raise UserError("--run, --all and --sae exclude each other")
     loaded = load_plan(plan, overrides or ())
 
+    from hsae.cache.device import pick_device
     from hsae.cache.lm import LanguageModel
     from hsae.cache.store import ActivationStore
     from hsae.eval.core import CoreOptions
     from hsae.eval.schema import write_core
     from hsae.eval.targets import evaluate_targets, folder_targets
-    from hsae.train.trainer import pick_device
 
     place = pick_device(device)
     targets = folder_targets(loaded, sae, out) if sae else _of_runs(loaded, run)
@@ -84,7 +91,7 @@ def core(
             write_core(
                 item.result, target.folder / "legacy", release=target.release, sae_id=target.sae_id, layout="legacy"
             )
-    console.print(_table(evaluated))
+    console.print(_table(evaluated, faithful))
     for item in evaluated:
         if item.result.dead:
             text = " ".join(item.result.notes)
@@ -111,9 +118,9 @@ def _of_runs(plan: "Plan", run: str | None) -> "list[Target]":
     return [target for config in trained for target in run_targets(plan, config)]
 
 
-def _table(evaluated: "list[Evaluated]") -> Table:
+def _table(evaluated: "list[Evaluated]", faithful: bool) -> Table:
     table = Table(
-        title="core: corrected measures, ± spans the 95 % interval over rows; SAEBench's numbers are in the files",
+        title="core, as SAEBench computes it" if faithful else "core, corrected; ± spans the 95 % interval over rows",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -126,14 +133,17 @@ def _table(evaluated: "list[Evaluated]") -> Table:
         dead = result.measure("dead_fraction")
         alive = "-" if dead is None or dead.value is None else f"{1 - dead.value:.0%}"
         cells = [
-            _cell(result, name, digits)
+            _cell(result, name, digits, faithful)
             for name, digits in (("ce_loss_score", 3), ("kl_div_score", 3), ("explained_variance", 3), ("l0", 1))
         ]
         table.add_row(escape(item.target.label), *cells, alive, style="yellow" if result.dead else None)
     return table
 
 
-def _cell(result: "CoreResult", name: str, digits: int) -> str:
+def _cell(result: "CoreResult", name: str, digits: int, faithful: bool) -> str:
+    if faithful:
+        value = result.metric(name)
+        return "NaN" if value is None else f"{value:.{digits}f}"
     measure = result.measure(name)
     if measure is None or measure.value is None:
         return "undefined"

@@ -42,8 +42,9 @@ def train(
     loaded = load_plan(plan, overrides or ())
     selected = list(loaded.runs.values()) if run is None else loaded.select(run)
 
+    from hsae.cache.device import pick_device
     from hsae.cache.store import ActivationStore
-    from hsae.train.trainer import check, pick_device
+    from hsae.train.trainer import check
     from hsae.train.trainer import train as train_runs
 
     store = ActivationStore.open(loaded.store_path("train"))

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hsae.cache.build import build
+from hsae.cache.device import pick_device
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.store import ActivationStore
 from hsae.train import rundir, saelens
@@ -21,7 +22,7 @@ from hsae.train.checkpoint import FILE as CHECKPOINT
 from hsae.train.model import load_model
 from hsae.train.plan import load_plan
 from hsae.train.run import TrainingRun
-from hsae.train.trainer import pick_device, scaling_of, train
+from hsae.train.trainer import scaling_of, train
 
 GOLDEN_MODEL = Path(__file__).parent / "golden" / "model"
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hsae.cache.device import pick_device
 from hsae.cache.errors import UserError
 from hsae.cache.store import ActivationStore
 from hsae.cache.stream import TokenStream
@@ -50,15 +51,6 @@ class Trainee:
     run: TrainingRun
     log: rundir.MetricsLog
     identity: str
-
-
-def pick_device(device: str) -> str:
-    """`auto` is cuda where there is a GPU, else cpu. Raises UserError for a device that is not there."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device!r}: this torch ({torch.__version__}) sees no GPU; use --device cpu")
-    return device
 
 
 def scaling_of(store: ActivationStore, hook: str) -> Scaling:

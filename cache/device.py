@@ -1,0 +1,20 @@
+"""Where to compute."""
+
+import torch
+
+from hsae.cache.errors import UserError
+
+
+def pick_device(device: str) -> str:
+    """`auto` is cuda where there is a GPU, else cpu. Raises UserError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise UserError(f"device {device!r}: use auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        raise UserError(
+            f"device {device!r}: this torch ({torch.__version__}) sees {seen or 'no'} GPU{'s' if seen > 1 else ''}; use --device cpu"
+        )
+    return device
