@@ -20,12 +20,15 @@ from hsae.train import saelens
 
 
 def check(folder: Path) -> dict[str, object]:
-    """Largest differences between the two on 257 random vectors of the size of the SAE's bias."""
+    """Largest differences between the two on 257 random vectors, large enough that latents fire."""
     ours, theirs = saelens.load(folder), SAE.load_from_disk(str(folder))
-    scale = ours.b_dec.norm() / ours.d_in**0.5 + 1
-    x = ours.b_dec + scale * torch.randn(257, ours.d_in, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(257, ours.d_in, generator=torch.Generator().manual_seed(0))
+    scale = float(ours.b_dec.norm()) / ours.d_in**0.5 + 1
     with torch.no_grad():
-        codes = ours.encode(x)
+        x = ours.b_dec + scale * noise
+        while (codes := ours.encode(x)).count_nonzero() < len(x) and scale < 1e9:
+            scale *= 2
+            x = ours.b_dec + scale * noise
         code_difference = (codes - theirs.encode(x)).abs().max().item()
         output_difference = (ours.decode(codes) - theirs(x)).abs().max().item()
     return {
