@@ -161,7 +161,8 @@ def killed_and_resumed(plan_in, tmp_path, activations, times, seed):
             time.sleep(0.002)  # until this process trains, so that the kill meets real work
         time.sleep(0.25 * torch.rand((), generator=generator).item())
         if process.poll() is not None:
-            assert process.returncode == 0, process.stderr.read().decode()
+            assert process.returncode == 0, process.communicate()[1].decode()
+            process.communicate()
             shutil.rmtree(tmp_path / "broken")  # it got to the end: begin again
             continue
         os.killpg(process.pid, signal.SIGKILL)
