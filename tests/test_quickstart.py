@@ -10,19 +10,12 @@ import pytest
 from hsae.eval.schema import read_core
 
 pytestmark = pytest.mark.slow
-COMMAND = [
-    sys.executable,
-    "-c",
-    "from hsae.cli.main import main; main()",
-    "quickstart",
-    "--set",
-    "train.tokens=300_000",
-]
+COMMAND = [sys.executable, "-c", "from hsae.cli.main import main; main()", "quickstart"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder in which the quickstart ran, with half of its training tokens."""
+    """A folder in which the quickstart ran."""
     folder = tmp_path_factory.mktemp("quickstart")
     done = subprocess.run(COMMAND, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -17,7 +17,7 @@ import torch
 from hsae.cache.errors import UserError
 from hsae.train.checkpoint import FILE as CHECKPOINT
 from hsae.train.config import RunConfig
-from hsae.train.files import write_atomically
+from hsae.train.files import PARTIAL, write_atomically
 from hsae.train.plan import Plan
 
 CONTENTS = ("run.json", "metrics.jsonl", "checkpoint", "model", "saelens", "eval")
@@ -56,6 +56,8 @@ def prepare(plan: Plan, config: RunConfig, store_name: str, d_in: int, *, resume
         for name in CONTENTS:
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for leftover in run_dir.rglob(f"*{PARTIAL}"):  # of a process that was killed while writing
+        leftover.unlink()
     if (held := read_run(run_dir)) is not None:
         if held.get("identity") != mine:
             raise UserError(

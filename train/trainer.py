@@ -1,5 +1,6 @@
 """The training loop: every selected run in one pass over the stream of cached activations. The language model is never loaded."""
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -234,4 +235,4 @@ def _finish(plan: Plan, store: ActivationStore, trainee: Trainee, x_BD: Tensor) 
     content = rundir.read_run(run_dir)
     assert content is not None
     rundir.write_run(run_dir, {**content, "complete": True})
-    (run_dir / CHECKPOINT).unlink(missing_ok=True)
+    shutil.rmtree((run_dir / CHECKPOINT).parent, ignore_errors=True)
