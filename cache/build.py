@@ -12,6 +12,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,7 @@ from hsae.cache import losses, writer
 from hsae.cache.config import FORMAT_VERSION, StoreSpec
 from hsae.cache.corpus import Corpus, Packer, open_corpus, tokenised
 from hsae.cache.errors import CorpusError, StoreError
-from hsae.cache.layout import ArraySpec, Header, arrays, chunk_rows, read_header
+from hsae.cache.layout import ArraySpec, Header, arrays, chunk_rows, read_header, statistics_arrays
 from hsae.cache.lm import LanguageModel
 from hsae.cache.mapped import MappedArray
 from hsae.cache.statistics import summarise
@@ -62,11 +63,8 @@ def build(
         return targets
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:
-        for spec, target in missing:
-            try:
-                locks.enter_context(FileLock(folder / f".{spec.name}.lock").acquire(timeout=0))
-            except Timeout:
-                raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
+        for _, target in missing:
+            locks.enter_context(locked(target))
         say(f"loading {specs[0].model.id}")
         model = LanguageModel.load(specs[0].model, device=device, say=say)
         builders = [Builder(spec, target, model, progress, documents) for spec, target in missing]
@@ -76,6 +74,14 @@ def build(
             builder.write_activations()
             builder.finish()
     return targets
+
+
+def locked(target: Path) -> AbstractContextManager[object]:
+    """The lock on a store, taken. Raises StoreError if another process builds or mends it."""
+    try:
+        return FileLock(target.with_name(f".{target.name}.lock")).acquire(timeout=0)
+    except Timeout:
+        raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
 
 
 def held_by(target: Path, spec: StoreSpec) -> Header:
@@ -116,7 +122,8 @@ class Builder:
             for leftover in self.target.rglob("*.partial"):
                 leftover.unlink()
         else:
-            writer.create(self.target, self.header(), self.specs.values())
+            every = {**self.specs, **statistics_arrays(self.spec, self.model.d_model)}
+            writer.create(self.target, self.header(), every.values())
         self.write_tokens()
 
     def header(self) -> Header:
@@ -132,16 +139,32 @@ class Builder:
             model_digest=model.model_digest,
             tokenizer_digest=model.tokenizer_digest,
             corpus_digest=self.corpus.digest,
-            versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+            versions={
+                "python": platform.python_version(),
+                "device": torch.device(model.device).type,
+                **{name: version(name) for name in LIBRARIES},
+            },
         )
 
     def check_same(self, held: Header, wanted: Header) -> None:
         """Raise StoreError if the store was begun with another model, tokenizer or corpus."""
-        for name in ("model_digest", "tokenizer_digest", "corpus_digest", "d_model", "bos_id", "special_ids"):
+        for name in (
+            "model_digest",
+            "tokenizer_digest",
+            "corpus_digest",
+            "d_model",
+            "bos_id",
+            "special_ids",
+            "versions",
+        ):
             if getattr(held, name) != getattr(wanted, name):
                 what = name.removesuffix("_digest")
+                change = f"another {what} of the same name"
+                if name == "versions":  # the same numbers are promised on the same libraries and kind of device only
+                    pairs = ((key, held.versions.get(key), now) for key, now in wanted.versions.items())
+                    change = ", ".join(f"{key} {before} (now {now})" for key, before, now in pairs if before != now)
                 raise StoreError(
-                    f"{self.target} was begun with another {what} of the same name; nothing was written. "
+                    f"{self.target} was begun with {change}; nothing was written. "
                     "Move it away, or build elsewhere with --set cache.dir=FOLDER"
                 )
 
@@ -157,7 +180,7 @@ class Builder:
             state = json.loads(state_file.read_text())
             first = int(state.pop("chunks"))
             packer.restore(state)
-        if all(array.chunk_file(self.target, index).is_file() for index in range(array.count)):
+        if all(array.is_written(self.target, index) for index in range(array.count)):
             state_file.unlink(missing_ok=True)
             return
         rows = packer.pack(self._token_documents(packer.documents - 1 if packer.documents else 0))
@@ -191,14 +214,10 @@ class Builder:
 
     def write_activations(self) -> None:
         """Compute every chunk that is missing from any array of activations or losses."""
-        total = self.specs["tokens"].count
-        for index in range(total):
-            missing = [array for array in self.row_arrays(index) if not array.chunk_file(self.target, index).is_file()]
-            if missing:
+        for index in range(self.specs["tokens"].count):
+            if missing := [array for array in self.row_arrays(index) if not array.is_written(self.target, index)]:
+                self.progress(self.spec, "activations", index * self.step, self.spec.rows, self.row_bytes)
                 self.write_chunks(index, missing)
-            self.progress(
-                self.spec, "activations", min((index + 1) * self.step, self.spec.rows), self.spec.rows, self.row_bytes
-            )
 
     def row_arrays(self, index: int) -> list[ArraySpec]:
         """The arrays besides the tokens that have a chunk `index`."""

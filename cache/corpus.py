@@ -18,6 +18,7 @@ from typing import Any
 
 from hsae.cache.config import CorpusConfig
 from hsae.cache.errors import CorpusError
+from hsae.cache.weights import files_digest
 
 TOKENISED_AT_ONCE = 16
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -54,7 +55,7 @@ def open_corpus(config: CorpusConfig) -> Corpus:
         every: Callable[[], Iterator[str]] = lambda: iter(texts)  # noqa: E731
     elif path.exists():
         files = _files(path)
-        digest = _digest(f"{file.name} {file.stat().st_size} {_head(file)}" for file in files)
+        digest = files_digest(files)
         every = lambda: (text for file in files for text in _read(file, config.column))  # noqa: E731
     elif name.count("/") <= 1 and not name.startswith((".", "~")) and path.suffix not in SUFFIXES:
         digest, every = _hub(config)
@@ -78,11 +79,6 @@ def _digest(parts: Iterator[str]) -> str:
     for part in parts:
         total.update(part.encode() + b"\n")
     return total.hexdigest()
-
-
-def _head(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.sha256(opened.read(1 << 20)).hexdigest()
 
 
 def _files(path: Path) -> list[Path]:

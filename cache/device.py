@@ -1,5 +1,7 @@
 """Where to compute."""
 
+import re
+
 import torch
 
 from hsae.cache.errors import UserError
@@ -10,7 +12,7 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"device {device!r}: use auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         seen = torch.cuda.device_count()

@@ -43,6 +43,10 @@ def estimate(spec: StoreSpec, root: Path, device: str) -> Estimate:
     layers, d_model = int(config["num_hidden_layers"]), int(config["hidden_size"])
     for hook in spec.hooks:
         layer, kind = hook_layer(hook)
+        if spec.clean_rows and (layer, kind) == (0, "pre"):
+            raise ModelError(
+                f"hook {hook!r} lies before the first layer, where nothing can be put in its place; evaluate at blocks.0.hook_resid_post or later"
+            )
         if layer >= layers:
             raise ModelError(
                 f"hook {hook!r}: {spec.model.id} has layers 0 to {layers - 1}; use for example "
@@ -83,7 +87,10 @@ def model_config(spec: StoreSpec) -> tuple[dict[str, Any], int | None]:
     path = weights.config_file(spec.model)
     if path is None:  # a GGUF file that was not converted yet: its metadata is read when it is
         path = weights.model_folder(spec.model) / "config.json"
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from None
     text: dict[str, Any] = config.get("text_config", config)
     if (
         missing := {"hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "intermediate_size"}

@@ -94,6 +94,11 @@ class ArraySpec:
         blosc = [{"name": "blosc"}] if self.compact else []
         return [{"name": "bytes"}, *blosc, {"name": "crc32c"}]
 
+    def is_written(self, root: Path, index: int) -> bool:
+        """Whether chunk `index` is there, and, where its length is known, is whole."""
+        path = self.chunk_file(root, index)
+        return path.is_file() and (self.compact or path.stat().st_size == self.chunk_bytes + CRC_BYTES)
+
     def chunk_file(self, root: Path, index: int) -> Path:
         """File of chunk `index`."""
         return root / self.path / "c" / "/".join([str(index), *["0"] * (len(self.shape) - 1)])

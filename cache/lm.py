@@ -38,7 +38,7 @@ class LanguageModel:
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path, device: str) -> None:
         self.model, self.tokenizer, self.folder, self.device = model, tokenizer, folder, device
-        self.config = model.config
+        self.config = model.config.get_text_config()
         self._layers, self._norm_owner, self._norm_name = _find_layers(model)
         self.layers = len(self._layers)
         self.d_model = int(self.config.hidden_size)
@@ -54,15 +54,17 @@ class LanguageModel:
         with weights.quiet():
             from transformers import AutoConfig, AutoModelForCausalLM
 
-            described = AutoConfig.from_pretrained(folder)
-            check_dtype(config, described.model_type)
-            attention = config.attention
-            if attention == "auto":
-                attention = "eager" if getattr(described, "attn_logit_softcapping", None) else "sdpa"
             try:
+                described = AutoConfig.from_pretrained(folder).get_text_config()
+                check_dtype(config, described.model_type)
+                attention = config.attention
+                if attention == "auto":
+                    attention = "eager" if getattr(described, "attn_logit_softcapping", None) else "sdpa"
                 model = AutoModelForCausalLM.from_pretrained(
                     folder, dtype=DTYPES[config.dtype], attn_implementation=attention, use_safetensors=True
                 )
+            except ModelError:
+                raise
             except (ValueError, OSError) as error:
                 raise ModelError(f"{config.id} can't be loaded: {error}") from None
         moved: Any = model

@@ -45,7 +45,7 @@ def summarise(
         raise StoreError(f"{target} holds special tokens only")
     names = {"mean": total / seen, "geometric_median": geometric_median(torch.cat(sample).double())}
     for name, values in names.items():
-        writer.write_statistics(target, ArraySpec(f"stats/{hook}/{name}", (d_model,), "float64", (d_model,)), values)
+        writer.write_chunk(target, ArraySpec(f"stats/{hook}/{name}", (d_model,), "float64", (d_model,)), 0, values)
     return HookSummary(mean_square_norm=squares / seen, tokens=seen)
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hsae.cache.build import Builder
-from hsae.cache.layout import ArraySpec, arrays, check_array, read_header, statistics_arrays
+from hsae.cache.build import Builder, locked
+from hsae.cache.layout import ArraySpec, Header, arrays, check_array, read_header, statistics_arrays
 from hsae.cache.lm import LanguageModel
 from hsae.cache.mapped import DamagedChunkError, decode_compact, map_chunk
 from hsae.cache.store import local_path
@@ -64,6 +64,13 @@ def repair(
     header = read_header(root)
     say(f"loading {header.spec.model.id}")
     model = LanguageModel.load(header.spec.model, device=device, say=say)
+    with locked(root):
+        return _repaired(header, root, model, damages, say)
+
+
+def _repaired(
+    header: Header, root: Path, model: LanguageModel, damages: Sequence[Damage], say: Callable[[str], None]
+) -> list[Damage]:
     builder = Builder(header.spec, root, model, lambda spec, stage, done, total, row_bytes: None)
     builder.check_same(header, builder.header())
     for damage in damages:

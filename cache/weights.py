@@ -88,16 +88,17 @@ def config_file(config: ModelConfig) -> Path | None:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over config.json and the weight files; remembered in hsae's cache as long as their sizes and times stay."""
-    return _digest([folder / "config.json", *sorted(folder.glob(WEIGHTS))])
+    """SHA-256 over config.json and the weight files."""
+    return files_digest([folder / "config.json", *sorted(folder.glob(WEIGHTS))])
 
 
 def tokenizer_digest(folder: Path) -> str:
     """SHA-256 over the tokenizer's files."""
-    return _digest([folder / name for name in TOKENIZER_FILES if (folder / name).is_file()])
+    return files_digest([folder / name for name in TOKENIZER_FILES if (folder / name).is_file()])
 
 
-def _digest(files: list[Path]) -> str:
+def files_digest(files: list[Path]) -> str:
+    """SHA-256 over names and contents; remembered in hsae's cache as long as paths, sizes and times stay."""
     stamp = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:32]
     memory = home() / "digests" / key

@@ -4,7 +4,6 @@ zarr's local store writes a chunk under a partial name and renames it. The chunk
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +24,8 @@ __all__ = ["TORCH_DTYPES", "create", "write_chunk", "write_header", "write_json"
 
 def create(target: Path, header: Header, specs: Iterable[ArraySpec]) -> None:
     """Make an empty store with all its arrays; the folder appears whole or not at all."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed; the builder holds the store's lock
     try:
         group = zarr.create_group(partial, zarr_format=3, attributes={"hsae": header.model_dump(mode="json")})
         for spec in specs:
@@ -63,13 +63,6 @@ def write_chunk(target: Path, spec: ArraySpec, index: int, values: Tensor) -> No
     with zarr.config.set({"array.write_empty_chunks": True}):
         array = zarr.open_array(target / spec.path, mode="r+")
         array[start : start + rows] = numbers[:rows]
-
-
-def write_statistics(target: Path, spec: ArraySpec, values: Tensor) -> None:
-    """Make a small array that lies in one chunk."""
-    if not (target / spec.path / "zarr.json").is_file():
-        _create_array(zarr.open_group(target, mode="r+"), spec)
-    write_chunk(target, spec, 0, values)
 
 
 def write_header(target: Path, header: Header) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -51,7 +52,7 @@ def build(
     with _progress() as progress:
         paths = build_store(specs, loaded.cache.dir, device=chosen, progress=progress, say=console.print)
     for spec, path in zip(specs, paths, strict=True):
-        console.print(f"{spec.split} store: [bold]{path}[/]", soft_wrap=True)
+        console.print(f"{spec.split} store: [bold]{escape(str(path))}[/]", soft_wrap=True)
 
 
 def _sizes(estimates: "list[Estimate]", plan: str, device: str) -> Table:
@@ -167,7 +168,7 @@ def verify(
         task = bars.add_task("", total=None)
         damages = verify_store(store, lambda done, total: bars.update(task, completed=done, total=total))
     for damage in damages:
-        console.print(f"[red]damaged[/] {damage.path} {damage.problem}", soft_wrap=True)
+        console.print(f"[red]damaged[/] {escape(str(damage.path))} {damage.problem}", soft_wrap=True)
     if damages and repair:
         left = repair_store(store, damages, device=pick_device(device), say=console.print)
         console.print(f"{len(damages) - len(left)} of {len(damages)} damaged chunks repaired")
@@ -194,7 +195,7 @@ def list_stores(
     from hsae.cache.layout import read_header, total_bytes
     from hsae.train.plan import load_plan
 
-    place = folder or Path(load_plan(plan, overrides or ()).cache.dir)
+    place = (folder or Path(load_plan(plan, overrides or ()).cache.dir)).expanduser()
     if not place.is_dir():
         raise StoreError(f"there is no folder {place}; stores are made by `hsae cache build`")
     table = Table(title=str(place))
@@ -204,7 +205,7 @@ def list_stores(
         try:
             header = read_header(path)
         except StoreError as error:
-            table.add_row(path.name, f"[red]{error}[/]", "", "", "", "")
+            table.add_row(path.name, f"[red]{escape(str(error))}[/]", "", "", "", "")
             continue
         spec, state = header.spec, "complete" if header.complete else "not finished"
         size = _gb(total_bytes(spec, header.d_model))

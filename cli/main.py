@@ -51,6 +51,13 @@ def main() -> None:
     except OSError as error:
         errors.print(f"[bold red]Error:[/] {_escaped(error)}", soft_wrap=True)
         sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        errors.print(
+            "[bold red]Error:[/] the GPU is out of memory; lower train.batch_tokens, or train fewer runs at once"
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         errors.print("Interrupted.")
         sys.exit(130)

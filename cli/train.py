@@ -5,6 +5,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -74,7 +75,10 @@ def train(
         )
     for result in results:
         where = loaded.run_dir(result.run)
-        console.print(f"run {result.run.number} {result.run.name}: {result.status} {result.detail} [dim]{where}[/]")
+        console.print(
+            escape(f"run {result.run.number} {result.run.name}: {result.status} {result.detail}"),
+            f"[dim]{escape(str(where))}[/]",
+        )
     if any(result.status == "failed" for result in results):
         raise typer.Exit(1)
     if stop.asked:
@@ -139,4 +143,4 @@ class _Screen:
 
     def warning(self, run: "RunConfig", message: str) -> None:
         """Print a warning above the bars."""
-        self.progress.console.print(f"[yellow]run {run.number} {run.name}: {message}[/]")
+        self.progress.console.print(f"[yellow]run {run.number} {run.name}: {escape(message)}[/]")

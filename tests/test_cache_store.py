@@ -242,7 +242,7 @@ def test_a_finished_store_is_used_again_without_the_model(built, tmp_path, monke
     assert build([spec()], built.parent) == [built]
 
 
-def test_a_store_begun_from_something_else_is_not_touched(copied, tmp_path):
+def test_a_store_begun_from_something_else_is_not_touched(built, copied):
     content = json.loads((copied / "zarr.json").read_text())
     content["attributes"]["hsae"] |= {"complete": False, "corpus_digest": "other"}
     (copied / "zarr.json").write_text(json.dumps(content))
@@ -250,6 +250,14 @@ def test_a_store_begun_from_something_else_is_not_touched(copied, tmp_path):
     with pytest.raises(StoreError, match="was begun with another corpus of the same name; nothing was written"):
         build([spec()], copied.parent)
     assert contents(copied) == before
+    content["attributes"]["hsae"] = {
+        **json.loads((built / "zarr.json").read_text())["attributes"]["hsae"],
+        "complete": False,
+    }
+    content["attributes"]["hsae"]["versions"]["torch"] = "1.0"
+    (copied / "zarr.json").write_text(json.dumps(content))
+    with pytest.raises(StoreError, match=r"was begun with torch 1.0 \(now 2"):
+        build([spec()], copied.parent)
     other = copied.rename(copied.with_name(spec(rows=44).name))
     with pytest.raises(StoreError, match="was made for another configuration"):
         build([spec(rows=44)], other.parent)

@@ -67,6 +67,8 @@ def test_overrides_are_toml_values_or_bare_words():
         ("cache.context.x=1", "--set 'cache.context.x=1': 'context' is a value, not a table"),
         ("runs.3.curriculum=[{name='a',until=0.5,levels=[1,2]}]", "`until` must rise and the last must be 1.0"),
         ("runs.3.curriculum=[{name='a',until=1.0,levels=[3]}]", "names level(s) [3]; this run has 1 to 2"),
+        ("runs.3.curriculum=[{name='a',until=1.0,levels=[1,1,2]}]", "names a level twice"),
+        ("runs.3.curriculum=[{name='a',until=1.0,levels=[1,2],rates={1=0,2=0}}]", "no level learns: every rate is 0"),
         ("runs.3.curriculum=[{name='a',until=1.0,levels=[1]}]", "the last curriculum stage must train all 2 levels"),
     ],
 )

@@ -99,6 +99,55 @@ def test_runs_in_one_pass_are_bit_identical_to_runs_alone_and_to_a_second_time(p
         assert one == other
 
 
+def test_two_processes_do_not_train_one_run(plan_in, tmp_path):
+    plan = plan_in(tmp_path)
+    with rundir.lock(plan, plan.runs[0]), pytest.raises(UserError, match="another process is training"):
+        train(plan, plan.select("0"), Recorder(), device="cpu")
+    assert train(plan, plan.select("0"), Recorder(), device="cpu")[0].status == "trained"
+
+
+def test_a_run_knows_what_its_store_was_made_from(plan_in, tmp_path, activations):
+    plan = plan_in(tmp_path)
+    train(plan, plan.select("0"), Recorder(), device="cpu")
+    held = rundir.read_run(plan.run_dir(plan.runs[0]))
+    rundir.write_run(plan.run_dir(plan.runs[0]), {**held, "content": {**held["content"], "corpus_digest": "other"}})
+    with pytest.raises(UserError, match="was trained on a store of the same name made from another model or text"):
+        train(plan, plan.select("0"), Recorder(), device="cpu")
+
+
+def test_nan_weights_of_the_last_step_are_not_saved_as_a_model(plan_in, tmp_path, monkeypatch):
+    plan = plan_in(tmp_path, "train.checkpoint_steps=5")
+    step = TrainingRun.step
+
+    def poisoned(self, x):
+        parts = step(self, x)
+        if self.last_step_done():
+            with torch.no_grad():
+                self.model.level(1).b_enc[0] = torch.nan
+        return parts
+
+    monkeypatch.setattr(TrainingRun, "step", poisoned)
+    result = train(plan, plan.select("3"), Recorder(), device="cpu")[0]
+    assert result.status == "failed" and "NaN or infinite" in result.detail
+    assert not (plan.run_dir(plan.runs[3]) / "model").exists() and (plan.run_dir(plan.runs[3]) / CHECKPOINT).is_file()
+
+
+def test_a_frozen_relu_level_does_not_wind_up_its_controller(plan_in, tmp_path):
+    plan = plan_in(tmp_path, "runs.3.activation=relu", "train.precision=float32")
+    run = TrainingRun(
+        plan.runs[3],
+        scaling_of(ActivationStore.open(plan.store_path("train")), plan.hook.names[0]),
+        steps=100,
+        seed=0,
+        device="cpu",
+    )
+    for number in range(45):
+        before = run.controllers[1].coefficient
+        run.step(torch.randn(31, 48, generator=torch.Generator().manual_seed(number)))
+        frozen = run.last_moment.stage.rates.get(2) == 0
+        assert (run.controllers[1].coefficient == before) == frozen, number
+
+
 def test_another_seed_gives_another_model(plan_in, tmp_path):
     digests = set()
     for seed in (0, 1):
@@ -257,13 +306,15 @@ def test_a_silent_level_is_reported_at_once(plan_in, tmp_path, monkeypatch):
     ("override", "message"),
     [
         ("train.batch_tokens=9000", "train.batch_tokens is 9000, but the store has only"),
+        ("runs.3.l0=[8.9999, 0.0001]", r"run 3: l0 \(8.9999, 0.0001\) keeps no latent in a batch of 250"),
+        ("train.tokens=750", "its curriculum has 5 stages, but train.tokens makes only 3 steps"),
         ("cache.train.rows=121", "cache build"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_compute(plan_in, tmp_path, override, message):
     plan = plan_in(tmp_path, override)
     with pytest.raises(UserError, match=message):
-        train(plan, plan.select("0"), Recorder(), device="cpu")
+        train(plan, plan.select("0,3"), Recorder(), device="cpu")
     assert not tmp_path.joinpath("0").exists()
 
 

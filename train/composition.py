@@ -62,10 +62,10 @@ class Composition(nn.Module):
     @torch.no_grad()
     def contributions(self) -> Tensor:
         """[F, G] share of coarse latent i's rms that fine latent j brings: w_ij rms_j / rms_i in the codes' own units."""
+        alive = (self.rms_coarse > RMS_FLOOR)[:, None] & (self.rms_fine > RMS_FLOOR)[None, :]
         if self.config.mode == "normalised":
-            alive = (self.rms_coarse > RMS_FLOOR)[:, None] & (self.rms_fine > RMS_FLOOR)[None, :]
             return self.W * alive
-        return self.W * self.rms_fine[None, :] / self.rms_coarse[:, None].clamp_min(RMS_FLOOR)
+        return self.W * alive * self.rms_fine[None, :] / self.rms_coarse[:, None].clamp_min(RMS_FLOOR)
 
     @torch.no_grad()
     def weight(self) -> Tensor:

@@ -157,5 +157,9 @@ class RunConfig(Config):
                 raise ValueError(
                     f"curriculum stage {stage.name!r} names level(s) {unknown}; this run has 1 to {self.levels}"
                 )
+            if len(set(stage.levels)) != len(stage.levels):
+                raise ValueError(f"curriculum stage {stage.name!r} names a level twice: {list(stage.levels)}")
+            if all(stage.rates.get(level, 1.0) == 0 for level in stage.levels):
+                raise ValueError(f"in curriculum stage {stage.name!r} no level learns: every rate is 0")
         if set(stages[-1].levels) != set(range(1, self.levels + 1)):
             raise ValueError(f"the last curriculum stage must train all {self.levels} levels")

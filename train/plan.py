@@ -47,11 +47,11 @@ class Plan:
 
     def store_path(self, split: Split) -> Path:
         """Where that store lies."""
-        return Path(self.cache.dir) / self.store(split).name
+        return Path(self.cache.dir).expanduser() / self.store(split).name
 
     def run_dir(self, run: RunConfig) -> Path:
         """Where a run's results lie: `<train.dir>/<number>`."""
-        return Path(self.train.dir) / str(run.number)
+        return Path(self.train.dir).expanduser() / str(run.number)
 
     def select(self, text: str) -> list[RunConfig]:
         """Runs named by `3`, `0-5`, `baseline` or a comma-separated list of those, in the order of their numbers."""

@@ -16,7 +16,7 @@ from hsae.train.config import RunConfig
 from hsae.train.curriculum import Curriculum, Moment
 from hsae.train.losses import SparsityController, auxiliary, explained_variance, fraction_unexplained, widened
 from hsae.train.optim import make_optimiser, rename_state, restore_state, schedule, set_rates
-from hsae.train.sae import HierarchicalSAE, Output, seed_of
+from hsae.train.sae import HierarchicalSAE, LevelOutput, Output, seed_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +80,16 @@ class TrainingRun:
         for level in active:
             level.normalise_decoder()
         if moment.composition > 0:
-            for module in self.compositions:
-                assert isinstance(module, Composition)
-                module.project(base_rate, moment.stage.sparsify)
-        self._count(output)
+            for number in range(2, config.levels + 1) if len(self.compositions) else ():
+                if {number, number - 1} <= output.levels.keys():
+                    self.composition(number).project(base_rate, moment.stage.sparsify)
+        self._count(output, moment)
         self.step_number += 1
-        self.last_output, self.last_moment = output, moment
+        self.last_moment = moment
+        self.last_output = Output(
+            {number: LevelOutput(*(part.detach() for part in level)) for number, level in output.levels.items()},
+            {number: reconstruction.detach() for number, reconstruction in output.reconstructions.items()},
+        )
         return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
 
     def _losses(self, x_BD: Tensor, output: Output, moment: Moment) -> dict[str, Tensor]:
@@ -105,7 +109,7 @@ class TrainingRun:
                 parts[f"code{number}"] = weight * fraction_unexplained(target, reconstruction, variance)
             if config.activation == "relu":
                 parts[f"l1_{number}"] = self.controllers[number - 1].coefficient * level.acts.float().sum(1).mean()
-            if config.aux_weight:
+            if config.aux_weight and config.activation != "relu":  # below zero a dead relu latent has no gradient
                 dead = self.tokens_since_fired[number - 1] >= config.dead_after_tokens
                 module = self.model.level(number)
                 parts[f"auxiliary{number}"] = config.aux_weight * auxiliary(
@@ -121,14 +125,14 @@ class TrainingRun:
         return parts
 
     @torch.no_grad()
-    def _count(self, output: Output) -> None:
-        """Per-level counters: tokens since each latent fired, and relu's controllers."""
+    def _count(self, output: Output, moment: Moment) -> None:
+        """Per-level counters: tokens since each latent fired, and relu's controllers (a frozen level's stands still too)."""
         for number, level in output.levels.items():
             fired = level.acts > 0
             counter = self.tokens_since_fired[number - 1]
             counter += len(fired)
             counter[fired.any(0)] = 0
-            if self.config.activation == "relu":
+            if self.config.activation == "relu" and moment.stage.rates.get(number, 1.0) > 0:
                 self.controllers[number - 1].update(fired.sum(1).float().mean().item())
 
     @torch.no_grad()

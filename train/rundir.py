@@ -8,13 +8,16 @@ import hashlib
 import json
 import platform
 import shutil
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from hsae.cache.errors import UserError
+from hsae.cache.store import ActivationStore
 from hsae.train.checkpoint import FILE as CHECKPOINT
 from hsae.train.config import RunConfig
 from hsae.train.files import PARTIAL, write_atomically
@@ -44,18 +47,40 @@ def read_run(run_dir: Path) -> dict[str, Any] | None:
     return content
 
 
-def prepare(plan: Plan, config: RunConfig, store_name: str, d_in: int, *, resume: bool, restart: bool) -> bool:
+def lock(plan: Plan, config: RunConfig) -> AbstractContextManager[object]:
+    """The lock on a run directory, taken. Raises UserError if another process trains the run."""
+    folder = Path(plan.train.dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / f".{config.number}.lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is training {plan.run_dir(config)}; wait for it, or stop it") from None
+
+
+def content_of(store: ActivationStore) -> dict[str, str]:
+    """Digests of what the store was made from; its name says only what was asked for."""
+    return {name: getattr(store.header, name) for name in ("model_digest", "tokenizer_digest", "corpus_digest")}
+
+
+def check_content(run_dir: Path, store: ActivationStore) -> None:
+    """Raise UserError if the run was trained on a store of the same name that was made from something else."""
+    held = read_run(run_dir)
+    if held is not None and held.get("train_store") == store.spec.name and held.get("content") != content_of(store):
+        raise UserError(
+            f"{run_dir} was trained on a store of the same name made from another model or text; --restart trains it again"
+        )
+
+
+def prepare(plan: Plan, config: RunConfig, store: ActivationStore, *, resume: bool, restart: bool) -> bool:
     """Make the run directory ready; returns whether there is a checkpoint to go on from.
 
     Raises UserError if the directory holds another configuration's run, or an unfinished one and neither `resume` nor
     `restart` was asked for.
     """
     run_dir = plan.run_dir(config)
-    mine = identity(plan, config, store_name)
+    mine = identity(plan, config, store.spec.name)
     if restart:
-        for name in CONTENTS:
-            path = run_dir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        _clear(run_dir)
     for leftover in run_dir.rglob(f"*{PARTIAL}"):  # of a process that was killed while writing
         leftover.unlink()
     if (held := read_run(run_dir)) is not None:
@@ -71,9 +96,15 @@ def prepare(plan: Plan, config: RunConfig, store_name: str, d_in: int, *, resume
                 )
             return True
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-    write_run(run_dir, _description(plan, config, store_name, d_in, mine))
+    _clear(run_dir)
+    write_run(run_dir, _description(plan, config, store, mine))
     return False
+
+
+def _clear(run_dir: Path) -> None:
+    for name in CONTENTS:
+        path = run_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def is_complete(plan: Plan, config: RunConfig, store_name: str) -> bool:
@@ -89,7 +120,7 @@ def write_run(run_dir: Path, content: dict[str, Any]) -> None:
     write_atomically(run_dir / "run.json", lambda path: path.write_text(json.dumps(content, indent=2)))
 
 
-def _description(plan: Plan, config: RunConfig, store_name: str, d_in: int, mine: str) -> dict[str, Any]:
+def _description(plan: Plan, config: RunConfig, store: ActivationStore, mine: str) -> dict[str, Any]:
     try:
         own = version("hsae")
     except PackageNotFoundError:
@@ -102,8 +133,9 @@ def _description(plan: Plan, config: RunConfig, store_name: str, d_in: int, mine
         "plan": plan.name,
         "model": plan.model.id,
         "hook": plan.hook.names[0],
-        "d_in": d_in,
-        "train_store": store_name,
+        "d_in": store.header.d_model,
+        "train_store": store.spec.name,
+        "content": content_of(store),
         "eval_store": plan.store("eval").name,
         "config": {**plan.train.model_dump(mode="json"), **config.model_dump(mode="json")},
         "versions": {"hsae": own, "torch": torch.__version__, "python": platform.python_version()},

@@ -1,5 +1,6 @@
 """The training loop: every selected run in one pass over the stream of cached activations. The language model is never loaded."""
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from hsae.train import rundir, saelens
 from hsae.train.checkpoint import FILE as CHECKPOINT
 from hsae.train.checkpoint import load_checkpoint, save_checkpoint
 from hsae.train.config import RunConfig
+from hsae.train.curriculum import stages
 from hsae.train.model import folded, save_model
 from hsae.train.plan import Plan
 from hsae.train.run import Scaling, TrainingRun
@@ -79,8 +81,13 @@ def check(plan: Plan, runs: Sequence[RunConfig], store: ActivationStore) -> None
             f"train.batch_tokens is {plan.train.batch_tokens}, but the store has only {available} tokens in all"
         )
     for run in runs:
-        if run.activation != "relu" and max(run.l0) * plan.train.batch_tokens < 1:
+        if round(min(run.l0) * plan.train.batch_tokens) < 1:
             raise UserError(f"run {run.number}: l0 {run.l0} keeps no latent in a batch of {plan.train.batch_tokens}")
+        if len(stages(run)) > plan.train.steps:
+            raise UserError(
+                f"run {run.number}: its curriculum has {len(stages(run))} stages, but train.tokens makes only "
+                f"{plan.train.steps} steps of {plan.train.batch_tokens} tokens"
+            )
 
 
 def train(
@@ -99,7 +106,20 @@ def train(
     Raises UserError before any compute if something can't work; a run whose loss stops being finite is stopped, keeps its
     last checkpoint, and the others go on.
     """
-    device = pick_device(device)
+    with contextlib.ExitStack() as locks:
+        return _train(plan, runs, listener, pick_device(device), resume, restart, should_stop, locks)
+
+
+def _train(
+    plan: Plan,
+    runs: Sequence[RunConfig],
+    listener: Listener,
+    device: str,
+    resume: bool,
+    restart: bool,
+    should_stop: Callable[[], bool],
+    locks: contextlib.ExitStack,
+) -> list[Result]:
     store = ActivationStore.open(plan.store_path("train"))
     check(plan, runs, store)
     scaling, name, hook = scaling_of(store, plan.hook.names[0]), plan.store("train").name, plan.hook.names[0]
@@ -108,10 +128,14 @@ def train(
     results: dict[int, Result] = {}
     trainees: list[Trainee] = []
     for config in runs:
+        locks.enter_context(rundir.lock(plan, config))
+        if not restart:
+            rundir.check_content(plan.run_dir(config), store)
         if not restart and rundir.is_complete(plan, config, name):
+            shutil.rmtree((plan.run_dir(config) / CHECKPOINT).parent, ignore_errors=True)
             results[config.number] = Result(run=config, status="already trained")
             continue
-        goes_on = rundir.prepare(plan, config, name, store.header.d_model, resume=resume, restart=restart)
+        goes_on = rundir.prepare(plan, config, store, resume=resume, restart=restart)
         run = TrainingRun(config, scaling, steps=plan.train.steps, seed=plan.train.seed, device=device)
         identity = rundir.identity(plan, config, name)
         if goes_on:
@@ -131,6 +155,8 @@ def train(
             if trainee.run.failure is None and trainee.run.step_number == step:
                 _step(plan, trainee, x_BD, clock, listener)
         clock.computed()
+        if all(trainee.run.failure is not None for trainee in trainees):
+            break
         if should_stop() and step + 1 < plan.train.steps:
             _stop(plan, trainees, results)
             break
@@ -186,7 +212,7 @@ def _step(plan: Plan, trainee: Trainee, x_BD: Tensor, clock: _Clock, listener: L
     parts = run.step(x_BD)
     logs = run.step_number % settings.log_steps == 0 or run.last_step_done()
     saves = run.step_number % settings.checkpoint_steps == 0 and not run.last_step_done()
-    if run.diverged(parts["loss"]) or (saves and not run.finite()):
+    if run.diverged(parts["loss"]) or ((saves or run.last_step_done()) and not run.finite()):
         run.failure = run.failure or f"a weight became NaN or infinite by step {run.step_number}"
         kept = plan.run_dir(config) / CHECKPOINT
         message = f"{run.failure}; stopped" + (f", the last good state is in {kept}" if kept.is_file() else "")
@@ -210,6 +236,8 @@ def _warn(trainee: Trainee, listener: Listener, message: str) -> None:
 def _stop(plan: Plan, trainees: list[Trainee], results: dict[int, Result]) -> None:
     for trainee in trainees:
         config = trainee.run.config
+        if trainee.run.failure is None and not trainee.run.finite():
+            trainee.run.failure = f"a weight became NaN or infinite by step {trainee.run.step_number}"
         if trainee.run.failure is None:
             save_checkpoint(trainee.run, plan.run_dir(config), trainee.identity)
             detail = f"at step {trainee.run.step_number} of {trainee.run.steps}; go on with --resume"
