@@ -49,9 +49,15 @@ def report(
     except (StoreError, ModelError) as error:
         console.print(f"[yellow]no contexts in this report: {escape(str(error))}[/]")
     run_dirs = [loaded.run_dir(config) for config in selected]
-    path = write_report(
-        run_dirs, out, compare=compare or (), store=store, tokenizer=tokenizer, hook=loaded.hook.names[0]
-    )
+    with console.status("report") as status:
+        path = write_report(
+            run_dirs,
+            out,
+            compare=compare or (),
+            store=store,
+            tokenizer=tokenizer,
+            progress=lambda text: status.update(f"report: {escape(text)}"),
+        )
     console.print(
         f"report: [bold]{escape(str(path))}[/], table: {escape(str(path.with_name('report.md')))}", soft_wrap=True
     )

@@ -1,6 +1,9 @@
 """Top contexts of latents: where in the evaluation text a latent is most active, with the words around it.
 
-Shapes: R rows, T context length, D residual width, F latents.
+One pass over the store surveys every latent of a view (how often, how strongly, and the places of its highest peaks, one a document);
+the few rows that are shown are then encoded again. Memory does not grow with the store: `PEAKS_KEPT` places a latent.
+
+Shapes: R rows, T context length, D residual width, F latents, P peaks kept, N tokens of a batch.
 """
 
 from collections.abc import Sequence
@@ -13,10 +16,10 @@ from torch import Tensor
 from hsae.cache.store import ActivationStore
 from hsae.train.views import View
 
-MOST_ROWS = 2048  # rows read, from the front of the store: bounds the time on large stores
-BATCH_ROWS = 64
-BEFORE, AFTER = 16, 6
-SPACE_MARKS = {"▁": " ", "Ġ": " ", "Ċ": "\n", "\n": "↵"}
+MOST_ROWS = 1024  # rows read, from the front of the store: bounds the time on large stores
+BATCH_ELEMENTS = 1 << 24  # activations held at once
+PEAKS_KEPT = 8  # a latent; more than are shown, because equal texts are shown once
+BEFORE, AFTER = 18, 8  # tokens shown around the peak
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Context:
-    """A stretch of text around a latent's largest activation in one row."""
+    """A stretch of one document around a latent's largest activation in it."""
 
     activation: float
     row: int
@@ -38,74 +41,145 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Firing:
-    """How often and how strongly each latent of a view fires on the rows read."""
+class Survey:
+    """What one pass over the store's first rows says of every latent of a view."""
 
     density_F: Tensor
     """[F] share of non-special tokens on which the latent fires."""
     mass_F: Tensor
     """[F] mean activation over non-special tokens."""
+    peaks_PF: Tensor
+    """[P, F] highest activations in different documents, falling; 0 where there are fewer."""
+    places_PF: Tensor
+    """[P, F] where they are: row * T + position."""
     rows: int
+    """Rows read."""
 
 
-def _batches(view: View, store: ActivationStore, hook: str) -> Any:
-    """(first row, tokens [R, T], kept [R, T], activations [R, T, F]) of the rows read."""
-    for start in range(0, min(store.rows, MOST_ROWS), BATCH_ROWS):
-        stop = min(start + BATCH_ROWS, store.rows, MOST_ROWS)
-        tokens = store.tokens(start, stop)
-        kept = ~store.special_mask(tokens)
-        yield start, tokens, kept, view.encode(store.acts(hook, start, stop).float()) * kept[..., None]
+def documents(tokens_RT: Tensor, bos_id: int) -> list[tuple[int, int, bool]]:
+    """Stretches (begin, end, whether it goes on from the rows before) of the flattened rows, each of one document.
+
+    A BOS inside a row begins a document; the one at a row's front stands in every row. Rows packed without BOS count as documents.
+    """
+    found: list[tuple[int, int, bool]] = []
+    for row, tokens in enumerate(tokens_RT.tolist()):
+        front, continued = row * len(tokens), tokens[0] == bos_id
+        starts = [0, *(place for place, token in enumerate(tokens) if place and token == bos_id)]
+        for begin, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            if begin == 0 and continued and found:
+                found[-1] = (found[-1][0], front + end, found[-1][2])
+            else:
+                found.append((front + begin, front + end, begin == 0 and continued))
+    return found
 
 
 @torch.no_grad()
-def firing(view: View, store: ActivationStore, hook: str) -> Firing:
-    """Density and mass of every latent."""
-    fired, mass = torch.zeros(view.d_sae, dtype=torch.float64), torch.zeros(view.d_sae, dtype=torch.float64)
-    tokens_read = rows = 0
-    for _, tokens, kept, acts in _batches(view, store, hook):
-        fired += (acts > 0).sum((0, 1)).double()
-        mass += acts.sum((0, 1)).double()
-        tokens_read += int(kept.sum())
-        rows += len(tokens)
-    return Firing(fired / max(1, tokens_read), mass / max(1, tokens_read), rows)
+def survey(view: View, store: ActivationStore, hook: str) -> Survey:
+    """Density, mass and highest peaks of every latent, over non-special tokens of the first `MOST_ROWS` rows."""
+    width, rows, context = view.d_sae, min(store.rows, MOST_ROWS), store.context
+    fired_F, mass_F = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    peaks = _Peaks(width)
+    batch = max(1, BATCH_ELEMENTS // (context * width))
+    tokens_read, document = 0, -1
+    for start in range(0, rows, batch):
+        stop = min(start + batch, rows)
+        tokens_RT = store.tokens(start, stop)
+        acts_NF = _masked(view, store, hook, start, stop).flatten(0, 1)
+        fired_F += (acts_NF > 0).sum(0)
+        mass_F += acts_NF.sum(0, dtype=torch.float64)
+        tokens_read += int((~store.special_mask(tokens_RT)).sum())
+        for begin, end, continued in documents(tokens_RT, store.header.bos_id):
+            document += not continued or document < 0
+            values_F, offsets_F = acts_NF[begin:end].max(0)
+            peaks.take(values_F, offsets_F + (start * context + begin), document)
+    counted = max(1, tokens_read)
+    return Survey(fired_F / counted, mass_F / counted, peaks.values_PF, peaks.places_PF, rows)
+
+
+class _Peaks:
+    """The highest activation of each latent in each of the P documents where that is highest."""
+
+    def __init__(self, width: int) -> None:
+        self.values_PF = torch.zeros(PEAKS_KEPT, width)
+        self.places_PF = torch.zeros(PEAKS_KEPT, width, dtype=torch.long)
+        self.documents_PF = torch.full((PEAKS_KEPT, width), -1)
+
+    def take(self, values_F: Tensor, places_F: Tensor, document: int) -> None:
+        """Take in the peaks of (a further part of) a document."""
+        better = (values_F > self.values_PF[-1]).nonzero().squeeze(1)
+        if not len(better):
+            return
+        known = self.documents_PF[:, better] == document
+        kept = self.values_PF[:, better]
+        lower = known & (values_F[better] > kept)  # replaced by the new peak of the same document
+        offered = torch.where(known.any(0) & ~lower.any(0), 0.0, values_F[better])
+        values = torch.cat([torch.where(lower, 0.0, kept), offered[None]])
+        order = torch.sort(values, dim=0, descending=True, stable=True).indices[:PEAKS_KEPT]
+        places = torch.cat([self.places_PF[:, better], places_F[better][None]])
+        held = self.documents_PF[:, better].masked_fill(lower, -1)
+        numbers = torch.cat([held, torch.full((1, len(better)), document)])
+        self.values_PF[:, better] = values.gather(0, order)
+        self.places_PF[:, better] = places.gather(0, order)
+        self.documents_PF[:, better] = numbers.gather(0, order)
+
+
+def _masked(view: View, store: ActivationStore, hook: str, start: int, stop: int) -> Tensor:
+    """Activations [R, T, F] of some rows, zero on special tokens."""
+    kept_RT = ~store.special_mask(store.tokens(start, stop))
+    return view.encode(store.acts(hook, start, stop).float()) * kept_RT[..., None]
+
+
+def heaviest(seen: Survey, count: int, *, common: float) -> list[int]:
+    """Alive latents by falling mass; those that fire on more than a share `common` of the tokens come after all others."""
+    mass, density = seen.mass_F.tolist(), seen.density_F.tolist()
+    alive = [latent for latent, value in enumerate(mass) if value > 0]
+    return sorted(alive, key=lambda latent: (density[latent] > common, -mass[latent], latent))[:count]
 
 
 @torch.no_grad()
 def top_contexts(
-    view: View, store: ActivationStore, hook: str, tokenizer: Any, latents: Sequence[int], count: int
+    view: View, store: ActivationStore, hook: str, tokenizer: Any, seen: Survey, latents: Sequence[int], count: int
 ) -> dict[int, list[Context]]:
-    """The `count` rows in which each latent is most active, one context a row, strongest first; fewer if it fires in fewer."""
-    chosen = torch.tensor(list(latents), dtype=torch.long)
-    best: dict[int, list[tuple[float, int, Tensor, Tensor]]] = {int(latent): [] for latent in chosen}
-    for start, tokens, _, acts in _batches(view, store, hook):
-        picked = acts[..., chosen]
-        peaks = picked.amax(1)
-        for column, latent in enumerate(best):
-            values, places = peaks[:, column].topk(min(count, len(peaks)))
-            for value, place in zip(values.tolist(), places.tolist(), strict=True):
-                if value > 0:
-                    best[latent].append((value, start + place, tokens[place].clone(), picked[place, :, column].clone()))
-            best[latent] = sorted(best[latent], key=lambda entry: (-entry[0], entry[1]))[:count]
-    return {
-        latent: [_context(value, row, ids, acts, tokenizer) for value, row, ids, acts in entries]
-        for latent, entries in best.items()
-    }
+    """For each latent up to `count` contexts from different documents, strongest first; texts that are equal are given once."""
+    wanted = {latent: seen.places_PF[seen.peaks_PF[:, latent] > 0, latent].tolist() for latent in latents}
+    rows = sorted({place // store.context for places in wanted.values() for place in places})
+    encoded = {row: _masked(view, store, hook, row, row + 1)[0][:, list(latents)] for row in rows}
+    found: dict[int, list[Context]] = {}
+    for column, (latent, places) in enumerate(wanted.items()):
+        texts: dict[tuple[str, ...], Context] = {}
+        for place in places:
+            row, peak = divmod(place, store.context)
+            context = _context(store, tokenizer, row, peak, encoded[row][:, column])
+            texts.setdefault(tuple(piece.text for piece in context.pieces), context)
+            if len(texts) == count:
+                break
+        found[latent] = list(texts.values())
+    return found
 
 
-def _context(value: float, row: int, ids_T: Tensor, acts_T: Tensor, tokenizer: Any) -> Context:
-    peak = int(acts_T.argmax())
-    first, last = max(0, peak - BEFORE), min(len(ids_T), peak + AFTER + 1)
-    texts = token_texts(tokenizer, ids_T[first:last].tolist())
+def _context(store: ActivationStore, tokenizer: Any, row: int, peak: int, acts_T: Tensor) -> Context:
+    """The words around a peak, cut at special tokens, because those end documents."""
+    tokens_T = store.tokens(row, row + 1)[0]
+    special = store.special_mask(tokens_T).nonzero().squeeze(1).tolist()
+    first = max([0, peak - BEFORE, *(place + 1 for place in special if place < peak)])
+    last = min([len(tokens_T), peak + AFTER + 1, *(place for place in special if place > peak)])
+    value = float(acts_T[peak])
     strengths = (acts_T[first:last] / value).clamp(0, 1).tolist()
+    texts = token_texts(tokenizer, tokens_T[first:last].tolist())
     return Context(value, row, tuple(Piece(text, strength) for text, strength in zip(texts, strengths, strict=True)))
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Each token as readable text on one line: the spaces its marks stand for, line ends as ↵."""
+    """Each token as readable text on one line: line ends as ↵, tabs as ⇥, runs of three or more spaces as ␣×n."""
     texts = []
     for token in tokenizer.convert_ids_to_tokens(list(ids)):
-        text = str(token)
-        for mark, plain in SPACE_MARKS.items():
-            text = text.replace(mark, plain)
-        texts.append(text)
+        mark = "▁" in token  # sentencepiece: turning such a token into a string would drop the space
+        texts.append(_readable(token.replace("▁", " ") if mark else tokenizer.convert_tokens_to_string([token])))
     return texts
+
+
+def _readable(text: str) -> str:
+    text = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", "⇥")
+    if len(text) > 2 and text.isspace():
+        return f"␣×{len(text)}"
+    return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)

@@ -1,9 +1,11 @@
-"""Pictures: SVG for pages, in the page's own text colour; PNG for files. Same data, same bytes.
+"""Pictures: SVG for pages, in colours that follow the page's light or dark scheme; PNG for files. Same data, same bytes.
 
 Shapes: F coarse latents, G fine latents.
 """
 
 import io
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,118 +16,155 @@ from torch import Tensor
 
 from hsae.cache.errors import UserError
 
-PALETTE = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#7f7f7f",
-)  # Okabe & Ito: colour-blind safe
-TEXT = "#010203"  # replaced by `currentColor` in SVG
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito: colour-blind safe
+GREY = "#7f7f7f"
+TEXT = "#010203"
+VARIABLES = {TEXT: "currentColor", GREY: "var(--grey)"} | {color: f"var(--c{n})" for n, color in enumerate(PALETTE)}
 MOST_ROWS_DRAWN, MOST_COLUMNS_DRAWN = 64, 160
+STYLE: Any = {  # matplotlib types its keys one by one
+    "svg.hashsalt": "hsae", "svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif", "font.size": 9,
+    "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "axes.titlelocation": "left",
+    "axes.titleweight": "bold", "legend.frameon": False, "axes.linewidth": 0.6, "figure.constrained_layout.use": True,
+    "grid.color": GREY, "grid.linewidth": 0.4, "grid.alpha": 0.3, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Point:
-    """A value with its interval, on a labelled line."""
+    """A value with its 95 % interval, on a labelled line; `whole` is False for one level of a model that has several."""
 
     label: str
     value: float | None
     low: float | None
     high: float | None
+    whole: bool = True
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's pyplot in this module's style. Raises UserError if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
-        raise UserError("pictures need matplotlib; run: pip install 'hsae[report]'") from None
+        raise UserError("the report needs matplotlib; run: pip install 'hsae[report]'") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    pyplot.rcParams.update(
-        {
-            "svg.hashsalt": "hsae", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
-            "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT,
-            "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "axes.titlelocation": "left",
-            "legend.frameon": False, "axes.linewidth": 0.6, "figure.constrained_layout.use": True,
-        }
-    )  # fmt: skip
-    return pyplot
+    plt.rcParams.update(STYLE)
+    return plt
 
 
-def _svg(figure: Any) -> str:
-    """The figure as an <svg> element that takes the page's text colour; the figure is closed."""
+def _svg(figure: Any, description: str) -> str:
+    """The figure as an <svg> element in the page's own colours; the figure is closed."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    _pyplot().close(figure)
+    pyplot().close(figure)
     text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(TEXT, "currentColor")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # a page has many figures, and ids must be unique
+    for color, variable in VARIABLES.items():
+        text = text.replace(color, variable)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
+
+
+# --- runs side by side ----------------------------------------------------------------------------------------------
 
 
 def _dots(axis: Any, points: Sequence[Point], title: str) -> None:
+    """Whole models as filled dots, single levels as hollow ones, intervals as bars."""
     for place, point in enumerate(reversed(points)):
         if point.value is None:
             axis.text(0.02, place, "undefined", transform=axis.get_yaxis_transform(), va="center", fontsize=7)
             continue
         if point.low is not None and point.high is not None:
-            axis.plot([point.low, point.high], [place, place], color=PALETTE[0], linewidth=1.5, alpha=0.5)
-        axis.plot([point.value], [place], "o", color=PALETTE[0], markersize=4)
-    axis.set_yticks(range(len(points)), [point.label for point in reversed(points)])
+            axis.plot([point.low, point.high], [place, place], color=PALETTE[0], linewidth=2, alpha=0.45)
+        fill = {"markerfacecolor": PALETTE[0]} if point.whole else {"markerfacecolor": "none", "markeredgewidth": 1.2}
+        axis.plot([point.value], [place], "o", color=PALETTE[0], markersize=5, **fill)
     axis.set_ylim(-0.6, len(points) - 0.4)
+    axis.set_yticks(range(len(points)), [point.label for point in reversed(points)])
+    for label, point in zip(axis.get_yticklabels(), reversed(points), strict=False):  # none where an axis is shared
+        label.set_fontweight("bold" if point.whole else "normal")
+    axis.tick_params(axis="y", length=0)
     axis.set_title(title)
-    axis.grid(axis="x", linewidth=0.3, alpha=0.5)
+    axis.grid(axis="x")
 
 
 def comparison(panels: Mapping[str, Sequence[Point]]) -> str:
     """One panel a metric, one line a view, dots with 95 % intervals. SVG."""
-    pyplot = _pyplot()
     lines = max((len(points) for points in panels.values()), default=1)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(9, 0.6 + 0.22 * lines), sharey=True, squeeze=False)
+    height = 0.7 + 0.22 * lines
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(9, height), sharey=True, squeeze=False)
     for axis, (title, points) in zip(axes[0], panels.items(), strict=True):
         _dots(axis, points, title)
-    return _svg(figure)
+    return _svg(figure, "Dot plot of the results in the table above")
+
+
+# --- training -------------------------------------------------------------------------------------------------------
 
 
 def training_curves(lines: Sequence[dict[str, Any]]) -> str:
-    """Loss, explained variance, L0 and dead share of each level over tokens, the curriculum's stages shaded. SVG."""
-    pyplot = _pyplot()
+    """Loss, explained variance, L0 and dead share of each level over tokens; the curriculum's stages shaded and named. SVG."""
     metrics = [line for line in lines if line["kind"] == "metrics"]
     tokens = [line["tokens"] / 1e3 for line in metrics]
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 4.2), sharex=True)
-    axes[0, 0].plot(tokens, [line["loss"] for line in metrics], color=PALETTE[6], linewidth=1.2)
-    axes[0, 0].set_title("loss")
-    for axis, key, title in (
-        (axes[0, 1], "level_explained_variance", "explained variance of the residual, levels ≥ l"),
-        (axes[1, 0], "l0", "L0: active latents per token"),
-        (axes[1, 1], "dead", "share of dead latents"),
-    ):
-        for level in range(len(metrics[0][key])):
-            values = [line[key][level] for line in metrics]
-            axis.plot(tokens, [float("nan") if value is None else value for value in values], color=PALETTE[level],
-                      linewidth=1.2, label=f"level {level + 1}")  # fmt: skip
-        axis.set_title(title)
+    figure, axes = pyplot().subplots(2, 2, figsize=(9, 4.6), sharex=True)
+    axes[0, 0].plot(tokens, _numbers(line["loss"] for line in metrics), color=GREY, linewidth=1.4)
+    panels = (
+        (axes[0, 1], "level_explained_variance", "explained variance, levels ≥ l"),
+        (axes[1, 0], "l0", "L0 (active latents per token)"),
+        (axes[1, 1], "dead", "share of latents that are dead"),
+    )
+    levels = len(metrics[0]["l0"])
+    for axis, key, _ in panels:
+        for level in range(levels):
+            values = _numbers(line[key][level] for line in metrics)
+            axis.plot(tokens, values, color=PALETTE[level % len(PALETTE)], linewidth=1.4, label=f"level {level + 1}")
+    axes[1, 0].set_ylim(bottom=0)
     axes[1, 1].set_ylim(-0.02, 1.02)
-    if len(metrics[0]["l0"]) > 1:
-        axes[0, 1].legend(fontsize=8)
-    per_step = metrics[0]["tokens"] / metrics[0]["step"] / 1e3
-    starts = [(line["step"] * per_step, line["stage"]) for line in lines if line["kind"] == "stage"]
-    ends = [start for start, _ in starts[1:]] + [tokens[-1]]
-    for axis in axes.flat:
-        for number, ((start, _), end) in enumerate(zip(starts, ends, strict=True)):
-            if number % 2:
-                axis.axvspan(start, end, color=PALETTE[6], alpha=0.12, linewidth=0)
-        axis.grid(linewidth=0.3, alpha=0.4)
-    if len(starts) > 1:
-        for number, ((start, _), end) in enumerate(zip(starts, ends, strict=True), 1):
-            axes[0, 0].text(
-                (start + end) / 2, 0.98, str(number), transform=axes[0, 0].get_xaxis_transform(), ha="center", va="top"
-            )
+    if levels > 1:
+        axes[0, 1].legend(loc="lower right")
+    named = _shade_stages(axes, lines, metrics)
+    for axis, title in ((axes[0, 0], "training loss"), *((axis, title) for axis, _, title in panels)):
+        axis.set_title(title, pad=6 + 8.5 * (named if axis in axes[0] else 0))
+        axis.grid()
+        axis.set_xlim(0, 1.01 * tokens[-1])
     for axis in axes[1]:
         axis.set_xlabel("thousand tokens")
-    return _svg(figure)
+    return _svg(figure, "Training curves: loss, explained variance, L0 and dead latents over tokens")
+
+
+def _numbers(values: Any) -> list[float]:
+    return [float("nan") if value is None else float(value) for value in values]
+
+
+def stage_ends(lines: Sequence[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """The stages of a training log with the thousands of tokens at which each began and ended."""
+    metrics = [line for line in lines if line["kind"] == "metrics"]
+    stages = [line for line in lines if line["kind"] == "stage"]
+    per_step = metrics[0]["tokens"] / max(1, metrics[0]["step"]) / 1e3
+    starts = [stage["step"] * per_step for stage in stages]
+    ends = [*starts[1:], max(metrics[-1]["tokens"] / 1e3, *starts)] if starts else []
+    return [(stage["stage"], start, end) for stage, start, end in zip(stages, starts, ends, strict=True)]
+
+
+def _shade_stages(axes: Any, lines: Sequence[dict[str, Any]], metrics: Sequence[dict[str, Any]]) -> int:
+    """Shade every second stage and write the names above the upper panels; returns how many lines of text the longest takes."""
+    stages = stage_ends(lines)
+    if len(stages) < 2:
+        return 0
+    total, most = metrics[-1]["tokens"] / 1e3, 0
+    for number, (name, start, end) in enumerate(stages):
+        wrapped = textwrap.wrap(name, max(7, int(60 * (end - start) / total))) or [""]
+        most = max(most, len(wrapped))
+        for axis in axes.flat if number % 2 else ():
+            axis.axvspan(start, end, color=GREY, alpha=0.16, linewidth=0)
+        for axis in axes[0]:
+            axis.text((start + end) / 2, 1.02, "\n".join(wrapped), transform=axis.get_xaxis_transform(), ha="center",
+                      va="bottom", fontsize=6.5, linespacing=1.05, in_layout=False)  # fmt: skip
+    return most
+
+
+# --- composition ----------------------------------------------------------------------------------------------------
 
 
 def participation_ratio(contributions_FG: Tensor) -> Tensor:
@@ -142,7 +181,8 @@ def permuted(contributions_FG: Tensor) -> Tensor:
 
 
 def drawn_part(contributions_FG: Tensor) -> Tensor:
-    """The strongest rows, and the columns that matter to them, ordered so that what a row is made of lies on a diagonal."""
+    """The strongest rows, strongest first, and the columns that matter to them, ordered so that what a row is made of lies on a diagonal."""
+    contributions_FG = contributions_FG.abs()
     rows = contributions_FG.square().sum(1).topk(min(MOST_ROWS_DRAWN, len(contributions_FG))).indices
     part = contributions_FG[rows]
     columns = part.amax(0).topk(min(MOST_COLUMNS_DRAWN, part.shape[1])).indices
@@ -154,59 +194,69 @@ def drawn_part(contributions_FG: Tensor) -> Tensor:
 
 
 def _matrix(axis: Any, contributions_FG: Tensor, title: str) -> Any:
+    """Nothing is see-through and a strong contribution dark blue, so that it reads on any background."""
+    from matplotlib.colors import LinearSegmentedColormap
+
     part = drawn_part(contributions_FG)
+    colors = [(0.0, (0.0, 0.45, 0.75, 0.0)), (0.15, (0.0, 0.45, 0.75, 0.3)), (1.0, (0.0, 0.45, 0.75, 1.0))]
     image = axis.imshow(
-        part.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=max(1e-9, float(part.max())), interpolation="nearest"
-    )
+        part.numpy(), aspect="auto", cmap=LinearSegmentedColormap.from_list("share", colors), vmin=0,
+        vmax=max(1e-9, float(part.max())), interpolation="nearest",
+    )  # fmt: skip
     axis.set_title(title)
-    axis.set_xlabel(f"fine latents (the {part.shape[1]} strongest of {contributions_FG.shape[1]})")
-    axis.set_ylabel(f"coarse latents ({part.shape[0]} of {contributions_FG.shape[0]})")
+    axis.set_xlabel(f"fine latents ({_of(part.shape[1], contributions_FG.shape[1])})")
+    axis.set_ylabel(f"coarse latents ({_of(part.shape[0], contributions_FG.shape[0])})")
     axis.set_xticks([])
     axis.set_yticks([])
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(True)
     return image
 
 
+def _of(shown: int, count: int) -> str:
+    return f"all {count}" if shown == count else f"the {shown} strongest of {count}"
+
+
 def composition(contributions_FG: Tensor, level: int) -> str:
-    """The map W between two levels, and how many fine latents each coarse one is made of beside the permuted map. SVG."""
-    pyplot = _pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), width_ratios=(2, 1))
-    image = _matrix(left, contributions_FG, f"contributions to level {level}: w·rms(fine) / rms(coarse)")
-    figure.colorbar(image, ax=left, fraction=0.03, pad=0.01)
+    """The map W between two levels, and how many fine latents each coarse one is made of, beside the permuted map. SVG."""
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.6), width_ratios=(2, 1))
+    image = _matrix(left, contributions_FG, f"what level {level} is made of")
+    bar = figure.colorbar(image, ax=left, fraction=0.03, pad=0.015, label="contribution: w · rms(fine) / rms(coarse)")
+    bar.outline.set_linewidth(0.6)
     ratios, null = participation_ratio(contributions_FG), participation_ratio(permuted(contributions_FG))
     top = max(2.0, float(torch.cat([ratios, null]).quantile(0.99)))
     bins = torch.linspace(0, top, 30).tolist()
-    right.hist(ratios.clamp_max(top).numpy(), bins=bins, color=PALETTE[0], alpha=0.8, label="learned")
-    right.hist(
-        null.clamp_max(top).numpy(),
-        bins=bins,
-        histtype="step",
-        color=PALETTE[1],
-        linewidth=1.3,
-        label="permuted W (null)",
-    )
+    right.hist(ratios.clamp_max(top).numpy(), bins=bins, color=PALETTE[0], alpha=0.75, label="learned W")
+    outline = {"histtype": "step", "color": PALETTE[1], "linewidth": 1.5, "label": "permuted W (reference)"}
+    right.hist(null.clamp_max(top).numpy(), bins=bins, **outline)
+    right.margins(y=0.3)
     right.set_title("participation ratio")
     right.set_xlabel("fine latents per coarse latent")
-    right.set_ylabel("coarse latents")
-    right.legend(fontsize=8)
-    return _svg(figure)
+    right.set_ylabel("number of coarse latents")
+    right.legend(loc="upper right", fontsize=8)
+    return _svg(figure, f"Composition matrix of level {level} and its distribution of participation ratios")
 
 
-def summary_png(path: Path, panels: Mapping[str, Sequence[Point]], contributions_FG: Tensor | None, title: str) -> None:
+# --- one picture ----------------------------------------------------------------------------------------------------
+
+
+def summary_png(
+    path: Path, panels: Mapping[str, Sequence[Point]], contributions_FG: Tensor | None, title: str, map_title: str
+) -> None:
     """One picture for a README: the comparison, and a composition map if there is one."""
-    pyplot = _pyplot()
     lines = max((len(points) for points in panels.values()), default=1)
     count = len(panels) + (contributions_FG is not None)
-    widths = [*(1.0,) * len(panels), *((1.6,) if contributions_FG is not None else ())]
-    figure, axes = pyplot.subplots(
-        1, count, figsize=(12, max(3.6, 0.8 + 0.25 * lines)), width_ratios=widths, squeeze=False, facecolor="white"
+    widths = [*(1.0,) * len(panels), *((1.7,) if contributions_FG is not None else ())]
+    figure, axes = pyplot().subplots(
+        1, count, figsize=(12, max(3.6, 0.9 + 0.25 * lines)), width_ratios=widths, squeeze=False, facecolor="white"
     )
     for number, (axis, (name, points)) in enumerate(zip(axes[0], panels.items(), strict=False)):
         _dots(axis, points, name)
         if number:
             axis.set_yticklabels([])
     if contributions_FG is not None:
-        image = _matrix(axes[0, -1], contributions_FG, "how coarse latents are composed of fine ones")
-        figure.colorbar(image, ax=axes[0, -1], fraction=0.04, pad=0.02)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
+        image = _matrix(axes[0, -1], contributions_FG, map_title)
+        figure.colorbar(image, ax=axes[0, -1], fraction=0.04, pad=0.02, label="contribution to the coarse latent")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
+    pyplot().close(figure)

@@ -1,10 +1,12 @@
 """The report: runs side by side in one self-contained HTML page, a Markdown table, and one picture.
 
-Everything that comes from a corpus or a file is data: the template escapes it. Missing pieces are said, not crashed over.
+Everything that comes from a corpus or a file is data: the template escapes it, and the page's own policy forbids scripts and
+loading anything. Missing pieces are said, not crashed over. The same inputs give the same bytes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +14,23 @@ import torch
 
 from hsae.cache.errors import UserError
 from hsae.cache.store import ActivationStore
-from hsae.eval import contexts, figures
-from hsae.eval.schema import CoreResult, read_core
+from hsae.eval import figures, tables
+from hsae.eval.cards import LatentCard, cards_of
+from hsae.eval.schema import read_core
+from hsae.eval.tables import LevelLine, Row
 from hsae.train.files import write_atomically
-from hsae.train.model import TrainedModel, load_model
+from hsae.train.model import CompositionMap, TrainedModel, load_model
 from hsae.train.rundir import read_metrics, read_run
 
-COLUMNS = (  # key of a corrected measure, heading, digits, whether more is better (None: neither)
-    ("explained_variance", "explained variance", 3, True),
-    ("ce_loss_score", "CE score", 3, True),
-    ("kl_div_score", "KL score", 3, True),
-    ("l0", "L0", 1, None),
-)
-SAEBENCH_COLUMNS = (
-    ("ce_loss_score", "CE score"), ("kl_div_score", "KL score"), ("explained_variance", "EV"),
-    ("explained_variance_legacy", "EV (legacy)"), ("cossim", "cosine"), ("l0", "L0"), ("frac_alive", "alive"), ("mse", "mse"),
-)  # fmt: skip
-PANELS = ("explained_variance", "ce_loss_score")
-COARSE_SHOWN, CHILDREN_SHOWN, CONTEXTS_SHOWN, LATENTS_SHOWN = 4, 3, 3, 4
-COMMON = 0.2  # latents that fire on more tokens than this say little in a list of contexts
+MOST_WARNINGS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A line of the tables: one view of one run, or a result that was read from elsewhere."""
+class Map:
+    """A composition matrix: its picture and what to say below it."""
 
-    label: str
-    view: str
-    latents: int | None
-    result: CoreResult
-    notes: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentCard:
-    """A latent and where it is most active; `children` are the fine latents it is composed of."""
-
-    title: str
-    density: float
-    contexts: list[contexts.Context]
-    weight: float | None = None
-    children: "list[LatentCard]" = field(default_factory=list)
+    picture: str
+    caption: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +38,13 @@ class RunSection:
     """What the page says of one run."""
 
     info: dict[str, Any]
+    about: str
     stages: list[str]
     warnings: list[str]
+    more_warnings: int
     curves: str | None
-    maps: list[str]
+    levels: list[LevelLine]
+    maps: list[Map]
     cards: list[LatentCard]
     missing: list[str]
 
@@ -75,43 +56,60 @@ def write_report(
     compare: Sequence[Path] = (),
     store: ActivationStore | None = None,
     tokenizer: Any = None,
-    hook: str | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Write `index.html`, `report.md` and `summary.png` into `out`; returns the page's path.
 
-    `store` and `tokenizer` give the top contexts; without them the page says so. Raises UserError if there is nothing to report or a file
-    to compare can't be read.
+    `store` and `tokenizer` give the top contexts; without them the page says so. `progress` is told what is being looked at. Raises
+    UserError if there is nothing to report, a file to compare can't be read, or matplotlib or jinja2 is missing.
     """
     template = _template()
-    others = [_compared(path) for path in compare]
-    runs = [(run_dir, info) for run_dir in run_dirs if (info := read_run(run_dir)) is not None]
+    figures.pyplot()
+    others = _compared(compare)
+    infos = {run_dir: read_run(run_dir) for run_dir in run_dirs}
+    runs = {run_dir: info for run_dir, info in infos.items() if info is not None}
     if not runs and not others:
         raise UserError("there is nothing to report: no run has been trained yet; run `hsae train --all` first")
-    models = {run_dir: _model(run_dir) for run_dir, _ in runs}
-    rows = [row for run_dir, info in runs for row in _rows(run_dir, info)]
-    sections = [_section(run_dir, info, models[run_dir], store, tokenizer, hook) for run_dir, info in runs]
-    out.mkdir(parents=True, exist_ok=True)
-    panels = _panels(rows)
+    rows: list[Row] = []
+    sections, maps = [], []
+    for run_dir, info in runs.items():
+        if progress is not None:
+            progress(f"run {info['number']} {info['name']}")
+        model = _model(run_dir)
+        own, unreadable = _rows(run_dir, info)
+        rows += own
+        maps += [(model.structure != "additive", info, model.compositions[-1])] if model and model.compositions else []
+        sections.append(_section(run_dir, info, model, own, unreadable, store, tokenizer))
+    title, panels = _title(list(runs.values())), tables.panels(rows)
     page = template.render(
-        title=_title(runs),
-        facts=_facts(runs, store),
-        table=_table([*rows, *others]),
-        columns=COLUMNS,
+        title=title,
+        facts=_facts(list(runs.values()), store),
+        absent=[run_dir.name for run_dir, info in infos.items() if info is None],
+        table=tables.results([*rows, *others]),
+        columns=tables.COLUMNS,
+        one_text=tables.one_text(rows),
         saebench=[
-            (row.label, [_number(row.result.metric(key)) for key, _ in SAEBENCH_COLUMNS]) for row in (*rows, *others)
+            (row, [tables.number(row.result.metric(key)) for key, _ in tables.SAEBENCH_COLUMNS])
+            for row in (*rows, *others)
         ],
-        saebench_columns=[heading for _, heading in SAEBENCH_COLUMNS],
+        saebench_columns=[heading for _, heading in tables.SAEBENCH_COLUMNS],
         notes=[(row.label, row.notes) for row in (*rows, *others) if row.notes],
         differences=(rows[0].result.hsae or {}).get("differences", []) if rows else [],
         comparison=figures.comparison(panels) if rows else None,
         sections=sections,
     )
+    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
-    markdown = _markdown(_title(runs), [*rows, *others])
+    markdown = tables.markdown(title, [*rows, *others])
     write_atomically(out / "report.md", lambda path: path.write_text(markdown, encoding="utf-8"))
     if rows:
-        drawn = _drawn_map(models)
-        write_atomically(out / "summary.png", lambda path: _save_summary(path, panels, drawn, _title(runs)))
+        _, info, part = min(maps, key=lambda entry: entry[0], default=(False, {}, None))
+        drawn, above = (
+            (part.contributions, f"run {info['number']}: what level {part.level} is made of") if part else (None, "")
+        )
+        write_atomically(out / "summary.png", lambda path: figures.summary_png(path, panels, drawn, title, above))
+    else:
+        (out / "summary.png").unlink(missing_ok=True)
     return out / "index.html"
 
 
@@ -126,17 +124,23 @@ def _template() -> Any:
     return environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
 
 
-def _save_summary(path: Path, panels: dict[str, list[figures.Point]], drawn: torch.Tensor | None, title: str) -> None:
-    picture = path.with_suffix(".png")
-    figures.summary_png(picture, panels, drawn, title)
-    picture.replace(path)
+# --- what there is --------------------------------------------------------------------------------------------------
 
 
-def _compared(path: Path) -> Row:
-    result = read_core(path)
-    width = (result.sae_config or {}).get("d_sae")
-    label = result.release or path.stem
-    return Row(label=label, view=result.name, latents=width, result=result, notes=result.notes)
+def _compared(paths: Sequence[Path]) -> list[Row]:
+    """Results from elsewhere, by release name; the file's name is added where two have one release."""
+    found = [(path, read_core(path)) for path in paths]
+    names = [result.release or path.stem for path, result in found]
+    return [
+        Row(
+            run=name if names.count(name) == 1 else f"{name} ({path.name})",
+            view="",
+            latents=(result.sae_config or {}).get("d_sae") or len(result.details) or None,
+            result=result,
+            notes=result.notes,
+        )
+        for name, (path, result) in zip(names, found, strict=True)
+    ]
 
 
 def _model(run_dir: Path) -> TrainedModel | None:
@@ -146,156 +150,56 @@ def _model(run_dir: Path) -> TrainedModel | None:
         return None
 
 
-def _rows(run_dir: Path, info: dict[str, Any]) -> list[Row]:
-    """A row for each evaluated view of a run, in the order whole, level 1, level 2, ..."""
-    results = [read_core(path) for path in sorted((run_dir / "eval" / "core").glob("*_eval_results.json"))]
-    results.sort(key=lambda result: (result.name != "sae", result.name))
-    rows = []
-    for result in results:
-        label = f"{info['number']} {info['name']}" + ("" if result.name == "sae" else f" · {result.name}")
+def _rows(run_dir: Path, info: dict[str, Any]) -> tuple[list[Row], list[str]]:
+    """A row for each evaluated view of a run, in the order whole, level 1, level 2, ...; and what could not be read."""
+    rows, unreadable = [], []
+    for path in sorted((run_dir / "eval" / "core").glob("*_eval_results.json")):
+        try:
+            result = read_core(path)
+        except UserError as error:
+            unreadable.append(str(error))
+            continue
         notes = result.notes if result.dead or any("negative" in note for note in result.notes) else []
-        rows.append(Row(label=label, view=result.name, latents=len(result.details) or None, result=result, notes=notes))
-    return rows
+        run = f"{info['number']} {info['name']}"
+        rows.append(Row(run=run, view=result.name, latents=len(result.details) or None, result=result, notes=notes))
+    rows.sort(key=lambda row: (row.view != "sae", [int(digits) for digits in re.findall(r"\d+", row.view)], row.view))
+    return rows, unreadable
 
 
-def _title(runs: Sequence[tuple[Path, dict[str, Any]]]) -> str:
-    if not runs:
-        return "hsae report"
-    info = runs[0][1]
-    return f"{info['plan']}: hierarchical sparse autoencoders on {info['model']}, {info['hook']}"
+def _title(infos: Sequence[dict[str, Any]]) -> str:
+    if not infos:
+        return "Sparse autoencoders side by side"
+    return f"Hierarchical sparse autoencoders on {infos[0]['model']}, {infos[0]['hook']}"
 
 
-def _facts(runs: Sequence[tuple[Path, dict[str, Any]]], store: ActivationStore | None) -> list[tuple[str, str]]:
+def _facts(infos: Sequence[dict[str, Any]], store: ActivationStore | None) -> list[tuple[str, str]]:
+    """What was trained and evaluated on what."""
     facts = []
-    if runs:
-        info = runs[0][1]
+    if infos:
+        info = infos[0]
         config = info["config"]
-        facts += [
+        facts = [
+            ("model", f"{info['model']}, {info['hook']}, width {info['d_in']}"),
             (
                 "training",
-                f"{config['tokens']:,} tokens in batches of {config['batch_tokens']:,}, seed {config['seed']}; store {info['train_store']}",
+                f"plan {info['plan']}: {config['tokens']:,} tokens in batches of {config['batch_tokens']:,}, seed {config['seed']}",
             ),
-            ("versions", ", ".join(f"{name} {version}" for name, version in info["versions"].items())),
+            ("training store", info["train_store"]),
         ]
     if store is not None:
         spec, tokens = store.spec, store.rows * store.context
-        facts.append(
-            (
-                "evaluation",
-                f"{tokens:,} tokens of {spec.corpus.corpus}, {store.clean_rows:,} of {store.rows:,} rows through the model; {spec.model.dtype}",
-            )
-        )
-        facts.append(
-            (
-                "digests",
-                f"weights {store.header.model_digest[:12]}, corpus {store.header.corpus_digest[:12]}, store {spec.fingerprint}",
-            )
-        )
-    return facts
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number of a table, as text."""
-
-    text: str
-    interval: str = ""
-    best: bool = False
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "undefined" if value is None else f"{value:.{digits}g}"
-
-
-def _table(rows: Sequence[Row]) -> list[tuple[Row, str, list[Cell]]]:
-    """Corrected measures with intervals; the best is marked only where its interval lies clear of all others'."""
-    best = {key: _clear_winner(rows, key) for key, _, _, higher in COLUMNS if higher}
-    table = []
-    for row in rows:
-        cells = []
-        for key, _, digits, _ in COLUMNS:
-            measure = row.result.measure(key)
-            if measure is None or measure.value is None:
-                known = row.result.metric(key)
-                cells.append(
-                    Cell(
-                        "undefined" if known is None else f"{known:.{digits}f}",
-                        "SAEBench's" if known is not None else "",
-                    )
-                )
-            else:
-                interval = "" if measure.low is None else f"{measure.low:.{digits}f} – {measure.high:.{digits}f}"
-                cells.append(Cell(f"{measure.value:.{digits}f}", interval, best.get(key) is row))
-        dead = row.result.measure("dead_fraction")
-        alive = row.result.metric("frac_alive") if dead is None or dead.value is None else 1 - dead.value
-        cells.append(
-            Cell("0 %" if row.result.dead else "not recorded" if alive is None else f"{alive:.1%}".replace("%", " %"))
-        )
-        table.append((row, "dead" if row.result.dead else "", cells))
-    return table
-
-
-def _clear_winner(rows: Sequence[Row], key: str) -> Row | None:
-    measured = [
-        (row, measure)
-        for row in rows
-        if (measure := row.result.measure(key)) and measure.value is not None and measure.low is not None
-    ]
-    if len(measured) < 2:
-        return None
-    measured.sort(key=lambda entry: -(entry[1].value or 0))
-    first, top = measured[0]
-    clear = top.low is not None and top.low > max(other.high or 0 for _, other in measured[1:])
-    return first if clear else None
-
-
-def _markdown(title: str, rows: Sequence[Row]) -> str:
-    headings = ["SAE", "latents", *(heading for _, heading, _, _ in COLUMNS), "alive"]
-    lines = [
-        f"# {title}",
-        "",
-        "| " + " | ".join(headings) + " |",
-        "|" + "|".join([":--", *["--:"] * (len(headings) - 1)]) + "|",
-    ]
-    for row, state, cells in _table(rows):
-        name = row.label.replace("|", "\\|") + (" (dead)" if state else "")
-        texts = [cell.text + (f" ({cell.interval})" if cell.interval else "") for cell in cells]
-        lines.append("| " + " | ".join([name, str(row.latents or "?"), *texts]) + " |")
-    lines += [
-        "",
-        "In brackets: 95 % bootstrap intervals over rows. CE and KL scores: 1 is the clean model, 0 a zeroed residual.",
-    ]
-    for row in rows:
-        lines += [f"- **{row.label}**: {note}" for note in row.notes]
-    return "\n".join(lines) + "\n"
-
-
-def _panels(rows: Sequence[Row]) -> dict[str, list[figures.Point]]:
-    headings = {key: heading for key, heading, _, _ in COLUMNS}
-    panels = {}
-    for key in PANELS:
-        measures = [(row.label, row.result.measure(key)) for row in rows]
-        panels[headings[key]] = [
-            figures.Point(
-                label,
-                measure.value if measure else None,
-                measure.low if measure else None,
-                measure.high if measure else None,
-            )
-            for label, measure in measures
+        text = f"{tokens:,} tokens of {spec.corpus.corpus} in rows of {store.context}, {spec.model.dtype}; "
+        facts += [
+            ("evaluation", f"{text}{store.clean_rows:,} of {store.rows:,} rows through the model"),
+            ("evaluation store", store.root.name),
+            ("digests", f"weights {store.header.model_digest[:12]}, corpus {store.header.corpus_digest[:12]}"),
         ]
-    return panels
-
-
-def _drawn_map(models: dict[Path, TrainedModel | None]) -> torch.Tensor | None:
-    """The map of the first additive run that has one, else of the first run that has one."""
-    found = [model for model in models.values() if model is not None and model.compositions]
-    additive = [model for model in found if model.structure == "additive"]
-    chosen = (additive or found)[:1]
-    return chosen[0].compositions[0].contributions if chosen else None
+    if infos:
+        facts += [
+            ("versions", ", ".join(f"{name} {version}" for name, version in infos[0]["versions"].items())),
+            ("hardware", str(infos[0].get("hardware", "not recorded"))),
+        ]
+    return facts
 
 
 # --- one run --------------------------------------------------------------------------------------------------------
@@ -305,93 +209,77 @@ def _section(
     run_dir: Path,
     info: dict[str, Any],
     model: TrainedModel | None,
+    rows: Sequence[Row],
+    unreadable: Sequence[str],
     store: ActivationStore | None,
     tokenizer: Any,
-    hook: str | None,
 ) -> RunSection:
-    lines = read_metrics(run_dir)
-    missing = []
-    if not any(line["kind"] == "metrics" for line in lines):
+    log = read_metrics(run_dir)
+    measured = any(line["kind"] == "metrics" for line in log)
+    missing = [*unreadable]
+    if not measured:
         missing.append("no training metrics")
     if model is None:
         missing.append("no trained model: the run was not finished")
-    if not any((run_dir / "eval" / "core").glob("*.json")):
+    if not rows:
         missing.append("no core evaluation yet; run `hsae eval core`")
     cards: list[LatentCard] = []
     if model is not None:
-        if store is None or tokenizer is None or hook is None:
+        if store is None or tokenizer is None:
             missing.append("no contexts: the evaluation store or the tokenizer is not there")
-        elif store.header.d_model != model.levels[0].d_in:
-            missing.append("no contexts: the evaluation store has another width than the model")
+        elif info["hook"] not in store.spec.hooks or store.header.d_model != info["d_in"]:
+            missing.append("no contexts: the evaluation store is one of another hook or width")
         else:
-            cards = _cards(model, store, hook, tokenizer)
+            cards = cards_of(model, store, info["hook"], tokenizer)
+    warnings = [f"step {line['step']}: {line['message']}" for line in log if line["kind"] == "warning"]
+    config = info["config"]
+    structure, widths = config["structure"], config["widths"]
     return RunSection(
         info=info,
-        stages=[line["stage"] for line in lines if line["kind"] == "stage"],
-        warnings=[f"step {line['step']}: {line['message']}" for line in lines if line["kind"] == "warning"],
-        curves=figures.training_curves(lines) if any(line["kind"] == "metrics" for line in lines) else None,
-        maps=[figures.composition(part.contributions, part.level) for part in model.compositions] if model else [],
+        about=_about(config),
+        stages=[f"{name} ({start:,.0f}–{end:,.0f}k)" for name, start, end in figures.stage_ends(log)]
+        if measured
+        else [],
+        warnings=warnings[:MOST_WARNINGS],
+        more_warnings=max(0, len(warnings) - MOST_WARNINGS),
+        curves=figures.training_curves(log) if measured else None,
+        levels=tables.levels(rows, structure, widths, log) if len(widths) > 1 else [],
+        maps=[_map(part) for part in model.compositions] if model else [],
         cards=cards,
         missing=missing,
     )
 
 
-def _cards(model: TrainedModel, store: ActivationStore, hook: str, tokenizer: Any) -> list[LatentCard]:
-    """Coarse latents with the fine ones they are composed of; without a composition map, a few latents of each level."""
-    views = model.views()
-    if not model.compositions:
-        levels = list(views) if model.structure == "flat" else [name for name in views if name != "sae"]
-        cards = []
-        for name in levels:
-            firing = contexts.firing(views[name], store, hook)
-            latents = _heaviest(firing, LATENTS_SHOWN)
-            found = contexts.top_contexts(views[name], store, hook, tokenizer, latents, CONTEXTS_SHOWN)
-            cards += [_card(name, latent, firing, found) for latent in latents]
-        return cards
-    part = model.compositions[-1]
-    coarse, fine = f"level{part.level}", f"level{part.level - 1}"
-    coarse_firing, fine_firing = contexts.firing(views[coarse], store, hook), contexts.firing(views[fine], store, hook)
-    parents = [
-        latent for latent in _heaviest(coarse_firing, len(part.contributions)) if part.contributions[latent].any()
-    ][:COARSE_SHOWN]
-    children = {parent: _children(part.contributions[parent]) for parent in parents}
-    every = sorted({child for found in children.values() for child in found})
-    shown = contexts.top_contexts(views[coarse], store, hook, tokenizer, parents, CONTEXTS_SHOWN)
-    below = contexts.top_contexts(views[fine], store, hook, tokenizer, every, CONTEXTS_SHOWN - 1)
-    return [
-        _card(
-            coarse, parent, coarse_firing, shown,
-            children=[_card(fine, child, fine_firing, below, weight=float(part.contributions[parent, child])) for child in children[parent]],
-        )
-        for parent in parents
-    ]  # fmt: skip
+def _about(config: dict[str, Any]) -> str:
+    """A run's configuration in a line."""
+    curriculum, mode = config["curriculum"], config["composition"]["mode"]
+    parts = [
+        f"{config['structure']}, {config['activation']}",
+        f"{' + '.join(f'{width:,}' for width in config['widths'])} latents",
+        f"target L0 {' + '.join(f'{l0:g}' for l0 in config['l0'])}",
+    ]
+    if len(config["widths"]) > 1:
+        parts.append("no composition loss" if mode == "none" else f"composition {mode}")
+        named = curriculum if isinstance(curriculum, str) else "of its own"
+        parts.append("no curriculum" if named == "none" else f"curriculum {named}")
+    return "; ".join(parts)
 
 
-def _children(contributions_G: torch.Tensor) -> list[int]:
-    values, indices = contributions_G.topk(min(CHILDREN_SHOWN, len(contributions_G)))
-    return [int(index) for value, index in zip(values, indices, strict=True) if value > 0]
-
-
-def _heaviest(firing: contexts.Firing, count: int) -> list[int]:
-    """Alive latents with the largest mean activation, those that fire nearly everywhere left out."""
-    eligible = torch.where((firing.density_F > 0) & (firing.density_F < COMMON), firing.mass_F, 0.0)
-    order = sorted(range(len(eligible)), key=lambda latent: (-float(eligible[latent]), latent))
-    return [latent for latent in order[:count] if eligible[latent] > 0]
-
-
-def _card(
-    view: str,
-    latent: int,
-    firing: contexts.Firing,
-    found: dict[int, list[contexts.Context]],
-    weight: float | None = None,
-    children: list[LatentCard] | None = None,
-) -> LatentCard:
-    title = f"{'latent' if view == 'sae' else view.replace('level', 'level ') + ' latent'} {latent}"
-    return LatentCard(
-        title=title,
-        density=float(firing.density_F[latent]),
-        contexts=found[latent],
-        weight=weight,
-        children=children or [],
+def _map(part: CompositionMap) -> Map:
+    """The picture of W with the medians of its participation ratio and of two references."""
+    learned = figures.participation_ratio(part.contributions)
+    null = figures.participation_ratio(figures.permuted(part.contributions))
+    empty, fine = int((learned == 0).sum()), part.contributions.shape[1]
+    caption = (
+        f"Participation ratio: how many fine latents a coarse one is made of (1 is a copy). Median {_median(learned)}; references: "
+        f"{_median(null)} with the same weights in random places, about {0.637 * fine:.0f} for random half-normal weights. "
+        "Columns are ordered by the row they bring most to, so the diagonal is made by the order; what tells is how many cells a row has beside it."
     )
+    if empty:
+        caption += f" {empty} of {len(learned)} coarse latents have an empty row: nothing composes them."
+    return Map(picture=figures.composition(part.contributions, part.level), caption=caption)
+
+
+def _median(ratios: torch.Tensor) -> str:
+    filled = ratios[ratios > 0]
+    return f"{float(filled.median()):.1f}" if len(filled) else "undefined"

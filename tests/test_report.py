@@ -1,8 +1,10 @@
 """The report from real tiny runs: complete, self-contained, escaped, the same bytes twice."""
 
+import dataclasses
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,9 +15,10 @@ from hsae.cache.build import build
 from hsae.cache.errors import UserError
 from hsae.cache.lm import LanguageModel, load_tokenizer
 from hsae.cache.store import ActivationStore
-from hsae.eval import contexts, figures
+from hsae.eval import contexts, figures, tables
 from hsae.eval.core import CoreOptions
 from hsae.eval.report import write_report
+from hsae.eval.schema import read_core
 from hsae.eval.targets import evaluate_targets, run_targets
 from hsae.train.model import load_model
 from hsae.train.plan import load_plan
@@ -63,8 +66,8 @@ def made(tmp_path_factory):
 
 
 def written(made, out, **changes):
-    plan, run_dirs, store, tokenizer = made
-    values = {"store": store, "tokenizer": tokenizer, "hook": plan.hook.names[0], "compare": [USER_BASELINE]}
+    _, run_dirs, store, tokenizer = made
+    values = {"store": store, "tokenizer": tokenizer, "compare": [USER_BASELINE]}
     write_report(run_dirs, out, **{**values, **changes})
     return (out / "index.html").read_text(), (out / "report.md").read_text()
 
@@ -84,16 +87,20 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_self_contained_and_says_what_there_is(made, tmp_path):
+    plan = made[0]
     html, markdown = written(made, tmp_path)
     page = Page(html)
     text = " ".join(" ".join(page.words).split())
     for words in (
         "0 baseline",
-        "1 stacked · level2",
-        "3 full · level1",
+        "1 stacked · level 2",
+        "3 full · level 1",
+        "What each level is worth",
+        "Hierarchical sparse autoencoders on",
+        plan.store("train").name,
         "Composition",
         "participation ratio",
-        "Stages:",
+        "Stages, in tokens:",
         "level 2 alone",
     ):
         assert words in text, words
@@ -103,7 +110,14 @@ def test_the_page_is_self_contained_and_says_what_there_is(made, tmp_path):
         if name in ("src", "href", "xlink:href") and value and not value.startswith(("#", "data:"))
     ]
     assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
-    assert "url(http" not in html and "@import" not in html
+    assert set(re.findall(r"https?://[^\s\"'<)]+", html)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert "@import" not in html and "default-src 'none'" in html
+    assert not re.findall(r"url\((?!#)", html)
+    identifiers = [value for name, value in page.attributes if name == "id" and value.startswith("run")]
+    assert identifiers == ["run0", "run1", "run3"]
     assert html.count("<svg") == 1 + 3 + 2  # comparison, three runs' curves, two maps
     assert len(html) < 5_000_000
     assert markdown.count("\n|") == 2 + 6 + 1
@@ -113,11 +127,35 @@ def test_the_page_is_self_contained_and_says_what_there_is(made, tmp_path):
 def test_corpus_text_is_shown_and_never_becomes_markup(made, tmp_path):
     html, _ = written(made, tmp_path)
     assert "<script" not in html
-    contexts_shown = re.findall(r'<div class="context".*?</div>', html, re.DOTALL)
+    contexts_shown = re.findall(r'<div class="text">(.*?)</div>', html, re.DOTALL)
     assert len(contexts_shown) > 20
     assert any("&lt;" in context for context in contexts_shown)
     for context in contexts_shown:
-        assert set(Page(context).tags) <= {"div", "b"}
+        assert set(Page(context).tags) <= {"b"}
+
+
+def test_names_and_warnings_are_data_too(made, tmp_path):
+    """Run names, stage names, warnings and release names may hold markup and TeX; none of it is interpreted."""
+    hostile = "<script>alert(1)</script> $x_{$ | `a`"
+    copy = tmp_path / "runs/3"
+    shutil.copytree(made[1][2], copy)
+    info = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**info, "name": hostile, "model": hostile, "hardware": hostile}))
+    log = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    log = [{**line, "stage": hostile} if line["kind"] == "stage" else line for line in log]
+    log.append({"kind": "warning", "step": 1, "message": hostile})
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**json.loads(USER_BASELINE.read_text()), "sae_lens_release_id": hostile}))
+    path = write_report([copy], tmp_path / "out", compare=[other])
+    html, markdown = path.read_text(), path.with_name("report.md").read_text()
+    page = Page(html)
+    assert "<script" not in html and "script" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert f"During training, step 1: {hostile}" in " ".join(page.words)
+    assert "<script" not in markdown.replace("\\<", "")
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
 
 
 def test_the_same_inputs_give_the_same_bytes(made, tmp_path):
@@ -149,44 +187,158 @@ def test_the_numbers_are_those_of_the_result_files(made, tmp_path):
 
 
 def test_missing_pieces_are_said(made, tmp_path):
-    plan, run_dirs, *_ = made
     copy = tmp_path / "runs/3"
-    shutil.copytree(run_dirs[2], copy)
+    shutil.copytree(made[1][2], copy)
     shutil.rmtree(copy / "eval")
     shutil.rmtree(copy / "model")
-    path = write_report([copy], tmp_path / "out", hook=plan.hook.names[0])
+    path = write_report([copy, tmp_path / "runs/4"], tmp_path / "out")
     text = " ".join(Page(path.read_text()).words)
     for words in (
         "No run has been evaluated yet",
         "no trained model: the run was not finished",
         "no core evaluation yet; run `hsae eval core`",
+        "Not trained yet: 4.",
+        "not evaluated",
     ):
         assert words in text
+    assert not (tmp_path / "out/summary.png").exists()
+    (copy / "metrics.jsonl").unlink()
+    assert "no training metrics" in write_report([copy], tmp_path / "out").read_text()
     html, _ = written(made, tmp_path / "more", store=None, tokenizer=None)
     assert "no contexts: the evaluation store or the tokenizer is not there" in html
     with pytest.raises(UserError, match="there is nothing to report: no run has been trained yet"):
         write_report([tmp_path / "nothing"], tmp_path / "none")
 
 
-def test_top_contexts_are_the_largest_activations(made):
+def test_a_damaged_result_is_said_and_the_others_are_shown(made, tmp_path):
+    copy = tmp_path / "runs/3"
+    shutil.copytree(made[1][2], copy)
+    victim = sorted((copy / "eval/core").glob("*.json"))[0]
+    victim.write_text("{")
+    path = write_report([copy], tmp_path / "out")
+    assert f"{victim} is not JSON" in " ".join(Page(path.read_text()).words)
+    assert path.with_name("report.md").read_text().count("\n|") == 2 + 2
+
+
+def test_a_report_of_foreign_results_alone(tmp_path):
+    path = write_report([], tmp_path, compare=[USER_BASELINE, USER_BASELINE])
+    markdown = path.with_name("report.md").read_text()
+    assert markdown.count(f"| google/gemma-2-2b_layer_19_sae ({USER_BASELINE.name}) (dead) | 2304 |") == 2
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_a_missing_extra_is_named_before_any_work(made, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=re.escape(f"the report needs {package}; run: pip install 'hsae[report]'")):
+        written(made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def measured(name, value, low, high, store="a"):
+    block = {"store": store, "measures": {"explained_variance": {"value": value, "low": low, "high": high}}}
+    result = dataclasses.replace(read_core(USER_BASELINE), hsae=block)
+    return tables.Row(run=name, view="sae", latents=7, result=result, notes=[])
+
+
+def test_best_is_marked_only_where_the_intervals_support_it():
+    def best(*rows):
+        return [row.run for row, cells in tables.results(rows) if cells[0].best]
+
+    assert best(measured("a", 0.8, 0.78, 0.82), measured("b", 0.7, 0.68, 0.72)) == ["a"]
+    assert best(measured("a", 0.8, 0.70, 0.90), measured("b", 0.7, 0.68, 0.72)) == []
+    assert best(measured("a", 0.8, 0.78, 0.82)) == []
+    assert best(measured("a", 0.8, 0.78, 0.82), measured("b", 0.7, 0.68, 0.72, store="b")) == []
+
+
+def test_the_value_of_a_level_is_what_it_adds_to_those_above():
+    rows = [
+        dataclasses.replace(measured("a", value, value - 0.01, value + 0.01), view=view)
+        for view, value in (("sae", 0.9), ("level1", 0.2), ("level2", 0.3), ("level3", 0.5))
+    ]
+    log = [{"kind": "metrics", "level_explained_variance": [0.8, 0.7, None]}]
+    lines = tables.levels(rows, "additive", [11, 5, 3], log)
+    assert [(line.level, line.latents) for line in lines] == [(3, 3), (2, 5), (1, 11)]
+    assert [line.cells[2].text for line in lines] == ["0.500", "not evaluated", "0.900"]
+    assert [line.cells[4].text for line in lines] == ["not recorded", "0.700", "0.800"]
+    stacked = tables.levels(rows[1:], "stacked", [11, 5, 3], log)
+    assert [line.cells[2].text for line in stacked] == ["0.500", "0.300", "0.200"]
+
+
+def naive_peaks(acts_RTF, tokens_RT, bos_id, latent):
+    """The highest activation in each document, by walking over every token."""
+    best, document = {}, 0
+    for row in range(len(tokens_RT)):
+        for place, token in enumerate(tokens_RT[row].tolist()):
+            document += place > 0 and token == bos_id
+            best[document] = max(best.get(document, 0.0), float(acts_RTF[row, place, latent]))
+    return sorted((value for value in best.values() if value > 0), reverse=True)
+
+
+@pytest.mark.parametrize("elements", [1, 1 << 24])
+def test_the_survey_finds_the_peaks_of_each_document(made, monkeypatch, elements):
+    """Against a walk over every token, in batches of one row and in one batch."""
+    monkeypatch.setattr(contexts, "BATCH_ELEMENTS", elements)
+    plan, run_dirs, store, _ = made
+    view, hook = load_model(run_dirs[2] / "model").views()["level2"], plan.hook.names[0]
+    tokens = store.tokens(0, store.rows)
+    kept = ~store.special_mask(tokens)
+    acts = view.encode(store.acts(hook, 0, store.rows).float()) * kept[..., None]
+    seen = contexts.survey(view, store, hook)
+    torch.testing.assert_close(seen.density_F, (acts > 0).sum((0, 1)).double() / kept.sum())
+    torch.testing.assert_close(seen.mass_F, acts.sum((0, 1)).double() / kept.sum())
+    for latent in range(view.d_sae):
+        wanted = naive_peaks(acts, tokens, store.header.bos_id, latent)[: contexts.PEAKS_KEPT]
+        found = seen.peaks_PF[: len(wanted), latent]
+        torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float32), rtol=1e-5, atol=1e-5)
+        assert not seen.peaks_PF[len(wanted) :, latent].any()
+        for value, place in zip(found.tolist(), seen.places_PF[:, latent].tolist(), strict=False):
+            assert float(acts[*divmod(place, store.context), latent]) == pytest.approx(value, rel=1e-5)
+
+
+def test_top_contexts_are_cut_at_documents_and_shown_once(made):
     plan, run_dirs, store, tokenizer = made
     view, hook = load_model(run_dirs[2] / "model").views()["level2"], plan.hook.names[0]
-    acts = (
-        view.encode(store.acts(hook, 0, store.rows).float())
-        * ~store.special_mask(store.tokens(0, store.rows))[..., None]
-    )
-    latents = acts.sum((0, 1)).topk(3).indices.tolist()
-    found = contexts.top_contexts(view, store, hook, tokenizer, latents, 4)
+    seen = contexts.survey(view, store, hook)
+    latents = contexts.heaviest(seen, 3, common=1.0)
+    assert latents == seen.mass_F.topk(3).indices.tolist()
+    found = contexts.top_contexts(view, store, hook, tokenizer, seen, latents, 4)
+    special = set(contexts.token_texts(tokenizer, store.header.special_ids))
     for latent in latents:
-        peaks = acts[..., latent].amax(1)
-        torch.testing.assert_close(
-            torch.tensor([context.activation for context in found[latent]]), peaks.sort(descending=True).values[:4]
+        values = [context.activation for context in found[latent]]
+        assert (
+            values
+            and values == sorted(values, reverse=True)
+            and values[0] == pytest.approx(float(seen.peaks_PF[0, latent]))
         )
-        assert len({context.row for context in found[latent]}) == 4
+        texts = ["".join(piece.text for piece in context.pieces) for context in found[latent]]
+        assert len(set(texts)) == len(texts) <= 4
         assert all(max(piece.strength for piece in context.pieces) == 1 for context in found[latent])
-    firing = contexts.firing(view, store, hook)
-    kept = (~store.special_mask(store.tokens(0, store.rows))).sum()
-    torch.testing.assert_close(firing.density_F, (acts > 0).sum((0, 1)).double() / kept)
+        assert not special & {piece.text for context in found[latent] for piece in context.pieces}
+
+
+def test_documents_of_rows():
+    bos, rows = 2, torch.tensor([[2, 5, 6, 2, 7], [2, 8, 9, 9, 9], [2, 9, 2, 5, 2]])
+    assert contexts.documents(rows, bos) == [(0, 3, True), (3, 12, False), (12, 14, False), (14, 15, False)]
+    assert contexts.documents(torch.tensor([[5, 6, 7], [8, 9, 9]]), bos) == [(0, 3, False), (3, 6, False)]
+
+
+def test_common_latents_come_last():
+    seen = contexts.Survey(
+        density_F=torch.tensor([0.5, 0.01, 0.0, 0.02]), mass_F=torch.tensor([9.0, 1.0, 0.0, 2.0]),
+        peaks_PF=torch.zeros(1, 4), places_PF=torch.zeros(1, 4, dtype=torch.long), rows=1,
+    )  # fmt: skip
+    assert contexts.heaviest(seen, 4, common=0.05) == [3, 1, 0]
+
+
+def test_tokens_are_readable_on_one_line(made):
+    class Pieces:
+        def convert_ids_to_tokens(self, ids):
+            return [["▁the", "a\nb", "▁▁▁▁", "\u202e", "\x00", "▁"][index] for index in ids]
+
+        def convert_tokens_to_string(self, tokens):
+            return "".join(tokens)
+
+    assert contexts.token_texts(Pieces(), range(6)) == [" the", "a↵b", "␣×4", "\\u202e", "\\u0000", " "]
 
 
 def test_participation_ratio_and_its_null():

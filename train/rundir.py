@@ -71,7 +71,7 @@ def check_content(run_dir: Path, store: ActivationStore) -> None:
         )
 
 
-def prepare(plan: Plan, config: RunConfig, store: ActivationStore, *, resume: bool, restart: bool) -> bool:
+def prepare(plan: Plan, config: RunConfig, store: ActivationStore, device: str, *, resume: bool, restart: bool) -> bool:
     """Make the run directory ready; returns whether there is a checkpoint to go on from.
 
     Raises UserError if the directory holds another configuration's run, or an unfinished one and neither `resume` nor
@@ -97,7 +97,7 @@ def prepare(plan: Plan, config: RunConfig, store: ActivationStore, *, resume: bo
             return True
     run_dir.mkdir(parents=True, exist_ok=True)
     _clear(run_dir)
-    write_run(run_dir, _description(plan, config, store, mine))
+    write_run(run_dir, _description(plan, config, store, device, mine))
     return False
 
 
@@ -120,7 +120,7 @@ def write_run(run_dir: Path, content: dict[str, Any]) -> None:
     write_atomically(run_dir / "run.json", lambda path: path.write_text(json.dumps(content, indent=2)))
 
 
-def _description(plan: Plan, config: RunConfig, store: ActivationStore, mine: str) -> dict[str, Any]:
+def _description(plan: Plan, config: RunConfig, store: ActivationStore, device: str, mine: str) -> dict[str, Any]:
     try:
         own = version("hsae")
     except PackageNotFoundError:
@@ -139,8 +139,16 @@ def _description(plan: Plan, config: RunConfig, store: ActivationStore, mine: st
         "eval_store": plan.store("eval").name,
         "config": {**plan.train.model_dump(mode="json"), **config.model_dump(mode="json")},
         "versions": {"hsae": own, "torch": torch.__version__, "python": platform.python_version()},
+        "hardware": hardware(device),
         "complete": False,
     }
+
+
+def hardware(device: str) -> str:
+    """What a run is trained on, in words."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} processor, {torch.get_num_threads()} threads"
 
 
 class MetricsLog:

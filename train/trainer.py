@@ -135,7 +135,7 @@ def _train(
             shutil.rmtree((plan.run_dir(config) / CHECKPOINT).parent, ignore_errors=True)
             results[config.number] = Result(run=config, status="already trained")
             continue
-        goes_on = rundir.prepare(plan, config, store, resume=resume, restart=restart)
+        goes_on = rundir.prepare(plan, config, store, device, resume=resume, restart=restart)
         run = TrainingRun(config, scaling, steps=plan.train.steps, seed=plan.train.seed, device=device)
         identity = rundir.identity(plan, config, name)
         if goes_on:
