@@ -50,13 +50,16 @@ def build(
     if dry_run:
         return
     with _progress() as progress:
-        paths = build_store(specs, loaded.cache.dir, device=chosen, progress=progress, say=console.print)
+        paths = build_store(
+            specs, loaded.cache.dir, device=chosen, progress=progress, say=lambda text: console.print(escape(text))
+        )
     for spec, path in zip(specs, paths, strict=True):
         console.print(f"{spec.split} store: [bold]{escape(str(path))}[/]", soft_wrap=True)
 
 
 def _sizes(estimates: "list[Estimate]", plan: str, device: str) -> Table:
-    table = Table(title=f"plan {plan}, {estimates[0].spec.model.id} in {estimates[0].spec.model.dtype} on {device}")
+    model = estimates[0].spec.model
+    table = Table(title=escape(f"plan {plan}, {model.id} in {model.dtype} on {device}"))
     for column in ("store", "state", "rows", "tokens", "on disk", "free", "model", "time, about"):
         table.add_column(column, justify="left" if column in ("store", "state") else "right")
     for item in estimates:
@@ -126,7 +129,7 @@ def info(store: StoreArgument) -> None:
 
     opened = ActivationStore.open(store, require_complete=False)
     header, spec = opened.header, opened.spec
-    table = Table(title=str(store), show_header=False)
+    table = Table(title=escape(str(store)), show_header=False)
     corpus = spec.corpus
     last = "the last" if corpus.last_document is None else str(corpus.last_document - 1)
     rows = {
@@ -144,7 +147,7 @@ def info(store: StoreArgument) -> None:
             f"root mean square {summary.mean_square_norm**0.5:,.4g} over {summary.tokens:,} tokens"
         )
     for key, value in rows.items():
-        table.add_row(key, value)
+        table.add_row(key, escape(value))
     console.print(table)
 
 
@@ -170,11 +173,13 @@ def verify(
     for damage in damages:
         console.print(f"[red]damaged[/] {escape(str(damage.path))} {damage.problem}", soft_wrap=True)
     if damages and repair:
-        left = repair_store(store, damages, device=pick_device(device), say=console.print)
+        left = repair_store(store, damages, device=pick_device(device), say=lambda text: console.print(escape(text)))
         console.print(f"{len(damages) - len(left)} of {len(damages)} damaged chunks repaired")
         damages = left
     elif damages:
-        console.print(f"{len(damages)} damaged; mend with: hsae cache verify {store} --repair", soft_wrap=True)
+        console.print(
+            f"{len(damages)} damaged; mend with: hsae cache verify {store} --repair", soft_wrap=True, markup=False
+        )
     else:
         console.print("all chunks are whole")
     if damages:
@@ -198,7 +203,7 @@ def list_stores(
     place = (folder or Path(load_plan(plan, overrides or ()).cache.dir)).expanduser()
     if not place.is_dir():
         raise StoreError(f"there is no folder {place}; stores are made by `hsae cache build`")
-    table = Table(title=str(place))
+    table = Table(title=escape(str(place)))
     for column in ("store", "state", "model", "hooks", "rows", "size"):
         table.add_column(column, overflow="fold")
     for path in sorted(place.glob("*.zarr")):

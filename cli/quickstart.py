@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from hsae.cli.common import SetOption, console
 
@@ -42,4 +43,4 @@ def quickstart(
     console.print(
         "  ".join(f"{name} {value:.0f} s" for name, value in seconds.items()) + f"  total {sum(seconds.values()):.0f} s"
     )
-    console.print(f"Look at [bold]{(out / 'report' / 'index.html').resolve()}[/]")
+    console.print(f"Look at [bold]{escape(str((out / 'report' / 'index.html').resolve()))}[/]")

@@ -79,7 +79,7 @@ def survey(view: View, store: ActivationStore, hook: str) -> Survey:
     width, rows, context = view.d_sae, min(store.rows, MOST_ROWS), store.context
     fired_F, mass_F = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
     peaks = _Peaks(width)
-    batch = max(1, BATCH_ELEMENTS // (context * width))
+    batch = _batch_rows(view, store)
     tokens_read, document = 0, -1
     for start in range(0, rows, batch):
         stop = min(start + batch, rows)
@@ -123,10 +123,27 @@ class _Peaks:
         self.documents_PF[:, better] = numbers.gather(0, order)
 
 
+def _batch_rows(view: View, store: ActivationStore) -> int:
+    return max(1, BATCH_ELEMENTS // (store.context * view.d_sae))
+
+
 def _masked(view: View, store: ActivationStore, hook: str, start: int, stop: int) -> Tensor:
     """Activations [R, T, F] of some rows, zero on special tokens."""
     kept_RT = ~store.special_mask(store.tokens(start, stop))
-    return view.encode(store.acts(hook, start, stop).float()) * kept_RT[..., None]
+    return view.encode(store.acts(hook, start, stop).float()).mul_(kept_RT[..., None])
+
+
+def _rows_encoded(
+    view: View, store: ActivationStore, hook: str, rows: Sequence[int], latents: Sequence[int]
+) -> dict[int, Tensor]:
+    """Activations [T, len(latents)] of single rows; special tokens are not masked."""
+    encoded: dict[int, Tensor] = {}
+    batch = _batch_rows(view, store)
+    for first in range(0, len(rows), batch):
+        part = rows[first : first + batch]
+        acts_RTF = view.encode(torch.cat([store.acts(hook, row, row + 1) for row in part]).float())
+        encoded |= dict(zip(part, acts_RTF[..., list(latents)], strict=True))
+    return encoded
 
 
 def heaviest(seen: Survey, count: int, *, common: float) -> list[int]:
@@ -143,7 +160,7 @@ def top_contexts(
     """For each latent up to `count` contexts from different documents, strongest first; texts that are equal are given once."""
     wanted = {latent: seen.places_PF[seen.peaks_PF[:, latent] > 0, latent].tolist() for latent in latents}
     rows = sorted({place // store.context for places in wanted.values() for place in places})
-    encoded = {row: _masked(view, store, hook, row, row + 1)[0][:, list(latents)] for row in rows}
+    encoded = _rows_encoded(view, store, hook, rows, latents)
     found: dict[int, list[Context]] = {}
     for column, (latent, places) in enumerate(wanted.items()):
         texts: dict[tuple[str, ...], Context] = {}

@@ -18,8 +18,9 @@ from hsae.eval import figures, tables
 from hsae.eval.cards import LatentCard, cards_of
 from hsae.eval.schema import read_core
 from hsae.eval.tables import LevelLine, Row
+from hsae.eval.targets import model_digest
 from hsae.train.files import write_atomically
-from hsae.train.model import CompositionMap, TrainedModel, load_model
+from hsae.train.model import CONFIG_FILE, WEIGHTS_FILE, CompositionMap, TrainedModel, load_model
 from hsae.train.rundir import read_metrics, read_run
 
 MOST_WARNINGS = 12
@@ -87,7 +88,7 @@ def write_report(
         absent=[run_dir.name for run_dir, info in infos.items() if info is None],
         table=tables.results([*rows, *others]),
         columns=tables.COLUMNS,
-        one_text=tables.one_text(rows),
+        one_text=tables.one_text([*rows, *others]),
         saebench=[
             (row, [tables.number(row.result.metric(key)) for key, _ in tables.SAEBENCH_COLUMNS])
             for row in (*rows, *others)
@@ -135,12 +136,16 @@ def _compared(paths: Sequence[Path]) -> list[Row]:
         Row(
             run=name if names.count(name) == 1 else f"{name} ({path.name})",
             view="",
-            latents=(result.sae_config or {}).get("d_sae") or len(result.details) or None,
+            latents=_whole((result.sae_config or {}).get("d_sae")) or len(result.details) or None,
             result=result,
             notes=result.notes,
         )
         for name, (path, result) in zip(names, found, strict=True)
     ]
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def _model(run_dir: Path) -> TrainedModel | None:
@@ -153,11 +158,20 @@ def _model(run_dir: Path) -> TrainedModel | None:
 def _rows(run_dir: Path, info: dict[str, Any]) -> tuple[list[Row], list[str]]:
     """A row for each evaluated view of a run, in the order whole, level 1, level 2, ...; and what could not be read."""
     rows, unreadable = [], []
+    model_dir = run_dir / "model"
+    present = (
+        model_digest(model_dir)
+        if (model_dir / CONFIG_FILE).is_file() and (model_dir / WEIGHTS_FILE).is_file()
+        else None
+    )
     for path in sorted((run_dir / "eval" / "core").glob("*_eval_results.json")):
         try:
             result = read_core(path)
         except UserError as error:
             unreadable.append(str(error))
+            continue
+        if present is not None and ((result.hsae or {}).get("inputs") or {}).get("sae") not in (None, present):
+            unreadable.append(f"{path.name} is of another model than the one here; run `hsae eval core --force`")
             continue
         notes = result.notes if result.dead or any("negative" in note for note in result.notes) else []
         run = f"{info['number']} {info['name']}"
@@ -230,7 +244,10 @@ def _section(
         elif info["hook"] not in store.spec.hooks or store.header.d_model != info["d_in"]:
             missing.append("no contexts: the evaluation store is one of another hook or width")
         else:
-            cards = cards_of(model, store, info["hook"], tokenizer)
+            try:
+                cards = cards_of(model, store, info["hook"], tokenizer)
+            except UserError as error:
+                missing.append(f"no contexts: {error}")
     warnings = [f"step {line['step']}: {line['message']}" for line in log if line["kind"] == "warning"]
     config = info["config"]
     structure, widths = config["structure"], config["widths"]

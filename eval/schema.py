@@ -55,8 +55,8 @@ DETAILS = (
 SCORES = {
     "kl_div_score": ("kl_div_with_ablation", "kl_div_with_sae"),
     "ce_loss_score": ("ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae"),
-    "explained_variance": ("l2_norm_in",),
-    "explained_variance_legacy": ("l2_norm_in",),
+    "explained_variance": ("l2_norm_in", "mse"),
+    "explained_variance_legacy": ("l2_norm_in", "mse"),
 }
 
 
@@ -121,13 +121,20 @@ class CoreResult:
         if value is None or math.isnan(value):
             return None
         if name in SCORES:
-            return None if any(self._raw(part) is None for part in SCORES[name]) else value
+            parts = [self._raw(part) for part in SCORES[name]]
+            range_is_empty = name.endswith("_score") and parts[0] == (parts[2] if len(parts) > 2 else 0)
+            return None if any(part is None for part in parts) or (value == -1 and range_is_empty) else value
         return None if value == -1 else value
 
     def measure(self, name: str) -> Measure | None:
         """One of hsae's corrected measures by its key; None in files that have none."""
-        entry = (self.hsae or {}).get("measures", {}).get(name)
-        return None if entry is None else Measure(entry["value"], entry.get("low"), entry.get("high"))
+        measures = (self.hsae or {}).get("measures")
+        entry = measures.get(name) if isinstance(measures, dict) else None
+        return (
+            None
+            if not isinstance(entry, dict) or "value" not in entry
+            else Measure(entry["value"], entry.get("low"), entry.get("high"))
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -260,7 +267,7 @@ def read_core(path: Path) -> CoreResult:
         content = _File.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]

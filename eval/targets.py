@@ -15,7 +15,7 @@ from hsae.train import saelens
 from hsae.train.config import RunConfig
 from hsae.train.model import CONFIG_FILE, WEIGHTS_FILE, load_model
 from hsae.train.plan import Plan
-from hsae.train.rundir import is_complete
+from hsae.train.rundir import is_complete, read_run
 from hsae.train.views import View
 
 RESULTS = Path("eval") / "core"  # in a run directory
@@ -65,20 +65,26 @@ def run_targets(plan: Plan, run: RunConfig) -> list[Target]:
             f"run {run.number} ({run.name}) of plan {plan.name} has not been trained to its end in {run_dir}; "
             f"train it with: hsae train --run {run.number}"
         )
+    held = read_run(run_dir)
+    assert held is not None  # it is trained
     model_dir = run_dir / "model"
-    digest = _digest(model_dir / CONFIG_FILE, model_dir / WEIGHTS_FILE)
     return [
         Target(
             view=view,
             hook=plan.hook.names[0],
             folder=run_dir / RESULTS,
             label=f"{run.number} {run.name} {name}",
-            release=f"hsae_{plan.name}_{run.number}-{run.name}",
+            release=f"hsae_{held['plan']}_{run.number}-{run.name}",
             sae_id=name,
-            weights_digest=digest,
+            weights_digest=model_digest(model_dir),
         )
         for name, view in load_model(model_dir).views().items()
     ]
+
+
+def model_digest(model_dir: Path) -> str:
+    """SHA-256 of a trained model's files."""
+    return _digest(model_dir / CONFIG_FILE, model_dir / WEIGHTS_FILE)
 
 
 def folder_targets(plan: Plan, folders: Sequence[Path], out: Path) -> list[Target]:

@@ -152,3 +152,15 @@ def test_a_file_that_is_no_result_is_refused(text, tmp_path):
 def test_a_missing_file_is_a_users_error(tmp_path):
     with pytest.raises(UserError, match="can't be read: No such file"):
         schema.read_core(tmp_path / "absent.json")
+
+
+def test_a_minus_one_that_stands_for_nan_is_never_taken_for_a_score():
+    result = schema.read_core(BASELINE)
+    quality = {**result.metrics["reconstruction_quality"], "mse": -1.0, "explained_variance": -1.0}
+    loss = {**result.metrics["model_performance_preservation"], "ce_loss_with_ablation": 2.9375, "ce_loss_score": -1.0}
+    broken = replace(
+        result, metrics={**result.metrics, "reconstruction_quality": quality, "model_performance_preservation": loss}
+    )
+    assert broken.metric("explained_variance_legacy") is None
+    assert broken.metric("ce_loss_score") is None
+    assert result.metric("ce_loss_score") == pytest.approx(-0.5855, abs=1e-4)

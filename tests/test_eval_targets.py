@@ -1,5 +1,7 @@
 """`hsae eval core`: which SAEs are evaluated, where results go, when they are made anew, and what is printed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -61,7 +63,9 @@ def a_trained_run(plan, number, levels):
     config = plan.runs[number]
     structure = "flat" if len(levels) == 1 else "additive"
     model = TrainedModel(structure=structure, levels=levels, compositions=())
-    rundir.prepare(plan, config, plan.store("train").name, D, resume=False, restart=False)
+    digests = dict.fromkeys(("model_digest", "tokenizer_digest", "corpus_digest"), "0" * 64)
+    store = SimpleNamespace(spec=plan.store("train"), header=SimpleNamespace(d_model=D, **digests))
+    rundir.prepare(plan, config, store, "cpu", resume=False, restart=False)
     held = rundir.read_run(plan.run_dir(config))
     save_model(model, plan.run_dir(config) / "model")
     rundir.write_run(plan.run_dir(config), {**held, "complete": True})

@@ -346,3 +346,13 @@ def test_participation_ratio_and_its_null():
     torch.testing.assert_close(figures.participation_ratio(rows), torch.tensor([1.0, 2, 4, 0]))
     null = figures.permuted(rows)
     assert torch.equal(null.flatten().sort().values, rows.flatten().sort().values) and not torch.equal(null, rows)
+
+
+def test_results_of_another_model_than_the_one_present_are_left_out_and_named(made, tmp_path):
+    _plan, run_dirs, *_ = made
+    copy = tmp_path / "runs/3"
+    shutil.copytree(run_dirs[2], copy)
+    shutil.copytree(run_dirs[1] / "model", copy / "model", dirs_exist_ok=True)
+    path = write_report([copy], tmp_path / "out")
+    text = " ".join(Page(path.read_text()).words)
+    assert "is of another model than the one here; run `hsae eval core --force`" in text
