@@ -43,4 +43,4 @@ def quickstart(
     console.print(
         "  ".join(f"{name} {value:.0f} s" for name, value in seconds.items()) + f"  total {sum(seconds.values()):.0f} s"
     )
-    console.print(f"Look at [bold]{escape(str((out / 'report' / 'index.html').resolve()))}[/]")
+    console.print(f"Look at [bold]{escape(str((out / 'report' / 'index.html').resolve()))}[/]", soft_wrap=True)
