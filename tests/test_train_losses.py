@@ -89,7 +89,7 @@ def test_stacked_losses_of_level_two_reach_level_one_only_without_stop_gradient(
 
 
 def test_gradients_of_the_reconstruction_and_sparsity_losses_match_finite_differences():
-    level = double(Level(D, F1, "relu", 3.0, torch.Generator().manual_seed(0)))
+    level = double(Level(D, F1, config(activation="relu"), 3.0, torch.Generator().manual_seed(0)))
     x, bias = vectors(B, D), vectors(D, seed=2)
 
     def losses(W_enc, W_dec, b_enc):
@@ -101,7 +101,7 @@ def test_gradients_of_the_reconstruction_and_sparsity_losses_match_finite_differ
 
 
 def test_gradients_of_the_auxiliary_loss_match_finite_differences():
-    level = double(Level(D, F1, "relu", 3.0, torch.Generator().manual_seed(0)))
+    level = double(Level(D, F1, config(activation="relu"), 3.0, torch.Generator().manual_seed(0)))
     x, bias, dead = vectors(B, D), vectors(D, seed=2), torch.arange(F1) % 3 == 1
 
     def loss(W_enc, W_dec):
@@ -140,7 +140,7 @@ class SimpleModule(torch.nn.Module):
 
 
 def test_auxiliary_is_the_dead_latents_reconstruction_of_what_is_left():
-    level = Level(D, F1, "relu", 3.0, torch.Generator().manual_seed(0))
+    level = Level(D, F1, config(activation="relu"), 3.0, torch.Generator().manual_seed(0))
     x, bias = vectors(B, D).float(), torch.zeros(D)
     output, dead = level(x, bias), torch.zeros(F1, dtype=torch.bool)
     assert auxiliary(level, output, x, output.decoded, dead, 4).item() == 0
