@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hsae.cli import suite as suite_commands
 from hsae.cli.common import DeviceOption, PlanOption, SetOption, console
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ def build(
     plan: PlanOption = None,
     overrides: SetOption = None,
     split: Annotated[Literal["train", "eval", "both"], typer.Option("--split", help="Which store.")] = "both",
+    suite: Annotated[
+        Literal["sparse-probing", "scr", "tpp", "absorption", "all"] | None,
+        typer.Option("--suite", help="The texts of an evaluation of the suite instead (see [suite] in the plan)."),
+    ] = None,
     device: DeviceOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and estimated time, and stop.")] = False,
 ) -> None:
@@ -43,6 +48,8 @@ def build(
 
     loaded = load_plan(plan, overrides or ())
     chosen = pick_device(device)
+    if suite is not None:
+        return suite_commands.build(loaded, suite, chosen, dry_run=dry_run)
     specs = [loaded.store(name) for name in ("eval", "train") if split in (name, "both")]
     estimates = [estimate(spec, Path(loaded.cache.dir), chosen) for spec in specs]
     console.print(_sizes(estimates, loaded.name, chosen))

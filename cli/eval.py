@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hsae.cli import suite
 from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from hsae.train.plan import Plan
 
 app = typer.Typer(no_args_is_help=True)
+suite.register(app)
 
 
 @app.callback()
@@ -104,11 +106,12 @@ def core(
         console.print(f"{reused} of {len(evaluated)} were there already; --force computes them anew")
 
 
-def of_runs(plan: "Plan", run: str | None, seeds: int) -> "list[Target]":
+def of_runs(plan: "Plan", run: str | None, seeds: int, evaluation: str = "core") -> "list[Target]":
     """Every view of the named runs, or of all that are trained, for each seed."""
     from hsae.eval.targets import run_targets
 
-    return [target for seeded, config in trained_runs(plan, run, seeds) for target in run_targets(seeded, config)]
+    runs = trained_runs(plan, run, seeds)
+    return [target for seeded, config in runs for target in run_targets(seeded, config, evaluation)]
 
 
 def trained_runs(plan: "Plan", run: str | None, seeds: int) -> "list[tuple[Plan, RunConfig]]":

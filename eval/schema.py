@@ -9,6 +9,7 @@ import json
 import math
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -203,20 +204,48 @@ def as_json(
             values["explained_variance"] = values.pop("explained_variance_legacy")
         metrics[category] = {key: values[key] for key in keys if key in values}
     kept = DETAILS[:-2] if layout == "legacy" else DETAILS
+    return envelope(
+        "core",
+        eval_config=result.eval_config,
+        metrics=metrics,
+        details=[{key: entry[key] for key in kept} for entry in result.details],
+        sae_config=result.sae_config,
+        unstructured=result.unstructured,
+        hsae=result.hsae,
+        release=release,
+        sae_id=sae_id,
+        eval_id=eval_id,
+    )
+
+
+def envelope(
+    eval_type_id: str,
+    *,
+    eval_config: dict[str, Any],
+    metrics: Mapping[str, Mapping[str, float | None]],
+    details: Sequence[Mapping[str, Any]],
+    sae_config: dict[str, Any] | None,
+    unstructured: Any,
+    hsae: dict[str, Any] | None,
+    release: str,
+    sae_id: str,
+    eval_id: str | None = None,
+) -> dict[str, Any]:
+    """Any evaluation's result as the JSON object that SAEBench writes, in its key order, and `hsae` behind it."""
     return {
-        "eval_type_id": "core",
-        "eval_config": result.eval_config,
+        "eval_type_id": eval_type_id,
+        "eval_config": eval_config,
         "eval_id": eval_id or str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
         "eval_result_metrics": metrics,
-        "eval_result_details": [{key: entry[key] for key in kept} for entry in result.details],
+        "eval_result_details": details,
         "sae_bench_commit_hash": hsae_version(),
         "sae_lens_id": sae_id,
         "sae_lens_release_id": release,
         "sae_lens_version": None,
-        "sae_cfg_dict": result.sae_config,
-        "eval_result_unstructured": result.unstructured,
-        "hsae": result.hsae,
+        "sae_cfg_dict": sae_config,
+        "eval_result_unstructured": unstructured,
+        "hsae": hsae,
     }
 
 
@@ -235,9 +264,15 @@ def write_core(
     eval_id: str | None = None,
 ) -> Path:
     """Write a result into `folder` under SAEBench's file name, atomically; returns the file."""
+    content = as_json(result, release=release, sae_id=sae_id, layout=layout, eval_id=eval_id)
+    return write_result(content, folder)
+
+
+def write_result(content: dict[str, Any], folder: Path) -> Path:
+    """Write any evaluation's JSON object into `folder` under SAEBench's file name, atomically; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / file_name(release, sae_id)
-    text = json.dumps(as_json(result, release=release, sae_id=sae_id, layout=layout, eval_id=eval_id), indent=2)
+    path = folder / file_name(content["sae_lens_release_id"], content["sae_lens_id"])
+    text = json.dumps(content, indent=2)
     write_atomically(path, lambda partial: partial.write_text(text))
     return path
 

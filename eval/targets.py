@@ -18,7 +18,7 @@ from hsae.train.plan import Plan
 from hsae.train.rundir import is_complete, read_run
 from hsae.train.views import View
 
-RESULTS = Path("eval") / "core"  # in a run directory
+RESULTS = Path("eval")  # in a run directory; each evaluation has a folder in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,11 @@ class Target:
         """The result file."""
         return self.folder / file_name(self.release, self.sae_id)
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What every result of this SAE depends on."""
+        return {"hsae": hsae_version(), "sae": self.weights_digest, "view": self.view.name, "hook": self.hook}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
@@ -57,8 +62,8 @@ def is_trained(plan: Plan, run: RunConfig) -> bool:
     return is_complete(plan, run, plan.store("train").name)
 
 
-def run_targets(plan: Plan, run: RunConfig) -> list[Target]:
-    """Every view of a trained run. Raises UserError if it has not been trained, or with another configuration."""
+def run_targets(plan: Plan, run: RunConfig, evaluation: str = "core") -> list[Target]:
+    """Every view of a trained run, for one evaluation. Raises UserError if it has not been trained, or with another configuration."""
     run_dir = plan.run_dir(run)
     if not is_trained(plan, run):
         raise UserError(
@@ -72,7 +77,7 @@ def run_targets(plan: Plan, run: RunConfig) -> list[Target]:
         Target(
             view=view,
             hook=plan.hook.names[0],
-            folder=run_dir / RESULTS,
+            folder=run_dir / RESULTS / evaluation,
             label=f"{plan.label(run)} {name}",
             release=f"hsae_{held['plan']}_{run.number}-{run.name}",
             sae_id=name,
@@ -150,10 +155,7 @@ def evaluate_targets(
 def _inputs(target: Target, store: ActivationStore, options: CoreOptions) -> dict[str, Any]:
     """All that a result depends on."""
     return {
-        "hsae": hsae_version(),
-        "sae": target.weights_digest,
-        "view": target.view.name,
-        "hook": target.hook,
+        **target.inputs,
         "store": store.spec.fingerprint,
         "model": store.header.model_digest,
         "tokenizer": store.header.tokenizer_digest,

@@ -1,6 +1,6 @@
 """The plan: one TOML file that says which model, which text, and which runs.
 
-Tables `[model] [hook] [cache] [cache.train] [cache.eval] [train]`, and one `[runs.N]` for each run, whose keys override those of
+Tables `[model] [hook] [cache] [cache.train] [cache.eval] [train]`, if need be `[suite]`, and one `[runs.N]` for each run, whose keys override those of
 `[train]`. `./hsae.toml` wins over the packaged default plan; a name or file given by the user wins over both. A plan may
 begin with `extends = "NAME"` and state only what differs.
 """
@@ -16,12 +16,13 @@ from pydantic import ValidationError
 
 from hsae.cache.config import CacheConfig, Config, HookConfig, ModelConfig, Split, StoreSpec, store_spec
 from hsae.cache.errors import UserError
+from hsae.cache.probe_config import ProbeSpec, Suite, SuiteConfig
 from hsae.train.config import RunConfig, StreamConfig
 
 DEFAULT_PLAN = "gemma-2-2b"
 LOCAL_PLAN = "hsae.toml"
 ConfigT = TypeVar("ConfigT", bound=Config)
-TABLES = {"extends", "name", "model", "hook", "cache", "train", "runs"}
+TABLES = {"extends", "name", "model", "hook", "cache", "train", "suite", "runs"}
 
 
 class PlanError(UserError):
@@ -40,6 +41,7 @@ class Plan:
     cache: CacheConfig
     train: StreamConfig
     runs: dict[int, RunConfig]
+    suite: SuiteConfig
     seed_index: int = 0
     """Which of several seeds of one plan this is."""
 
@@ -50,6 +52,10 @@ class Plan:
     def store_path(self, split: Split) -> Path:
         """Where that store lies."""
         return Path(self.cache.dir).expanduser() / self.store(split).name
+
+    def probe(self, suite: Suite) -> ProbeSpec:
+        """The probe store of an evaluation suite."""
+        return ProbeSpec(suite=suite, model=self.model, hooks=self.hook.names, tasks=self.suite)
 
     def run_dir(self, run: RunConfig) -> Path:
         """Where a run's results lie: `<train.dir>/<number>`."""
@@ -183,6 +189,7 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
         cache=_table(source, "cache", CacheConfig, tables["cache"]),
         train=_table(source, "train", StreamConfig, shared),
         runs=dict(sorted(runs.items())),
+        suite=_table(source, "suite", SuiteConfig, tables.get("suite", {})),
     )
     _check_matched(plan)
     return plan

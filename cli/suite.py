@@ -1,0 +1,235 @@
+"""`hsae eval sparse-probing | scr | tpp | absorption | all`, and `hsae cache build --suite`."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
+
+if TYPE_CHECKING:
+    from hsae.cache.probe_config import Suite
+    from hsae.eval.suite import SuiteResult
+    from hsae.eval.targets import Target
+    from hsae.train.plan import Plan
+
+SaeOption = Annotated[
+    list[Path] | None,
+    typer.Option("--sae", metavar="FOLDER", help="A SAELens folder to evaluate instead of runs. Repeatable."),
+]
+OutOption = Annotated[
+    Path, typer.Option("--out", help="Folder for the results of --sae; each evaluation has its own in it.")
+]
+DrawsOption = Annotated[
+    int, typer.Option("--draws", min=1, metavar="N", help="Seeds of the evaluation's own draws: what intervals span.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Compute anew what is there already.")]
+HELP = {
+    "sparse-probing": "How much of a labelled class a few latents tell (SAEBench's sparse probing).",
+    "scr": "Whether ablating a few latents removes a spurious correlation (SAEBench's SCR).",
+    "tpp": "Whether ablating a few latents hurts one class's probe and no other (SAEBench's TPP).",
+    "absorption": "Whether a letter's latents stay silent where others speak for it (SAEBench's absorption).",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `hsae eval`."""
+    for suite, text in HELP.items():
+        app.command(suite, help=f"{text}\n\nExample: hsae eval {suite} --run 3")(_command(suite))
+    app.command("all")(every)
+
+
+def _command(suite: str) -> Callable[..., None]:
+    def command(
+        run: RunOption = None,
+        all_runs: AllOption = False,
+        seeds: SeedsOption = 1,
+        sae: SaeOption = None,
+        plan: PlanOption = None,
+        overrides: SetOption = None,
+        out: OutOption = Path("eval_results"),
+        draws: DrawsOption = 5,
+        force: ForceOption = False,
+        device: DeviceOption = "auto",
+    ) -> None:
+        loaded = _loaded(plan, overrides, run, all_runs, sae)
+        _evaluate(loaded, _suite(suite), run, seeds, sae, out, draws, force, device)
+
+    return command
+
+
+def every(
+    run: RunOption = None,
+    all_runs: AllOption = False,
+    seeds: SeedsOption = 1,
+    sae: SaeOption = None,
+    plan: PlanOption = None,
+    overrides: SetOption = None,
+    out: OutOption = Path("eval_results"),
+    draws: DrawsOption = 5,
+    force: ForceOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Core and every evaluation of the suite. One that fails does not stop the others; status 1 if any did.
+
+    Example: hsae eval all --plan gemma-3-270m
+    """
+    from hsae.cache.errors import UserError
+    from hsae.cli.eval import core
+
+    loaded = _loaded(plan, overrides, run, all_runs, sae)
+    jobs: dict[str, Callable[[], object]] = {
+        "core": lambda: core(
+            run=run, seeds=seeds, sae=sae, plan=plan, overrides=overrides, out=out / "core", force=force, device=device
+        )
+    }
+    for suite in HELP:
+        jobs[suite] = lambda suite=suite: _evaluate(  # type: ignore[misc]
+            loaded, _suite(suite), run, seeds, sae, out, draws, force, device
+        )
+    summary, failed = [], 0
+    for name, job in jobs.items():
+        began = time.perf_counter()
+        try:
+            job()
+            state = "done"
+        except UserError as error:
+            state = str(error)
+        except (OSError, RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            state = f"{type(error).__name__}: {error}"
+        failed += state != "done"
+        summary.append((name, state, time.perf_counter() - began))
+    table = Table(title="summary", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("evaluation", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("outcome", overflow="fold")
+    for name, state, seconds in summary:
+        table.add_row(name, f"{seconds:.0f} s", escape(state), style=None if state == "done" else "red")
+    console.print(table)
+    if failed:
+        console.print(f"{failed} of {len(jobs)} evaluations failed")
+        raise typer.Exit(1)
+
+
+def _loaded(
+    plan: str | None, overrides: list[str] | None, run: str | None, all_runs: bool, sae: list[Path] | None
+) -> "Plan":
+    from hsae.cache.errors import UserError
+    from hsae.train.plan import load_plan
+
+    if sum((run is not None, all_runs, bool(sae))) > 1:
+        raise UserError("--run, --all and --sae exclude each other")
+    return load_plan(plan, overrides or ())
+
+
+def _suite(name: str) -> "Suite":
+    from hsae.cache.probe_config import SUITES
+
+    return next(suite for suite in SUITES if suite == name)
+
+
+def _targets(
+    plan: "Plan", suite: "Suite", run: str | None, seeds: int, sae: list[Path] | None, out: Path
+) -> "list[Target]":
+    from hsae.cli.eval import of_runs
+    from hsae.eval.suite import FOLDERS
+    from hsae.eval.targets import folder_targets
+
+    if sae:
+        return folder_targets(plan, sae, out / FOLDERS[suite])
+    return of_runs(plan, run, seeds, FOLDERS[suite])
+
+
+def _evaluate(
+    plan: "Plan",
+    suite: "Suite",
+    run: str | None,
+    seeds: int,
+    sae: list[Path] | None,
+    out: Path,
+    draws: int,
+    force: bool,
+    device: str,
+) -> "list[SuiteResult]":
+    from hsae.cache.device import pick_device
+    from hsae.cache.probe import ProbeStore
+    from hsae.eval.suite import evaluate_suite, noise_note
+
+    targets = _targets(plan, suite, run, seeds, sae, out)
+    with console.status(f"{suite}: reading") as status:
+        results = evaluate_suite(
+            targets,
+            lambda: ProbeStore(plan.probe(suite), plan.cache.dir),
+            seeds=draws,
+            force=force,
+            device=pick_device(device),
+            say=lambda text: status.update(escape(text)),
+        )
+    console.print(_table(results, suite))
+    if note := noise_note(results, suite):
+        console.print(escape(note), soft_wrap=True)
+    for folder in dict.fromkeys(result.target.folder for result in results):
+        console.print(f"results in [bold]{escape(str(folder))}[/]", soft_wrap=True)
+    if reused := sum(result.reused for result in results):
+        console.print(f"{reused} of {len(results)} were there already; --force computes them anew")
+    return results
+
+
+def _table(results: "list[SuiteResult]", suite: str) -> Table:
+    from hsae.eval.suite import HEADLINES
+
+    table = Table(
+        title=f"{suite}; ± spans the 95 % interval over draws", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("SAE", overflow="fold")
+    shared = "_accuracy", "_metric", "_score", "mean_", "tpp_", "scr_", "test"
+    for name in HEADLINES[suite]:
+        short = name
+        for part in shared:
+            short = short.replace(part, "")
+        table.add_column(short.strip("_").replace("_", " ") or "all", justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(escape(result.target.label), *(_cell(result.measures.get(name)) for name in HEADLINES[suite]))
+    return table
+
+
+def _cell(measure: "dict[str, float | None] | None") -> str:
+    if measure is None or measure["value"] is None:
+        return "undefined"
+    text = f"{measure['value']:.3f}"
+    if measure["high"] is not None:
+        text += f" [dim]±{measure['high'] - measure['value']:.3f}[/]"
+    return text
+
+
+# ---- building -----------------------------------------------------------------------------------------------------------
+
+
+def build(plan: "Plan", suite: str, device: str, *, dry_run: bool) -> None:
+    """Make the probe store of one suite, or of all (`hsae cache build --suite`)."""
+    from hsae.cache.errors import UserError
+    from hsae.cache.lm import LanguageModel
+    from hsae.cache.probe import build_probe
+    from hsae.cache.probe_config import SUITES
+
+    if dry_run:
+        raise UserError("--dry-run doesn't go with --suite: what the texts come to is known once they are read")
+    model = LanguageModel.load(plan.model, device=device, say=lambda text: console.print(escape(text)))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("texts"))
+    for name in SUITES if suite == "all" else (_suite(suite),):
+        with Progress(*columns, console=console) as bars:
+            shown: dict[str, TaskID] = {}
+
+            def told(task: str, done: int, total: int, bars: Progress = bars, shown: dict[str, TaskID] = shown) -> None:
+                if task not in shown:
+                    shown[task] = bars.add_task(escape(task), total=total)
+                bars.update(shown[task], completed=done)
+
+            path = build_probe(plan.probe(name), plan.cache.dir, device=device, progress=told, model=model)
+        console.print(f"{name} store: [bold]{escape(str(path))}[/]", soft_wrap=True)
