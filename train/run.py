@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hsae.cache.numerics import bfloat16_is_slow
 from hsae.train.composition import Composition
 from hsae.train.config import RunConfig
 from hsae.train.curriculum import Curriculum, Moment
@@ -47,6 +48,8 @@ class TrainingRun:
 
     def __init__(self, config: RunConfig, scaling: Scaling, *, steps: int, seed: int, device: str) -> None:
         self.config, self.scaling, self.steps, self.seed, self.device = config, scaling, steps, seed, device
+        slow = bfloat16_is_slow(torch.device(device).type)
+        self.rounds = config.precision == "bfloat16" or (config.precision == "auto" and not slow)
         self.step_number = 0
         self.failure: str | None = None
         d_in = len(scaling.median)
@@ -78,8 +81,7 @@ class TrainingRun:
         if moment.starts and moment.stage.refresh:
             forget(self.optimiser, moment.stage.refresh)
         base_rate = set_rates(self.optimiser, config, moment, step, self.steps)
-        kind = torch.device(self.device).type
-        with torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.rounds):
             output = self.model(x_BD, moment.stage.levels)
             parts = self._losses(x_BD, output, moment)
         loss = torch.stack([part.float() for part in parts.values()]).sum()
