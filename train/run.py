@@ -61,6 +61,8 @@ class TrainingRun:
         maps = [Composition(fine, coarse, config.composition, generator) for fine, coarse in pairs]
         self.compositions = nn.ModuleList(maps)
         self.model.to(device).train()
+        if torch.device(device).type == "cpu" and not self.rounds:
+            self.model.use_sparse()
         self.compositions.to(device)
         self.curriculum = Curriculum(config, steps)
         self.optimiser = make_optimiser(self.model, self.compositions, config)
@@ -136,8 +138,9 @@ class TrainingRun:
                 parts[f"gate{number}"] = gated_auxiliary(module, level, x_BD, bias, self.scaling.variance)
             elif config.aux_weight and config.activation != "relu":  # below zero a dead relu latent has no gradient
                 dead = self.tokens_since_fired[number - 1] >= config.dead_after_tokens
+                bias = self.model.bias(number)
                 parts[f"auxiliary{number}"] = config.aux_weight * auxiliary(
-                    module, level, target, reconstruction, dead, config.aux_latents
+                    module, level.read, bias, target, reconstruction, dead, config.aux_latents
                 )
         for number in range(2, config.levels + 1):
             if config.composition.mode != "none" and {number, number - 1} <= output.levels.keys():
