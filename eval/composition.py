@@ -13,7 +13,7 @@ Shapes: B rows of a batch, T context, N kept tokens of a batch, D residual width
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.store import ActivationStore
-from hsae.eval import corrected, levels
+from hsae.eval import corrected
 from hsae.eval.fitted import FIT_L1, CodeMoments
 from hsae.eval.maps import EDGE_SHARE, INVARIANT, NULL_DRAWS, NULLS, CodeScale, LevelMap, nulls, participation_ratio
 from hsae.eval.measures import Estimate, PairGeometry, measures
@@ -44,6 +44,7 @@ SETTINGS = {
     "contributes": CONTRIBUTES,
     "probe_tokens": PROBE_TOKENS,
 }
+UNKNOWN = Estimate(None)
 Progress = Callable[[str, int, int], None]
 
 
@@ -96,7 +97,8 @@ class PairResult:
     reasons: dict[str, str]
     """Why a reading is not there."""
     facts: dict[str, float | None]
-    """energy_ratio: E|h_l|^2 / E|h_{l-1}|^2; of the learned map mixture_energy: E|W h|^2 / E|h_l|^2, and largest_contribution."""
+    """energy_ratio: E|h_l|^2 / E|h_{l-1}|^2; of the learned map mixture_energy: E|W h|^2 / E|h_l|^2, and
+    visible_weights: the share of its entries with |C| > VISIBLE."""
     probes: dict[str, float]
     """candidates, sampled, valid; accuracy: their mean balanced accuracy on held-out tokens."""
 
@@ -112,7 +114,7 @@ class LevelResult:
     """Share of latents that never fire on the measured rows."""
     explained_variance: Estimate
     """Of the residual by levels >= `level`; stacked: decoded from this level down."""
-    ce_loss_score: Estimate = Estimate(None)
+    ce_loss_score: Estimate = UNKNOWN
     """Likewise; taken from a core result, if there is one."""
 
 
@@ -145,10 +147,7 @@ class CompositionResult:
                 LevelResult(
                     **{
                         **level,
-                        **{
-                            key: Estimate(**level[key])
-                            for key in ("l0", "explained_variance", "ce_loss_score")
-                        },
+                        **{key: Estimate(**level[key]) for key in ("l0", "explained_variance", "ce_loss_score")},
                     }
                 )
                 for level in content["levels"]
@@ -202,13 +201,17 @@ def evaluate_composition(
     """
     check(model, store, hook, fit_store)
     report = progress or (lambda _name, _done, _total: None)
-    placed = levels.placed(model, device)
-    text = _Text(fit_store, hook, 0, fit_store.rows, device) if fit_store else _Text(store, hook, 0, store.clean_rows, device)
+    placed = model.to(dtype=torch.float32, device=device)
+    text = (
+        _Text(fit_store, hook, 0, fit_store.rows, device)
+        if fit_store
+        else _Text(store, hook, 0, store.clean_rows, device)
+    )
     read = _ReadPass(placed, text, device)
     read.run(report)
     measured = _MeasurePass(placed, read, _Text(store, hook, store.clean_rows, store.rows, device), device)
     measured.run(report)
-    directions = tuple(levels.directions(placed, number) for number in range(1, len(placed.levels) + 1))
+    directions = tuple(placed.directions(number) for number in range(1, len(placed.levels) + 1))
     return CompositionResult(
         structure=model.structure,
         levels=measured.levels(),
@@ -258,7 +261,7 @@ class _ReadPass:
         for done, (start, stop) in enumerate(batches, 1):
             x_BTD, mask_BT = self.text.read(start, stop)
             x_ND = x_BTD[mask_BT]
-            codes = levels.codes(self.model, x_ND)
+            codes = self.model.codes(x_ND)
             for level, moments in self.moments.items():
                 moments.add(codes[level - 2], codes[level - 1])
             self.sample.append(x_ND[:: max(1, -(-len(x_ND) // sampled))])
@@ -279,7 +282,7 @@ class _ReadPass:
     def probes(self, level: int) -> Probes | None:
         """Probes of the fine latents of a pair, from the sampled tokens."""
         x_ND = torch.cat(self.sample)
-        fires_NG = torch.cat([levels.codes(self.model, part)[level - 2] > 0 for part in x_ND.split(BATCH_TOKENS)])
+        fires_NG = torch.cat([self.model.codes(part)[level - 2] > 0 for part in torch.split(x_ND, BATCH_TOKENS)])
         probes = train_probes(x_ND, fires_NG)
         return probes if len(probes.children_C) else None
 
@@ -316,10 +319,10 @@ class _MeasurePass:
         for done, (start, stop) in enumerate(batches, 1):
             x_BTD, mask_BT = self.text.read(start, stop)
             batch = VarianceBatch.of(x_BTD, mask_BT, start)
-            codes = levels.codes(self.model, x_BTD)
+            codes = self.model.codes(x_BTD)
             self.inputs.add(batch, first)
             for number, moments in enumerate(self.reconstructions, 1):
-                moments.add(batch, first, codes[number - 1], levels.reconstruct(self.model, codes, number))
+                moments.add(batch, first, codes[number - 1], self.model.reconstruct(codes, number))
             kept = [code[mask_BT] for code in codes]
             row_N = mask_BT.nonzero()[:, 0]
             for fires, code in zip(self.fires, kept, strict=True):
@@ -334,7 +337,9 @@ class _MeasurePass:
         for number, (moments, fires) in enumerate(zip(self.reconstructions, self.fires, strict=True), 1):
             entries = moments.measures(self.inputs, self.model.levels[0].d_in)
             estimates = {
-                name: Estimate(entry["value"], entry["low"], entry["high"], "rows" if entry["low"] is not None else None)
+                name: Estimate(
+                    entry["value"], entry["low"], entry["high"], "rows" if entry["low"] is not None else None
+                )
                 for name, entry in entries.items()
             }
             found.append(
@@ -353,9 +358,7 @@ class _MeasurePass:
         probes = self.read.probes(level)
         geometry = PairGeometry.of(counts, directions, level, probes)
         alive_G = scale.fine_G > 0
-        readings = {
-            name: _measured(counts, sums, name, geometry, alive_G) for name in READINGS if name in sums
-        }
+        readings = {name: _measured(counts, sums, name, geometry, alive_G) for name in READINGS if name in sums}
         reasons = {} if "learned" in readings else {"learned": "this run learned no W"}
         return PairResult(
             level=level,
@@ -385,13 +388,15 @@ def _measured(
     found = {
         key: Measured(
             **asdict(estimate),
-            nulls={null: _null(estimate.value, draws) for null, draws in drawn[key].items() if len(draws) > 1},
+            nulls={null: null_of(estimate.value, draws) for null, draws in drawn[key].items() if len(draws) > 1},
             reason=None if estimate.value is not None else _undefined(key),
         )
         for key, estimate in values.items()
     }
     if geometry.probes is None:
-        found["probe_top5"] = Measured(value=None, reason="no fine latent fires often enough in the sample to train a probe")
+        found["probe_top5"] = Measured(
+            value=None, reason="no fine latent fires often enough in the sample to train a probe"
+        )
     first = sums[f"{name} random"][0].map.contributions_FG
     return Reading(
         measures=found,
@@ -401,7 +406,8 @@ def _measured(
     )
 
 
-def _null(value: float | None, draws: Sequence[float]) -> Null:
+def null_of(value: float | None, draws: Sequence[float]) -> Null:
+    """A value beside the draws of its null."""
     mean, sd = fmean(draws), stdev(draws)
     return Null(mean, sd, (value - mean) / sd if value is not None and sd > 1e-12 * max(1.0, abs(mean)) else None)
 
@@ -424,7 +430,7 @@ def _facts(sums: dict[str, list[MapSums]], scale: CodeScale) -> dict[str, float 
         own = sums["learned"][0]
         columns = {name: float(values[0]) for name, values in own.columns().items()}
         facts["mixture_energy"] = columns["mixture"] / columns["energy"] if columns["energy"] > 0 else None
-        facts["largest_contribution"] = float(own.map.contributions_FG.abs().max())
+        facts["visible_weights"] = float((own.map.contributions_FG.abs() > VISIBLE).float().mean())
     return facts
 
 
@@ -441,10 +447,3 @@ def _probe_facts(probes: Probes | None) -> dict[str, float]:
 
 def _rounded(values: Tensor) -> list[float]:
     return [round(value, 4) for value in values.tolist()]
-
-
-def every_null(reading: Reading) -> Iterator[tuple[str, Measured, str, Null]]:
-    """(measure, entry, null's name, null) of a reading, for tables."""
-    for key, entry in reading.measures.items():
-        for name, null in entry.nulls.items():
-            yield key, entry, name, null

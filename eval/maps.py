@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 EDGE_SHARE = 0.1
+VISIBLE = 1e-3  # a contribution below this is as good as zero
 NULL_DRAWS = 5
 NULLS = ("permuted", "random")
-INVARIANT = ("participation_ratio", "hoyer", "copy_index", "children_per_parent")  # not changed by where a row's entries stand
+INVARIANT = (
+    "participation_ratio",
+    "hoyer",
+    "copy_index",
+    "children_per_parent",
+)  # not changed by where a row's entries stand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +60,7 @@ class LevelMap:
     @property
     def edges_FG(self) -> Tensor:
         """[F, G] True where the fine latent is a child of the coarse one."""
-        largest_F1 = self.contributions_FG.amax(1, keepdim=True)
-        return (self.contributions_FG > 0) & (self.contributions_FG >= EDGE_SHARE * largest_F1)
+        return edges(self.contributions_FG)
 
     @property
     def parent_G(self) -> Tensor:
@@ -65,11 +70,17 @@ class LevelMap:
         return torch.where(best_G > 0, parent_G, -1)
 
 
+def edges(contributions_FG: Tensor) -> Tensor:
+    """[F, G] True where the fine latent is a child of the coarse one."""
+    largest_F1 = contributions_FG.amax(1, keepdim=True)
+    return (contributions_FG > 0) & (contributions_FG >= EDGE_SHARE * largest_F1)
+
+
 def nulls(contributions_FG: Tensor, alive_G: Tensor, draws: int = NULL_DRAWS) -> Iterator[tuple[str, Tensor]]:
     """Contributions without structure, (name, [F, G]), `draws` of each kind with seeds 0, 1, ...
 
-    permuted: each row's entries in random places among the fine latents that fire. random: as many entries a row as are non-zero in it,
-    in random places, with half-normal values of the row's root mean square.
+    permuted: each row's entries in random places among the fine latents that fire. random: as many entries a row as are visible in it
+    (|C| > VISIBLE), in random places, with half-normal values of their root mean square.
     """
     for name, draw in (("permuted", permuted), ("random", half_normal)):
         for seed in range(draws):
@@ -89,12 +100,13 @@ def half_normal(contributions_FG: Tensor, alive_G: Tensor, generator: torch.Gene
     """Half-normal entries, as many a row and of the same root mean square, in random places among the fine latents that fire."""
     places_A = alive_G.nonzero().squeeze(1)
     held_FA = contributions_FG[:, places_A]
-    count_F = (held_FA != 0).sum(1)
-    rms_F = (held_FA.square().sum(1) / count_F.clamp_min(1)).sqrt()
-    rank_FA = _order(len(held_FA), len(places_A), generator).to(held_FA.device)
+    visible_FA = held_FA.abs() > VISIBLE
+    count_F = visible_FA.sum(1)
+    rms_F = ((held_FA * visible_FA).square().sum(1) / count_F.clamp_min(1)).sqrt()
+    order_FA = _order(len(held_FA), len(places_A), generator).to(held_FA.device)
     values_FA = torch.randn(held_FA.shape, generator=generator).abs().to(held_FA)
     drawn_FG = torch.zeros_like(contributions_FG)
-    drawn_FG[:, places_A] = torch.where(rank_FA < count_F[:, None], values_FA * rms_F[:, None], 0.0)
+    drawn_FG[:, places_A] = torch.where(order_FA < count_F[:, None], values_FA * rms_F[:, None], 0.0)
     return drawn_FG
 
 
@@ -106,7 +118,7 @@ def _order(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 def participation_ratio(contributions_FG: Tensor) -> Tensor:
     """(sum |C|)^2 / sum C^2 of each row, [F]: the number of fine latents a coarse one is made of; 1 is a copy, 0 an empty row."""
     absolute = contributions_FG.abs()
-    return absolute.sum(1).square() / absolute.square().sum(1).clamp_min(1e-30)
+    return torch.div(absolute.sum(1).square(), absolute.square().sum(1).clamp_min(1e-30))
 
 
 def hoyer(contributions_FG: Tensor) -> Tensor:

@@ -87,7 +87,9 @@ class PairGeometry:
     coarse_offset: int
 
     @classmethod
-    def of(cls, counts: PairCounts, directions: tuple[Tensor, ...], level: int, probes: Probes | None) -> "PairGeometry":
+    def of(
+        cls, counts: PairCounts, directions: tuple[Tensor, ...], level: int, probes: Probes | None
+    ) -> "PairGeometry":
         """The geometry between `level` and the one below, from the directions of all levels, finest first."""
         fine_GD, coarse_FD = normalize(directions[level - 2]), normalize(directions[level - 1])
         concept_GD = counts.concept_GD()

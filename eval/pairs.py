@@ -59,8 +59,8 @@ class MapSums:
     COLUMNS = ("error", "energy", "mixture", "contributing", "coarse_firings")
 
     def __init__(self, part: LevelMap, resampler: Resampler | None) -> None:
-        self.map = part
         self.weight_GF = part.weight_FG.T.contiguous()
+        self.map = LevelMap(contributions_FG=part.contributions_FG, weight_FG=self.weight_GF.T)  # no second copy
         self.edges_GF = part.edges_FG.T.contiguous().float()
         coarse = part.weight_FG.shape[0]
         self.or_F = torch.zeros(coarse, dtype=torch.float64, device=part.weight_FG.device)

@@ -44,12 +44,16 @@ class Probes:
         """[C] probes that pass the held-out check."""
         return self.accuracy_C >= BALANCED_ACCURACY
 
-    def hits(self, parent_G: Tensor, directions_AD: Tensor, fine_offset: int, coarse_offset: int) -> tuple[Tensor, Tensor]:
+    def hits(
+        self, parent_G: Tensor, directions_AD: Tensor, fine_offset: int, coarse_offset: int
+    ) -> tuple[Tensor, Tensor]:
         """([C] child and parent are both among the TOP, [C] the pair counts: the probe is valid and the child no orphan).
 
         `directions_AD` holds the latents of all levels; those of the two levels begin at the offsets.
         """
-        nearest_CT = (normalize(self.directions_CD) @ normalize(directions_AD).T).topk(min(TOP, len(directions_AD))).indices
+        nearest_CT = (
+            (normalize(self.directions_CD) @ normalize(directions_AD).T).topk(min(TOP, len(directions_AD))).indices
+        )
         parent_C = parent_G[self.children_C]
         child_in_C = (nearest_CT == (self.children_C + fine_offset)[:, None]).any(1)
         parent_in_C = (nearest_CT == (parent_C + coarse_offset)[:, None]).any(1)
