@@ -25,7 +25,17 @@ from hsae.cache.errors import StoreError, UserError
 from hsae.cache.store import ActivationStore
 from hsae.eval import corrected
 from hsae.eval.fitted import FIT_L1, CodeMoments
-from hsae.eval.maps import EDGE_SHARE, INVARIANT, NULL_DRAWS, NULLS, CodeScale, LevelMap, nulls, participation_ratio
+from hsae.eval.maps import (
+    EDGE_SHARE,
+    INVARIANT,
+    NULL_DRAWS,
+    NULLS,
+    VISIBLE,
+    CodeScale,
+    LevelMap,
+    nulls,
+    participation_ratio,
+)
 from hsae.eval.measures import Estimate, PairGeometry, measures
 from hsae.eval.metrics import VarianceBatch
 from hsae.eval.pairs import CONTRIBUTES, MapSums, PairCounts

@@ -30,7 +30,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class UnitMean:
-    """sum `above` / sum `below` over units, which are latents."""
+    """sum `above` / sum `below` over the units, which are latents, with `below` > 0."""
 
     above_U: Tensor
     below_U: Tensor
@@ -39,7 +39,7 @@ class UnitMean:
     def value(self) -> float | None:
         """None if there is no unit."""
         below = float(self.below_U.sum())
-        return float(self.above_U.sum()) / below if below > 0 else None
+        return float(self.above_U[self.below_U > 0].sum()) / below if below > 0 else None
 
     def estimate(self) -> Estimate:
         """The value with its bootstrap interval over units."""
