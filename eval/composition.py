@@ -285,8 +285,7 @@ class _ReadPass:
         learned = next((part for part in self.model.compositions if part.level == level), None)
         found = {}
         if learned is not None:
-            weight_FG = learned.weight.to(scale.fine_G.device).float()
-            found["learned"] = LevelMap(contributions_FG=scale.contributions(weight_FG), weight_FG=weight_FG)
+            found["learned"] = LevelMap.of_contributions(scale.contributions(learned.weight), scale)
         return found | {"fitted": moments.fit()}
 
     def probes(self, level: int) -> Probes | None:

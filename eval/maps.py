@@ -117,9 +117,9 @@ def _order(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 def participation_ratio(contributions_FG: Tensor) -> Tensor:
     """(sum |C|)^2 / sum C^2 of each row, [F]: the number of fine latents a coarse one is made of; 1 is a copy, 0 an empty row."""
-    absolute = contributions_FG.abs()
-    square: Tensor = absolute.sum(1).square()
-    return square / absolute.square().sum(1).clamp_min(1e-30)
+    total_F: Tensor = contributions_FG.abs().sum(1)
+    square_F: Tensor = contributions_FG.square().sum(1)
+    return total_F * total_F / square_F.clamp_min(1e-30)
 
 
 def hoyer(contributions_FG: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from hsae.eval.corrected import LEVEL, RESAMPLES, SEED, measure
 from hsae.eval.pairs import MapSums, PairCounts
 from hsae.eval.probes import Probes
 
+DRAWN = 1 << 22  # units drawn at once while resampling
 SIBLINGS = 16  # strongest children of a parent between which IoU is taken
 
 
@@ -49,12 +50,16 @@ class UnitMean:
         if units < 2:
             return Estimate(self.value())
         generator = torch.Generator().manual_seed(SEED)
-        drawn_S2 = torch.stack(
-            [sums_U2[torch.randint(units, (units,), generator=generator)].sum(0) for _ in range(RESAMPLES)]
+        step = max(1, DRAWN // units)
+        drawn_S2 = torch.cat(
+            [
+                sums_U2[torch.randint(units, (min(step, RESAMPLES - start), units), generator=generator)].sum(1)
+                for start in range(0, RESAMPLES, step)
+            ]
         )
-        ratio_S = drawn_S2[:, 0] / drawn_S2[:, 1]
-        low, high = torch.quantile(ratio_S, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64))
-        return Estimate(self.value(), float(low), float(high), self.over)
+        ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+        low, high = torch.quantile(drawn_S2[:, 0] / drawn_S2[:, 1], ends).tolist()
+        return Estimate(self.value(), low, high, self.over)
 
 
 @dataclass(frozen=True)

@@ -309,7 +309,7 @@ def test_the_fit_is_the_optimum_that_coordinate_descent_finds():
     M, N_FG, l1 = fine.T @ fine / 401, coarse.T @ fine / 401, 0.02
     found = nonnegative(M, N_FG, l1)
     W = torch.zeros(F, G, dtype=torch.float64)
-    for _ in range(3000):
+    for _ in range(400):
         for j in range(G):
             rest = W @ M[:, j].double() - W[:, j] * M[j, j]
             W[:, j] = ((N_FG[:, j] - rest - l1) / M[j, j]).clamp_min(0)
