@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hsae.cli import hierarchy
 from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from hsae.train.plan import Plan
 
 app = typer.Typer(no_args_is_help=True)
+app.command()(hierarchy.composition)
+app.command()(hierarchy.stability)
 
 
 @app.callback()
