@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hsae.cli import synthetic
 from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SetOption, console
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ app = typer.Typer(no_args_is_help=True)
 @app.callback()
 def _group() -> None:
     """Measure trained SAEs."""
+
+
+app.command(name="synthetic")(synthetic.synthetic)
 
 
 @app.command()

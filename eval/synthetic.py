@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hsae.train.model import StackedView, TrainedModel
 from hsae.train.sae import seed_of
@@ -66,7 +67,10 @@ def count(model: TrainedModel, world: World, vectors: int) -> Counts:
     widths = model.level_widths
     both = torch.zeros(sum(widths), world.tier.features, dtype=torch.float64)
     pairs = torch.zeros(sum(widths), sum(widths), dtype=torch.float64)
-    latents, features = torch.zeros(sum(widths), dtype=torch.float64), torch.zeros(world.tier.features, dtype=torch.float64)
+    latents, features = (
+        torch.zeros(sum(widths), dtype=torch.float64),
+        torch.zeros(world.tier.features, dtype=torch.float64),
+    )
     seen, error = 0, 0.0
     total, squares = torch.zeros(world.tier.width, dtype=torch.float64), 0.0
     for batch in world.held_out(vectors):
@@ -80,13 +84,14 @@ def count(model: TrainedModel, world: World, vectors: int) -> Counts:
         error += float((wide - reconstruction_of(model, codes).double()).square().sum())
         total, squares, seen = total + wide.sum(0), squares + float(wide.square().sum()), seen + len(wide)
     variance = squares - float(total.square().sum()) / seen
-    l0 = [float(part.sum()) / seen for part in latents.split(list(widths))]
+    l0 = [float(part.sum()) / seen for part in torch.split(latents, list(widths))]
     return Counts(
         vectors=seen, both=both, latents=latents, features=features, pairs=pairs, unexplained=error / variance, l0=l0
     )
 
 
 def codes_of(model: TrainedModel, x: Tensor) -> list[Tensor]:
+    """Every level's code [B, F_l], finest first."""
     codes: list[Tensor] = []
     for level in model.levels:
         codes.append(level.encode(codes[-1] if codes and model.structure == "stacked" else x))
@@ -94,9 +99,13 @@ def codes_of(model: TrainedModel, x: Tensor) -> list[Tensor]:
 
 
 def reconstruction_of(model: TrainedModel, codes: list[Tensor]) -> Tensor:
+    """The reconstruction [B, D] with every level; a stack's is that of its finest level."""
     if model.structure != "additive":
         return model.levels[0].decode(codes[0])
-    return sum((code @ level.W_dec for code, level in zip(codes, model.levels)), model.levels[0].b_dec)
+    total = model.levels[0].b_dec
+    for code, level in zip(codes, model.levels, strict=True):
+        total = total + code @ level.W_dec
+    return total
 
 
 def decoder_rows(model: TrainedModel) -> Tensor:
@@ -106,7 +115,7 @@ def decoder_rows(model: TrainedModel) -> Tensor:
     else:
         rows = [level.W_dec for level in model.levels]
     stacked = torch.cat(rows)
-    return stacked / stacked.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return normalize(stacked, dim=1)
 
 
 def mapping(f1: Tensor) -> Tensor:
@@ -147,7 +156,7 @@ def edge_scores(edges: Tensor, mapped: Tensor, parents: Tensor) -> tuple[float, 
     """Precision, recall and F1 of `edges` [E, 2] under the map `mapped` [A] of latents to features and the tree `parents` [N]."""
     above, below = mapped[edges].unbind(1)
     right = (below >= 0) & (above >= 0) & (parents[below] == above)
-    hits, found = int(right.sum()), len(below[right].unique())
+    hits, found = int(right.sum()), len(set(below[right].tolist()))
     precision = hits / len(edges) if len(edges) else 0.0
     recall = found / int((parents >= 0).sum())
     return precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hsae.cache.errors import UserError
 from hsae.cache.statistics import geometric_median
@@ -47,6 +48,8 @@ class Tier:
     """`orthogonal`, `random` unit vectors, or `repelled`: random, then 100 steps of Adam on their squared cosines."""
     scaled_children: bool
     """Multiply a child's activation by its parent's, in units of the parent's mean."""
+    latents: int
+    """Of the SAEs that are trained on it, in all levels together."""
     frequencies: tuple[float, float, float] | None = None
     """P(root), P(child | parent), P(single); None for Zipf's law and correlated firing (T3)."""
     spread: float = 0.0
@@ -55,23 +58,23 @@ class Tier:
     @property
     def features(self) -> int:
         """N."""
-        return self.roots * sum(self.branching**depth for depth in range(self.depth + 1)) + self.singles
+        return self.roots * sum(int(self.branching**depth) for depth in range(self.depth + 1)) + self.singles
 
 
 TIERS = {
     tier.name: tier
     for tier in (
         Tier(
-            name="T1", width=28, roots=3, branching=3, depth=1, singles=8, directions="orthogonal", scaled_children=False,
+            name="T1", width=28, latents=24, roots=3, branching=3, depth=1, singles=8, directions="orthogonal", scaled_children=False,
             frequencies=(0.15, 0.2, 0.05), spread=0.05,
         ),
         Tier(
-            name="T2", width=48, roots=10, branching=4, depth=1, singles=10, directions="random", scaled_children=True,
+            name="T2", width=48, latents=64, roots=10, branching=4, depth=1, singles=10, directions="random", scaled_children=True,
             frequencies=(0.12, 0.2, 0.05), spread=0.15,
         ),
-        Tier(name="T3", width=128, roots=8, branching=4, depth=3, singles=344, directions="repelled", scaled_children=True),
+        Tier(name="T3", width=128, latents=256, roots=8, branching=4, depth=3, singles=344, directions="repelled", scaled_children=True),
         Tier(
-            name="T3-full", width=768, roots=128, branching=4, depth=3, singles=5504, directions="repelled",
+            name="T3-full", width=768, latents=4096, roots=128, branching=4, depth=3, singles=5504, directions="repelled",
             scaled_children=True,
         ),
     )
@@ -118,7 +121,11 @@ class World:
     def batch(self, step: int, size: int) -> Batch:
         """Batch number `step` of `size` vectors."""
         generator = torch.Generator().manual_seed(seed_of(*self._key, 1, step))
-        features = self._zipf_features(size, generator) if self.tier.frequencies is None else self._set_features(size, generator)
+        features = (
+            self._zipf_features(size, generator)
+            if self.tier.frequencies is None
+            else self._set_features(size, generator)
+        )
         return Batch(features @ self.directions + self.bias, features)
 
     def batches(self, size: int, first: int = 0) -> Iterator[Batch]:
@@ -187,7 +194,7 @@ def _directions(tier: Tier, generator: torch.Generator) -> Tensor:
     rows = torch.randn(tier.features, tier.width, generator=generator)
     if tier.directions == "orthogonal":
         return torch.linalg.qr(rows.T.double()).Q.T.float().contiguous()
-    rows = rows / rows.norm(dim=1, keepdim=True)
+    rows = normalize(rows, dim=1)
     return _repelled(rows) if tier.directions == "repelled" else rows
 
 
@@ -203,8 +210,7 @@ def _repelled(rows: Tensor, steps: int = 100, rate: float = 3e-4) -> Tensor:
             loss = (chunk @ rows.T).square().sum() - own.square().sum() + len(rows) * (own - 1).square().sum()
             torch.autograd.backward(loss)
         optimiser.step()
-    rows = rows.detach()
-    return rows / rows.norm(dim=1, keepdim=True)
+    return normalize(rows.detach(), dim=1)
 
 
 class _Zipf:
@@ -231,7 +237,7 @@ class _Zipf:
         shared = torch.randn(size, self.RANK, generator=generator) @ self.factor.T
         fires = shared + self.own * torch.randn(size, len(self.own), generator=generator) > self.thresholds
         magnitudes = self.means + self.deviations * torch.randn(size, len(self.own), generator=generator)
-        return magnitudes.clamp_min(0) * fires
+        return magnitudes.clamp_min(0) * fires.float()
 
 
 def _raised(wanted_N: Tensor, parents_N: Tensor) -> Tensor:
