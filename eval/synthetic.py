@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hsae.train.model import StackedView, TrainedModel
+from hsae.train.model import TrainedModel
 from hsae.train.sae import seed_of
 from hsae.train.synthetic import World
 
@@ -74,48 +74,20 @@ def count(model: TrainedModel, world: World, vectors: int) -> Counts:
     seen, error = 0, 0.0
     total, squares = torch.zeros(world.tier.width, dtype=torch.float64), 0.0
     for batch in world.held_out(vectors):
-        codes = codes_of(model, batch.x)
+        codes = model.codes(batch.x)
         fires, on = (torch.cat(codes, 1) > 0).float(), (batch.features > 0).float()
         both += (fires.T @ on).double()  # whole numbers below 2^24: exact in float32
         pairs += (fires.T @ fires).double()
         latents += fires.sum(0).double()
         features += on.sum(0).double()
         wide = batch.x.double()
-        error += float((wide - reconstruction_of(model, codes).double()).square().sum())
+        error += float((wide - model.reconstruct(codes).double()).square().sum())
         total, squares, seen = total + wide.sum(0), squares + float(wide.square().sum()), seen + len(wide)
     variance = squares - float(total.square().sum()) / seen
     l0 = [float(part.sum()) / seen for part in torch.split(latents, list(widths))]
     return Counts(
         vectors=seen, both=both, latents=latents, features=features, pairs=pairs, unexplained=error / variance, l0=l0
     )
-
-
-def codes_of(model: TrainedModel, x: Tensor) -> list[Tensor]:
-    """Every level's code [B, F_l], finest first."""
-    codes: list[Tensor] = []
-    for level in model.levels:
-        codes.append(level.encode(codes[-1] if codes and model.structure == "stacked" else x))
-    return codes
-
-
-def reconstruction_of(model: TrainedModel, codes: list[Tensor]) -> Tensor:
-    """The reconstruction [B, D] with every level; a stack's is that of its finest level."""
-    if model.structure != "additive":
-        return model.levels[0].decode(codes[0])
-    total = model.levels[0].b_dec
-    for code, level in zip(codes, model.levels, strict=True):
-        total = total + code @ level.W_dec
-    return total
-
-
-def decoder_rows(model: TrainedModel) -> Tensor:
-    """[A, D] unit rows in the residual: of a stack's higher levels, the cascade's."""
-    if model.structure == "stacked":
-        rows = [StackedView.of(model.levels[:number]).W_dec for number in range(1, len(model.levels) + 1)]
-    else:
-        rows = [level.W_dec for level in model.levels]
-    stacked = torch.cat(rows)
-    return normalize(stacked, dim=1)
 
 
 def mapping(f1: Tensor) -> Tensor:
@@ -187,7 +159,8 @@ def score(model: TrainedModel, world: World, *, vectors: int = 65_536) -> dict[s
     is_parent = torch.zeros_like(seen).index_fill(0, parents[parents >= 0], True)
     children = ((parents >= 0) & seen).nonzero().squeeze(1)
     awake = counts.both[latent[parents[children]], children] / counts.features[children]
-    cosines = (decoder_rows(model) @ world.directions.T).amax(0)
+    rows = torch.cat([model.directions(number) for number in range(1, len(model.levels) + 1)])
+    cosines = (normalize(rows, dim=1) @ world.directions.T).amax(0)
     return {
         "parent_f1": float(best[is_parent & seen].mean()),
         "child_f1": float(best[children].mean()),

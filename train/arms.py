@@ -1,4 +1,4 @@
-"""The arms that are compared on synthetic worlds: `synthetic.toml` read for one tier.
+"""The arms that are compared on synthetic worlds: runs 0 to 13 of the default plan, with the sizes of one tier.
 
 A tier says how many latents there are in all. How they, and the active ones, are split is one rule for every tier, set down
 before any tier was trained and blind to its truth:
@@ -15,12 +15,14 @@ from importlib import resources
 from typing import Any
 
 from hsae.train.config import RunConfig, StreamConfig
-from hsae.train.plan import apply_override, checked_runs, select_runs
+from hsae.train.plan import DEFAULT_PLAN, apply_override, checked_runs, read_tables, select_runs
 from hsae.train.synthetic import Tier, tier_named
 
 SOURCE = "the synthetic arms"
 ACTIVE = 0.05
 COARSE = 0.25
+LEVELS = 2
+NUMBERS = range(14)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +39,18 @@ class Arms:
 
 
 def load_arms(tier: str, overrides: Sequence[str] = ()) -> Arms:
-    """Read the packaged arms for a tier and apply `key=value` overrides (`train.` and `runs.`). Raises UserError."""
+    """The packaged arms for a tier, with `key=value` overrides (`train.` and `runs.`) applied. Raises UserError."""
     world = tier_named(tier)
     tables: dict[str, Any] = tomllib.loads(resources.files("hsae.train").joinpath("synthetic.toml").read_text())
-    tables["train"] |= tables["tiers"].get(tier, {})
+    train = tables["train"] | tables["tiers"].get(tier, {})
+    runs = read_tables(DEFAULT_PLAN)[1]["runs"]
+    given = {str(number): runs[str(number)] for number in NUMBERS}
+    for run in given.values():
+        levels = 1 if run["structure"] == "flat" else LEVELS
+        run |= {"widths": split_widths(world.latents, levels), "l0": [ACTIVE * world.latents / levels] * levels}
+    tables = {"train": train, "runs": given}
     for override in overrides:
-        apply_override(tables, override, ("train", "runs"))
-    for table in (table for table in tables["runs"].values() if isinstance(table, dict)):
-        levels = 1 if table.get("structure") == "flat" else 2
-        table.setdefault("widths", split_widths(world.latents, levels))
-        table.setdefault("l0", [ACTIVE * world.latents / levels] * levels)
+        apply_override(tables, override, tables)
     stream, runs = checked_runs(SOURCE, tables["train"], tables["runs"])
     return Arms(tier=world, train=stream, runs=runs)
 

@@ -7,7 +7,7 @@ begin with `extends = "NAME"` and state only what differs.
 
 import tomllib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,8 @@ class Plan:
     cache: CacheConfig
     train: StreamConfig
     runs: dict[int, RunConfig]
+    seed_index: int = 0
+    """Which of several seeds of one plan this is."""
 
     def store(self, split: Split) -> StoreSpec:
         """The activation store the plan asks for."""
@@ -52,6 +54,17 @@ class Plan:
     def run_dir(self, run: RunConfig) -> Path:
         """Where a run's results lie: `<train.dir>/<number>`."""
         return Path(self.train.dir).expanduser() / str(run.number)
+
+    def seeded(self, index: int) -> "Plan":
+        """The plan for seed number `index`: 0 is the plan itself, others have train.seed + index and `<train.dir>/seed<index>`."""
+        if index == 0:
+            return self
+        changes = {"seed": self.train.seed + index, "dir": str(Path(self.train.dir) / f"seed{index}")}
+        return replace(self, train=self.train.model_copy(update=changes), seed_index=index)
+
+    def label(self, run: RunConfig) -> str:
+        """A run's number and name, and which seed it is if it is not the first."""
+        return f"{run.number} {run.name}" + (f" seed {self.seed_index}" if self.seed_index else "")
 
     def select(self, text: str) -> list[RunConfig]:
         """Runs named by `3`, `0-5`, `baseline` or a comma-separated list of those, in the order of their numbers."""
@@ -90,13 +103,16 @@ def load_plan(plan: str | None = None, overrides: Sequence[str] = ()) -> Plan:
 
     Raises PlanError naming the file, the key, the value and what is allowed.
     """
-    source, tables = _read(plan if plan is not None else LOCAL_PLAN if Path(LOCAL_PLAN).is_file() else DEFAULT_PLAN)
+    source, tables = read_tables(
+        plan if plan is not None else LOCAL_PLAN if Path(LOCAL_PLAN).is_file() else DEFAULT_PLAN
+    )
     for override in overrides:
         apply_override(tables, override, TABLES - {"extends"})
     return _checked(source, tables)
 
 
-def _read(plan: str, chain: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
+def read_tables(plan: str, chain: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
+    """Where a plan comes from and its tables, with those it extends merged in, unchecked. Raises PlanError."""
     if plan in packaged_plans():
         source, text = f"packaged plan {plan}", resources.files("hsae.train.plans").joinpath(f"{plan}.toml").read_text()
     elif Path(plan).is_file():
@@ -115,7 +131,7 @@ def _read(plan: str, chain: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
             raise PlanError(
                 f"{source}: extends = {base!r}; it must name a packaged plan or a file, and not in a circle"
             )
-        tables = _merged(_read(base, (*chain, plan))[1], tables)
+        tables = _merged(read_tables(base, (*chain, plan))[1], tables)
     tables.setdefault("name", Path(plan).stem)
     return source, tables
 
@@ -151,7 +167,7 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
         if not isinstance(tables.get(table), dict):
             raise PlanError(f"{source}: table [{table}] is missing")
     stream, runs = checked_runs(source, tables["train"], tables["runs"])
-    plan = Plan(
+    return Plan(
         name=str(tables["name"]),
         source=source,
         model=_table(source, "model", ModelConfig, tables["model"]),
@@ -160,7 +176,6 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
         train=stream,
         runs=runs,
     )
-    return plan
 
 
 def checked_runs(

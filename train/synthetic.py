@@ -237,7 +237,8 @@ class _Zipf:
         shared = torch.randn(size, self.RANK, generator=generator) @ self.factor.T
         fires = shared + self.own * torch.randn(size, len(self.own), generator=generator) > self.thresholds
         magnitudes = self.means + self.deviations * torch.randn(size, len(self.own), generator=generator)
-        return magnitudes.clamp_min(0) * fires.float()
+        features: Tensor = magnitudes.clamp_min(0) * fires
+        return features
 
 
 def _raised(wanted_N: Tensor, parents_N: Tensor) -> Tensor:
