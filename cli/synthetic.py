@@ -14,18 +14,28 @@ from hsae.cli.common import DeviceOption, RunOption, SetOption, console
 if TYPE_CHECKING:
     from hsae.train.config import RunConfig
 
-COLUMNS = (
-    ("parent F1", "parent_f1"),
-    ("child F1", "child_f1"),
-    ("MMC", "mmc"),
-    ("edge P", "edge_precision"),
-    ("edge R", "edge_recall"),
-    ("edge F1", "edge_f1"),
-    ("permuted", "edge_f1_permuted"),
-    ("random", "edge_f1_random"),
-    ("firing F1", "firing_edge_f1"),
-    ("absorbed", "absorption"),
-    ("EV", "ev"),
+TABLES = (
+    (
+        "features",
+        (
+            ("parent F1", "parent_f1"),
+            ("child F1", "child_f1"),
+            ("MMC", "mmc"),
+            ("absorbed", "absorption"),
+            ("EV", "ev"),
+        ),
+    ),
+    (
+        "edges; permuted and random are nulls of F1, firing reads every arm alike",
+        (
+            ("P", "edge_precision"),
+            ("R", "edge_recall"),
+            ("F1", "edge_f1"),
+            ("permuted", "edge_f1_permuted"),
+            ("random", "edge_f1_random"),
+            ("firing", "firing_edge_f1"),
+        ),
+    ),
 )
 
 
@@ -64,42 +74,44 @@ def synthetic(
             device=device,
             listener=screen,
         )
-    console.print(_table(content, selected))
+    settings = content["settings"]
+    console.print(
+        f"{arms.tier.name}: {arms.tier.features:,} features in {arms.tier.width} dimensions, {settings['tokens']:,} vectors; "
+        "mean ± standard deviation over seeds"
+    )
+    for title, columns in TABLES:
+        console.print(_table(title, columns, content["arms"], selected))
+    for arm in selected:
+        for row in content["arms"][arm.name]["seeds"]:
+            if "failure" in row:
+                console.print(f"[yellow]{escape(arm.name)}, seed {row['seed']}: {escape(row['failure'])}[/]")
     console.print(f"results in [bold]{escape(str(out / arms.tier.name))}.json[/]")
 
 
-def _table(content: dict[str, Any], selected: "list[RunConfig]") -> Table:
-    settings = content["settings"]
-    table = Table(
-        title=f"{content['tier']}: {settings['tokens']:,} vectors; mean ± standard deviation over seeds; "
-        "permuted and random are the nulls of edge F1; firing F1 reads the edges of every arm alike",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
+def _table(
+    title: str, columns: tuple[tuple[str, str], ...], held: dict[str, Any], selected: "list[RunConfig]"
+) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("arm", no_wrap=True)
-    for title, _ in COLUMNS:
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("L0", justify="right", no_wrap=True)
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    if title == "features":
+        table.add_column("L0", justify="right", no_wrap=True)
     for arm in selected:
-        held = content["arms"][arm.name]
-        failures = [row for row in held["seeds"] if "failure" in row]
-        if failures:
-            console.print(
-                f"[yellow]{escape(arm.name)}, seed {failures[0]['seed']}: {escape(failures[0]['failure'])}[/]"
-            )
-        cells = [_cell(held, name) for _, name in COLUMNS]
-        l0 = " + ".join(f"{value:.2f}" for value in held["mean"].get("l0", ()))
-        table.add_row(f"{arm.number} {escape(arm.name)}", *cells, l0)
+        scores = held[arm.name]
+        cells = [_cell(scores, name) for _, name in columns]
+        if title == "features":
+            cells.append("+".join(f"{value:.1f}" for value in scores["mean"].get("l0", ())))
+        table.add_row(f"{arm.number} {escape(arm.name)}", *cells)
     return table
 
 
-def _cell(held: dict[str, Any], name: str) -> str:
-    value, spread = held["mean"].get(name), held["sd"].get(name)
+def _cell(scores: dict[str, Any], name: str) -> str:
+    value, spread = scores["mean"].get(name), scores["sd"].get(name)
     if value is None:
         return "-"
-    text = f"{value:.3f}"
-    return text if spread is None else f"{text} [dim]±{f'{spread:.3f}'.removeprefix('0')}[/]"
+    text = f"{value:.3f}".replace("0.", ".", 1)
+    return text if spread is None else f"{text}[dim]±{f'{spread:.2f}'.removeprefix('0')}[/]"
 
 
 class _Screen:

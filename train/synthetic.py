@@ -193,7 +193,8 @@ def _tree(tier: Tier) -> tuple[Tensor, list[Tensor]]:
 def _directions(tier: Tier, generator: torch.Generator) -> Tensor:
     rows = torch.randn(tier.features, tier.width, generator=generator)
     if tier.directions == "orthogonal":
-        return torch.linalg.qr(rows.T.double()).Q.T.float().contiguous()
+        orthonormal: Tensor = torch.linalg.qr(rows.T.double()).Q
+        return orthonormal.T.float().contiguous()
     rows = normalize(rows, dim=1)
     return _repelled(rows) if tier.directions == "repelled" else rows
 
