@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hsae.cli import hierarchy
+from hsae.cli import hierarchy, synthetic
 from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ app.command()(hierarchy.stability)
 @app.callback()
 def _group() -> None:
     """Measure trained SAEs."""
+
+
+app.command(name="synthetic")(synthetic.synthetic)
 
 
 @app.command()
