@@ -69,7 +69,9 @@ def ablate(
     stages: dict[str, Callable[[], object]] = {
         "cache": lambda: cache.build(**common, device=device),
         "train": lambda: train.train(run=numbers, seeds=seeds, resume=True, device=device, **common),
-        "core": lambda: eval_commands.core(run=numbers, seeds=seeds, faithful=False, device=device, **common),
+        "core": lambda: eval_commands.core(
+            run=numbers, seeds=seeds, whole=True, faithful=False, device=device, **common
+        ),
         "composition": lambda: hierarchy.composition(run=numbers, seeds=seeds, device=device, **common),
         "synthetic": lambda: synthetic.synthetic(
             tier="T2", run=arms, seeds=seeds, out=out / "synthetic", device=device

@@ -19,7 +19,7 @@ from hsae.cache.errors import UserError
 from hsae.eval.hierarchy import read_composition
 from hsae.eval.schema import read_core
 from hsae.eval.targets import RESULTS as CORE
-from hsae.eval.targets import is_trained, model_digest
+from hsae.eval.targets import is_trained, model_digest, whole_view
 from hsae.train.config import RunConfig
 from hsae.train.plan import Plan
 
@@ -181,11 +181,6 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
 
 
 # --- reading results ------------------------------------------------------------------------------------------------
-
-
-def whole_view(config: RunConfig) -> str:
-    """The view that stands for a run: all levels together, or, in a stack, level 1 (what its other levels account for)."""
-    return "level1" if config.structure == "stacked" else "sae"
 
 
 def collect(plan: Plan, runs: Sequence[RunConfig], seeds: int, synthetic: Mapping[str, Any] | None) -> Ablations:
