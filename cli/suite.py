@@ -143,7 +143,7 @@ def _targets(
 
     if sae:
         return folder_targets(plan, sae, out / FOLDERS[suite])
-    return of_runs(plan, run, seeds, FOLDERS[suite])
+    return of_runs(plan, run, seeds, evaluation=FOLDERS[suite])
 
 
 def _evaluate(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hsae.cache.errors import UserError
-from hsae.eval.probes import generator_for, logistic, mean, over_seeds
 from hsae.eval.sparse_probing import Outcome
+from hsae.eval.text_probes import generator_for, logistic, mean, over_seeds
 from hsae.train.views import View
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

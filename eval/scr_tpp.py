@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hsae.eval.probes import (
+from hsae.eval.sparse_probing import RANDOM_SEED, Outcome
+from hsae.eval.text_probes import (
     Probe,
     Sample,
     Task,
@@ -25,7 +26,6 @@ from hsae.eval.probes import (
     sample,
     train_probe,
 )
-from hsae.eval.sparse_probing import RANDOM_SEED, Outcome
 from hsae.train.views import View
 
 Kind = Literal["scr", "tpp"]

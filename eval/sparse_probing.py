@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsae.eval.probes import (
+from hsae.eval.text_probes import (
     Task,
     Training,
     balanced,

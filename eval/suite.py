@@ -15,12 +15,12 @@ from torch import Tensor
 from hsae.cache.errors import UserError
 from hsae.cache.probe import PART_TEXTS, ProbeStore, TaskEntry
 from hsae.eval import absorption, scr_tpp, sparse_probing
-from hsae.eval.probes import Task, need_sklearn, sum_latents, sum_texts, within_noise
 from hsae.eval.schema import envelope, hsae_version, write_result
 from hsae.eval.scr_tpp import Kind
 from hsae.eval.sparse_probing import RANDOM_SEED, Outcome
 from hsae.eval.suite_schema import LAYOUTS, read_suite
 from hsae.eval.targets import Target
+from hsae.eval.text_probes import Task, need_sklearn, sum_latents, sum_texts, within_noise
 from hsae.train.views import View
 
 HEADLINES = {
