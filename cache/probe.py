@@ -49,7 +49,7 @@ class TaskEntry(Config):
     """Name of the set of residuals."""
     count: int = Field(ge=1)
     """Texts in the set."""
-    pair: Annotated[tuple[str, str] | None, Field(strict=False)] = None
+    pair: Annotated[tuple[str, str], Field(strict=False)] | None = None
     """SCR: the two labels."""
     lists: dict[str, dict[str, list[int]]]
     """Split -> class -> rows of the set. For absorption: of each split the letter (0-25) of each word, as list `letters`."""

@@ -126,11 +126,14 @@ def python_sets(config: SuiteConfig) -> list[DataSet]:
 
 def _split(pieces: dict[tuple[str, str], list[Piece]], config: SuiteConfig, scr: bool) -> dict[str, list[Record]]:
     """Records of both splits: whole files go to the test split, in an order mixed by the seed, until it has enough."""
+    homes: dict[str, set[str]] = {}
+    for file, text in (piece for found in pieces.values() for piece in found):
+        homes.setdefault(text, set()).add(file)
     needed = max(config.test_per_class, 2 * config.test_per_quadrant if scr else 0)
     held: dict[str, list[Record]] = {split: [] for split in SPLITS}
     for (label, attribute), found in sorted(pieces.items()):
         by_file: dict[str, list[str]] = {}
-        for file, text in found:
+        for file, text in dict.fromkeys(piece for piece in found if len(homes[piece[1]]) == 1):
             by_file.setdefault(file, []).append(text)
         files = sorted(by_file)
         random.Random(f"{config.seed} {label} {attribute}").shuffle(files)

@@ -50,7 +50,7 @@ class LocalTask(Config):
     """A second column, for SCR."""
     attribute_values: Annotated[tuple[str, ...], Field(strict=False, min_length=2, max_length=2)] | None = None
     """Its two values; the first plays the part of SAEBench's "male"."""
-    pairs: Annotated[tuple[tuple[str, str], ...], Field(strict=False)] = ()
+    pairs: Annotated[tuple[Annotated[tuple[str, str], Field(strict=False)], ...], Field(strict=False)] = ()
     """Pairs of labels for SCR."""
 
 

@@ -181,20 +181,33 @@ class Sides:
     check_letters: Tensor
 
 
-def k_sparse(view: View, words: Words, weight: Tensor, settings: Settings, sides: Sides | None = None) -> list[Letter]:
-    """For every letter the sparse probes of 1 to max_k latents and the split latents; by default judged on the test words."""
+def told(words: Words) -> list[float]:
+    """F1 of the ground-truth probe on the test words, by letter."""
+    predicted = words.test @ words.weight.T + words.bias > 0
+    return [f1(predicted[:, number], words.test_letters == number) for number in range(len(LETTERS))]
+
+
+def k_sparse(
+    view: View,
+    words: Words,
+    weight: Tensor,
+    settings: Settings,
+    letters: Sequence[int] = range(len(LETTERS)),
+    sides: Sides | None = None,
+) -> list[Letter]:
+    """For some letters the sparse probes of 1 to max_k latents and the split latents; by default judged on the test words."""
     sides = sides or Sides(
         fit=words.train, fit_letters=words.train_letters, check=words.test, check_letters=words.test_letters
     )
-    gt_predicted = words.test @ words.weight.T + words.bias > 0
+    scores = told(words)
     numbers = range(1, min(settings.max_k, view.d_sae) + 1)
     # each k anew, because which of several tied latents wins depends on k
     top = {k: torch.topk(weight.float(), k, dim=1).indices for k in numbers}
     columns = torch.unique(torch.cat(list(top.values()), 1))
     fit, check = (_encoded(view, vectors, columns).float() for vectors in (sides.fit, sides.check))
     found = []
-    for number in range(len(LETTERS)):
-        truth, checked = words.test_letters == number, sides.check_letters == number
+    for number in letters:
+        checked = sides.check_letters == number
         labels = (sides.fit_letters == number).int()
         per_k = []
         if 0 < int(labels.sum()) < len(labels):
@@ -214,7 +227,7 @@ def k_sparse(view: View, words: Words, weight: Tensor, settings: Settings, sides
         found.append(
             Letter(
                 letter=number,
-                f1_probe=f1(gt_predicted[:, number], truth),
+                f1_probe=scores[number],
                 per_k=per_k,
                 split=split_latents(per_k, settings.f1_jump),
             )
@@ -232,9 +245,9 @@ def split_latents(per_k: Sequence[Sparse], jump: float) -> list[int]:
     return accepted.latents if accepted else []
 
 
-def check_letters(letters: Sequence[Letter], settings: Settings) -> list[Letter]:
+def check_letters(scores: Sequence[float], settings: Settings) -> list[int]:
     """The letters that the ground-truth probe tells well enough. Raises UserError if they are too few to mean anything."""
-    good = [letter for letter in letters if letter.f1_probe > settings.min_f1]
+    good = [number for number, score in enumerate(scores) if score > settings.min_f1]
     if len(good) < settings.min_letters:
         raise UserError(
             f"absorption: the ground-truth probe reaches F1 > {settings.min_f1:g} for {len(good)} letters; {settings.min_letters} are "
@@ -317,8 +330,9 @@ def outcome(letters: Sequence[Letter], found: Sequence[Absorbed]) -> Outcome:
 
 def faithful(view: View, words: Words, settings: Settings, seed: int = 42) -> Outcome:
     """SAEBench's numbers; it seeds nothing, so `seed` decides the sparse probe's draws. Raises UserError if too few letters are told."""
+    good = check_letters(told(words), settings)
     weight = l1_probe(view, words, settings, torch.Generator().manual_seed(seed))
-    letters = check_letters(k_sparse(view, words, weight, settings), settings)
+    letters = k_sparse(view, words, weight, settings, good)
     return outcome(letters, [absorbed(view, words, letter) for letter in letters])
 
 
@@ -327,6 +341,7 @@ def ideal(view: View, words: Words, settings: Settings, seeds: Sequence[int]) ->
 
     A seed decides the validation words, the sparse probe's draws, and which evaluation words are drawn (with replacement). `view` is float32.
     """
+    good = check_letters(told(words), settings)
     columns: dict[str, list[float | None]] = {}
     for seed in seeds:
         generator = generator_for("absorption", seed)
@@ -344,7 +359,7 @@ def ideal(view: View, words: Words, settings: Settings, seeds: Sequence[int]) ->
             check=words.train[kept],
             check_letters=words.train_letters[kept],
         )
-        letters = check_letters(k_sparse(view, words, weight, settings, sides), settings)
+        letters = k_sparse(view, words, weight, settings, good, sides)
         found = []
         for letter in letters:
             one = absorbed(view, words, letter, assume_unit_norm=False)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hsae.cache.numerics import product
 from hsae.eval.sparse_probing import RANDOM_SEED, Outcome
 from hsae.eval.text_probes import (
     Probe,
@@ -165,7 +166,7 @@ def _effect(
     rows, labels = balanced(task.train, chosen, generator, partner_of(kind, chosen))
     means_SF = sums_UF[rows].float() / task.lengths_U[rows, None]
     change_F = (means_SF[labels == 1].mean(0) - means_SF[labels == 0].mean(0)).to(view.W_dec.dtype)
-    return _signed(kind, change_F, view.W_dec @ probe.weight[0].to(view.W_dec.dtype))
+    return _signed(kind, change_F, product(view.W_dec, probe.weight[0].to(view.W_dec.dtype)))
 
 
 def _signed(kind: Kind, change_F: Tensor, gain_F: Tensor) -> Tensor:
