@@ -125,7 +125,7 @@ def participation_ratio(contributions_FG: Tensor) -> Tensor:
 def hoyer(contributions_FG: Tensor) -> Tensor:
     """(sqrt(n) - |c|_1/|c|_2) / (sqrt(n) - 1) of each row, [F], n its length: 1 one entry, 0 all equal; NaN for an empty row or n = 1."""
     root = math.sqrt(contributions_FG.shape[1])
-    norm_F = contributions_FG.norm(dim=1)
+    norm_F: Tensor = contributions_FG.norm(dim=1)
     return (root - contributions_FG.abs().sum(1) / norm_F) / (root - 1)
 
 
