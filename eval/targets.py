@@ -73,7 +73,7 @@ def run_targets(plan: Plan, run: RunConfig) -> list[Target]:
             view=view,
             hook=plan.hook.names[0],
             folder=run_dir / RESULTS,
-            label=f"{run.number} {run.name} {name}",
+            label=f"{plan.label(run)} {name}",
             release=f"hsae_{held['plan']}_{run.number}-{run.name}",
             sae_id=name,
             weights_digest=model_digest(model_dir),

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from hsae.train.activations import step_count
 from hsae.train.sae import Level, LevelOutput
 
 
@@ -48,8 +49,22 @@ def auxiliary(
     return fraction_unexplained(residual_BI, acts @ level.W_dec[indices], variance)
 
 
+def gated_auxiliary(level: Level, output: LevelOutput, target_BI: Tensor, bias_I: Tensor, variance: float) -> Tensor:
+    """Loss of a gated SAE's gate alone (Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 8): ReLU of the gate's pre-activations
+    decoded by weights that don't feel it, a fraction of variance unexplained."""
+    return fraction_unexplained(target_BI, output.pre.relu() @ level.W_dec.detach() + bias_I.detach(), variance)
+
+
+def sparsity(level: Level, output: LevelOutput) -> Tensor:
+    """What the controller's coefficient multiplies, a scalar: mean L1 of relu's code or of the gate, mean L0 of jumprelu's."""
+    if level.activation == "jumprelu":
+        return step_count(output.pre, level.jump_threshold(output.pre), level.bandwidth)
+    penalised = output.pre.relu() if level.activation == "gated" else output.acts
+    return widened(penalised).sum(1).mean()
+
+
 class SparsityController:
-    """Leads relu's L0 to its target by moving the L1 coefficient.
+    """Leads the L0 of relu, jumprelu or gated to its target by moving the sparsity coefficient.
 
     A reference falls geometrically from the first batch's L0 to the target over `ramp_steps` and stays there. With d the smoothed
     log(L0 / reference) and v its smoothed change a step, log(coefficient) += GAIN * (d + HORIZON * v): the change damps what would

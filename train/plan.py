@@ -7,7 +7,7 @@ begin with `extends = "NAME"` and state only what differs.
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,8 @@ class Plan:
     cache: CacheConfig
     train: StreamConfig
     runs: dict[int, RunConfig]
+    seed_index: int = 0
+    """Which of several seeds of one plan this is."""
 
     def store(self, split: Split) -> StoreSpec:
         """The activation store the plan asks for."""
@@ -52,6 +54,17 @@ class Plan:
     def run_dir(self, run: RunConfig) -> Path:
         """Where a run's results lie: `<train.dir>/<number>`."""
         return Path(self.train.dir).expanduser() / str(run.number)
+
+    def seeded(self, index: int) -> "Plan":
+        """The plan for seed number `index`: 0 is the plan itself, others have train.seed + index and `<train.dir>/seed<index>`."""
+        if index == 0:
+            return self
+        changes = {"seed": self.train.seed + index, "dir": str(Path(self.train.dir) / f"seed{index}")}
+        return replace(self, train=self.train.model_copy(update=changes), seed_index=index)
+
+    def label(self, run: RunConfig) -> str:
+        """A run's number and name, and which seed it is if it is not the first."""
+        return f"{run.number} {run.name}" + (f" seed {self.seed_index}" if self.seed_index else "")
 
     def select(self, text: str) -> list[RunConfig]:
         """Runs named by `3`, `0-5`, `baseline` or a comma-separated list of those, in the order of their numbers."""
