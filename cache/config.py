@@ -22,7 +22,7 @@ class ModelConfig(Config):
     """The `[model]` table."""
 
     id: str = Field(min_length=1)
-    """A hub id, a local directory, a .gguf file, or the packaged `gemma-3-270m`."""
+    """A hub id, a local directory, a .gguf file, or a packaged model: `gemma-3-270m`, `smollm2-135m-instruct`."""
     revision: str | None = None
     """Hub revision (commit, tag or branch); None is the default branch."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"

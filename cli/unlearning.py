@@ -46,9 +46,20 @@ def unlearning(
 
     place = pick_device(device)
     if qa:
-        from hsae.cli.unlearning_qa import run_qa  # type: ignore[import-not-found]
+        from hsae.eval import qa_runs
 
-        run_qa(loaded, run, seeds, force=force, device=place)
+        sets = qa_runs.check(loaded)
+        runs = trained_runs(loaded, run, seeds)
+        with _Screen() as screen:
+            scored = qa_runs.evaluate_runs(
+                runs,
+                sets,
+                lambda: LanguageModel.load(loaded.model, device=place),
+                force=force,
+                device=place,
+                progress=screen.listener(None),
+            )
+        _print_scores(scored)
         return
     from hsae.eval.unlearning_runs import evaluate_runs, open_texts
 
@@ -122,6 +133,36 @@ def _print_signature(item: "Unlearned") -> None:
         console.print(table)
 
 
+def _print_scores(done: "list[Unlearned]") -> None:
+    table = Table(
+        title="SAEBench's unlearning score: 1 - the smallest forget accuracy that keeps retain accuracy",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for column in ("SAE", "score", "forget", "retain", "best configuration"):
+        table.add_column(column, justify="right" if column in ("score", "forget", "retain") else "left")
+    for item in done:
+        least = item.plan.unlearning.qa.retain_accuracy
+        for name, arm in item.result["arms"].items():
+            kept = [entry for entry in arm["configurations"] if entry["retain_accuracy"] >= least]
+            best = min(kept, key=lambda entry: entry["forget_accuracy"], default=None)
+            cells = ("-", "-", f"none keeps {least:.0%} of retain")
+            if best is not None:
+                clamp = f"{best['clamped']} latents at -{best['multiplier']:g}, retain threshold {best['retain_threshold']:g}"
+                cells = (f"{best['forget_accuracy']:.3f}", f"{best['retain_accuracy']:.3f}", clamp)
+            table.add_row(f"{escape(item.plan.label(item.run))} {name}", f"{arm['unlearning_score']:.3f}", *cells)
+    console.print(table)
+    for item in done:
+        asked, passes = item.result["questions"], item.result["passes"]
+        console.print(
+            f"answered as it is: {asked['forget']['answered']} of {asked['forget']['given']} forget questions, "
+            f"{asked['retain']['answered']} of {asked['retain']['given']} retain questions; {passes['run']:,} prompts passed, "
+            f"{passes['spared']:,} spared because nothing fired"
+        )
+        console.print(f"results in [bold]{escape(str(item.folder))}[/]", soft_wrap=True)
+
+
 class _Screen:
     """A progress bar for each arm."""
 
@@ -130,7 +171,6 @@ class _Screen:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("settings"),
             TimeElapsedColumn(),
             console=console,
         )
@@ -142,13 +182,13 @@ class _Screen:
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
-    def listener(self, label: str) -> "Told":
+    def listener(self, label: str | None) -> "Told":
         """What hears how one run goes."""
         tasks = {}
 
         def told(arm: str, done: int, total: int) -> None:
             if arm not in tasks:
-                tasks[arm] = self.bars.add_task(f"{label}: {arm}", total=total)
+                tasks[arm] = self.bars.add_task(arm if label is None else f"{label}: {arm}", total=total)
             self.bars.update(tasks[arm], completed=done)
 
         return told

@@ -63,6 +63,16 @@ def open_texts(plan: Plan) -> dict[Side, ActivationStore]:
     return stores
 
 
+def check_trained(runs: Sequence[tuple[Plan, RunConfig]]) -> None:
+    """Raise UserError unless all runs have been trained."""
+    for seeded, run in runs:
+        if not is_trained(seeded, run):
+            raise UserError(
+                f"run {run.number} ({run.name}) of plan {seeded.name} has not been trained to its end in {seeded.run_dir(run)}; "
+                f"train it with: hsae train --run {run.number}"
+            )
+
+
 def evaluate_runs(
     runs: Sequence[tuple[Plan, RunConfig]],
     load: Callable[[ActivationStore], LanguageModel],
@@ -79,18 +89,13 @@ def evaluate_runs(
     plan = runs[0][0]
     stores = open_texts(plan)
     hook = plan.hook.names[0]
-    for seeded, run in runs:
-        if not is_trained(seeded, run):
-            raise UserError(
-                f"run {run.number} ({run.name}) of plan {plan.name} has not been trained to its end in {seeded.run_dir(run)}; "
-                f"train it with: hsae train --run {run.number}"
-            )
+    check_trained(runs)
     done = []
     language: LanguageModel | None = None
     for seeded, run in runs:
         folder = seeded.run_dir(run) / "eval"
-        inputs = _inputs(seeded, run, stores)
-        result = None if force else _found(folder / FILE, inputs)
+        inputs = inputs_of(seeded, run, stores)
+        result = None if force else found_at(folder / FILE, inputs)
         if (reused := result is not None) is False:
             if language is None:
                 language = load(stores["forget"])
@@ -111,7 +116,7 @@ def evaluate_runs(
                 **found,
                 "passes": {**asdict(texts.passes), "measured_before": pieces.found},
                 "inputs": inputs,
-                "versions": _versions(),
+                "versions": versions(),
             }
             _write(folder, result, seeded.label(run), max(seeded.unlearning.budgets))
         assert result is not None
@@ -131,11 +136,12 @@ def _write(folder: Path, result: dict[str, Any], label: str, most: float) -> Non
     (folder / PARTIAL).unlink(missing_ok=True)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What a result was computed with."""
     return {"hsae": hsae_version(), "python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
-def _inputs(plan: Plan, run: RunConfig, stores: dict[Side, ActivationStore]) -> dict[str, Any]:
+def inputs_of(plan: Plan, run: RunConfig, stores: dict[Side, ActivationStore]) -> dict[str, Any]:
     """All that a result depends on, by content."""
     model_dir = plan.run_dir(run) / "model"
     headers = {side: store.header for side, store in stores.items()}
@@ -152,7 +158,7 @@ def _inputs(plan: Plan, run: RunConfig, stores: dict[Side, ActivationStore]) -> 
     }
 
 
-def _found(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+def found_at(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """The result that lies there, if it was made of the same inputs."""
     try:
         content = json.loads(path.read_text())
