@@ -149,7 +149,7 @@ def a_model(structure="additive"):
     lower = an_sae(31, 1)
     upper = an_sae(13, 2, "level2", bias=-1.0, d_in=31 if structure == "stacked" else D)
     contributions = torch.rand(13, 31, generator=torch.Generator().manual_seed(4)) ** 4
-    maps = (CompositionMap(level=2, weight=contributions, contributions=contributions),)
+    maps = (CompositionMap(level=2, weight=2 * contributions, contributions=contributions),)
     return TrainedModel(structure=structure, levels=(lower, upper), compositions=maps, effective_thresholds=(1.0,))
 
 
@@ -180,7 +180,9 @@ def test_losses_and_kl_agree_with_whole_forward_passes_through_hooks(plan, langu
     """The oracle runs the whole model on the tokens and changes the layer's output in a hook, latent by latent, token by token."""
     dictionary = of_model(a_model(structure), "cpu")
     rows = texts_of(plan, language).rows["forget"]["test"]
-    latents = (3, 17, 30) if structure == "flat" else (3, 17, 35, 40)
+    density_F = selection.densities(dictionary, rows.batches())[0]
+    found = [dictionary.level(number) for number in range(1, len(dictionary.widths) + 1)]
+    latents = tuple(level[place] for level in found for place in density_F[list(level)].topk(3).indices.tolist())
     values = tuple(-1.0 - 0.5 * place for place in range(len(latents)))
     acts = rows.activations(dictionary, latents)
     rates = arms.firing_rates(acts, rows.kept())
@@ -246,8 +248,10 @@ def test_rows_where_nothing_fires_and_positions_before_the_first_firing_cost_not
 
 def test_clean_losses_are_those_of_the_store_and_rows_beyond_them_get_a_pass(plan, language):
     texts = texts_of(plan, language)
-    for part, passes in (("tune", 0), ("select", len(texts.rows["forget"]["select"].numbers))):
+    for part in ("tune", "select"):
         rows = texts.rows["forget"][part]
+        passes = sum(row >= rows.store.clean_rows for row in rows.numbers)
+        assert (passes > 0) == (part == "select")
         meter = LossMeter(model=language, rows=rows, positions_per_row=5, seed=0)
         meter._prepare()
         expected = language.logits(rows.tokens()).log_softmax(-1)
