@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hsae.cli import hierarchy, synthetic
 from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
 
 if TYPE_CHECKING:
@@ -18,11 +19,16 @@ if TYPE_CHECKING:
     from hsae.train.plan import Plan
 
 app = typer.Typer(no_args_is_help=True)
+app.command()(hierarchy.composition)
+app.command()(hierarchy.stability)
 
 
 @app.callback()
 def _group() -> None:
     """Measure trained SAEs."""
+
+
+app.command(name="synthetic")(synthetic.synthetic)
 
 
 @app.command()
@@ -48,6 +54,10 @@ def core(
             help="Which numbers to print: SAEBench's with all their quirks, or hsae's with intervals. The files hold both.",
         ),
     ] = True,
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Of a run only all levels together (of a stack level 1), not each level too."),
+    ] = False,
     legacy: Annotated[
         bool, typer.Option("--legacy", help="Also write each result as SAEBench up to 0.1 did, into legacy/.")
     ] = False,
@@ -75,7 +85,7 @@ def core(
     from hsae.eval.targets import evaluate_targets, folder_targets
 
     place = pick_device(device)
-    targets = folder_targets(loaded, sae, out) if sae else of_runs(loaded, run, seeds)
+    targets = folder_targets(loaded, sae, out) if sae else of_runs(loaded, run, seeds, whole)
     store = ActivationStore.open(loaded.store_path("eval"))
     with _Screen() as screen:
         evaluated = evaluate_targets(
@@ -104,11 +114,15 @@ def core(
         console.print(f"{reused} of {len(evaluated)} were there already; --force computes them anew")
 
 
-def of_runs(plan: "Plan", run: str | None, seeds: int) -> "list[Target]":
-    """Every view of the named runs, or of all that are trained, for each seed."""
+def of_runs(plan: "Plan", run: str | None, seeds: int, whole: bool) -> "list[Target]":
+    """Every view (or the whole alone) of the named runs, or of all that are trained, for each seed."""
     from hsae.eval.targets import run_targets
 
-    return [target for seeded, config in trained_runs(plan, run, seeds) for target in run_targets(seeded, config)]
+    return [
+        target
+        for seeded, config in trained_runs(plan, run, seeds)
+        for target in run_targets(seeded, config, whole=whole)
+    ]
 
 
 def trained_runs(plan: "Plan", run: str | None, seeds: int) -> "list[tuple[Plan, RunConfig]]":

@@ -88,8 +88,8 @@ def unlearning(
 def _table(item: "Unlearned") -> Table:
     """Forget loss added at each budget of retain loss, with intervals over documents."""
     table = Table(
-        title=f"{escape(item.plan.label(item.run))}: loss added on forget text (nats a token) within a budget on retain text; "
-        "in brackets the 95 % interval over documents",
+        title=f"run {escape(item.plan.label(item.run))}: loss added on forget text, nats a token, within a budget of loss added on retain "
+        "text; ± spans the 95 % interval over documents",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -98,8 +98,8 @@ def _table(item: "Unlearned") -> Table:
     arms = item.result["arms"]
     budgets = list(arms["none"]["at_retain"])
     for budget in budgets:
-        table.add_column(f"retain ≤ {budget}", justify="right")
-    table.add_column("area", justify="right")
+        table.add_column(f"≤ {budget}", justify="right", no_wrap=True)
+    table.add_column("area", justify="right", no_wrap=True)
     for name, arm in arms.items():
         cells = [_cell({"value": entry["forget_dce"], **entry}) for entry in (arm["at_retain"][b] for b in budgets)]
         table.add_row(name, *cells, _cell(arm["area"]))
@@ -109,9 +109,10 @@ def _table(item: "Unlearned") -> Table:
 def _cell(entry: dict[str, float | None]) -> str:
     if entry["value"] is None:
         return "undefined"
-    text = f"{entry['value']:.3f}"
-    if entry["value"] and entry["low"] is not None:
-        text += f" [dim]({entry['low']:.3f}…{entry['high']:.3f})[/]"
+    text, low, high = f"{entry['value']:.3f}", entry["low"], entry["high"]
+    if entry["value"] and low is not None and high is not None:
+        half = f"{max(high - entry['value'], entry['value'] - low):.2f}"
+        text += f" [dim]±{half.removeprefix('0') or '0'}[/]"
     return text
 
 
@@ -121,7 +122,7 @@ def _print_signature(item: "Unlearned") -> None:
         console.print(f"no signature test: {escape(signature['explanation'])}")
     for pair in signature["pairs"]:
         table = Table(
-            title=f"selected on {escape(pair['selected_on'])}, tested on {escape(pair['tested_on'])}: loss added",
+            title=f"latents chosen on {escape(pair['selected_on'])}, tested on {escape(pair['tested_on'])}: loss added",
             title_justify="left",
             box=SIMPLE_HEAD,
             pad_edge=False,

@@ -113,9 +113,8 @@ def test_gradients_of_the_auxiliary_loss_match_finite_differences():
     x, bias, dead = vectors(B, D), vectors(D, seed=2), torch.arange(F1) % 3 == 1
 
     def loss(W_enc, W_dec):
-        weights = {"W_enc": W_enc, "W_dec": W_dec}
-        output = torch.func.functional_call(level, weights, (x, bias))
-        return auxiliary(SimpleNamespace(W_dec=W_dec), output, x, x * 0.3, dead, 2)
+        stand_in = SimpleNamespace(W_enc=W_enc, b_enc=level.b_enc, W_dec=W_dec)
+        return auxiliary(stand_in, x, bias, x, x * 0.3, dead, 2)
 
     inputs = tuple(tensor.detach().clone().requires_grad_() for tensor in (level.W_enc, level.W_dec))
     assert torch.autograd.gradcheck(loss, inputs)
@@ -151,9 +150,9 @@ def test_auxiliary_is_the_dead_latents_reconstruction_of_what_is_left():
     level = Level(D, F1, config(activation="relu"), 3.0, torch.Generator().manual_seed(0))
     x, bias = vectors(B, D).float(), torch.zeros(D)
     output, dead = level(x, bias), torch.zeros(F1, dtype=torch.bool)
-    assert auxiliary(level, output, x, output.decoded, dead, 4).item() == 0
+    assert auxiliary(level, x, bias, x, output.decoded, dead, 4).item() == 0
     dead[[1, 4, 6, 9, 12]] = True
-    loss = auxiliary(level, output, x, output.decoded, dead, 512)
+    loss = auxiliary(level, x, bias, x, output.decoded, dead, 512)
     residual, k = (x - output.decoded).detach(), D // 2
     naive = 0.0
     for row in range(B):

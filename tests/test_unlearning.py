@@ -13,9 +13,10 @@ from hsae.cache.build import build
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.lm import LanguageModel
 from hsae.cli.main import app
-from hsae.eval import arms, pareto, selection, unlearning, unlearning_runs
+from hsae.eval import arms, pareto, qa, qa_runs, selection, unlearning, unlearning_runs
 from hsae.eval.intervention import Dictionary, Intervention, changed, of_means, of_model, of_view
 from hsae.eval.passes import LossMeter, Rows, Trial, split_rows
+from hsae.eval.questions import Question
 from hsae.train import rundir
 from hsae.train.model import CompositionMap, TrainedModel, save_model
 from hsae.train.plan import load_plan
@@ -182,7 +183,9 @@ def test_losses_and_kl_agree_with_whole_forward_passes_through_hooks(plan, langu
     rows = texts_of(plan, language).rows["forget"]["test"]
     density_F = selection.densities(dictionary, rows.batches())[0]
     found = [dictionary.level(number) for number in range(1, len(dictionary.widths) + 1)]
-    latents = tuple(level[place] for level in found for place in density_F[list(level)].topk(3).indices.tolist())
+    latents = tuple(
+        level[place] for level in found for place in (density_F[list(level)] - 0.1).abs().argsort()[:3].tolist()
+    )
     values = tuple(-1.0 - 0.5 * place for place in range(len(latents)))
     acts = rows.activations(dictionary, latents)
     rates = arms.firing_rates(acts, rows.kept())
@@ -510,7 +513,8 @@ def test_too_little_text_is_said_with_the_key_to_change(overrides, tmp_path):
         build([plan.store("forget")], plan.cache.dir)
 
 
-def test_the_command_builds_evaluates_and_prints(plan, overrides, language, tmp_path):
+def test_the_command_builds_evaluates_and_prints(plan, overrides, language, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
     trained(plan, 3, a_model())
     options = [part for value in [*overrides, f"train.dir={plan.train.dir!r}"] for part in ("--set", value)]
     built = CliRunner().invoke(
@@ -521,8 +525,39 @@ def test_the_command_builds_evaluates_and_prints(plan, overrides, language, tmp_
     assert shown.exit_code == 0, shown.output
     for text in (
         "descend-permuted",
-        "retain ≤ 0.05",
+        "≤ 0.05",
         "selected on code, tested on shell",
         "spared because nothing fired",
     ):
         assert text in shown.output
+
+
+def test_the_question_form_scores_every_level_and_is_used_again(plan, overrides, language, monkeypatch):
+    text = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}{% if add_generation_prompt %}<model>{% endif %}"
+    monkeypatch.setattr(language.tokenizer, "chat_template", text, raising=False)
+    answers = [0, 1, 2, 0, 2, 1, 1, 0, 2]
+    sets = {
+        side: [
+            Question(text=f"Which of {n}?", choices=("one", f"list {n}", "return"), answer=answer, subject=side)
+            for n, answer in enumerate(answers)
+        ]
+        for side in ("forget", "retain")
+    }
+    asked = [
+        "unlearning.qa.permutations=1",
+        "unlearning.qa.retain_thresholds=[0.9]",
+        "unlearning.qa.multipliers=[5, 50]",
+    ]
+    chosen = load_plan("tiny", [*overrides, f"train.dir={plan.train.dir!r}", *asked])
+    runs = [(chosen, trained(plan, number, a_model(kind))[1]) for number, kind in ((3, "additive"), (1, "stacked"))]
+    done = qa_runs.evaluate_runs(runs, sets, lambda: language)
+    assert [list(item.result["arms"]) for item in done] == [["sae", "level1", "level2"], ["level1", "level2"]]
+    for item in done:
+        for arm in item.result["arms"].values():
+            assert len(arm["configurations"]) == 4 and 0 <= arm["unlearning_score"] <= 1
+            assert arm["unlearning_score"] == qa.score(arm["configurations"], 0.99)
+        assert item.result["questions"]["forget"]["given"] == 9
+    again = qa_runs.evaluate_runs(runs, sets, lambda: refused(None))
+    assert all(item.reused for item in again) and [i.result for i in again] == [i.result for i in done]
+    sets["forget"] = sets["forget"][:-1]
+    assert not qa_runs.evaluate_runs(runs[:1], sets, lambda: language)[0].reused

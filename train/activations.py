@@ -12,13 +12,20 @@ def top_k(pre_BF: Tensor, k: int) -> Tensor:
     return torch.zeros_like(pre_BF).scatter(-1, indices, values.relu())
 
 
-def batch_top_k(pre_BF: Tensor, l0: float) -> tuple[Tensor, Tensor]:
+def batch_top_k(pre_BF: Tensor, l0: float, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Keep the batch's round(B * l0) largest positive pre-activations (Bussmann et al. 2024, arXiv 2412.06410).
 
-    Returns the code [B, F] and the smallest value kept, a scalar (0 if nothing is positive).
+    Returns the code [B, F] and the smallest value kept, a scalar (0 if nothing is positive). `guess`, a scalar on the processor that
+    is likely below the smallest, saves the search among values below it; the result is the same.
     """
+    count = round(pre_BF.shape[0] * l0)
     flat = pre_BF.relu().flatten()
-    values, indices = torch.topk(flat, round(pre_BF.shape[0] * l0), sorted=False)
+    likely = (flat > guess).nonzero().squeeze(1) if guess is not None else None
+    if likely is not None and len(likely) >= count:
+        values, chosen = torch.topk(flat[likely], count, sorted=False)
+        indices = likely[chosen]
+    else:
+        values, indices = torch.topk(flat, count, sorted=False)
     kept = values.detach().float()
     smallest = torch.where(kept > 0, kept, torch.inf).min()
     smallest = torch.where(torch.isfinite(smallest), smallest, 0.0)

@@ -105,8 +105,8 @@ class RunConfig(Config):
     """Share of the run at its end over which the learning rate falls linearly to 0."""
     gradient_clip: Positive = 1.0
     """Largest norm of the gradient."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the matrix products; weights and optimiser stay float32."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of the matrix products; weights and optimiser stay float32. auto: bfloat16 where the device multiplies it fast."""
     aux_weight: NonNegative = 1 / 32
     """Weight of the auxiliary loss that revives dead latents (AuxK); 0 turns it off."""
     aux_latents: int = Field(default=512, ge=1)

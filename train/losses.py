@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from hsae.train.activations import step_count
+from hsae.train.activations import step_count, top_k
 from hsae.train.sae import Level, LevelOutput
 
 
@@ -30,7 +30,13 @@ def explained_variance(target_BI: Tensor, reconstruction_BI: Tensor) -> Tensor:
 
 
 def auxiliary(
-    level: Level, output: LevelOutput, target_BI: Tensor, reconstruction_BI: Tensor, dead_F: Tensor, latents: int
+    level: Level,
+    read_BI: Tensor,
+    bias_I: Tensor,
+    target_BI: Tensor,
+    reconstruction_BI: Tensor,
+    dead_F: Tensor,
+    latents: int,
 ) -> Tensor:
     """AuxK (Gao et al. 2024, arXiv 2406.04093, A.2): dead latents reconstruct what the living left over.
 
@@ -41,10 +47,8 @@ def auxiliary(
     if len(indices) == 0:
         return torch.zeros((), device=target_BI.device)
     residual_BI = widened(target_BI - reconstruction_BI).detach()
-    pre = output.pre[:, indices]
-    k = min(latents, max(1, target_BI.shape[1] // 2), len(indices))
-    values, chosen = torch.topk(pre, k, dim=-1, sorted=False)
-    acts = torch.zeros_like(pre).scatter(-1, chosen, values.relu())
+    pre = (read_BI - bias_I) @ level.W_enc[:, indices] + level.b_enc[indices]
+    acts = top_k(pre, min(latents, max(1, target_BI.shape[1] // 2), len(indices)))
     variance = residual_BI.square().sum(-1).mean().clamp_min(1e-12)
     return fraction_unexplained(residual_BI, acts @ level.W_dec[indices], variance)
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsae.cache.errors import UserError
+from hsae.cache.numerics import product
 from hsae.train import saelens
 from hsae.train.files import write_atomically
 from hsae.train.run import TrainingRun
@@ -78,7 +79,7 @@ class TrainedModel:
                 decoded = level.decode(decoded)
             return decoded
         kept = list(zip(codes, self.levels, strict=True))[above - 1 :]
-        return sum((code @ level.W_dec for code, level in kept), self.levels[0].b_dec)
+        return sum((product(code, level.W_dec) for code, level in kept), self.levels[0].b_dec)
 
     def directions(self, number: int) -> Tensor:
         """[F_l, D] what one unit of each latent of level `number` adds to the reconstruction; not of unit norm in a stack."""
@@ -228,7 +229,7 @@ class AdditiveView:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Reconstruction [..., D] from latent activations [..., F]."""
-        return latents @ self.W_dec + self.b_dec
+        return product(latents, self.W_dec) + self.b_dec
 
     def to(self, *, dtype: torch.dtype | None = None, device: str | None = None) -> "AdditiveView":
         """A copy with its weights in another type or place."""
@@ -317,7 +318,7 @@ class StackedView:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Reconstruction [..., D] from latent activations [..., F]."""
-        return latents @ self.W_dec + self.b_dec
+        return product(latents, self.W_dec) + self.b_dec
 
     def to(self, *, dtype: torch.dtype | None = None, device: str | None = None) -> "StackedView":
         """A copy with its weights in another type or place."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hsae.cache.numerics import bfloat16_is_slow
 from hsae.train.composition import Composition
 from hsae.train.config import RunConfig
 from hsae.train.curriculum import Curriculum, Moment
@@ -47,6 +48,8 @@ class TrainingRun:
 
     def __init__(self, config: RunConfig, scaling: Scaling, *, steps: int, seed: int, device: str) -> None:
         self.config, self.scaling, self.steps, self.seed, self.device = config, scaling, steps, seed, device
+        slow = bfloat16_is_slow(torch.device(device).type)
+        self.rounds = config.precision == "bfloat16" or (config.precision == "auto" and not slow)
         self.step_number = 0
         self.failure: str | None = None
         d_in = len(scaling.median)
@@ -58,6 +61,8 @@ class TrainingRun:
         maps = [Composition(fine, coarse, config.composition, generator) for fine, coarse in pairs]
         self.compositions = nn.ModuleList(maps)
         self.model.to(device).train()
+        if torch.device(device).type == "cpu" and not self.rounds:
+            self.model.use_sparse()
         self.compositions.to(device)
         self.curriculum = Curriculum(config, steps)
         self.optimiser = make_optimiser(self.model, self.compositions, config)
@@ -78,8 +83,7 @@ class TrainingRun:
         if moment.starts and moment.stage.refresh:
             forget(self.optimiser, moment.stage.refresh)
         base_rate = set_rates(self.optimiser, config, moment, step, self.steps)
-        kind = torch.device(self.device).type
-        with torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.rounds):
             output = self.model(x_BD, moment.stage.levels)
             parts = self._losses(x_BD, output, moment)
         loss = torch.stack([part.float() for part in parts.values()]).sum()
@@ -103,7 +107,7 @@ class TrainingRun:
         self.step_number += 1
         self.last_moment = moment
         self.last_output = Output(
-            {number: LevelOutput(*(part.detach() for part in level)) for number, level in output.levels.items()},
+            {number: LevelOutput(*(part.detach() for part in level[:4])) for number, level in output.levels.items()},
             {number: reconstruction.detach() for number, reconstruction in output.reconstructions.items()},
         )
         self.resampled = dict.fromkeys(output.levels, 0)
@@ -134,8 +138,9 @@ class TrainingRun:
                 parts[f"gate{number}"] = gated_auxiliary(module, level, x_BD, bias, self.scaling.variance)
             elif config.aux_weight and config.activation != "relu":  # below zero a dead relu latent has no gradient
                 dead = self.tokens_since_fired[number - 1] >= config.dead_after_tokens
+                bias = self.model.bias(number)
                 parts[f"auxiliary{number}"] = config.aux_weight * auxiliary(
-                    module, level, target, reconstruction, dead, config.aux_latents
+                    module, level.read, bias, target, reconstruction, dead, config.aux_latents
                 )
         for number in range(2, config.levels + 1):
             if config.composition.mode != "none" and {number, number - 1} <= output.levels.keys():
@@ -143,7 +148,9 @@ class TrainingRun:
                 self.composition(number).track(fine, coarse)
                 if moment.composition > 0:
                     strength = config.composition.weight * moment.composition
-                    parts[f"composition{number}"] = strength * self.composition(number).loss(fine, coarse)
+                    parts[f"composition{number}"] = strength * self.composition(number).loss(
+                        fine, coarse, output.levels[number - 1].active
+                    )
         return parts
 
     @torch.no_grad()

@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hsae.train import sparse
 from hsae.train.activations import batch_top_k, jump_relu, top_k
 from hsae.train.config import RunConfig
 
 THRESHOLD_DECAY = 0.99
+GUESS = 0.7  # of the average threshold: most batches keep nothing below it
 NO_PARENT = -1
 
 
@@ -38,6 +40,8 @@ class LevelOutput(NamedTuple):
     """[B, F] the level's code."""
     decoded: Tensor
     """[B, I] decoder output, without bias."""
+    active: sparse.Active | None = None
+    """Where the code is active and with what values, if it was computed sparsely."""
 
 
 class Output(NamedTuple):
@@ -73,19 +77,35 @@ class Level(nn.Module):
             self.r_mag = nn.Parameter(torch.zeros(width))
             self.b_mag = nn.Parameter(torch.zeros(width))
         self.activation, self.l0, self.bandwidth = run.activation, l0, run.bandwidth
+        self.sparse = False
         self.register_buffer("threshold", torch.tensor(math.nan))
 
     def pre(self, read_BI: Tensor, bias_I: Tensor) -> Tensor:
-        """Pre-activations [B, F]."""
-        return (read_BI - bias_I) @ self.W_enc + self.b_enc
+        """Pre-activations [B, F]; without gradient where the active ones alone will get it (`sparse`)."""
+        fixed = bias_I.detach()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.sparse):
+            pre_BF = (read_BI - fixed) @ self.W_enc + self.b_enc
+            if (
+                bias_I.requires_grad and torch.is_grad_enabled()
+            ):  # zero, but brings the bias its gradient without a product of B rows
+                pre_BF = pre_BF + (fixed - bias_I) @ self.W_enc
+        return pre_BF
 
     def forward(self, read_BI: Tensor, bias_I: Tensor) -> LevelOutput:
         """Encode and decode one batch by this level's own activation."""
         pre_BF = self.pre(read_BI, bias_I)
-        return self.decoded(read_BI, pre_BF, self.activate(pre_BF))
+        return self.decoded(read_BI, bias_I, pre_BF, self.activate(pre_BF))
 
-    def decoded(self, read_BI: Tensor, pre_BF: Tensor, acts_BF: Tensor) -> LevelOutput:
-        """The output for a code."""
+    def decoded(self, read_BI: Tensor, bias_I: Tensor, pre_BF: Tensor, acts_BF: Tensor) -> LevelOutput:
+        """The output for a code, with its gradients."""
+        if self.sparse and torch.is_grad_enabled():
+            if (at := sparse.pattern_of(acts_BF)) is not None:
+                values_N = sparse.encode(read_BI, bias_I, self.W_enc, self.b_enc, pre_BF, at)
+                acts_BF = torch.zeros_like(acts_BF).flatten().index_put((at.flat,), values_N).view_as(acts_BF)
+                decoded_BI = sparse.decode(values_N, self.W_dec, at)
+                return LevelOutput(read_BI, pre_BF, acts_BF, decoded_BI, sparse.Active(at, values_N))
+            pre_BF = (read_BI - bias_I) @ self.W_enc + self.b_enc
+            acts_BF = pre_BF * (acts_BF > 0)
         return LevelOutput(read_BI, pre_BF, acts_BF, acts_BF @ self.W_dec)
 
     def activate(self, pre_BF: Tensor) -> Tensor:
@@ -100,9 +120,13 @@ class Level(nn.Module):
             return torch.relu((pre_BF - self.b_enc) * self.r_mag.exp() + self.b_mag) * (pre_BF > 0)
         if not self.training:
             return torch.relu(pre_BF) * (pre_BF > self.threshold)
-        acts_BF, smallest = batch_top_k(pre_BF, self.l0)
+        acts_BF, smallest = batch_top_k(pre_BF, self.l0, self.guess())
         self.track_threshold(smallest)
         return acts_BF
+
+    def guess(self) -> Tensor | None:
+        """A value likely below the smallest that the next batch keeps; None where it saves nothing."""
+        return GUESS * self.threshold if self.threshold.device.type == "cpu" and self.threshold > 0 else None
 
     def jump_threshold(self, pre_BF: Tensor) -> Tensor:
         """jumprelu's thresholds [F]; they begin, all equal, where the first batch has the level's L0."""
@@ -163,6 +187,12 @@ class HierarchicalSAE(nn.Module):
         """[F] for each latent of level `number` its parent in the level above, or NO_PARENT; None if nothing gates it."""
         return self._buffers.get(f"parents{number}")
 
+    def use_sparse(self) -> None:
+        """Compute gradients at active latents only, where the activation allows it."""
+        for number in range(1, len(self.levels) + 1):
+            level = self.level(number)
+            level.sparse = level.activation in ("relu", "topk", "batchtopk")
+
     def forward(self, x_BD: Tensor, active: Sequence[int] | None = None) -> Output:
         """Codes and reconstructions of the `active` levels (all if None); a stacked level needs those below it computed."""
         numbers = sorted(active) if active is not None else list(range(1, len(self.levels) + 1))
@@ -171,7 +201,10 @@ class HierarchicalSAE(nn.Module):
         pres = {number: self.level(number).pre(x_BD, self.bias(number)) for number in numbers}
         joint = self.selection == "joint" and self.training
         codes = self._joint(pres) if joint else self._codes(pres)
-        outputs = {number: self.level(number).decoded(x_BD, pres[number], codes[number]) for number in numbers}
+        outputs = {
+            number: self.level(number).decoded(x_BD, self.bias(number), pres[number], codes[number])
+            for number in numbers
+        }
         reconstructions: dict[int, Tensor] = {}
         total = self.bias(1).expand_as(x_BD)
         for number in reversed(numbers):  # coarsest first, so that each sum is the nested one
@@ -190,9 +223,8 @@ class HierarchicalSAE(nn.Module):
 
     def _joint(self, pres: dict[int, Tensor]) -> dict[int, Tensor]:
         """One BatchTopK over all levels side by side; they share its threshold."""
-        code_BF, smallest = batch_top_k(
-            torch.cat(list(pres.values()), 1), sum(self.level(number).l0 for number in pres)
-        )
+        l0 = sum(self.level(number).l0 for number in pres)
+        code_BF, smallest = batch_top_k(torch.cat(list(pres.values()), 1), l0, self.level(max(pres)).guess())
         for number in pres:
             self.level(number).track_threshold(smallest)
         return dict(zip(pres, torch.split(code_BF, [pre.shape[1] for pre in pres.values()], 1), strict=True))
