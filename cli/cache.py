@@ -16,7 +16,7 @@ from hsae.cli.common import DeviceOption, PlanOption, SetOption, console
 
 if TYPE_CHECKING:
     from hsae.cache.build import Progress as BuildProgress
-    from hsae.cache.config import StoreSpec
+    from hsae.cache.config import Split, StoreSpec
     from hsae.cache.estimate import Estimate
 
 app = typer.Typer(no_args_is_help=True)
@@ -29,8 +29,12 @@ def build(
     overrides: SetOption = None,
     split: Annotated[Literal["train", "eval", "both"], typer.Option("--split", help="Which store.")] = "both",
     suite: Annotated[
-        Literal["sparse-probing", "scr", "tpp", "absorption", "all"] | None,
-        typer.Option("--suite", help="The texts of an evaluation of the suite instead (see [suite] in the plan)."),
+        Literal["sparse-probing", "scr", "tpp", "absorption", "all", "unlearning"] | None,
+        typer.Option(
+            "--suite",
+            help="What an evaluation of the suite needs instead: labelled texts and words (all: of these four, see [suite] in the "
+            "plan), or forget and retain text for unlearning.",
+        ),
     ] = None,
     device: DeviceOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and estimated time, and stop.")] = False,
@@ -48,9 +52,10 @@ def build(
 
     loaded = load_plan(plan, overrides or ())
     chosen = pick_device(device)
-    if suite is not None:
+    if suite is not None and suite != "unlearning":
         return suite_commands.build(loaded, suite, chosen, dry_run=dry_run)
-    specs = [loaded.store(name) for name in ("eval", "train") if split in (name, "both")]
+    names: tuple[Split, ...] = ("forget", "retain") if suite == "unlearning" else ("eval", "train")
+    specs = [loaded.store(name) for name in names if suite or split in (name, "both")]
     estimates = [estimate(spec, Path(loaded.cache.dir), chosen) for spec in specs]
     console.print(_sizes(estimates, loaded.name, chosen))
     check_space(estimates)
