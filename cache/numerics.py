@@ -30,7 +30,9 @@ PRODUCTS = frozenset(
 @functools.cache
 def bfloat16_is_slow(device: str) -> bool:
     """Whether bfloat16 matrix products on this device are emulated number by number."""
-    return torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if torch.device(device).type != "cpu":
+        return False
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class WidenedProducts(TorchFunctionMode):
