@@ -32,7 +32,8 @@ def bfloat16_is_slow(device: str) -> bool:
     """Whether bfloat16 matrix products on this device are emulated number by number."""
     if torch.device(device).type != "cpu":
         return False
-    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    known = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return not (known and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class WidenedProducts(TorchFunctionMode):

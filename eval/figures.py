@@ -261,7 +261,7 @@ def _tree(axis: Any, parent: int, share_G: Tensor, child_G: Tensor, level: int, 
         axis.plot([0, 1], [middle, height], color=PALETTE[0], linewidth=0.4 + 4 * share / widest, alpha=0.55)
         axis.plot([1], [height], "o", color=PALETTE[0], markersize=3.5)
         axis.text(1.07, height, f"{child}", va="center", fontsize=7.5)
-        axis.text(1.95, height, f"{share:.2f}", va="center", ha="right", fontsize=7.5)
+        axis.text(1.75, height, f"{share:.2f}", va="center", ha="right", fontsize=7.5)
     axis.plot([0], [middle], "o", color=PALETTE[1], markersize=6)
     rest = 1 - float(share_G[shown].square().sum() / share_G.square().sum())
     axis.set_title(f"level {level} latent {parent}", fontsize=8.5)
