@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import platform
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
@@ -25,9 +24,10 @@ from hsae.cache import losses, writer
 from hsae.cache.config import FORMAT_VERSION, StoreSpec
 from hsae.cache.corpus import Corpus, Packer, open_corpus, tokenised
 from hsae.cache.errors import CorpusError, StoreError
-from hsae.cache.layout import ArraySpec, Header, arrays, chunk_rows, read_header, statistics_arrays
+from hsae.cache.layout import ArraySpec, Header, HookSummary, arrays, chunk_rows, read_header, statistics_arrays
 from hsae.cache.lm import LanguageModel
 from hsae.cache.mapped import MappedArray
+from hsae.cache.remote import PARTIAL, Place, RemotePath, place, remove
 from hsae.cache.statistics import summarise
 
 Stage = Literal["tokens", "activations", "statistics"]
@@ -40,28 +40,29 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
 
 def build(
     specs: Sequence[StoreSpec],
-    root: str | Path,
+    root: str | Place,
     *,
     device: str = "cpu",
     progress: Progress = lambda spec, stage, done, total, row_bytes: None,
     say: Callable[[str], None] = lambda text: None,
     documents: Iterable[Sequence[int]] | None = None,
-) -> list[Path]:
+) -> list[Place]:
     """Make the stores that `specs` describe (of one model) in folder `root`, or finish them, and return their paths.
 
     The text of all of them is packed before the first activation is computed. `documents`, token ids without BOS, take the place of
     the corpus's text. Raises UserError if a store can't be made; what is there stays.
     """
-    folder = Path(root).expanduser()
-    targets = [folder / spec.name for spec in specs]
+    folder = place(root)
+    targets: list[Place] = [folder / spec.name for spec in specs]
     missing = [
         (spec, target)
         for spec, target in zip(specs, targets, strict=True)
-        if not (target.is_dir() and held_by(target, spec).complete)
+        if not (exists(target) and held_by(target, spec).complete)
     ]
     if not missing:
         return targets
-    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:
         for _, target in missing:
             locks.enter_context(locked(target))
@@ -76,15 +77,25 @@ def build(
     return targets
 
 
-def locked(target: Path) -> AbstractContextManager[object]:
-    """The lock on a store, taken. Raises StoreError if another process builds or mends it."""
+def exists(target: Place) -> bool:
+    """Whether a store was begun there."""
+    return (target / "zarr.json").is_file() if isinstance(target, RemotePath) else target.is_dir()
+
+
+def locked(target: Place) -> AbstractContextManager[object]:
+    """The lock on a local store, taken; none on a remote one, whose builders do each other's work twice but no harm.
+
+    Raises StoreError if another process builds or mends it.
+    """
+    if isinstance(target, RemotePath):
+        return contextlib.nullcontext()
     try:
         return FileLock(target.with_name(f".{target.name}.lock")).acquire(timeout=0)
     except Timeout:
         raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
 
 
-def held_by(target: Path, spec: StoreSpec) -> Header:
+def held_by(target: Place, spec: StoreSpec) -> Header:
     """The header of an existing store. Raises StoreError if it was made for another configuration."""
     header = read_header(target)
     if header.spec != spec:
@@ -100,7 +111,7 @@ class Builder:
     def __init__(
         self,
         spec: StoreSpec,
-        target: Path,
+        target: Place,
         model: LanguageModel,
         progress: Progress,
         documents: Iterable[Sequence[int]] | None = None,
@@ -117,10 +128,11 @@ class Builder:
 
     def prepare(self) -> None:
         """Make the store if it isn't there, sweep up what a killed build left half-written, and pack the tokens."""
-        if self.target.is_dir():
+        if exists(self.target):
             self.check_same(read_header(self.target), self.header())
-            for leftover in self.target.rglob("*.partial"):
-                leftover.unlink()
+            if isinstance(self.target, Path):
+                for leftover in self.target.rglob(f"*{PARTIAL}"):
+                    leftover.unlink()
         else:
             every = {**self.specs, **statistics_arrays(self.spec, self.model.d_model)}
             writer.create(self.target, self.header(), every.values())
@@ -176,13 +188,13 @@ class Builder:
         state_file = self.target / "packing.json"
         packer = Packer(spec.context, self.model.bos_id if spec.prepend_bos else None)
         first = 0
-        if state_file.is_file():
+        if len(array.written(self.target)) == array.count:
+            state_file.unlink(missing_ok=True)
+            return
+        with contextlib.suppress(FileNotFoundError):
             state = json.loads(state_file.read_text())
             first = int(state.pop("chunks"))
             packer.restore(state)
-        if all(array.is_written(self.target, index) for index in range(array.count)):
-            state_file.unlink(missing_ok=True)
-            return
         rows = packer.pack(self._token_documents(packer.documents - 1 if packer.documents else 0))
         for index in range(first, array.count):
             wanted = min(self.step, spec.rows - index * self.step)
@@ -202,8 +214,8 @@ class Builder:
     def _too_little_text(self, rows: int) -> None:
         spec = self.spec
         last = "" if spec.corpus.last_document is None else f" to {spec.corpus.last_document - 1}"
-        if not any(self.target.glob("acts/*/c")):
-            shutil.rmtree(self.target)  # tokens only: nothing that took long is lost
+        if not any(array.written(self.target) for path, array in self.specs.items() if path.startswith("acts/")):
+            remove(self.target)  # tokens only: nothing that took long is lost
         change = "cache.train.rows" if spec.split == "train" else "cache.eval.batches_variance"
         raise CorpusError(
             f"corpus {spec.corpus.corpus!r}, documents {spec.corpus.first_document}{last or ' to the last'}, gives {rows} rows of "
@@ -214,8 +226,9 @@ class Builder:
 
     def write_activations(self) -> None:
         """Compute every chunk that is missing from any array of activations or losses."""
+        held = {path: array.written(self.target) for path, array in self.specs.items()}
         for index in range(self.specs["tokens"].count):
-            if missing := [array for array in self.row_arrays(index) if not array.is_written(self.target, index)]:
+            if missing := [array for array in self.row_arrays(index) if index not in held[array.path]]:
                 self.progress(self.spec, "activations", index * self.step, self.spec.rows, self.row_bytes)
                 self.write_chunks(index, missing)
 
@@ -295,12 +308,20 @@ class Builder:
     # --- statistics ---------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Write the statistics and, last, that the store is complete."""
-        header, statistics = self.header(), {}
+        """Write the statistics and the list of checksums and, last, that the store is complete."""
+        statistics = self.write_statistics()
+        every = [*self.specs.values(), *statistics_arrays(self.spec, self.model.d_model).values()]
+        checks = writer.seal(self.target, every)
+        update = {"statistics": statistics, "checks": checks, "complete": True}
+        writer.write_header(self.target, self.header().model_copy(update=update))
+
+    def write_statistics(self) -> dict[str, HookSummary]:
+        """Write the arrays of statistics and return the scalars of each hook."""
+        statistics = {}
         for number, hook in enumerate(self.spec.hooks):
             self.progress(self.spec, "statistics", number, len(self.spec.hooks), 0)
             acts = MappedArray(self.target, self.specs[f"acts/{hook}"])
             tokens = MappedArray(self.target, self.specs["tokens"])
-            statistics[hook] = summarise(self.target, hook, acts, tokens, header.special_ids)
+            statistics[hook] = summarise(self.target, hook, acts, tokens, self.model.special_ids)
         self.progress(self.spec, "statistics", len(self.spec.hooks), len(self.spec.hooks), 0)
-        writer.write_header(self.target, header.model_copy(update={"statistics": statistics, "complete": True}))
+        return statistics

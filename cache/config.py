@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Split = Literal["train", "eval"]
+Codec = Literal["mappable", "compact"]
 HOOK_PATTERN = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 FORMAT_VERSION = 1
 
@@ -100,7 +101,7 @@ class CacheConfig(Config):
     """Rows of one forward pass, and SAEBench's batch_size_prompts: part of what the bits depend on."""
     chunk_mib: float = Field(default=32, gt=0)
     """Size of one chunk of activations; rounded to whole batches."""
-    codec: Literal["mappable", "compact"] = "mappable"
+    codec: Codec = "mappable"
     """mappable: raw bytes + crc32c. compact: blosc(lz4, bitshuffle) + crc32c, decoded into scratch when read."""
     train: TrainCacheConfig
     eval: EvalCacheConfig
@@ -117,7 +118,7 @@ class StoreSpec(Config):
     prepend_bos: bool
     batch_rows: int
     chunk_mib: float
-    codec: Literal["mappable", "compact"]
+    codec: Codec
     rows: int
     """Rows in all."""
     clean_rows: int

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from hsae.cache.estimate import Estimate
 
 app = typer.Typer(no_args_is_help=True)
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of a store.")]
+StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="Directory or URL of a store.")]
 
 
 @app.command()
@@ -44,7 +43,7 @@ def build(
     loaded = load_plan(plan, overrides or ())
     chosen = pick_device(device)
     specs = [loaded.store(name) for name in ("eval", "train") if split in (name, "both")]
-    estimates = [estimate(spec, Path(loaded.cache.dir), chosen) for spec in specs]
+    estimates = [estimate(spec, loaded.cache.dir, chosen) for spec in specs]
     console.print(_sizes(estimates, loaded.name, chosen))
     check_space(estimates)
     if dry_run:
@@ -188,7 +187,9 @@ def verify(
 
 @app.command("ls")
 def list_stores(
-    folder: Annotated[Path | None, typer.Argument(help="Folder of stores; default: the plan's cache.dir.")] = None,
+    folder: Annotated[
+        str | None, typer.Argument(help="Folder or URL of stores; default: the plan's cache.dir.")
+    ] = None,
     plan: PlanOption = None,
     overrides: SetOption = None,
 ) -> None:
@@ -198,15 +199,18 @@ def list_stores(
     """
     from hsae.cache.errors import StoreError
     from hsae.cache.layout import read_header, total_bytes
+    from hsae.cache.remote import children, place
     from hsae.train.plan import load_plan
 
-    place = (folder or Path(load_plan(plan, overrides or ()).cache.dir)).expanduser()
-    if not place.is_dir():
-        raise StoreError(f"there is no folder {place}; stores are made by `hsae cache build`")
-    table = Table(title=escape(str(place)))
+    home = place(folder or load_plan(plan, overrides or ()).cache.dir)
+    if not home.is_dir():
+        raise StoreError(f"there is no folder {home}; stores are made by `hsae cache build`")
+    table = Table(title=escape(str(home)))
     for column in ("store", "state", "model", "hooks", "rows", "size"):
         table.add_column(column, overflow="fold")
-    for path in sorted(place.glob("*.zarr")):
+    for path in children(home):
+        if not path.name.endswith(".zarr"):
+            continue
         try:
             header = read_header(path)
         except StoreError as error:

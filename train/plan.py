@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from hsae.cache.config import CacheConfig, Config, HookConfig, ModelConfig, Split, StoreSpec, store_spec
 from hsae.cache.errors import UserError
+from hsae.cache.remote import Place, place
 from hsae.train.config import RunConfig, StreamConfig
 
 DEFAULT_PLAN = "gemma-2-2b"
@@ -45,9 +46,9 @@ class Plan:
         """The activation store the plan asks for."""
         return store_spec(split, self.model, self.hook, self.cache)
 
-    def store_path(self, split: Split) -> Path:
+    def store_path(self, split: Split) -> Place:
         """Where that store lies."""
-        return Path(self.cache.dir).expanduser() / self.store(split).name
+        return place(self.cache.dir) / self.store(split).name
 
     def run_dir(self, run: RunConfig) -> Path:
         """Where a run's results lie: `<train.dir>/<number>`."""
