@@ -11,13 +11,11 @@ import itertools
 import json
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from hsae.cache import losses, writer
@@ -27,7 +25,7 @@ from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.layout import ArraySpec, Header, HookSummary, arrays, chunk_rows, read_header, statistics_arrays
 from hsae.cache.lm import LanguageModel
 from hsae.cache.mapped import MappedArray
-from hsae.cache.remote import PARTIAL, Place, RemotePath, place, remove
+from hsae.cache.remote import PARTIAL, Place, exists, locked, place, remove
 from hsae.cache.statistics import summarise
 
 Stage = Literal["tokens", "activations", "statistics"]
@@ -75,24 +73,6 @@ def build(
             builder.write_activations()
             builder.finish()
     return targets
-
-
-def exists(target: Place) -> bool:
-    """Whether a store was begun there."""
-    return (target / "zarr.json").is_file() if isinstance(target, RemotePath) else target.is_dir()
-
-
-def locked(target: Place) -> AbstractContextManager[object]:
-    """The lock on a local store, taken; none on a remote one, whose builders do each other's work twice but no harm.
-
-    Raises StoreError if another process builds or mends it.
-    """
-    if isinstance(target, RemotePath):
-        return contextlib.nullcontext()
-    try:
-        return FileLock(target.with_name(f".{target.name}.lock")).acquire(timeout=0)
-    except Timeout:
-        raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
 
 
 def held_by(target: Place, spec: StoreSpec) -> Header:

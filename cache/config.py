@@ -55,7 +55,8 @@ class CorpusConfig(Config):
     """Where text comes from and which documents of it are used."""
 
     corpus: str = Field(min_length=1)
-    """`python-docs`, a .txt/.jsonl/.parquet file, a folder of those, or a Hugging Face data set id."""
+    """`python-docs`, `python-prose`, `python-source`, `python-mix`, a .txt/.jsonl/.parquet file, a folder of those, or a Hugging Face
+    data set id."""
     revision: str | None = None
     """Data set revision on the hub."""
     subset: str | None = None

@@ -4,13 +4,9 @@ Shapes: T context length. Packing is SAEBench's: a row starts with BOS, a docume
 document goes on in the next row after that row's own BOS; nothing is padded.
 """
 
-import ast
-import functools
 import hashlib
 import importlib.util
 import json
-import random
-import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,22 +14,11 @@ from typing import Any
 
 from hsae.cache.config import CorpusConfig
 from hsae.cache.errors import CorpusError
+from hsae.cache.packaged import CORPORA, Document
 from hsae.cache.weights import files_digest
 
 TOKENISED_AT_ONCE = 16
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-PYTHON_DOCS_SEED = 20240229
-SKIPPED_PARTS = {
-    "test",
-    "tests",
-    "idlelib",
-    "site-packages",
-    "lib2to3",
-    "turtledemo",
-    "ensurepip",
-    "__pycache__",
-    "pydoc_data",
-}
 
 
 @dataclass(frozen=True)
@@ -42,34 +27,39 @@ class Corpus:
 
     name: str
     digest: str
-    open: Callable[[], Iterator[str]]
+    documents: Callable[[], Iterator[Document]]
     """Starts over at the first document that is used."""
+
+    def open(self) -> Iterator[str]:
+        """The texts of `documents`."""
+        return (document.text for document in self.documents())
 
 
 def open_corpus(config: CorpusConfig) -> Corpus:
     """The documents `config` asks for. Raises CorpusError if they can't be had."""
     name, path = config.corpus, Path(config.corpus).expanduser()
-    if name == "python-docs":
-        texts = python_docs()
-        digest = _digest(hashlib.sha256(text.encode()).hexdigest() for text in texts)
-        every: Callable[[], Iterator[str]] = lambda: iter(texts)  # noqa: E731
+    if name in CORPORA:
+        packaged = CORPORA[name]()
+        digest = _digest(hashlib.sha256(document.text.encode()).hexdigest() for document in packaged)
+        every: Callable[[], Iterator[Document]] = lambda: iter(packaged)  # noqa: E731
     elif path.exists():
         files = _files(path)
         digest = files_digest(files)
-        every = lambda: (text for file in files for text in _read(file, config.column))  # noqa: E731
+        every = lambda: (Document(text, file.stem) for file in files for text in _read(file, config.column))  # noqa: E731
     elif name.count("/") <= 1 and not name.startswith((".", "~")) and path.suffix not in SUFFIXES:
         digest, every = _hub(config)
     else:
         raise CorpusError(
-            f"corpus {name!r}: there is no such file or folder; a data set on the hub is written owner/name"
+            f"corpus {name!r}: there is no such file or folder; a data set on the hub is written owner/name, and the packaged "
+            f"ones are {', '.join(CORPORA)}"
         )
 
-    def documents() -> Iterator[str]:
-        for index, text in enumerate(every()):
+    def documents() -> Iterator[Document]:
+        for index, document in enumerate(every()):
             if config.last_document is not None and index >= config.last_document:
                 return
             if index >= config.first_document:
-                yield text
+                yield document
 
     return Corpus(name, digest, documents)
 
@@ -134,7 +124,7 @@ def _need(module: str, why: str) -> None:
         raise CorpusError(f"{why} needs the package {module}; run: pip install 'hsae[hub]'")
 
 
-def _hub(config: CorpusConfig) -> tuple[str, Callable[[], Iterator[str]]]:
+def _hub(config: CorpusConfig) -> tuple[str, Callable[[], Iterator[Document]]]:
     _need("datasets", f"corpus {config.corpus!r} (a data set on the hub)")
     from datasets import load_dataset
     from datasets.utils.logging import set_verbosity_error
@@ -153,54 +143,13 @@ def _hub(config: CorpusConfig) -> tuple[str, Callable[[], Iterator[str]]]:
     if config.shuffle_seed is not None:
         data = data.shuffle(seed=config.shuffle_seed, buffer_size=1)  # the order of shards only
 
-    def texts() -> Iterator[str]:
+    def documents() -> Iterator[Document]:
         for record in data:
-            yield _field(record, config.column, f"data set {config.corpus}")
+            yield Document(_field(record, config.column, f"data set {config.corpus}"))
 
     return _digest(
         iter([config.corpus, str(revision), str(config.subset), config.split, str(config.shuffle_seed)])
-    ), texts
-
-
-@functools.cache
-def python_docs() -> tuple[str, ...]:
-    """Prose that ships with every CPython: the language reference's topics and the docstrings of the standard library.
-
-    One document a topic or module, without doubles, in an order mixed by a fixed seed.
-    """
-    topics = importlib.import_module("pydoc_data.topics").topics
-    texts = list(topics.values())
-    library = Path(sysconfig.get_path("stdlib"))
-    for file in sorted(library.rglob("*.py")):
-        if not SKIPPED_PARTS & set(file.relative_to(library).parts):
-            text = _docstrings(file)
-            if len(text) > 200:
-                texts.append(text)
-    if not texts:
-        raise CorpusError("this Python ships neither pydoc topics nor library sources; give another corpus")
-    texts = sorted(set(texts))
-    random.Random(PYTHON_DOCS_SEED).shuffle(texts)
-    return tuple(texts)
-
-
-def _docstrings(file: Path) -> str:
-    """A module's docstring and those of its classes and functions, each under its signature."""
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError):
-        return ""
-    parts = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
-            text := ast.get_docstring(node)
-        ):
-            if isinstance(node, ast.Module):
-                parts.append(text)
-            elif isinstance(node, ast.ClassDef):
-                parts.append(f"class {node.name}\n{text}")
-            else:
-                parts.append(f"{node.name}({ast.unparse(node.args)})\n{text}")
-    return "\n\n".join(parts)
+    ), documents
 
 
 @dataclass

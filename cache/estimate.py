@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hsae.cache import weights
-from hsae.cache.build import exists, held_by
+from hsae.cache.build import held_by
 from hsae.cache.config import StoreSpec
 from hsae.cache.errors import ModelError, StoreError
 from hsae.cache.layout import total_bytes
 from hsae.cache.lm import check_dtype, hook_layer
-from hsae.cache.remote import Place, place, sizes
+from hsae.cache.remote import Place, exists, place, sizes
 
 CPU_FLOPS, GPU_FLOPS = 1e11, 1e14  # sustained, per machine: only for the estimate before the first batch is timed
 SPARE_BYTES = 256 << 20

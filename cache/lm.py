@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hsae.cache import weights
 from hsae.cache.config import HOOK_PATTERN, ModelConfig
 from hsae.cache.errors import ModelError
+from hsae.cache.numerics import WidenedProducts, bfloat16_is_slow
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 OVERFLOWING = ("gemma",)  # families whose residual exceeds float16's largest number, 65,504
@@ -44,6 +45,8 @@ class LanguageModel:
         self.d_model = int(self.config.hidden_size)
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.dtype: torch.dtype = model.dtype
+        self._widens = self.dtype == torch.bfloat16 and bfloat16_is_slow(device)
+        self._wide_head: Tensor | None = None
         self.bos_id, self.special_ids = special_tokens(tokenizer)
 
     @classmethod
@@ -127,19 +130,33 @@ class LanguageModel:
     @torch.no_grad()
     def unembed(self, final: Tensor) -> Tensor:
         """Logits [..., V] in the model's type, with the soft cap where the model has one."""
-        logits: Tensor = self.model.get_output_embeddings()(final.to(self.device, self.dtype))
+        vectors = final.to(self.device, self.dtype)
+        head = self.model.get_output_embeddings()
+        if (
+            self._widens and getattr(head, "bias", None) is None
+        ):  # the largest matrix by far: widened once, not at each call
+            if self._wide_head is None:
+                self._wide_head = head.weight.float()
+            logits: Tensor = nn.functional.linear(vectors.float(), self._wide_head).to(self.dtype)
+        else:
+            logits = head(vectors)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits [B, T, V] of the whole model, the ordinary way."""
-        result: Tensor = self.model(input_ids=tokens_BT.to(self.device).long(), use_cache=False).logits
+        with self._products():
+            result: Tensor = self.model(input_ids=tokens_BT.to(self.device).long(), use_cache=False).logits
         return result
 
     def _run(self, **inputs: Tensor) -> Tensor:
-        output: Tensor = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        with self._products():
+            output: Tensor = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
         return output
+
+    def _products(self) -> contextlib.AbstractContextManager[object]:
+        return WidenedProducts() if self._widens else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _replaced(self, indices: range, injected: Tensor | None = None) -> Iterator[None]:

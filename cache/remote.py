@@ -7,6 +7,7 @@ credentials of `s3://` come from the usual AWS places (AWS_ENDPOINT_URL, AWS_PRO
 like configure any driver.
 """
 
+import contextlib
 import errno
 import os
 import random
@@ -15,10 +16,13 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 from hsae.cache.errors import StoreError
 
@@ -220,6 +224,24 @@ def children(target: Place) -> list[Place]:
     if isinstance(target, RemotePath):
         return list(target.children())
     return sorted(target.iterdir())
+
+
+def exists(target: Place) -> bool:
+    """Whether a store was begun there."""
+    return (target / "zarr.json").is_file() if isinstance(target, RemotePath) else target.is_dir()
+
+
+def locked(target: Place) -> AbstractContextManager[object]:
+    """The lock on a local store, taken; none on a remote one, whose builders do each other's work twice but no harm.
+
+    Raises StoreError if another process builds or mends it.
+    """
+    if isinstance(target, RemotePath):
+        return contextlib.nullcontext()
+    try:
+        return FileLock(target.with_name(f".{target.name}.lock")).acquire(timeout=0)
+    except Timeout:
+        raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
 
 
 def remove(target: Place) -> None:

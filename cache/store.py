@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hsae.cache.errors import StoreError
-from hsae.cache.layout import ArraySpec, check_array, chunk_rows, every_array, read_header
+from hsae.cache.layout import ITEM_BYTES, ArraySpec, check_array, chunk_rows, every_array, read_header
 from hsae.cache.mapped import MappedArray, read_checks
 from hsae.cache.remote import Place, many, place
 from hsae.cache.scratch import Prefetcher
@@ -50,6 +50,7 @@ class ActivationStore:
         self.rows, self.context, self.clean_rows = self.spec.rows, self.spec.context, self.spec.clean_rows
         self.chunk_rows = chunk_rows(self.spec, self.header.d_model)
         self.chunks = self._specs["tokens"].count
+        self.token_bytes = self.header.d_model * ITEM_BYTES[self.spec.model.dtype]
 
     @classmethod
     def open(cls, url: str | Place, *, require_complete: bool = True) -> "ActivationStore":

@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hsae.cache.build import Builder, locked
 from hsae.cache.codec import DamagedChunkError, read_chunk
 from hsae.cache.errors import StoreError
 from hsae.cache.layout import ArraySpec, Header, check_array, every_array, read_header
-from hsae.cache.lm import LanguageModel
 from hsae.cache.mapped import map_chunk, read_checks
-from hsae.cache.remote import IN_FLIGHT, Place, RemotePath, many, place
+from hsae.cache.remote import IN_FLIGHT, Place, RemotePath, locked, many, place
 from hsae.cache.writer import seal, write_header
 
 LOCAL_READERS = 2
@@ -82,17 +80,20 @@ def repair(
     header = read_header(root)
     with locked(root):
         if any(damage.array != "checks" for damage in damages):
-            say(f"loading {header.spec.model.id}")
-            model = LanguageModel.load(header.spec.model, device=device, say=say)
-            _compute_again(header, root, model, damages, say)
+            _compute_again(header, root, damages, device, say)
         if header.complete:
             seal_again(root, header)
     return verify(root)
 
 
 def _compute_again(
-    header: Header, root: Place, model: LanguageModel, damages: Sequence[Damage], say: Callable[[str], None]
+    header: Header, root: Place, damages: Sequence[Damage], device: str, say: Callable[[str], None]
 ) -> None:
+    from hsae.cache.build import Builder  # which loads transformers; checking needs none
+    from hsae.cache.lm import LanguageModel
+
+    say(f"loading {header.spec.model.id}")
+    model = LanguageModel.load(header.spec.model, device=device, say=say)
     builder = Builder(header.spec, root, model, lambda spec, stage, done, total, row_bytes: None)
     builder.check_same(header, builder.header())
     for damage in damages:

@@ -25,3 +25,12 @@ RunOption = Annotated[
     str | None, typer.Option("--run", metavar="RUNS", help="Runs by number or name: 3, 0-5, baseline, or a list 0,3.")
 ]
 AllOption = Annotated[bool, typer.Option("--all", help="Every run of the plan.")]
+SeedsOption = Annotated[
+    int,
+    typer.Option(
+        "--seeds",
+        min=1,
+        metavar="N",
+        help="Seeds train.seed to train.seed + N - 1; seed i lies in <train.dir>/seed<i>.",
+    ),
+]

@@ -9,14 +9,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SetOption, console
+from hsae.cli import hierarchy, synthetic
+from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
 
 if TYPE_CHECKING:
     from hsae.eval.schema import CoreResult
     from hsae.eval.targets import Evaluated, Target
+    from hsae.train.config import RunConfig
     from hsae.train.plan import Plan
 
 app = typer.Typer(no_args_is_help=True)
+app.command()(hierarchy.composition)
+app.command()(hierarchy.stability)
 
 
 @app.callback()
@@ -24,10 +28,14 @@ def _group() -> None:
     """Measure trained SAEs."""
 
 
+app.command(name="synthetic")(synthetic.synthetic)
+
+
 @app.command()
 def core(
     run: RunOption = None,
     all_runs: AllOption = False,
+    seeds: SeedsOption = 1,
     sae: Annotated[
         list[Path] | None,
         typer.Option("--sae", metavar="FOLDER", help="A SAELens folder to evaluate instead of runs. Repeatable."),
@@ -46,6 +54,10 @@ def core(
             help="Which numbers to print: SAEBench's with all their quirks, or hsae's with intervals. The files hold both.",
         ),
     ] = True,
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Of a run only all levels together (of a stack level 1), not each level too."),
+    ] = False,
     legacy: Annotated[
         bool, typer.Option("--legacy", help="Also write each result as SAEBench up to 0.1 did, into legacy/.")
     ] = False,
@@ -73,7 +85,7 @@ def core(
     from hsae.eval.targets import evaluate_targets, folder_targets
 
     place = pick_device(device)
-    targets = folder_targets(loaded, sae, out) if sae else _of_runs(loaded, run)
+    targets = folder_targets(loaded, sae, out) if sae else of_runs(loaded, run, seeds, whole)
     store = ActivationStore.open(loaded.store_path("eval"))
     with _Screen() as screen:
         evaluated = evaluate_targets(
@@ -102,20 +114,34 @@ def core(
         console.print(f"{reused} of {len(evaluated)} were there already; --force computes them anew")
 
 
-def _of_runs(plan: "Plan", run: str | None) -> "list[Target]":
-    from hsae.cache.errors import UserError
-    from hsae.eval.targets import is_trained, run_targets
+def of_runs(plan: "Plan", run: str | None, seeds: int, whole: bool) -> "list[Target]":
+    """Every view (or the whole alone) of the named runs, or of all that are trained, for each seed."""
+    from hsae.eval.targets import run_targets
 
+    return [
+        target
+        for seeded, config in trained_runs(plan, run, seeds)
+        for target in run_targets(seeded, config, whole=whole)
+    ]
+
+
+def trained_runs(plan: "Plan", run: str | None, seeds: int) -> "list[tuple[Plan, RunConfig]]":
+    """The named runs, or all that are trained (those left out are said), for each seed. Raises UserError if there is none."""
+    from hsae.cache.errors import UserError
+    from hsae.eval.targets import is_trained
+
+    every = [plan.seeded(index) for index in range(seeds)]
     if run is not None:
-        return [target for config in plan.select(run) for target in run_targets(plan, config)]
-    trained = [config for config in plan.runs.values() if is_trained(plan, config)]
-    if not trained:
+        return [(seeded, config) for seeded in every for config in plan.select(run)]
+    chosen = [(seeded, config) for seeded in every for config in plan.runs.values() if is_trained(seeded, config)]
+    if not chosen:
         raise UserError(
             f"no run of plan {plan.name} has been trained in {plan.train.dir}; train them with: hsae train --all"
         )
-    if left_out := [str(config.number) for config in plan.runs.values() if config not in trained]:
-        console.print(f"not trained yet, left out: run {', '.join(left_out)}")
-    return [target for config in trained for target in run_targets(plan, config)]
+    for seeded in every:
+        if left_out := [str(config.number) for config in plan.runs.values() if (seeded, config) not in chosen]:
+            console.print(f"not trained yet, left out: run {', '.join(left_out)} in {escape(seeded.train.dir)}")
+    return chosen
 
 
 def _table(evaluated: "list[Evaluated]", faithful: bool) -> Table:

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from hsae.cli.common import SetOption, console
 
-PLAN = "gemma-3-270m"
+PLAN, RUNS = "gemma-3-270m", "0-5"
 
 
 def quickstart(
@@ -29,9 +29,9 @@ def quickstart(
     places = [f"cache.dir={str(out / 'activations')!r}", f"train.dir={str(out / 'runs')!r}", *(overrides or ())]
     stages: dict[str, Callable[[], None]] = {
         "cache": lambda: cache.build(plan=PLAN, overrides=places),
-        "train": lambda: train.train(all_runs=True, plan=PLAN, overrides=places, resume=True),
-        "core": lambda: eval_commands.core(all_runs=True, plan=PLAN, overrides=places, faithful=False),
-        "report": lambda: report.report(all_runs=True, plan=PLAN, overrides=places, out=out / "report"),
+        "train": lambda: train.train(run=RUNS, plan=PLAN, overrides=places, resume=True),
+        "core": lambda: eval_commands.core(run=RUNS, plan=PLAN, overrides=places, faithful=False),
+        "report": lambda: report.report(run=RUNS, plan=PLAN, overrides=places, out=out / "report"),
     }
     seconds = {}
     for number, (name, stage) in enumerate(stages.items(), 1):

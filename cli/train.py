@@ -9,15 +9,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SetOption, console, errors
+from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console, errors
 
 if TYPE_CHECKING:
     from hsae.train.config import RunConfig
+    from hsae.train.plan import Plan
 
 
 def train(
     run: RunOption = None,
     all_runs: AllOption = False,
+    seeds: SeedsOption = 1,
     plan: PlanOption = None,
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from checkpoints where there are any.")] = False,
@@ -29,7 +31,7 @@ def train(
 ) -> None:
     """Train runs of the plan from the cached activations; the language model is never loaded.
 
-    All selected runs train in one pass over the cache, each exactly as if alone.
+    All selected runs train in one pass over the cache, each exactly as if alone; every further seed is a pass of its own.
 
     Example: hsae train --run 3
     """
@@ -69,16 +71,21 @@ def train(
     console.print(table)
     if dry_run:
         return
-    with _StopFlag() as stop, _Screen() as screen:
-        results = train_runs(
-            loaded, selected, screen, device=device, resume=resume, restart=restart, should_stop=lambda: stop.asked
-        )
-    for result in results:
-        where = loaded.run_dir(result.run)
-        console.print(
-            escape(f"run {result.run.number} {result.run.name}: {result.status} {result.detail}"),
-            f"[dim]{escape(str(where))}[/]",
-        )
+    results = []
+    with _StopFlag() as stop:
+        for seeded in (loaded.seeded(index) for index in range(seeds)):
+            with _Screen(seeded) as screen:
+                ended = train_runs(
+                    seeded, selected, screen, device=device, resume=resume, restart=restart, should_stop=stop.wished
+                )
+            for result in ended:
+                console.print(
+                    escape(f"run {seeded.label(result.run)}: {result.status} {result.detail}"),
+                    f"[dim]{escape(str(seeded.run_dir(result.run)))}[/]",
+                )
+            results += ended
+            if stop.asked:
+                break
     if any(result.status == "failed" for result in results):
         raise typer.Exit(1)
     if stop.asked:
@@ -94,6 +101,10 @@ class _StopFlag:
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
+    def wished(self) -> bool:
+        """Whether someone wants it to stop."""
+        return self.asked
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
@@ -108,7 +119,8 @@ class _StopFlag:
 class _Screen:
     """One progress bar a run: loss, explained variance, L0 and dead share of each level, speed, data-loading share."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: "Plan") -> None:
+        self.plan = plan
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=16),
@@ -128,9 +140,7 @@ class _Screen:
 
     def started(self, run: "RunConfig", step: int, steps: int) -> None:
         """Add the run's bar."""
-        self.tasks[run.number] = self.progress.add_task(
-            f"{run.number} {run.name}", total=steps, completed=step, text=""
-        )
+        self.tasks[run.number] = self.progress.add_task(self.plan.label(run), total=steps, completed=step, text="")
 
     def metrics(self, run: "RunConfig", metrics: dict[str, Any]) -> None:
         """Move the run's bar."""
@@ -143,4 +153,4 @@ class _Screen:
 
     def warning(self, run: "RunConfig", message: str) -> None:
         """Print a warning above the bars."""
-        self.progress.console.print(f"[yellow]run {run.number} {run.name}: {escape(message)}[/]")
+        self.progress.console.print(f"[yellow]run {self.plan.label(run)}: {escape(message)}[/]")

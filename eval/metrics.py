@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from hsae.cache.numerics import product
 from hsae.train.views import View
 
 SMALL_NORM = 1e-4  # residual norms below this are replaced by 1 in l2_ratio
@@ -177,7 +178,7 @@ def _largest_cosine(rows_FD: Tensor) -> Tensor:
     largest = torch.full((rows,), math.nan, dtype=unit_FD.dtype, device=unit_FD.device)
     block = max(1, COSINE_BLOCK_BYTES // (rows * unit_FD.element_size()))
     for start in range(0, rows if rows > 1 else 0, block):
-        cosines = unit_FD[start : start + block] @ unit_FD.T
+        cosines = product(unit_FD[start : start + block], unit_FD.T)
         here = torch.arange(len(cosines), device=cosines.device)
         cosines[here, here + start] = -math.inf
         largest[start : start + block] = cosines.amax(-1)

@@ -57,8 +57,13 @@ def is_trained(plan: Plan, run: RunConfig) -> bool:
     return is_complete(plan, run, plan.store("train").name)
 
 
-def run_targets(plan: Plan, run: RunConfig) -> list[Target]:
-    """Every view of a trained run. Raises UserError if it has not been trained, or with another configuration."""
+def whole_view(run: RunConfig) -> str:
+    """The view that stands for a run: all levels together, or, in a stack, level 1 (what its other levels account for)."""
+    return "level1" if run.structure == "stacked" else "sae"
+
+
+def run_targets(plan: Plan, run: RunConfig, *, whole: bool = False) -> list[Target]:
+    """Every view of a trained run, or with `whole` the one that stands for it. Raises UserError if it has not been trained, or with another configuration."""
     run_dir = plan.run_dir(run)
     if not is_trained(plan, run):
         raise UserError(
@@ -73,12 +78,13 @@ def run_targets(plan: Plan, run: RunConfig) -> list[Target]:
             view=view,
             hook=plan.hook.names[0],
             folder=run_dir / RESULTS,
-            label=f"{run.number} {run.name} {name}",
+            label=f"{plan.label(run)} {name}",
             release=f"hsae_{held['plan']}_{run.number}-{run.name}",
             sae_id=name,
             weights_digest=model_digest(model_dir),
         )
         for name, view in load_model(model_dir).views().items()
+        if not whole or name == whole_view(run)
     ]
 
 

@@ -40,3 +40,15 @@ def test_stages_of_ones_own():
     curriculum = Curriculum(run(widths=(7, 3), l0=(2, 1), curriculum=stages), 10)
     assert [curriculum.at(step).stage.name for step in (0, 4, 5, 9)] == ["a", "a", "b", "b"]
     assert curriculum.at(0).stage.rates == {1: 0.1}
+
+
+def test_a_stage_can_warm_a_level_up_again():
+    stages = (
+        {"name": "a", "until": 0.5, "levels": [2]},
+        {"name": "b", "until": 0.7, "levels": [1, 2]},
+        {"name": "c", "until": 1.0, "levels": [1, 2], "warmup": [2]},
+    )
+    curriculum = Curriculum(run(widths=(7, 3), l0=(2, 1), curriculum=stages), 10)
+    assert [curriculum.at(step).joined.get(2) for step in (0, 5, 6, 7, 9)] == [0, 0, 0, 7, 7]
+    assert [curriculum.at(step).joined.get(1) for step in (0, 5, 9)] == [None, 5, 5]
+    assert [step for step in range(10) if curriculum.at(step).starts] == [0, 5, 7]

@@ -38,8 +38,9 @@ def trained(structure, activation="batchtopk", steps=12, **changes):
 
 @pytest.mark.parametrize(
     ("structure", "activation"),
-    [("flat", "relu"), ("flat", "topk"), ("flat", "batchtopk"), ("additive", "relu"), ("additive", "batchtopk"),
-     ("stacked", "relu"), ("stacked", "topk"), ("stacked", "batchtopk")],
+    [("flat", "relu"), ("flat", "topk"), ("flat", "batchtopk"), ("flat", "jumprelu"), ("flat", "gated"),
+     ("additive", "relu"), ("additive", "batchtopk"), ("additive", "jumprelu"), ("additive", "topk"),
+     ("stacked", "relu"), ("stacked", "topk"), ("stacked", "batchtopk"), ("stacked", "jumprelu")],
 )  # fmt: skip
 def test_the_folded_model_gives_the_trained_reconstructions_in_raw_units(structure, activation, tmp_path):
     run, x = trained(structure, activation)
@@ -59,7 +60,7 @@ def test_the_folded_model_gives_the_trained_reconstructions_in_raw_units(structu
         assert codes.shape == (B, view.d_sae)
         torch.testing.assert_close(view.decode(codes), expected / 5, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(view.W_dec.norm(dim=1), torch.ones(view.d_sae))
-        if view.architecture != "stacked":  # a stack has no one-layer form
+        if view.architecture not in ("stacked", "gated"):  # a stack has no one-layer form
             torch.testing.assert_close(view.W_enc, view.to(dtype=torch.float64).W_enc.float())
     assert (
         set(views)
@@ -69,6 +70,68 @@ def test_the_folded_model_gives_the_trained_reconstructions_in_raw_units(structu
             "stacked": {"level1", "level2", "level3"},
         }[structure]
     )
+
+
+@pytest.mark.parametrize("structure", ["flat", "additive", "stacked"])
+def test_codes_reconstructions_and_directions_are_the_trained_ones(structure):
+    run, x = trained(structure)
+    model = folded(run, METADATA, x * 5)
+    run.model.eval()
+    output, codes = run.model(x * 5), model.codes(x)
+    assert [code.shape[1] for code in codes] == list(run.config.widths)
+    for number, code in enumerate(codes, 1):
+        torch.testing.assert_close(code, output.levels[number].acts / 5, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model.reconstruct(codes, above=number), output.reconstructions[number] / 5, rtol=1e-4, atol=1e-5
+        )
+        bumped = [code.clone() for code in codes]
+        bumped[number - 1][:, 1] += 1
+        change = model.reconstruct(bumped, above=number) - model.reconstruct(codes, above=number)
+        torch.testing.assert_close(change, model.directions(number)[1].expand(B, D), rtol=1e-3, atol=1e-5)
+
+
+def test_joint_selection_shares_one_threshold_and_keeps_the_total_l0(tmp_path):
+    run, x = trained("additive", selection="joint", composition={"mode": "none"})
+    output = run.last_output
+    assert sum((level.acts > 0).sum().item() for level in output.levels.values()) == round(B * 6)
+    save_model(folded(run, METADATA, x * 5), tmp_path)
+    whole = load_model(tmp_path).views()["sae"]
+    assert whole.architecture == "jumprelu" and len(set(whole.extra["threshold"].tolist())) == 1
+
+
+def test_a_gated_child_fires_only_with_its_parent_in_training_and_in_the_saved_model(tmp_path):
+    run, x = trained("additive", child_gate=True, steps=30)
+    save_model(folded(run, METADATA, x * 5), tmp_path)
+    model = load_model(tmp_path)
+    assert [tuple(parents.shape) for parents in model.parents] == [(F1,), (F2,)]
+    for fine, parents in enumerate(model.parents, 1):
+        W = run.composition(fine + 1).W.detach()
+        expected = [int(W[:, j].argmax()) if W[:, j].max() > 0 else -1 for j in range(W.shape[1])]
+        assert parents.tolist() == expected
+    trained_codes = [run.last_output.levels[number].acts for number in (1, 2, 3)]
+    for codes in (trained_codes, model.codes(x)):
+        for parents, fine, coarse in zip(model.parents, codes, codes[1:], strict=False):
+            for j, parent in enumerate(parents.tolist()):
+                if parent >= 0:
+                    assert not (fine[:, j] > 0)[coarse[:, parent] == 0].any()
+    assert any((code > 0).any() for code in model.codes(x)[:2])
+    views = model.views()
+    torch.testing.assert_close(views["sae"].encode(x), torch.cat(model.codes(x), 1))
+    torch.testing.assert_close(views["sae"].decode(views["sae"].encode(x)), model.reconstruct(model.codes(x)))
+    torch.testing.assert_close(views["level2"].to(dtype=torch.float64).encode(x.double()).float(), model.codes(x)[1])
+    assert set(model.one_layer()) == {"level3"}  # the only level that no gate closes
+    run.model.eval()
+    torch.testing.assert_close(
+        run.model(x * 5).reconstructions[1] / 5, model.reconstruct(model.codes(x)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_additive_topk_has_no_whole_form_for_other_tools():
+    run, x = trained("additive", "topk")
+    model = folded(run, METADATA, x * 5)
+    assert set(model.one_layer()) == {"level1", "level2", "level3"}
+    assert model.views()["sae"].architecture == "additive" and model.views()["sae"].d_sae == F1 + F2 + F3
+    assert [(code > 0).sum(1).max().item() for code in model.codes(x)] == [3, 2, 1]
 
 
 def test_unit_rows_of_a_stack_scale_its_code():

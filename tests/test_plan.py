@@ -9,7 +9,7 @@ def test_packaged_plans_load_and_are_matched():
     assert packaged_plans() == ["gemma-2-2b", "gemma-2-2b-16k", "gemma-3-270m", "tiny"]
     for name in packaged_plans():
         plan = load_plan(name)
-        assert list(plan.runs) == [0, 1, 2, 3, 4, 5]
+        assert list(plan.runs) == list(range(17))
         assert len({sum(run.widths) for run in plan.runs.values()}) == 1
         assert len({sum(run.l0) for run in plan.runs.values()}) == 1
 
@@ -61,7 +61,10 @@ def test_overrides_are_toml_values_or_bare_words():
         ("runs.x.name=a", "[runs.x]: runs are tables with a number"),
         ("runs.3.name=stacked", "two runs have one name: 'stacked'"),
         ("runs.0.composition.mode=normalised", "runs.0: composition needs two levels or more"),
-        ("runs.3.activation=topk", "runs.3: additive levels use relu or batchtopk"),
+        ("runs.3.activation=gated", "runs.3: activation 'gated' is for flat runs"),
+        ("runs.1.selection=joint", "runs.1: selection 'joint' needs structure 'additive' and activation 'batchtopk'"),
+        ("runs.1.child_gate=true", "runs.1: child_gate needs structure 'additive', a composition mode"),
+        ("runs.5.child_gate=true", "runs.5: child_gate needs structure 'additive', a composition mode"),
         ("rows=3", "--set 'rows=3': write it as table.key=value"),
         ("cache.train.rows", "--set 'cache.train.rows': write it as table.key=value"),
         ("cache.context.x=1", "--set 'cache.context.x=1': 'context' is a value, not a table"),
@@ -98,9 +101,9 @@ def test_select_by_number_name_range_and_list():
     assert [run.number for run in plan.select("0-2, full")] == [0, 1, 2, 3]
     assert [run.number for run in plan.select("no-curriculum")] == [4]
     with pytest.raises(
-        PlanError, match=re.escape("no run '9' in plan tiny (packaged plan tiny); it has 0 (baseline), 1 (stacked)")
+        PlanError, match=re.escape("no run '99' in plan tiny (packaged plan tiny); it has 0 (baseline), 1 (stacked)")
     ):
-        plan.select("9")
+        plan.select("99")
 
 
 def test_fingerprint_changes_with_everything_that_determines_the_content():
@@ -120,3 +123,11 @@ def test_fingerprint_changes_with_everything_that_determines_the_content():
     }
     assert len(names) == 9
     assert load_plan("tiny", ["train.tokens=10_000"]).store("train").name in names
+
+
+def test_seeds_train_beside_each_other():
+    plan = load_plan("tiny", ["train.seed=5", "train.dir=here"])
+    assert plan.seeded(0) is plan
+    other = plan.seeded(2)
+    assert (other.train.seed, other.run_dir(other.runs[3]).as_posix()) == (7, "here/seed2/3")
+    assert other.store("train").name == plan.store("train").name and other.runs == plan.runs

@@ -72,7 +72,7 @@ def results(run_dir):
 def test_every_run_trains_and_leaves_what_others_read(plan_in, tmp_path):
     plan, recorder = plan_in(tmp_path), Recorder()
     ended = train(plan, list(plan.runs.values()), recorder, device="cpu")
-    assert [result.status for result in ended] == ["trained"] * 6
+    assert [result.status for result in ended] == ["trained"] * 17
     for run in plan.runs.values():
         run_dir = plan.run_dir(run)
         assert rundir.read_run(run_dir)["complete"] is True
@@ -294,7 +294,7 @@ def test_weights_that_stop_being_finite_are_never_checkpointed(plan_in, tmp_path
 
 def test_a_silent_level_is_reported_at_once(plan_in, tmp_path, monkeypatch):
     plan, recorder = plan_in(tmp_path, "train.dead_after_tokens=1000"), Recorder()
-    monkeypatch.setattr("hsae.train.sae.Level._activate", lambda self, pre: pre * 0)
+    monkeypatch.setattr("hsae.train.sae.Level.activate", lambda self, pre: pre * 0)
     train(plan, plan.select("0"), recorder, device="cpu")
     messages = [message for _, message in recorder.warnings]
     assert messages == ["level 1 does not fire at all (L0 = 0)", "100% of level 1's latents are dead"]

@@ -5,6 +5,7 @@ Shapes: B vectors of a batch, F coarse latents (level l), G fine latents (level 
 normalised: codes are divided by their running root mean square before they meet W, because otherwise scale moves freely
 between W and the codes; W >= 0 is kept by projection and thinned by a proximal step after the optimiser's.
 literal: ||W h_{l-1} - h_l||^2 + l1 |W|, both codes with gradient.
+probe and frozen are controls of normalised: W reads codes that don't feel it; the codes feel a random W that doesn't learn.
 """
 
 import torch
@@ -28,7 +29,11 @@ class Composition(nn.Module):
     def __init__(self, fine: int, coarse: int, config: CompositionConfig, generator: torch.Generator) -> None:
         super().__init__()
         self.config = config
-        self.W = nn.Parameter(torch.rand(coarse, fine, generator=generator) * (2 / fine))
+        if config.mode == "frozen":  # half-normal entries, rows of unit norm: mixtures of independent codes have rms 1
+            rows = torch.randn(coarse, fine, generator=generator).abs()
+            self.W = nn.Parameter(rows / rows.norm(dim=1, keepdim=True), requires_grad=False)
+        else:
+            self.W = nn.Parameter(torch.rand(coarse, fine, generator=generator) * (2 / fine))
         self.register_buffer("rms_coarse", torch.zeros(coarse))
         self.register_buffer("rms_fine", torch.zeros(fine))
 
@@ -45,25 +50,26 @@ class Composition(nn.Module):
         if self.config.mode == "literal":
             difference = fine_BG @ self.W.T - coarse_BF
             return widened(difference).square().sum(1).mean() + self.config.l1 * self.W.abs().sum()
-        fine = fine_BG / self.rms_fine.clamp_min(RMS_FLOOR)
+        probe = self.config.mode == "probe"
+        fine = (fine_BG.detach() if probe else fine_BG) / self.rms_fine.clamp_min(RMS_FLOOR)
         coarse = coarse_BF / self.rms_coarse.clamp_min(RMS_FLOOR)
         mixture = fine @ self.W.T
         loss = widened(mixture - coarse.detach()).square().mean()
-        if self.config.commitment:
+        if self.config.commitment and not probe:
             loss = loss + self.config.commitment * widened(mixture.detach() - coarse).square().mean()
         return loss
 
     @torch.no_grad()
     def project(self, learning_rate: float, sparsify: bool) -> None:
-        """After the optimiser's step (normalised mode): soft-threshold by rate x l1 if `sparsify`, then W >= 0."""
-        if self.config.mode == "normalised":
+        """After the optimiser's step (normalised, probe): soft-threshold by rate x l1 if `sparsify`, then W >= 0."""
+        if self.config.mode in ("normalised", "probe"):
             self.W.sub_(learning_rate * self.config.l1 if sparsify else 0.0).clamp_min_(0)
 
     @torch.no_grad()
     def contributions(self) -> Tensor:
         """[F, G] share of coarse latent i's rms that fine latent j brings: w_ij rms_j / rms_i in the codes' own units."""
         alive = (self.rms_coarse > RMS_FLOOR)[:, None] & (self.rms_fine > RMS_FLOOR)[None, :]
-        if self.config.mode == "normalised":
+        if self.config.mode != "literal":
             return self.W * alive
         return self.W * alive * self.rms_fine[None, :] / self.rms_coarse[:, None].clamp_min(RMS_FLOOR)
 
@@ -73,3 +79,32 @@ class Composition(nn.Module):
         if self.config.mode == "literal":
             return self.W.clone()
         return self.contributions() * self.rms_coarse[:, None] / self.rms_fine[None, :].clamp_min(RMS_FLOOR)
+
+    @torch.no_grad()
+    def parents(self) -> Tensor:
+        """[G] for each fine latent the coarse one with the largest weight on it, or -1 if there is none."""
+        largest, parents = self.W.max(0)
+        return torch.where(largest > 0, parents, -1)
+
+    @torch.no_grad()
+    def health(self, fine_BG: Tensor, coarse_BF: Tensor) -> dict[str, float]:
+        """How W does on a batch.
+
+        `unexplained`: E||W h_f - h_c||^2 / E||h_c||^2 in the mode's own units (0 is perfect, 1 is what W = 0 gives).
+        `nonzero`: share of W that is not 0. `participation`: median over coarse latents of (sum |C|)^2 / sum C^2.
+        """
+        if self.config.mode == "literal":
+            fine, coarse = widened(fine_BG), widened(coarse_BF)
+        else:
+            fine = widened(fine_BG) / self.rms_fine.clamp_min(RMS_FLOOR)
+            coarse = widened(coarse_BF) / self.rms_coarse.clamp_min(RMS_FLOOR)
+        unexplained = (fine @ self.W.T - coarse).square().sum() / coarse.square().sum().clamp_min(1e-12)
+        shares = self.contributions().abs()
+        squares = shares.square().sum(1)
+        counted = squares > 0
+        ratios = shares.sum(1).square()[counted] / squares[counted]
+        return {
+            "unexplained": unexplained.item(),
+            "nonzero": (self.W != 0).float().mean().item(),
+            "participation": ratios.median().item() if len(ratios) else 0.0,
+        }

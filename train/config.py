@@ -39,8 +39,9 @@ class StreamConfig(Config):
 class CompositionConfig(Config):
     """How W_l, the map from level l-1's code to level l's, is learned."""
 
-    mode: Literal["none", "normalised", "literal"] = "none"
-    """normalised: codes divided by their running rms, W >= 0, proximal L1. literal: ||W h_{l-1} - h_l||^2 + L1 in the loss."""
+    mode: Literal["none", "normalised", "literal", "probe", "frozen"] = "none"
+    """normalised: codes divided by their running rms, W >= 0, proximal L1. literal: ||W h_{l-1} - h_l||^2 + L1 in the loss.
+    Controls: probe (as normalised, but neither code feels it) and frozen (as normalised, but W is random and never learns)."""
     weight: NonNegative = 0.1
     """Coefficient gamma of the composition loss once ramped up."""
     commitment: NonNegative = 0.1
@@ -59,6 +60,10 @@ class Stage(Config):
     """Levels that take part (1 is the finest)."""
     rates: dict[Annotated[int, Field(strict=False)], NonNegative] = Field(default_factory=dict)
     """Learning-rate multiplier of a level; 1 if not named, 0 freezes it."""
+    warmup: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    """Levels whose learning rate warms up again from the stage's start; a level that joins always does."""
+    refresh: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    """Levels whose optimiser state is forgotten at the stage's start."""
     composition: Literal["off", "ramp", "on"] = "off"
     """ramp goes linearly from 0 to the full weight over the stage."""
     sparsify: bool = False
@@ -72,11 +77,17 @@ class RunConfig(Config):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
     structure: Literal["flat", "stacked", "additive"]
     """flat: one level. stacked: level l reads level l-1's code. additive: every level reads the residual."""
-    activation: Literal["relu", "topk", "batchtopk"] = "batchtopk"
+    activation: Literal["relu", "topk", "batchtopk", "jumprelu", "gated"] = "batchtopk"
+    selection: Literal["level", "joint"] = "level"
+    """level: each level keeps its own l0. joint: one BatchTopK over all levels keeps the sum of l0; without composition and
+    curriculum that is a Matryoshka SAE (Bussmann et al. 2025, arXiv 2503.17547), each level an increment of its nested prefixes."""
+    child_gate: bool = False
+    """additive: a latent may fire only if its parent, the coarse latent with the largest share of it in W, does. It begins when
+    composition is fully on; latents without a parent are free."""
     widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)]
     """Latents of each level, strictly falling."""
     l0: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]
-    """Active latents per token of each level: k of topk and batchtopk, the controller's target for relu."""
+    """Active latents per token of each level: k of topk and batchtopk, the controller's target for relu, jumprelu and gated."""
     level_weights: Annotated[tuple[NonNegative, ...], Field(strict=False)] | None = None
     """Weight of each level's reconstruction loss; 1 each if not given."""
     stop_gradient: bool = True
@@ -94,16 +105,20 @@ class RunConfig(Config):
     """Share of the run at its end over which the learning rate falls linearly to 0."""
     gradient_clip: Positive = 1.0
     """Largest norm of the gradient."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the matrix products; weights and optimiser stay float32."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of the matrix products; weights and optimiser stay float32. auto: bfloat16 where the device multiplies it fast."""
     aux_weight: NonNegative = 1 / 32
     """Weight of the auxiliary loss that revives dead latents (AuxK); 0 turns it off."""
     aux_latents: int = Field(default=512, ge=1)
     """Dead latents that take part in a vector's auxiliary reconstruction, at most half the input width."""
     dead_after_tokens: int = Field(default=1_000_000, ge=1)
     """A latent that did not fire for so many tokens is dead."""
-    l1_start: Positive = 1e-3
-    """relu: the L1 coefficient that the controller starts from."""
+    resample_steps: int = Field(default=0, ge=0)
+    """Give dead latents new directions every so many steps (Bricken et al. 2023), up to the learning rate's fall; 0 never."""
+    sparsity_start: Positive = 1e-3
+    """relu, jumprelu, gated: the sparsity coefficient that the controller starts from."""
+    bandwidth: Positive = 0.05
+    """jumprelu: width of the kernel that carries gradients to the thresholds, in units of the scaled residual."""
 
     @property
     def levels(self) -> int:
@@ -135,10 +150,13 @@ class RunConfig(Config):
                 raise ValueError(f"level {level}: l0 {l0:g} must be below its width {width}")
             if self.activation == "topk" and l0 != int(l0):
                 raise ValueError(f"level {level}: topk needs a whole number for l0, not {l0:g}")
-        if self.structure == "additive" and self.activation == "topk":
-            raise ValueError(
-                "additive levels use relu or batchtopk: a top-k per level has no form that other SAE tools read"
-            )
+        if self.activation == "gated" and levels > 1:
+            raise ValueError("activation 'gated' is for flat runs; levels use relu, topk, batchtopk or jumprelu")
+        if self.selection == "joint" and (self.structure != "additive" or self.activation != "batchtopk"):
+            raise ValueError("selection 'joint' needs structure 'additive' and activation 'batchtopk'")
+        mapped = self.structure == "additive" and self.composition.mode != "none"
+        if self.child_gate and (not mapped or self.selection == "joint"):
+            raise ValueError("child_gate needs structure 'additive', a composition mode, and selection 'level'")
         if levels == 1 and self.composition.mode != "none":
             raise ValueError("composition needs two levels or more")
         if levels == 1 and self.curriculum != "none":
@@ -152,7 +170,8 @@ class RunConfig(Config):
         if not ends or ends[-1] != 1 or any(a >= b for a, b in pairwise(ends)):
             raise ValueError(f"curriculum stages end at {ends}: `until` must rise and the last must be 1.0")
         for stage in stages:
-            unknown = [level for level in (*stage.levels, *stage.rates) if not 1 <= level <= self.levels]
+            named = (*stage.levels, *stage.rates, *stage.warmup, *stage.refresh)
+            unknown = [level for level in named if not 1 <= level <= self.levels]
             if unknown:
                 raise ValueError(
                     f"curriculum stage {stage.name!r} names level(s) {unknown}; this run has 1 to {self.levels}"

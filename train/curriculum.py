@@ -57,8 +57,10 @@ class Moment:
     """Number of the stage."""
     composition: float
     """Share of the composition weight that is on, 0 to 1."""
+    starts: bool
+    """Whether this is the stage's first step."""
     joined: dict[int, int]
-    """For each level taking part, the step at which it joined."""
+    """For each level taking part, the step from which its learning rate warms up: when it joined, or a stage said so last."""
 
 
 class Curriculum:
@@ -80,5 +82,7 @@ class Curriculum:
         joined = {}
         for level in stage.levels:
             first = next(i for i, earlier in enumerate(self.stages) if level in earlier.levels)
-            joined[level] = self.ends[first - 1] if first else 0
-        return Moment(stage=stage, index=index, composition=min(1.0, share), joined=joined)
+            warmed = [i for i, earlier in enumerate(self.stages[: index + 1]) if level in earlier.warmup]
+            last = max([first, *warmed])
+            joined[level] = self.ends[last - 1] if last else 0
+        return Moment(stage=stage, index=index, composition=min(1.0, share), starts=step == start, joined=joined)

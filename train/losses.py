@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from hsae.train.activations import step_count, top_k
 from hsae.train.sae import Level, LevelOutput
 
 
@@ -29,7 +30,13 @@ def explained_variance(target_BI: Tensor, reconstruction_BI: Tensor) -> Tensor:
 
 
 def auxiliary(
-    level: Level, output: LevelOutput, target_BI: Tensor, reconstruction_BI: Tensor, dead_F: Tensor, latents: int
+    level: Level,
+    read_BI: Tensor,
+    bias_I: Tensor,
+    target_BI: Tensor,
+    reconstruction_BI: Tensor,
+    dead_F: Tensor,
+    latents: int,
 ) -> Tensor:
     """AuxK (Gao et al. 2024, arXiv 2406.04093, A.2): dead latents reconstruct what the living left over.
 
@@ -40,16 +47,28 @@ def auxiliary(
     if len(indices) == 0:
         return torch.zeros((), device=target_BI.device)
     residual_BI = widened(target_BI - reconstruction_BI).detach()
-    pre = output.pre[:, indices]
-    k = min(latents, max(1, target_BI.shape[1] // 2), len(indices))
-    values, chosen = torch.topk(pre, k, dim=-1, sorted=False)
-    acts = torch.zeros_like(pre).scatter(-1, chosen, values.relu())
+    pre = (read_BI - bias_I) @ level.W_enc[:, indices] + level.b_enc[indices]
+    acts = top_k(pre, min(latents, max(1, target_BI.shape[1] // 2), len(indices)))
     variance = residual_BI.square().sum(-1).mean().clamp_min(1e-12)
     return fraction_unexplained(residual_BI, acts @ level.W_dec[indices], variance)
 
 
+def gated_auxiliary(level: Level, output: LevelOutput, target_BI: Tensor, bias_I: Tensor, variance: float) -> Tensor:
+    """Loss of a gated SAE's gate alone (Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 8): ReLU of the gate's pre-activations
+    decoded by weights that don't feel it, a fraction of variance unexplained."""
+    return fraction_unexplained(target_BI, output.pre.relu() @ level.W_dec.detach() + bias_I.detach(), variance)
+
+
+def sparsity(level: Level, output: LevelOutput) -> Tensor:
+    """What the controller's coefficient multiplies, a scalar: mean L1 of relu's code or of the gate, mean L0 of jumprelu's."""
+    if level.activation == "jumprelu":
+        return step_count(output.pre, level.jump_threshold(output.pre), level.bandwidth)
+    penalised = output.pre.relu() if level.activation == "gated" else output.acts
+    return widened(penalised).sum(1).mean()
+
+
 class SparsityController:
-    """Leads relu's L0 to its target by moving the L1 coefficient.
+    """Leads the L0 of relu, jumprelu or gated to its target by moving the sparsity coefficient.
 
     A reference falls geometrically from the first batch's L0 to the target over `ramp_steps` and stays there. With d the smoothed
     log(L0 / reference) and v its smoothed change a step, log(coefficient) += GAIN * (d + HORIZON * v): the change damps what would

@@ -7,6 +7,7 @@ has the same weight matrices, with every bias and threshold divided by the scale
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsae.cache.errors import UserError
+from hsae.cache.numerics import product
 from hsae.train import saelens
 from hsae.train.files import write_atomically
 from hsae.train.run import TrainingRun
+from hsae.train.sae import Level, parent_fires
 from hsae.train.saelens import SAE
 from hsae.train.views import View
 
 CONFIG_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"
-FORMAT = 1
+FORMAT = 2
+ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu", "gated": "gated"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +53,54 @@ class TrainedModel:
     """For levels 2 to L; empty if none was learned."""
     effective_thresholds: tuple[float, ...] = ()
     """stacked, levels 2 to L: the threshold at which the one-layer form of a level has the level's L0."""
+    parents: tuple[Tensor, ...] = ()
+    """With a child gate, for levels 1 to L-1: [F_l] the latent of the level above without which a latent can't fire, or -1."""
 
     @property
     def level_widths(self) -> tuple[int, ...]:
         """Latents of each level, finest first."""
         return tuple(level.d_sae for level in self.levels)
+
+    def codes(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The code [..., F_l] of every level, finest first, of residuals [..., D]."""
+        if self.structure == "stacked":
+            codes = []
+            for level in self.levels:
+                x = level.encode(x)
+                codes.append(x)
+            return tuple(codes)
+        return additive_codes(self.levels, self.parents, x)
+
+    def reconstruct(self, codes: Sequence[Tensor], above: int = 1) -> Tensor:
+        """[..., D] from the levels >= `above` only: additive the nested sum, stacked the cascade of decoders from level `above`."""
+        if self.structure == "stacked":
+            decoded = codes[above - 1]
+            for level in reversed(self.levels[:above]):
+                decoded = level.decode(decoded)
+            return decoded
+        kept = list(zip(codes, self.levels, strict=True))[above - 1 :]
+        return sum((product(code, level.W_dec) for code, level in kept), self.levels[0].b_dec)
+
+    def directions(self, number: int) -> Tensor:
+        """[F_l, D] what one unit of each latent of level `number` adds to the reconstruction; not of unit norm in a stack."""
+        rows = self.levels[number - 1].W_dec
+        if self.structure == "stacked":
+            for level in reversed(self.levels[: number - 1]):
+                rows = rows @ level.W_dec
+        return rows
+
+    def to(self, *, dtype: torch.dtype | None = None, device: str | None = None) -> "TrainedModel":
+        """A copy with its weights and maps in another type or place."""
+        maps = (
+            replace(part, weight=part.weight.to(device, dtype), contributions=part.contributions.to(device, dtype))
+            for part in self.compositions
+        )
+        return replace(
+            self,
+            levels=tuple(level.to(dtype=dtype, device=device) for level in self.levels),
+            compositions=tuple(maps),
+            parents=tuple(parents.to(device) for parents in self.parents),
+        )
 
     def views(self) -> dict[str, View]:
         """Every way to read the model as one SAE of the residual.
@@ -63,16 +110,23 @@ class TrainedModel:
         """
         if self.structure == "flat":
             return {"sae": replace(self.levels[0], name="sae")}
-        views: dict[str, View] = {} if self.structure == "stacked" else {"sae": _concatenated(self.levels)}
+        if self.structure == "stacked":
+            numbers = range(2, len(self.levels) + 1)
+            stacks = {f"level{number}": StackedView.of(self.levels[:number]) for number in numbers}
+            return {"level1": self.levels[0], **stacks}
+        one_layer = not self.parents and self.levels[0].architecture != "topk"
+        whole = _concatenated(self.levels) if one_layer else AdditiveView.of(self, 1, len(self.levels))
+        views: dict[str, View] = {"sae": whole}
         for number, level in enumerate(self.levels, 1):
-            stacked = self.structure == "stacked" and number > 1
-            views[f"level{number}"] = StackedView.of(self.levels[:number]) if stacked else level
+            gated = bool(self.parents) and number < len(self.levels)
+            views[level.name] = AdditiveView.of(self, number, number) if gated else level
         return views
 
     def one_layer(self) -> dict[str, SAE]:
         """The SAEs written for other tools, by folder name.
 
-        flat: `sae`. additive: `sae` and each level. stacked: `level1`; for each higher level `levelN`, which reads the code of
+        flat: `sae`. additive: `sae` and each level, unless a child gate or a top-k per level leaves a view without a one-layer
+        form. stacked: `level1`; for each higher level `levelN`, which reads the code of
         the level below, and `levelN-effective`, a one-layer SAE of the residual: the cascade of decoders is exact, the
         encoder is the product of the encoder layers with a threshold of its own, because two layers with an activation
         between them have no exact one-layer form.
@@ -95,6 +149,92 @@ class TrainedModel:
                 metadata={**stack.metadata, "hsae_note": "encoder linearised; the decoder is exact"},
             )
         return folders
+
+
+def additive_codes(levels: Sequence[SAE], parents: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    """The code of every level, finest first; with `parents`, latents whose parent is silent are put out, coarsest level first."""
+    codes = [level.encode(x) for level in levels]
+    for index in reversed(range(len(parents))):
+        codes[index] = codes[index] * parent_fires(codes[index + 1], parents[index])
+    return tuple(codes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdditiveView:
+    """Levels of an additive model that have no one-layer form: a child gate, or a top-k in every level."""
+
+    name: str
+    levels: tuple[SAE, ...]
+    """The levels shown, and all coarser ones, which their gates need; finest first."""
+    parents: tuple[Tensor, ...]
+    """Gates between `levels`; empty without a child gate."""
+    shown: int
+    """How many of `levels`, from the finest, make up the code."""
+    architecture: str = "additive"
+
+    @classmethod
+    def of(cls, model: "TrainedModel", first: int, last: int) -> "AdditiveView":
+        """The view of the levels `first` (fine) to `last` (coarse) of `model`."""
+        name = "sae" if first != last else f"level{first}"
+        return cls(
+            name=name, levels=model.levels[first - 1 :], parents=model.parents[first - 1 :], shown=last - first + 1
+        )
+
+    def _parts(self, part: str, dimension: int) -> Tensor:
+        return torch.cat([getattr(level, part) for level in self.levels[: self.shown]], dimension)
+
+    @property
+    def W_enc(self) -> Tensor:
+        """[D, F]"""
+        return self._parts("W_enc", 1)
+
+    @property
+    def W_dec(self) -> Tensor:
+        """[F, D]"""
+        return self._parts("W_dec", 0)
+
+    @property
+    def b_enc(self) -> Tensor:
+        """[F]"""
+        return self._parts("b_enc", 0)
+
+    @property
+    def b_dec(self) -> Tensor:
+        """[D]"""
+        return self.levels[0].b_dec
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """SAELens metadata."""
+        return self.levels[0].metadata
+
+    @property
+    def d_in(self) -> int:
+        """Width D of the vectors read and reconstructed."""
+        return self.levels[0].d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number F of latents."""
+        return sum(level.d_sae for level in self.levels[: self.shown])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """JSON-ready description in the keys of SAELens's cfg.json."""
+        return {**self.levels[0].config, "d_sae": self.d_sae, "architecture": self.architecture}
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latent activations [..., F] of vectors [..., D]."""
+        return torch.cat(additive_codes(self.levels, self.parents, x)[: self.shown], -1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Reconstruction [..., D] from latent activations [..., F]."""
+        return product(latents, self.W_dec) + self.b_dec
+
+    def to(self, *, dtype: torch.dtype | None = None, device: str | None = None) -> "AdditiveView":
+        """A copy with its weights in another type or place."""
+        levels = tuple(level.to(dtype=dtype, device=device) for level in self.levels)
+        return replace(self, levels=levels, parents=tuple(part.to(device) for part in self.parents))
 
 
 def _concatenated(levels: tuple[SAE, ...]) -> SAE:
@@ -178,7 +318,7 @@ class StackedView:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Reconstruction [..., D] from latent activations [..., F]."""
-        return latents @ self.W_dec + self.b_dec
+        return product(latents, self.W_dec) + self.b_dec
 
     def to(self, *, dtype: torch.dtype | None = None, device: str | None = None) -> "StackedView":
         """A copy with its weights in another type or place."""
@@ -194,8 +334,9 @@ def folded(run: TrainingRun, metadata: dict[str, Any], sample_BD: Tensor) -> Tra
     for number in range(1, config.levels + 1):
         level = run.model.level(number)
         d_sae = level.W_dec.shape[0]
-        architecture = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu"}[config.activation]
-        threshold = torch.full((d_sae,), level.threshold.item()) / scale
+        architecture = ARCHITECTURES[config.activation]
+        extra = {name: tensor.detach().cpu() for name, tensor in _extra(level, d_sae, scale).items()}
+        b_enc = level.b_enc.detach().cpu() / scale
         inner = config.structure == "stacked" and number > 1
         place = {"hook_name": f"code of level {number - 1} at {metadata['hook_name']}"} if inner else {}
         levels.append(
@@ -204,9 +345,9 @@ def folded(run: TrainingRun, metadata: dict[str, Any], sample_BD: Tensor) -> Tra
                 architecture=architecture,
                 W_enc=level.W_enc.detach().cpu().clone(),
                 W_dec=level.W_dec.detach().cpu().clone(),
-                b_enc=level.b_enc.detach().cpu() / scale,
+                b_enc=torch.zeros_like(b_enc) if architecture == "gated" else b_enc,
                 b_dec=run.model.bias(number).detach().cpu() / scale,
-                extra={"threshold": threshold} if architecture == "jumprelu" else {},
+                extra=extra,
                 k=int(level.l0) if architecture == "topk" else None,
                 metadata={**metadata, **place},
             )
@@ -215,7 +356,9 @@ def folded(run: TrainingRun, metadata: dict[str, Any], sample_BD: Tensor) -> Tra
         CompositionMap(level=number, weight=module.weight().cpu(), contributions=module.contributions().cpu())
         for number, module in ((number, run.composition(number)) for number in range(2, len(run.compositions) + 2))
     )
-    model = TrainedModel(structure=config.structure, levels=tuple(levels), compositions=maps)
+    gates = (run.model.parents(number) for number in range(1, config.levels))
+    parents = tuple(part.cpu() for part in gates if part is not None)
+    model = TrainedModel(structure=config.structure, levels=tuple(levels), compositions=maps, parents=parents)
     if config.structure != "stacked":
         return model
     thresholds = []
@@ -225,6 +368,17 @@ def folded(run: TrainingRun, metadata: dict[str, Any], sample_BD: Tensor) -> Tra
         kept = max(1, round(len(sample_BD) * config.l0[number - 1]))
         thresholds.append(max(0.0, torch.topk(pre.flatten(), kept).values[-1].item()))
     return replace(model, effective_thresholds=tuple(thresholds))
+
+
+def _extra(level: Level, d_sae: int, scale: float) -> dict[str, Tensor]:
+    """What an architecture has besides weights and biases, in raw units; r_mag scales pre-activations and has no unit."""
+    if level.activation == "batchtopk":
+        return {"threshold": torch.full((d_sae,), level.threshold.item()) / scale}
+    if level.activation == "jumprelu":
+        return {"threshold": level.log_threshold.exp() / scale}
+    if level.activation == "gated":
+        return {"b_gate": level.b_enc / scale, "b_mag": level.b_mag / scale, "r_mag": level.r_mag}
+    return {}
 
 
 def save_model(model: TrainedModel, folder: Path) -> None:
@@ -237,6 +391,7 @@ def save_model(model: TrainedModel, folder: Path) -> None:
     for part in model.compositions:
         tensors[f"composition{part.level}.weight"] = part.weight.contiguous()
         tensors[f"composition{part.level}.contributions"] = part.contributions.contiguous()
+    tensors |= {f"parents{number}": part.contiguous() for number, part in enumerate(model.parents, 1)}
     described = {
         "format": FORMAT,
         "structure": model.structure,
@@ -246,6 +401,7 @@ def save_model(model: TrainedModel, folder: Path) -> None:
         ],
         "compositions": [part.level for part in model.compositions],
         "effective_thresholds": list(model.effective_thresholds),
+        "child_gate": bool(model.parents),
     }
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(described, indent=2)))
@@ -272,6 +428,9 @@ def load_model(folder: Path) -> TrainedModel:
             levels=levels,
             compositions=maps,
             effective_thresholds=tuple(described["effective_thresholds"]),
+            parents=tuple(tensors[f"parents{number}"] for number in range(1, len(levels)))
+            if described["child_gate"]
+            else (),
         )
     except FileNotFoundError as error:
         raise UserError(

@@ -1,5 +1,7 @@
 """The optimiser of a run: Adam with one parameter group a level, and the learning-rate schedule."""
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -20,8 +22,8 @@ def make_optimiser(model: HierarchicalSAE, compositions: nn.ModuleList, run: Run
             groups[number].append(model.bias(number))
     else:
         groups[SHARED] = [model.bias(1)]
-    if len(compositions):
-        groups[COMPOSITION] = list(compositions.parameters())
+    if learned := [parameter for parameter in compositions.parameters() if parameter.requires_grad]:
+        groups[COMPOSITION] = learned
     named = [{"params": parameters, "level": level} for level, parameters in groups.items()]
     return torch.optim.Adam(named, lr=run.rate, betas=(0.9, 0.999), fused=True)
 
@@ -48,6 +50,14 @@ def set_rates(optimiser: torch.optim.Adam, run: RunConfig, moment: Moment, step:
         for parameter in group["params"]:
             parameter.requires_grad_(group["lr"] > 0)
     return base
+
+
+def forget(optimiser: torch.optim.Adam, levels: Collection[int]) -> None:
+    """Drop Adam's moments and step counts of some levels, as if they had just been made."""
+    for group in optimiser.param_groups:
+        if group["level"] in levels:
+            for parameter in group["params"]:
+                optimiser.state.pop(parameter, None)
 
 
 def rename_state(optimiser: torch.optim.Adam, names: dict[nn.Parameter, str]) -> dict[str, torch.Tensor]:

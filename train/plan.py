@@ -6,8 +6,8 @@ begin with `extends = "NAME"` and state only what differs.
 """
 
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +41,8 @@ class Plan:
     cache: CacheConfig
     train: StreamConfig
     runs: dict[int, RunConfig]
+    seed_index: int = 0
+    """Which of several seeds of one plan this is."""
 
     def store(self, split: Split) -> StoreSpec:
         """The activation store the plan asks for."""
@@ -54,25 +56,41 @@ class Plan:
         """Where a run's results lie: `<train.dir>/<number>`."""
         return Path(self.train.dir).expanduser() / str(run.number)
 
+    def seeded(self, index: int) -> "Plan":
+        """The plan for seed number `index`: 0 is the plan itself, others have train.seed + index and `<train.dir>/seed<index>`."""
+        if index == 0:
+            return self
+        changes = {"seed": self.train.seed + index, "dir": str(Path(self.train.dir) / f"seed{index}")}
+        return replace(self, train=self.train.model_copy(update=changes), seed_index=index)
+
+    def label(self, run: RunConfig) -> str:
+        """A run's number and name, and which seed it is if it is not the first."""
+        return f"{run.number} {run.name}" + (f" seed {self.seed_index}" if self.seed_index else "")
+
     def select(self, text: str) -> list[RunConfig]:
         """Runs named by `3`, `0-5`, `baseline` or a comma-separated list of those, in the order of their numbers."""
-        chosen: set[int] = set()
-        names = {run.name: number for number, run in self.runs.items()}
-        for part in (piece.strip() for piece in text.split(",")):
-            first, dash, last = part.partition("-")
-            if part in names:
-                numbers = [names[part]]
-            elif part.isdecimal():
-                numbers = [int(part)]
-            elif dash and first.isdecimal() and last.isdecimal():
-                numbers = [number for number in self.runs if int(first) <= number <= int(last)]
-            else:
-                numbers = []
-            if not numbers or any(number not in self.runs for number in numbers):
-                have = ", ".join(f"{number} ({run.name})" for number, run in self.runs.items())
-                raise PlanError(f"no run {part!r} in plan {self.name} ({self.source}); it has {have}")
-            chosen.update(numbers)
-        return [self.runs[number] for number in sorted(chosen)]
+        return select_runs(self.runs, text, f"plan {self.name} ({self.source})")
+
+
+def select_runs(runs: dict[int, RunConfig], text: str, where: str) -> list[RunConfig]:
+    """The runs that `text` names, as `Plan.select` says. Raises PlanError naming `where` they come from."""
+    chosen: set[int] = set()
+    named = {run.name: number for number, run in runs.items()}
+    for part in (piece.strip() for piece in text.split(",")):
+        first, dash, last = part.partition("-")
+        if part in named:
+            numbers = [named[part]]
+        elif part.isdecimal():
+            numbers = [int(part)]
+        elif dash and first.isdecimal() and last.isdecimal():
+            numbers = [number for number in runs if int(first) <= number <= int(last)]
+        else:
+            numbers = []
+        if not numbers or any(number not in runs for number in numbers):
+            have = ", ".join(f"{number} ({run.name})" for number, run in runs.items())
+            raise PlanError(f"no run {part!r} in {where}; it has {have}")
+        chosen.update(numbers)
+    return [runs[number] for number in sorted(chosen)]
 
 
 def packaged_plans() -> list[str]:
@@ -86,13 +104,16 @@ def load_plan(plan: str | None = None, overrides: Sequence[str] = ()) -> Plan:
 
     Raises PlanError naming the file, the key, the value and what is allowed.
     """
-    source, tables = _read(plan if plan is not None else LOCAL_PLAN if Path(LOCAL_PLAN).is_file() else DEFAULT_PLAN)
+    source, tables = read_tables(
+        plan if plan is not None else LOCAL_PLAN if Path(LOCAL_PLAN).is_file() else DEFAULT_PLAN
+    )
     for override in overrides:
-        _apply(tables, override)
+        apply_override(tables, override, TABLES - {"extends"})
     return _checked(source, tables)
 
 
-def _read(plan: str, chain: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
+def read_tables(plan: str, chain: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
+    """Where a plan comes from and its tables, with those it extends merged in, unchecked. Raises PlanError."""
     if plan in packaged_plans():
         source, text = f"packaged plan {plan}", resources.files("hsae.train.plans").joinpath(f"{plan}.toml").read_text()
     elif Path(plan).is_file():
@@ -111,7 +132,7 @@ def _read(plan: str, chain: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
             raise PlanError(
                 f"{source}: extends = {base!r}; it must name a packaged plan or a file, and not in a circle"
             )
-        tables = _merged(_read(base, (*chain, plan))[1], tables)
+        tables = _merged(read_tables(base, (*chain, plan))[1], tables)
     tables.setdefault("name", Path(plan).stem)
     return source, tables
 
@@ -124,10 +145,11 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(tables: dict[str, Any], override: str) -> None:
+def apply_override(tables: dict[str, Any], override: str, allowed: Collection[str]) -> None:
+    """Set what `table.key=value` says; the table must be one of `allowed`. Raises PlanError."""
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
-    if not equals or not all(path) or path[0] not in TABLES - {"extends"}:
+    if not equals or not all(path) or path[0] not in allowed:
         raise PlanError(f"--set {override!r}: write it as table.key=value, for example --set cache.train.rows=2000")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -145,14 +167,30 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
     for table in ("model", "hook", "cache", "train", "runs"):
         if not isinstance(tables.get(table), dict):
             raise PlanError(f"{source}: table [{table}] is missing")
-    shared = {key: value for key, value in tables["train"].items() if key in StreamConfig.model_fields}
-    defaults = {key: value for key, value in tables["train"].items() if key not in StreamConfig.model_fields}
+    stream, runs = checked_runs(source, tables["train"], tables["runs"])
+    return Plan(
+        name=str(tables["name"]),
+        source=source,
+        model=_table(source, "model", ModelConfig, tables["model"]),
+        hook=_table(source, "hook", HookConfig, tables["hook"]),
+        cache=_table(source, "cache", CacheConfig, tables["cache"]),
+        train=stream,
+        runs=runs,
+    )
+
+
+def checked_runs(
+    source: str, train: dict[str, Any], tables: dict[str, Any]
+) -> tuple[StreamConfig, dict[int, RunConfig]]:
+    """What `[train]` and the tables `[runs.N]` say, checked and matched; runs in the order of their numbers."""
+    shared = {key: value for key, value in train.items() if key in StreamConfig.model_fields}
+    defaults = {key: value for key, value in train.items() if key not in StreamConfig.model_fields}
     for key in defaults:
         if key not in RunConfig.model_fields or key in ("number", "name"):
             allowed = sorted({*StreamConfig.model_fields, *RunConfig.model_fields} - {"number", "name"})
             raise PlanError(f"{source}: [train] has no key {key!r}; allowed: {', '.join(allowed)}")
     runs: dict[int, RunConfig] = {}
-    for key, table in tables["runs"].items():
+    for key, table in tables.items():
         if not str(key).isdecimal() or not isinstance(table, dict):
             raise PlanError(f"{source}: [runs.{key}]: runs are tables with a number, such as [runs.3]")
         if fixed := table.keys() & {*StreamConfig.model_fields}:
@@ -163,17 +201,10 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
         runs[int(key)] = _table(source, f"runs.{key}", RunConfig, values)
     if not runs:
         raise PlanError(f"{source}: there is no run; add a table [runs.0]")
-    plan = Plan(
-        name=str(tables["name"]),
-        source=source,
-        model=_table(source, "model", ModelConfig, tables["model"]),
-        hook=_table(source, "hook", HookConfig, tables["hook"]),
-        cache=_table(source, "cache", CacheConfig, tables["cache"]),
-        train=_table(source, "train", StreamConfig, shared),
-        runs=dict(sorted(runs.items())),
-    )
-    _check_matched(plan)
-    return plan
+    stream = _table(source, "train", StreamConfig, shared)
+    runs = dict(sorted(runs.items()))
+    _check_matched(source, stream, runs)
+    return stream, runs
 
 
 def _table(source: str, table: str, kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
@@ -188,18 +219,18 @@ def _table(source: str, table: str, kind: type[ConfigT], values: dict[str, Any])
         raise PlanError(f"{source}: {key}: {first['msg'].removeprefix('Value error, ')}{given}") from None
 
 
-def _check_matched(plan: Plan) -> None:
-    names = [run.name for run in plan.runs.values()]
+def _check_matched(source: str, stream: StreamConfig, runs: dict[int, RunConfig]) -> None:
+    names = [run.name for run in runs.values()]
     if len(set(names)) != len(names):
         raise PlanError(
-            f"{plan.source}: two runs have one name: {sorted(name for name in names if names.count(name) > 1)[0]!r}"
+            f"{source}: two runs have one name: {sorted(name for name in names if names.count(name) > 1)[0]!r}"
         )
-    widths: dict[int, float] = {number: sum(run.widths) for number, run in plan.runs.items()}
-    l0s = {number: sum(run.l0) for number, run in plan.runs.items()}
+    widths: dict[int, float] = {number: sum(run.widths) for number, run in runs.items()}
+    l0s = {number: sum(run.l0) for number, run in runs.items()}
     for what, totals in (("width", widths), ("L0", l0s)):
-        if plan.train.matched and len(set(totals.values())) > 1:
+        if stream.matched and len(set(totals.values())) > 1:
             listed = ", ".join(f"run {number}: {value:g}" for number, value in totals.items())
             raise PlanError(
-                f"{plan.source}: runs differ in total {what} ({listed}), so their results can't be compared; "
+                f"{source}: runs differ in total {what} ({listed}), so their results can't be compared; "
                 "match them, or set train.matched=false"
             )

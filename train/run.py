@@ -11,12 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hsae.cache.numerics import bfloat16_is_slow
 from hsae.train.composition import Composition
 from hsae.train.config import RunConfig
 from hsae.train.curriculum import Curriculum, Moment
-from hsae.train.losses import SparsityController, auxiliary, explained_variance, fraction_unexplained, widened
-from hsae.train.optim import make_optimiser, rename_state, restore_state, schedule, set_rates
+from hsae.train.losses import (
+    SparsityController,
+    auxiliary,
+    explained_variance,
+    fraction_unexplained,
+    gated_auxiliary,
+    sparsity,
+    widened,
+)
+from hsae.train.optim import forget, make_optimiser, rename_state, restore_state, schedule, set_rates
+from hsae.train.resampling import resample
 from hsae.train.sae import HierarchicalSAE, LevelOutput, Output, seed_of
+
+CONTROLLED = ("relu", "jumprelu", "gated")  # activations whose L0 a controller leads to its target
+MAPS_JUDGED = 0.7  # share of the run after which a map W that is no good is complained of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +47,9 @@ class TrainingRun:
     """A run between its first and last step. Same configuration, stream and machine: same bits."""
 
     def __init__(self, config: RunConfig, scaling: Scaling, *, steps: int, seed: int, device: str) -> None:
-        self.config, self.scaling, self.steps, self.device = config, scaling, steps, device
+        self.config, self.scaling, self.steps, self.seed, self.device = config, scaling, steps, seed, device
+        slow = bfloat16_is_slow(torch.device(device).type)
+        self.rounds = config.precision == "bfloat16" or (config.precision == "auto" and not slow)
         self.step_number = 0
         self.failure: str | None = None
         d_in = len(scaling.median)
@@ -46,11 +61,13 @@ class TrainingRun:
         maps = [Composition(fine, coarse, config.composition, generator) for fine, coarse in pairs]
         self.compositions = nn.ModuleList(maps)
         self.model.to(device).train()
+        if torch.device(device).type == "cpu" and not self.rounds:
+            self.model.use_sparse()
         self.compositions.to(device)
         self.curriculum = Curriculum(config, steps)
         self.optimiser = make_optimiser(self.model, self.compositions, config)
         self.tokens_since_fired = [torch.zeros(width, dtype=torch.int64, device=device) for width in config.widths]
-        self.controllers = [SparsityController(l0, config.l1_start, steps // 2) for l0 in config.l0]
+        self.controllers = [SparsityController(l0, config.sparsity_start, steps // 2) for l0 in config.l0]
         self.warned: set[str] = set()
 
     def composition(self, level: int) -> Composition:
@@ -63,9 +80,10 @@ class TrainingRun:
         """One optimiser step on a scaled batch; returns the loss and its parts (scalars, still on the device)."""
         config, step = self.config, self.step_number
         moment = self.curriculum.at(step)
+        if moment.starts and moment.stage.refresh:
+            forget(self.optimiser, moment.stage.refresh)
         base_rate = set_rates(self.optimiser, config, moment, step, self.steps)
-        kind = torch.device(self.device).type
-        with torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.rounds):
             output = self.model(x_BD, moment.stage.levels)
             parts = self._losses(x_BD, output, moment)
         loss = torch.stack([part.float() for part in parts.values()]).sum()
@@ -83,6 +101,8 @@ class TrainingRun:
             for number in range(2, config.levels + 1) if len(self.compositions) else ():
                 if {number, number - 1} <= output.levels.keys():
                     self.composition(number).project(base_rate, moment.stage.sparsify)
+        if config.child_gate and moment.composition == 1:
+            self._set_parents()
         self._count(output, moment)
         self.step_number += 1
         self.last_moment = moment
@@ -90,6 +110,9 @@ class TrainingRun:
             {number: LevelOutput(*(part.detach() for part in level)) for number, level in output.levels.items()},
             {number: reconstruction.detach() for number, reconstruction in output.reconstructions.items()},
         )
+        self.resampled = dict.fromkeys(output.levels, 0)
+        if config.resample_steps and self.step_number % config.resample_steps == 0:
+            self._resample(x_BD)
         return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
 
     def _losses(self, x_BD: Tensor, output: Output, moment: Moment) -> dict[str, Tensor]:
@@ -107,13 +130,17 @@ class TrainingRun:
             if config.structure == "stacked" and number > 1:
                 variance = widened(target - target.mean(0)).square().sum(-1).mean().detach().clamp_min(1e-12)
                 parts[f"code{number}"] = weight * fraction_unexplained(target, reconstruction, variance)
-            if config.activation == "relu":
-                parts[f"l1_{number}"] = self.controllers[number - 1].coefficient * level.acts.float().sum(1).mean()
-            if config.aux_weight and config.activation != "relu":  # below zero a dead relu latent has no gradient
+            module = self.model.level(number)
+            if config.activation in CONTROLLED:
+                parts[f"sparsity{number}"] = self.controllers[number - 1].coefficient * sparsity(module, level)
+            if config.activation == "gated":
+                bias = self.model.bias(number)
+                parts[f"gate{number}"] = gated_auxiliary(module, level, x_BD, bias, self.scaling.variance)
+            elif config.aux_weight and config.activation != "relu":  # below zero a dead relu latent has no gradient
                 dead = self.tokens_since_fired[number - 1] >= config.dead_after_tokens
-                module = self.model.level(number)
+                bias = self.model.bias(number)
                 parts[f"auxiliary{number}"] = config.aux_weight * auxiliary(
-                    module, level, target, reconstruction, dead, config.aux_latents
+                    module, level.read, bias, target, reconstruction, dead, config.aux_latents
                 )
         for number in range(2, config.levels + 1):
             if config.composition.mode != "none" and {number, number - 1} <= output.levels.keys():
@@ -126,14 +153,38 @@ class TrainingRun:
 
     @torch.no_grad()
     def _count(self, output: Output, moment: Moment) -> None:
-        """Per-level counters: tokens since each latent fired, and relu's controllers (a frozen level's stands still too)."""
+        """Per-level counters: tokens since each latent fired, and the controllers (a frozen level's stands still too)."""
         for number, level in output.levels.items():
             fired = level.acts > 0
             counter = self.tokens_since_fired[number - 1]
             counter += len(fired)
             counter[fired.any(0)] = 0
-            if self.config.activation == "relu" and moment.stage.rates.get(number, 1.0) > 0:
+            if self.config.activation in CONTROLLED and moment.stage.rates.get(number, 1.0) > 0:
                 self.controllers[number - 1].update(fired.sum(1).float().mean().item())
+
+    def _set_parents(self) -> None:
+        """Let the maps W say which coarse latent gates each fine one."""
+        for number in range(1, self.config.levels):
+            parents = self.model.parents(number)
+            assert parents is not None
+            parents.copy_(self.composition(number + 1).parents())
+
+    def _resample(self, x_BD: Tensor) -> None:
+        """Resample the dead latents of every level that learns, until the learning rate falls."""
+        config, output, moment = self.config, self.last_output, self.last_moment
+        if self.step_number > self.steps * (1 - config.decay):
+            return
+        for number, level in output.levels.items():
+            if moment.stage.rates.get(number, 1.0) == 0.0:
+                continue
+            target, reconstruction = self.model.target(number, x_BD, output)
+            loss_B = widened(target - reconstruction).square().sum(1)
+            counter = self.tokens_since_fired[number - 1]
+            dead = counter >= config.dead_after_tokens
+            generator = torch.Generator().manual_seed(seed_of(self.seed, config.number, self.step_number, number))
+            module, bias = self.model.level(number), self.model.bias(number)
+            self.resampled[number] = resample(module, level.read, bias, loss_B, dead, self.optimiser, generator)
+            counter[dead] = 0
 
     @torch.no_grad()
     def metrics(self, x_BD: Tensor, parts: dict[str, Tensor]) -> dict[str, Any]:
@@ -160,7 +211,14 @@ class TrainingRun:
             "dead": [self._dead(number) for number in numbers],
             "level_explained_variance": [levels.get(number) for number in numbers],
             "composition_loss": sum(composition) / strength if composition and strength else None,
+            "composition": [self._health(output, number) if moment.composition > 0 else None for number in numbers],
         }
+
+    def _health(self, output: Output, number: int) -> dict[str, float] | None:
+        """How the map to level `number` does on the last batch."""
+        if number - 2 not in range(len(self.compositions)) or not {number, number - 1} <= output.levels.keys():
+            return None
+        return self.composition(number).health(output.levels[number - 1].acts, output.levels[number].acts)
 
     def _l0(self, output: Output, number: int) -> float | None:
         level = output.levels.get(number)
@@ -170,13 +228,17 @@ class TrainingRun:
         return (self.tokens_since_fired[number - 1] >= self.config.dead_after_tokens).float().mean().item()
 
     def complaints(self, metrics: dict[str, Any]) -> list[str]:
-        """What is wrong with the step `metrics` tells of, each said once: dead levels, levels that never fire."""
+        """What is wrong with the step `metrics` tells of, each said once: dead levels, and maps W that went bad, by name."""
         found = {}
         for index, (l0, dead) in enumerate(zip(metrics["l0"], metrics["dead"], strict=True)):
             if l0 == 0:
                 found[f"silent{index}"] = f"level {index + 1} does not fire at all (L0 = 0)"
             if dead > 0.5:
                 found[f"dead{index}"] = f"{dead:.0%} of level {index + 1}'s latents are dead"
+        if self.last_moment.composition == 1 and self.step_number >= MAPS_JUDGED * self.steps:
+            for number, health in enumerate(metrics["composition"], 1):
+                failures = map_failures(number, health) if health is not None else {}
+                found |= {f"{name}{number}": text for name, text in failures.items()}
         new = [text for key, text in found.items() if key not in self.warned]
         self.warned |= found.keys()
         return new
@@ -232,3 +294,20 @@ class TrainingRun:
             return False
         self.failure = f"the loss became {loss.item()} at step {self.step_number}"
         return True
+
+
+def map_failures(number: int, health: dict[str, float]) -> dict[str, str]:
+    """Known ways in which the map W of level `number` fails, by name, from `Composition.health`."""
+    found = {}
+    if health["nonzero"] == 0:
+        found["W-collapsed"] = f"W-collapsed: the map of level {number} is all zero"
+    elif health["unexplained"] > 0.98:
+        found["scale-drain"] = (
+            f"scale-drain: W explains nothing of level {number}'s code (relative error {health['unexplained']:.2f}); "
+            "scale has moved out of W, or the codes have nothing to do with each other"
+        )
+    elif health["participation"] < 1.1:
+        found["copy"] = (
+            f"copy: half of level {number}'s latents copy one latent below (participation {health['participation']:.2f})"
+        )
+    return found

@@ -11,9 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hsae.train import sparse
+from hsae.train.activations import batch_top_k, jump_relu, top_k
 from hsae.train.config import RunConfig
 
 THRESHOLD_DECAY = 0.99
+GUESS = 0.7  # of the average threshold: most batches keep nothing below it
+NO_PARENT = -1
 
 
 def seed_of(*parts: int) -> int:
@@ -46,47 +50,92 @@ class Output(NamedTuple):
     """[B, D] for level l: additive b + sum of the levels >= l that took part; stacked: the cascade of decoders from level l."""
 
 
+def parent_fires(coarse_BF: Tensor, parents_G: Tensor) -> Tensor:
+    """[B, G] whether each fine latent's parent is in the coarse code; true for a latent without one."""
+    fires = coarse_BF.index_select(-1, parents_G.clamp_min(0)) > 0
+    return fires | (parents_G == NO_PARENT)
+
+
 class Level(nn.Module):
     """One encoder and decoder: code = activation((read - bias) W_enc + b_enc), decoded = code W_dec."""
 
     threshold: Tensor
-    """Scalar: smallest pre-activation that counts at inference (batchtopk), an average over batches; NaN before the first."""
+    """Scalar: smallest pre-activation that counts at inference (batchtopk), an average over batches; NaN before the first batch."""
 
-    def __init__(self, width_in: int, width: int, activation: str, l0: float, generator: torch.Generator) -> None:
+    def __init__(self, width_in: int, width: int, run: RunConfig, l0: float, generator: torch.Generator) -> None:
         super().__init__()
         rows = torch.randn(width, width_in, generator=generator)
         rows = rows / rows.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(rows)
         self.W_enc = nn.Parameter(rows.T.clone().contiguous())
         self.b_enc = nn.Parameter(torch.zeros(width))
-        self.activation, self.l0 = activation, l0
+        if run.activation == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.zeros(width))
+        if run.activation == "gated":  # b_enc is the gate's bias
+            self.r_mag = nn.Parameter(torch.zeros(width))
+            self.b_mag = nn.Parameter(torch.zeros(width))
+        self.activation, self.l0, self.bandwidth = run.activation, l0, run.bandwidth
+        self.sparse = False
         self.register_buffer("threshold", torch.tensor(math.nan))
 
+    def pre(self, read_BI: Tensor, bias_I: Tensor) -> Tensor:
+        """Pre-activations [B, F]; without gradient where the active ones alone will get it (`sparse`)."""
+        fixed = bias_I.detach()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.sparse):
+            pre_BF = (read_BI - fixed) @ self.W_enc + self.b_enc
+            if (
+                bias_I.requires_grad and torch.is_grad_enabled()
+            ):  # zero, but brings the bias its gradient without a product of B rows
+                pre_BF = pre_BF + (fixed - bias_I) @ self.W_enc
+        return pre_BF
+
     def forward(self, read_BI: Tensor, bias_I: Tensor) -> LevelOutput:
-        """Encode and decode one batch; in training mode `batchtopk` picks across the batch and tracks its threshold."""
-        pre_BF = (read_BI - bias_I) @ self.W_enc + self.b_enc
-        acts_BF = self._activate(pre_BF)
+        """Encode and decode one batch by this level's own activation."""
+        pre_BF = self.pre(read_BI, bias_I)
+        return self.decoded(read_BI, bias_I, pre_BF, self.activate(pre_BF))
+
+    def decoded(self, read_BI: Tensor, bias_I: Tensor, pre_BF: Tensor, acts_BF: Tensor) -> LevelOutput:
+        """The output for a code, with its gradients."""
+        if self.sparse and torch.is_grad_enabled():
+            if (at := sparse.pattern_of(acts_BF)) is not None:
+                values_N = sparse.encode(read_BI, bias_I, self.W_enc, self.b_enc, pre_BF, at)
+                acts_BF = torch.zeros_like(acts_BF).flatten().index_put((at.flat,), values_N).view_as(acts_BF)
+                return LevelOutput(read_BI, pre_BF, acts_BF, sparse.decode(values_N, self.W_dec, at))
+            pre_BF = (read_BI - bias_I) @ self.W_enc + self.b_enc
+            acts_BF = pre_BF * (acts_BF > 0)
         return LevelOutput(read_BI, pre_BF, acts_BF, acts_BF @ self.W_dec)
 
-    def _activate(self, pre_BF: Tensor) -> Tensor:
+    def activate(self, pre_BF: Tensor) -> Tensor:
+        """The code [B, F]; in training mode batchtopk picks across the batch and tracks its threshold."""
         if self.activation == "relu":
             return torch.relu(pre_BF)
         if self.activation == "topk":
-            values, indices = torch.topk(pre_BF, int(self.l0), dim=-1, sorted=False)
-            return torch.zeros_like(pre_BF).scatter(-1, indices, values.relu())
+            return top_k(pre_BF, int(self.l0))
+        if self.activation == "jumprelu":
+            return jump_relu(pre_BF, self.jump_threshold(pre_BF), self.bandwidth)
+        if self.activation == "gated":
+            return torch.relu((pre_BF - self.b_enc) * self.r_mag.exp() + self.b_mag) * (pre_BF > 0)
         if not self.training:
             return torch.relu(pre_BF) * (pre_BF > self.threshold)
-        flat = pre_BF.relu().flatten()
-        values, indices = torch.topk(flat, round(pre_BF.shape[0] * self.l0), sorted=False)
-        self._track_threshold(values.detach())
-        return torch.zeros_like(flat).scatter(0, indices, values).view_as(pre_BF)
+        acts_BF, smallest = batch_top_k(pre_BF, self.l0, self.guess())
+        self.track_threshold(smallest)
+        return acts_BF
+
+    def guess(self) -> Tensor | None:
+        """A value likely below the smallest that the next batch keeps; None where it saves nothing."""
+        return GUESS * self.threshold if self.threshold.device.type == "cpu" and self.threshold > 0 else None
+
+    def jump_threshold(self, pre_BF: Tensor) -> Tensor:
+        """jumprelu's thresholds [F]; they begin, all equal, where the first batch has the level's L0."""
+        if self.training and torch.isnan(self.threshold):
+            with torch.no_grad():
+                self.track_threshold(batch_top_k(pre_BF, self.l0)[1])
+                self.log_threshold.copy_(self.threshold.clamp_min(1e-3).log().expand_as(self.log_threshold))
+        return self.log_threshold.exp().to(pre_BF.dtype)
 
     @torch.no_grad()
-    def _track_threshold(self, kept: Tensor) -> None:
-        smallest = torch.where(kept > 0, kept, torch.inf).min().float()
-        smallest = torch.where(
-            torch.isfinite(smallest), smallest, 0.0
-        )  # nothing fired: keep nothing but what is positive
+    def track_threshold(self, smallest: Tensor) -> None:
+        """Move the inference threshold towards the smallest value a batch kept."""
         moved = self.threshold * THRESHOLD_DECAY + smallest * (1 - THRESHOLD_DECAY)
         self.threshold.copy_(torch.where(torch.isnan(self.threshold), smallest, moved))
 
@@ -107,16 +156,17 @@ class HierarchicalSAE(nn.Module):
 
     def __init__(self, run: RunConfig, d_in: int, *, seed: int = 0) -> None:
         super().__init__()
-        self.structure, self.stop_gradient = run.structure, run.stop_gradient
+        self.structure, self.stop_gradient, self.selection = run.structure, run.stop_gradient, run.selection
         self.widths, self.d_in = run.widths, d_in
         generator = torch.Generator().manual_seed(seed_of(seed, run.number))
         reads = (d_in, *run.widths[:-1]) if run.structure == "stacked" else (d_in,) * run.levels
         self.levels = nn.ModuleList(
-            Level(read, width, run.activation, l0, generator)
-            for read, width, l0 in zip(reads, run.widths, run.l0, strict=True)
+            Level(read, width, run, l0, generator) for read, width, l0 in zip(reads, run.widths, run.l0, strict=True)
         )
         biases = reads if run.structure == "stacked" else reads[:1]
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in biases)
+        for number in range(1, run.levels) if run.child_gate else ():
+            self.register_buffer(f"parents{number}", torch.full((run.widths[number - 1],), NO_PARENT))
 
     def level(self, number: int) -> Level:
         """Level `number`, from 1 (finest)."""
@@ -130,18 +180,51 @@ class HierarchicalSAE(nn.Module):
         assert isinstance(bias, nn.Parameter)
         return bias
 
+    def parents(self, number: int) -> Tensor | None:
+        """[F] for each latent of level `number` its parent in the level above, or NO_PARENT; None if nothing gates it."""
+        return self._buffers.get(f"parents{number}")
+
+    def use_sparse(self) -> None:
+        """Compute gradients at active latents only, where the activation allows it."""
+        for number in range(1, len(self.levels) + 1):
+            level = self.level(number)
+            level.sparse = level.activation in ("relu", "topk", "batchtopk")
+
     def forward(self, x_BD: Tensor, active: Sequence[int] | None = None) -> Output:
         """Codes and reconstructions of the `active` levels (all if None); a stacked level needs those below it computed."""
         numbers = sorted(active) if active is not None else list(range(1, len(self.levels) + 1))
         if self.structure == "stacked":
             return self._stacked(x_BD, numbers)
-        outputs = {number: self.level(number)(x_BD, self.bias(number)) for number in numbers}
+        pres = {number: self.level(number).pre(x_BD, self.bias(number)) for number in numbers}
+        joint = self.selection == "joint" and self.training
+        codes = self._joint(pres) if joint else self._codes(pres)
+        outputs = {
+            number: self.level(number).decoded(x_BD, self.bias(number), pres[number], codes[number])
+            for number in numbers
+        }
         reconstructions: dict[int, Tensor] = {}
         total = self.bias(1).expand_as(x_BD)
         for number in reversed(numbers):  # coarsest first, so that each sum is the nested one
             total = total + outputs[number].decoded
             reconstructions[number] = total
         return Output(outputs, reconstructions)
+
+    def _codes(self, pres: dict[int, Tensor]) -> dict[int, Tensor]:
+        codes: dict[int, Tensor] = {}
+        for number in sorted(pres, reverse=True):
+            parents, pre_BF = self.parents(number), pres[number]
+            if parents is not None and number + 1 in codes:
+                pre_BF = pre_BF * parent_fires(codes[number + 1], parents)
+            codes[number] = self.level(number).activate(pre_BF)
+        return codes
+
+    def _joint(self, pres: dict[int, Tensor]) -> dict[int, Tensor]:
+        """One BatchTopK over all levels side by side; they share its threshold."""
+        l0 = sum(self.level(number).l0 for number in pres)
+        code_BF, smallest = batch_top_k(torch.cat(list(pres.values()), 1), l0, self.level(max(pres)).guess())
+        for number in pres:
+            self.level(number).track_threshold(smallest)
+        return dict(zip(pres, torch.split(code_BF, [pre.shape[1] for pre in pres.values()], 1), strict=True))
 
     def _stacked(self, x_BD: Tensor, numbers: list[int]) -> Output:
         outputs: dict[int, LevelOutput] = {}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsae.cache.errors import UserError
+from hsae.cache.numerics import product
 from hsae.train.files import write_atomically
 
 CONFIG_FILE = "cfg.json"
@@ -90,9 +91,9 @@ class SAE:
         x = x.to(self.W_enc.dtype)
         centred = x - self.b_dec if self.apply_b_dec_to_input else x
         if self.architecture == "gated":
-            gate = (centred @ self.W_enc + self.extra["b_gate"] > 0).to(x.dtype)
-            return gate * torch.relu(centred @ (self.W_enc * self.extra["r_mag"].exp()) + self.extra["b_mag"])
-        pre = centred @ self.W_enc + self.b_enc
+            gate = (product(centred, self.W_enc) + self.extra["b_gate"] > 0).to(x.dtype)
+            return gate * torch.relu(product(centred, self.W_enc * self.extra["r_mag"].exp()) + self.extra["b_mag"])
+        pre = product(centred, self.W_enc) + self.b_enc
         if self.architecture == "jumprelu":
             return torch.relu(pre) * (pre > self.extra["threshold"])
         if self.architecture == "topk":
@@ -107,7 +108,7 @@ class SAE:
         """Reconstruction [..., D] from latent activations [..., F]."""
         if self.rescale_acts_by_decoder_norm:
             latents = latents / self.W_dec.norm(dim=-1)
-        return latents @ self.W_dec + self.b_dec
+        return product(latents, self.W_dec) + self.b_dec
 
     def to(self, *, dtype: torch.dtype | None = None, device: str | None = None) -> "SAE":
         """A copy with its weights in another type or place."""

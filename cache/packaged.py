@@ -1,0 +1,201 @@
+"""Text that comes with every CPython: English prose from its documentation, and the source code of its standard library.
+
+    python-docs    the language reference's topics and each module's docstrings, as they are: prose with signatures and examples
+    python-prose   the paragraphs of those topics, docstrings and of the modules' comments that are English prose (see `is_prose`)
+    python-source  each module's source code without docstrings and comments
+    python-mix     source, prose, source, prose, ... while both last, then the rest of the longer one; of a long module only the
+                   first 20,000 characters of source, so that prose is a good quarter of the text
+
+A document is a topic or a module; its own topic is `language` or the module's top-level package (asyncio, email, json, ...). Order is
+mixed by a fixed seed, and there are no doubles. Documents 0 to 2n-1 of python-mix are documents 0 to n-1 of python-source and of
+python-prose, so that windows of documents that don't overlap can be stated for all three, whatever the Python version.
+"""
+
+import ast
+import functools
+import importlib
+import itertools
+import random
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hsae.cache.errors import CorpusError
+
+SEED = 20240229
+LEAST_CHARACTERS = 200
+LEAST_WORDS = 8
+MOST_CHARACTERS_MIXED = 20_000
+SKIPPED_PARTS = {
+    "test",
+    "tests",
+    "idlelib",
+    "site-packages",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+    "__pycache__",
+    "pydoc_data",
+}
+TABLES = re.compile(r"encodings|_sysconfigdata.*")  # top-level names whose source is tables, not code
+STRING_OR_COMMENT = re.compile(
+    r"""\"{3}(?:\\.|[^\\])*?\"{3}|'{3}(?:\\.|[^\\])*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*""", re.DOTALL
+)
+WORD = re.compile(r"[\"'“‘(*]*[A-Za-z]+(?:['’-][A-Za-z]+)*[\"'”’)*]*[.,;:!?]*[\"'”’)]*")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a corpus."""
+
+    text: str
+    topic: str | None = None
+    """What it is about, where the corpus knows: documents of one topic belong together."""
+
+
+def _arranged(documents: Iterable[Document]) -> tuple[Document, ...]:
+    """Without doubles, in an order that depends on the texts alone."""
+    by_text = {document.text: document for document in documents if len(document.text) > LEAST_CHARACTERS}
+    texts = sorted(by_text)
+    random.Random(SEED).shuffle(texts)
+    if not texts:
+        raise CorpusError("this Python ships neither pydoc topics nor library sources; give another corpus")
+    return tuple(by_text[text] for text in texts)
+
+
+def _modules() -> list[tuple[Path, str]]:
+    """Files of the standard library and their top-level names, in the order of their paths."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [(file, file.relative_to(library).parts) for file in sorted(library.rglob("*.py"))]
+    return [(file, parts[0].removesuffix(".py")) for file, parts in files if not SKIPPED_PARTS & set(parts)]
+
+
+@functools.cache
+def python_docs() -> tuple[Document, ...]:
+    """Topics of the language reference, and each module's docstrings under their signatures."""
+    texts = [(text, "language") for text in _language()]
+    texts += [("\n\n".join(_docstrings(file, signatures=True)), topic) for file, topic in _modules()]
+    return _arranged(Document(text, topic) for text, topic in texts)
+
+
+@functools.cache
+def python_prose() -> tuple[Document, ...]:
+    """Prose paragraphs of the language reference's topics, and of each module's docstrings and comments."""
+    texts = [(text, "language") for text in _language()]
+    texts += [("\n\n".join([*_docstrings(file), *_comments(file)]), topic) for file, topic in _modules()]
+    return _arranged(Document(prose(text), topic) for text, topic in texts)
+
+
+@functools.cache
+def python_source() -> tuple[Document, ...]:
+    """Source code alone: no docstrings, no comments."""
+    return _arranged(Document(_code(file), topic) for file, topic in _modules() if not TABLES.fullmatch(topic))
+
+
+@functools.cache
+def python_mix() -> tuple[Document, ...]:
+    """Source and prose by turns, long source cut short."""
+    source = [replace(document, text=document.text[:MOST_CHARACTERS_MIXED]) for document in python_source()]
+    pairs = itertools.zip_longest(source, python_prose())
+    return tuple(document for pair in pairs for document in pair if document is not None)
+
+
+CORPORA: dict[str, Callable[[], tuple[Document, ...]]] = {
+    "python-docs": python_docs,
+    "python-prose": python_prose,
+    "python-source": python_source,
+    "python-mix": python_mix,
+}
+
+
+def prose(text: str) -> str:
+    """The paragraphs of a text that are prose, each on a line of its own."""
+    return "\n".join(" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if is_prose(part))
+
+
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph is English sentences: it begins with a capital, ends as a sentence does, has no examples, and of at
+    least eight words 85 % are plain words of letters (quotes, brackets and punctuation around them allowed)."""
+    words = paragraph.split()
+    if len(words) < LEAST_WORDS or ">>>" in words or not words[-1].rstrip("\"')”").endswith((".", "!", "?", ":")):
+        return False
+    if not words[0].lstrip("\"'(“*")[:1].isupper():
+        return False
+    return sum(WORD.fullmatch(word) is not None for word in words) >= 0.85 * len(words)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A module read."""
+
+    text: str
+    tree: ast.Module
+
+
+@functools.cache
+def _read(file: Path) -> _Module | None:
+    try:
+        text = file.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return None
+    return _Module(text, tree)
+
+
+def _language() -> list[str]:
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    return list(topics.values())
+
+
+def _docstrings(file: Path, *, signatures: bool = False) -> list[str]:
+    """A module's docstring and those of its classes and functions, each under its signature if asked for."""
+    if (read := _read(file)) is None:
+        return []
+    parts = []
+    for node in ast.walk(read.tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            text := ast.get_docstring(node)
+        ):
+            if isinstance(node, ast.Module) or not signatures:
+                parts.append(text)
+            elif isinstance(node, ast.ClassDef):
+                parts.append(f"class {node.name}\n{text}")
+            else:
+                parts.append(f"{node.name}({ast.unparse(node.args)})\n{text}")
+    return parts
+
+
+def _comments(file: Path) -> list[str]:
+    """Blocks of comment lines that have nothing else on them and follow each other, without their signs."""
+    if (read := _read(file)) is None:
+        return []
+    blocks: list[list[str]] = []
+    end = -1
+    for comment in _comment_signs(read.text):
+        start = read.text.rfind("\n", 0, comment.start()) + 1
+        if not read.text[start : comment.start()].strip():
+            if end != start:
+                blocks.append([])
+            blocks[-1].append(comment[0].lstrip("#!:").removeprefix(" "))
+            end = comment.end() + 1
+    return ["\n".join(block) for block in blocks]
+
+
+def _comment_signs(text: str) -> Iterator[re.Match[str]]:
+    """Every comment of a module: a # outside strings, to the end of the line."""
+    return (match for match in STRING_OR_COMMENT.finditer(text) if match[0].startswith("#"))
+
+
+def _code(file: Path) -> str:
+    """A module's source without comments and without strings that stand alone (docstrings among them); never two empty lines in a row."""
+    if (read := _read(file)) is None:
+        return ""
+    text = STRING_OR_COMMENT.sub(lambda match: "" if match[0].startswith("#") else match[0], read.text)
+    lines = text.split("\n")
+    for node in ast.walk(read.tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            last = node.end_lineno or node.lineno
+            lines[node.lineno - 1 : last] = [""] * (last - node.lineno + 1)
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)[ \t\f]+$", "", "\n".join(lines))).strip() + "\n"
