@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import platform
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ from hsae.cache.layout import ArraySpec, Header, HookSummary, arrays, chunk_rows
 from hsae.cache.lm import LanguageModel
 from hsae.cache.mapped import MappedArray
 from hsae.cache.remote import PARTIAL, Place, exists, locked, place, remove
+from hsae.cache.share import Share
 from hsae.cache.statistics import summarise
 
 Stage = Literal["tokens", "activations", "statistics"]
@@ -33,6 +35,8 @@ Progress = Callable[[StoreSpec, Stage, int, int, int], None]
 """Told the store, the stage, how many are done, how many there are, and the bytes of activations in one row."""
 
 SLICE_TOKENS = 128  # tokens unembedded at once: 64 MiB of bfloat16 logits at V = 262,144
+ALONE = Share()
+WAIT, POLL = 3600.0, 1.0  # seconds
 LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
 
 
@@ -44,11 +48,13 @@ def build(
     progress: Progress = lambda spec, stage, done, total, row_bytes: None,
     say: Callable[[str], None] = lambda text: None,
     documents: Iterable[Sequence[int]] | None = None,
+    share: Share = ALONE,
 ) -> list[Place]:
     """Make the stores that `specs` describe (of one model) in folder `root`, or finish them, and return their paths.
 
     The text of all of them is packed before the first activation is computed. `documents`, token ids without BOS, take the place of
-    the corpus's text. Raises UserError if a store can't be made; what is there stays.
+    the corpus's text. With a share of several, workers on one store divide its chunks: worker 0 packs the tokens and finishes the store,
+    the others return when no chunk is missing. Raises UserError if a store can't be made; what is there stays.
     """
     folder = place(root)
     targets: list[Place] = [folder / spec.name for spec in specs]
@@ -63,15 +69,18 @@ def build(
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:
         for _, target in missing:
-            locks.enter_context(locked(target))
+            locks.enter_context(locked(target, f".rank{share.rank}" if share.rank else ""))
+        if share.world > 1 and device == "cuda":
+            torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
         say(f"loading {specs[0].model.id}")
         model = LanguageModel.load(specs[0].model, device=device, say=say)
-        builders = [Builder(spec, target, model, progress, documents) for spec, target in missing]
+        builders = [Builder(spec, target, model, progress, documents, share) for spec, target in missing]
         for builder in builders:
             builder.prepare()
         for builder in builders:
             builder.write_activations()
-            builder.finish()
+            if share.rank == 0:
+                builder.finish()
     return targets
 
 
@@ -95,10 +104,11 @@ class Builder:
         model: LanguageModel,
         progress: Progress,
         documents: Iterable[Sequence[int]] | None = None,
+        share: Share = ALONE,
     ) -> None:
         self.spec, self.target, self.model, self.progress = spec, target, model, progress
         model.check_hooks(spec.hooks)
-        self.documents = documents
+        self.documents, self.share = documents, share
         self.corpus = open_corpus(spec.corpus) if documents is None else Corpus("token ids", "given", lambda: iter(()))
         self.specs = arrays(spec, model.d_model)
         self.step = chunk_rows(spec, model.d_model)
@@ -107,16 +117,34 @@ class Builder:
         self._ablated: dict[str, Tensor] = {}
 
     def prepare(self) -> None:
-        """Make the store if it isn't there, sweep up what a killed build left half-written, and pack the tokens."""
+        """Make the store if it isn't there, sweep up what a killed build left half-written, and pack the tokens.
+
+        Workers other than the first wait until that is done.
+        """
+        if self.share.rank:
+            self._await_tokens()
+            return self.check_same(read_header(self.target), self.header())
         if exists(self.target):
             self.check_same(read_header(self.target), self.header())
-            if isinstance(self.target, Path):
+            if isinstance(self.target, Path) and self.share.world == 1:
                 for leftover in self.target.rglob(f"*{PARTIAL}"):
                     leftover.unlink()
         else:
             every = {**self.specs, **statistics_arrays(self.spec, self.model.d_model)}
             writer.create(self.target, self.header(), every.values())
         self.write_tokens()
+
+    def _await_tokens(self) -> None:
+        """Wait until worker 0 has packed the tokens. Raises StoreError if there has been no new chunk of them for WAIT seconds."""
+        tokens, there, since = self.specs["tokens"], -1, time.monotonic()
+        while there < tokens.count:
+            found = len(tokens.written(self.target)) if exists(self.target) else 0
+            if found > there:
+                there, since = found, time.monotonic()
+            elif time.monotonic() - since > WAIT:
+                raise StoreError(f"worker 0 has packed no tokens into {self.target} for {WAIT:.0f} s; is it running?")
+            else:
+                time.sleep(POLL)
 
     def header(self) -> Header:
         """The header of the store while it is unfinished."""
@@ -207,8 +235,11 @@ class Builder:
     def write_activations(self) -> None:
         """Compute every chunk that is missing from any array of activations or losses."""
         held = {path: array.written(self.target) for path, array in self.specs.items()}
-        for index in range(self.specs["tokens"].count):
-            if missing := [array for array in self.row_arrays(index) if index not in held[array.path]]:
+        for index in self.share.order(self.specs["tokens"].count):
+            missing = [array for array in self.row_arrays(index) if index not in held[array.path]]
+            if self.share.world > 1:  # another worker may have written it since
+                missing = [array for array in missing if not array.is_written(self.target, index)]
+            if missing:
                 self.progress(self.spec, "activations", index * self.step, self.spec.rows, self.row_bytes)
                 self.write_chunks(index, missing)
 

@@ -85,9 +85,19 @@ def decode_chunk(root: Place, path: Place, data: bytes, spec: ArraySpec, listed:
 
 def read_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None = None) -> bytes:
     """The numbers of chunk `index`, fetched and checked. Raises DamagedChunkError."""
+    return decode_chunk(root, spec.chunk_file(root, index), _fetched(root, spec, index), spec, listed)
+
+
+def encoded_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None = None) -> bytes:
+    """The bytes of chunk `index`'s file, fetched and checked. Raises DamagedChunkError."""
+    data = _fetched(root, spec, index)
+    decode_chunk(root, spec.chunk_file(root, index), data, spec, listed)
+    return data
+
+
+def _fetched(root: Place, spec: ArraySpec, index: int) -> bytes:
     path = spec.chunk_file(root, index)
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise DamagedChunkError(root, path, "is missing") from None
-    return decode_chunk(root, path, data, spec, listed)

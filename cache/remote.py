@@ -231,7 +231,7 @@ def exists(target: Place) -> bool:
     return (target / "zarr.json").is_file() if isinstance(target, RemotePath) else target.is_dir()
 
 
-def locked(target: Place) -> AbstractContextManager[object]:
+def locked(target: Place, suffix: str = "") -> AbstractContextManager[object]:
     """The lock on a local store, taken; none on a remote one, whose builders do each other's work twice but no harm.
 
     Raises StoreError if another process builds or mends it.
@@ -239,7 +239,7 @@ def locked(target: Place) -> AbstractContextManager[object]:
     if isinstance(target, RemotePath):
         return contextlib.nullcontext()
     try:
-        return FileLock(target.with_name(f".{target.name}.lock")).acquire(timeout=0)
+        return FileLock(target.with_name(f".{target.name}{suffix}.lock")).acquire(timeout=0)
     except Timeout:
         raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
 

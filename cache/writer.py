@@ -21,24 +21,27 @@ from hsae.cache.dtype import NUMPY_BFLOAT16
 from hsae.cache.layout import CRC_BYTES, ITEM_BYTES, ArraySpec, Header, checks_array
 from hsae.cache.remote import Place, RemotePath, many, publish, sizes
 
-__all__ = ["TORCH_DTYPES", "create", "seal", "write_chunk", "write_header", "write_json"]
+__all__ = ["TORCH_DTYPES", "create", "seal", "write_chunk", "write_header", "write_json", "write_metadata"]
 
 
 def create(target: Place, header: Header, specs: Iterable[ArraySpec]) -> None:
     """Make an empty store with all its arrays; it appears whole or not at all."""
-    documents = _documents(header, specs)
     if isinstance(target, RemotePath):
-        for name in sorted(documents, key=lambda name: name == "zarr.json"):  # the header last
-            publish(target / name, documents[name])
-        return
+        return write_metadata(target, header, specs)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed; the builder holds the store's lock
     try:
-        for name, text in documents.items():
-            publish(partial / name, text)
+        write_metadata(partial, header, specs)
         partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_metadata(target: Place, header: Header, specs: Iterable[ArraySpec]) -> None:
+    """Write every zarr.json of a store, the one with the header last."""
+    documents = _documents(header, specs)
+    for name in sorted(documents, key=lambda name: name == "zarr.json"):
+        publish(target / name, documents[name])
 
 
 def _documents(header: Header, specs: Iterable[ArraySpec]) -> dict[str, bytes]:

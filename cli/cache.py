@@ -31,13 +31,14 @@ def build(
 ) -> None:
     """Run the language model once over the plan's text and write its activation stores.
 
-    Interrupted at any moment, the same command goes on where it was.
+    Interrupted at any moment, the same command goes on where it was. Under torchrun or Slurm the workers share the chunks.
 
     Example: hsae cache build --plan gemma-3-270m
     """
     from hsae.cache.build import build as build_store
     from hsae.cache.device import pick_device
     from hsae.cache.estimate import check_space, estimate
+    from hsae.cache.share import share
     from hsae.train.plan import load_plan
 
     loaded = load_plan(plan, overrides or ())
@@ -50,7 +51,12 @@ def build(
         return
     with _progress() as progress:
         paths = build_store(
-            specs, loaded.cache.dir, device=chosen, progress=progress, say=lambda text: console.print(escape(text))
+            specs,
+            loaded.cache.dir,
+            device=chosen,
+            progress=progress,
+            say=lambda text: console.print(escape(text)),
+            share=share(),
         )
     for spec, path in zip(specs, paths, strict=True):
         console.print(f"{spec.split} store: [bold]{escape(str(path))}[/]", soft_wrap=True)
