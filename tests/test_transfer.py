@@ -31,6 +31,24 @@ def test_there_and_back_again_gives_the_same_bytes(make_store, s3, scratch_home,
     assert torch.equal(ActivationStore.open(tmp_path / "back" / near.name).acts(HOOK, 0, 23), values[f"acts/{HOOK}"])
 
 
+def test_commands_take_urls(make_store):
+    url = f"memory://{uuid.uuid4().hex}"
+    target, _ = make_store(url)
+    run = CliRunner()
+    told = run.invoke(app, ["cache", "ls", url], env={"COLUMNS": "300"})
+    assert told.exit_code == 0 and target.name in told.output and "complete" in told.output
+    told = run.invoke(app, ["cache", "info", str(target)], env={"COLUMNS": "300"})
+    assert told.exit_code == 0 and "6 of 4 rows, mappable" in told.output
+    assert run.invoke(app, ["cache", "verify", str(target)]).exit_code == 0
+    chunk = target / "tokens/c/3/0"
+    chunk.write_bytes((target / "tokens/c/2/0").read_bytes())
+    told = run.invoke(app, ["cache", "verify", str(target)], env={"COLUMNS": "300"})
+    assert told.exit_code == 1
+    assert f"damaged {chunk} is another chunk, put in this one's place" in told.output
+    with pytest.raises(StoreError, match="there is no folder memory://nowhere; stores are made by `hsae cache build`"):
+        run.invoke(app, ["cache", "ls", "memory://nowhere"], catch_exceptions=False)
+
+
 def test_recoding_is_lossless_and_names_the_store_a_plan_of_that_codec_looks_for(make_store, scratch_home, tmp_path):
     near, values = make_store(tmp_path / "near")
     compact = copy(near, tmp_path / "other", codec="compact")
