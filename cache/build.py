@@ -65,6 +65,11 @@ def build(
     ]
     if not missing:
         return targets
+    if any(spec.codec == "int8" for spec, _ in missing):
+        raise StoreError(
+            "int8 stores are made from finished ones: build with --set cache.codec=mappable, then "
+            "`hsae cache recode STORE FOLDER --codec int8`"
+        )
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:

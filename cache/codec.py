@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hsae.cache.errors import StoreError
+from hsae.cache.int8 import dequantise, quantise
 from hsae.cache.layout import CRC_BYTES, ITEM_BYTES, ArraySpec
 from hsae.cache.remote import Place
 
@@ -46,12 +47,15 @@ def _blosc(item_bytes: int) -> Any:
     return Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE, typesize=item_bytes)
 
 
-def encode_chunk(spec: ArraySpec, values: Tensor) -> bytes:
-    """The bytes of a chunk's file, [rows, ...]; missing rows of the last chunk are padded with zeros."""
+def encode_chunk(spec: ArraySpec, values: Tensor, mean_D: Tensor | None = None) -> bytes:
+    """The bytes of a chunk's file, [rows, ...]; missing rows of the last chunk are padded with zeros. `int8` needs the mean [D]."""
     padded = torch.zeros(spec.chunks, dtype=TORCH_DTYPES[spec.dtype])
     padded[: len(values)] = values
     body: bytes = padded.flatten().view(torch.uint8).numpy().tobytes()
-    if spec.codec == "compact":
+    if spec.codec == "int8":
+        assert mean_D is not None
+        body = quantise(padded.float().numpy(), mean_D.float().numpy())
+    elif spec.codec == "compact":
         body = bytes(_blosc(ITEM_BYTES[spec.dtype]).encode(body))
     return body + crc32c(body).to_bytes(CRC_BYTES, "little")
 
@@ -74,6 +78,14 @@ def decode_chunk(root: Place, path: Place, data: bytes, spec: ArraySpec, listed:
     check_sums(root, path, crc32c(body), int.from_bytes(data[-CRC_BYTES:], "little"), listed)
     if spec.codec == "mappable":
         return bytes(body)
+    if spec.codec == "int8":
+        try:
+            vectors = torch.from_numpy(dequantise(body, spec.shape[-1])).to(TORCH_DTYPES[spec.dtype])
+        except ValueError:
+            raise DamagedChunkError(root, path, "does not decode to a chunk of this array") from None
+        if vectors.numel() * ITEM_BYTES[spec.dtype] != spec.chunk_bytes:
+            raise DamagedChunkError(root, path, "does not decode to a chunk of this array")
+        return bytes(vectors.flatten().view(torch.uint8).numpy().tobytes())
     # the header of a blosc chunk states the decoded size; a hostile one must not make us allocate more
     if len(body) < 16 or int.from_bytes(body[4:8], "little") != spec.chunk_bytes:
         raise DamagedChunkError(root, path, "does not decode to a chunk of this array")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Split = Literal["train", "eval"]
-Codec = Literal["mappable", "compact"]
+Codec = Literal["mappable", "compact", "int8"]
 HOOK_PATTERN = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 FORMAT_VERSION = 1
 
@@ -103,7 +103,8 @@ class CacheConfig(Config):
     chunk_mib: float = Field(default=32, gt=0)
     """Size of one chunk of activations; rounded to whole batches."""
     codec: Codec = "mappable"
-    """mappable: raw bytes + crc32c. compact: blosc(lz4, bitshuffle) + crc32c, decoded into scratch when read."""
+    """mappable: raw bytes + crc32c. compact: blosc(lz4, bitshuffle) + crc32c, decoded into scratch when read.
+    int8: lossy, half the bytes; made from a finished store by `hsae cache recode`."""
     train: TrainCacheConfig
     eval: EvalCacheConfig
 

@@ -13,9 +13,11 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from numcodecs.abc import Codec
+from numcodecs.registry import register_codec
 from numpy.typing import NDArray
 from zarr.abc.codec import ArrayBytesCodec
 from zarr.core.buffer import Buffer, NDBuffer
+from zarr.registry import register_codec as register_zarr_codec
 
 NAME = "hsae.int8"
 
@@ -30,7 +32,12 @@ def quantise(values: NDArray[Any], mean: NDArray[Any]) -> bytes:
     centred = values.reshape(-1, mean.shape[0]).astype(np.float32) - mean.astype(np.float32)
     scale = np.abs(centred).max(1, initial=0) / np.float32(127)
     quotient = np.divide(centred, scale[:, None], out=np.zeros_like(centred), where=scale[:, None] > 0)
-    parts = (np.array([mean.shape[0]], "<u4"), mean.astype("<f4"), scale.astype("<f4"), np.rint(quotient).astype(np.int8))
+    parts = (
+        np.array([mean.shape[0]], "<u4"),
+        mean.astype("<f4"),
+        scale.astype("<f4"),
+        np.rint(quotient).astype(np.int8),
+    )
     return b"".join(part.tobytes() for part in parts)
 
 
@@ -40,7 +47,9 @@ def dequantise(data: bytes | memoryview, width: int | None = None) -> NDArray[np
     found = int.from_bytes(view[:4], "little")
     vectors, rest = divmod(len(view) - 4 - 4 * found, 4 + found)
     if len(view) < 4 or found == 0 or vectors < 0 or rest or (width is not None and found != width):
-        raise ValueError(f"{len(view)} bytes that name width {found} are no int8 chunk" + (f" of width {width}" if width else ""))
+        raise ValueError(
+            f"{len(view)} bytes that name width {found} are no int8 chunk" + (f" of width {width}" if width else "")
+        )
     mean = np.frombuffer(view, "<f4", found, 4)
     scale = np.frombuffer(view, "<f4", vectors, 4 + 4 * found)
     numbers = np.frombuffer(view, np.int8, vectors * found, 4 + 4 * found + 4 * vectors).reshape(vectors, found)
@@ -94,3 +103,7 @@ class Int8Codec(ArrayBytesCodec):
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: Any) -> int:
         """Bytes of a chunk."""
         return encoded_bytes(math.prod(chunk_spec.shape[:-1]), chunk_spec.shape[-1])
+
+
+register_codec(Int8)
+register_zarr_codec(NAME, Int8Codec)

@@ -17,7 +17,8 @@ Losses hold what the model's dtype rounds to. Arrays with rows are cut into chun
 holds rows i*chunk_rows and following and lies at `<array>/c/<i>/0/0` (`/0` for each further axis). The last chunk is padded to full size.
 
 Codec `mappable`: a chunk file is its numbers in C order, little-endian, then their crc32c in 4 bytes (little-endian). The numbers can
-be memory-mapped at offset 0. Codec `compact` applies to acts and clean/final: blosc (lz4, bitshuffle), then crc32c.
+be memory-mapped at offset 0. Codec `compact` applies to acts and clean/final: blosc (lz4, bitshuffle), then crc32c. Codec `int8` applies to
+acts (clean/final is compact then): see `int8`, then crc32c.
 
 Files are published by rename, so a chunk file is whole if it is there; its crc32c tells whether it is what was written, and the list of
 checksums whether it is in its own place. A store is finished
@@ -69,6 +70,8 @@ class Header(Config):
     """Per hook; empty until the store is complete."""
     checks: int | None = Field(default=None, ge=0, lt=1 << 32)
     """crc32c of the list of checksums; None while unfinished, and in stores that were made before there was one."""
+    codec_error: dict[str, float] = Field(default_factory=dict)
+    """Codec int8: each hook's E||x - decoded||^2 / E||x - mean||^2 over a sample of chunks."""
     complete: bool = False
 
 
@@ -98,8 +101,8 @@ class ArraySpec:
     @property
     def codecs(self) -> list[dict[str, Any]]:
         """Codec metadata that zarr must show, without what a reader may add."""
-        blosc = [{"name": "blosc"}] if self.codec == "compact" else []
-        return [{"name": "bytes"}, *blosc, {"name": "crc32c"}]
+        names = {"mappable": ["bytes"], "compact": ["bytes", "blosc"], "int8": ["hsae.int8"]}
+        return [{"name": name} for name in (*names[self.codec], "crc32c")]
 
     def written(self, root: Place) -> set[int]:
         """Chunks that are there and, where their length is known, whole. One listing."""
@@ -133,11 +136,12 @@ def arrays(spec: StoreSpec, d_model: int) -> dict[str, ArraySpec]:
     """Every array with rows that a store of this description has, by path."""
     rows, step, context = spec.rows, chunk_rows(spec, d_model), spec.context
     dtype, codec = spec.model.dtype, spec.codec
+    lossless: Codec = "compact" if codec == "int8" else codec
     found = [ArraySpec("tokens", (rows, context), "int32", (step, context))]
     for hook in spec.hooks:
         found.append(ArraySpec(f"acts/{hook}", (rows, context, d_model), dtype, (step, context, d_model), codec))
     if clean := spec.clean_rows:
-        found.append(ArraySpec("clean/final", (clean, context, d_model), dtype, (step, context, d_model), codec))
+        found.append(ArraySpec("clean/final", (clean, context, d_model), dtype, (step, context, d_model), lossless))
         names = ["clean/loss", *(f"ablation/{hook}/{kind}" for hook in spec.hooks for kind in ("loss", "kl"))]
         found.extend(ArraySpec(name, (clean, context), "float32", (step, context)) for name in names)
     return {array.path: array for array in found}

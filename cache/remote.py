@@ -223,7 +223,7 @@ def children(target: Place) -> list[Place]:
     """What lies directly in a folder, sorted. Raises FileNotFoundError if there is no such folder."""
     if isinstance(target, RemotePath):
         return list(target.children())
-    return [*sorted(target.iterdir())]
+    return list[Place](sorted(target.iterdir()))
 
 
 def exists(target: Place) -> bool:

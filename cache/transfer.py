@@ -11,12 +11,22 @@ import numpy as np
 import torch
 
 from hsae.cache import writer
-from hsae.cache.codec import TORCH_DTYPES, decode_chunk, encode_chunk, encoded_chunk
+from hsae.cache.codec import TORCH_DTYPES, decode_chunk, encode_chunk, encoded_chunk, read_chunk
 from hsae.cache.config import Codec
 from hsae.cache.errors import StoreError
-from hsae.cache.layout import ArraySpec, Header, check_array, checks_array, every_array, read_header
+from hsae.cache.layout import (
+    ArraySpec,
+    Header,
+    arrays,
+    check_array,
+    checks_array,
+    every_array,
+    read_header,
+    statistics_arrays,
+)
 from hsae.cache.mapped import read_checks
 from hsae.cache.remote import Place, locked, many, place, publish, size_of, sizes
+from hsae.cache.statistics import MOST_CHUNKS
 from hsae.cache.verify import verify
 
 
@@ -36,14 +46,16 @@ def copy(
     if not header.complete:
         raise StoreError(f"{root} is not finished; go on with `hsae cache build`")
     wanted = header
-    if codec is not None:
+    if header.spec.codec == "int8" and codec not in (None, "int8"):
+        raise StoreError(f"{root} holds int8, which is not exact; recode the store that it was made from")
+    if codec is not None and codec != header.spec.codec:
         wanted = header.model_copy(update={"spec": header.spec.model_copy(update={"codec": codec}), "checks": None})
     target = place(folder) / wanted.spec.name
     if str(target) == str(root):
         raise StoreError(f"{root} is already there; give another folder, or another codec")
     if size_of(target / "zarr.json") is not None:
         held = read_header(target)
-        if held.model_copy(update={"checks": wanted.checks}) != wanted:
+        if held.model_copy(update={"checks": wanted.checks, "codec_error": wanted.codec_error}) != wanted:
             raise StoreError(f"{target} is another store of the same name; move it away, or copy to another folder")
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +63,8 @@ def copy(
         _copy_chunks(root, target, header, wanted, progress)
         specs = every_array(wanted)
         if wanted.checks is None:
-            wanted = wanted.model_copy(update={"checks": writer.seal(target, specs)})
+            errors = _errors(root, header, wanted) if wanted.spec.codec == "int8" else {}
+            wanted = wanted.model_copy(update={"checks": writer.seal(target, specs), "codec_error": errors})
         else:
             listed = checks_array(specs)
             publish(listed.chunk_file(target, 0), encoded_chunk(root, listed, 0, wanted.checks))
@@ -65,6 +78,33 @@ def copy(
     return target
 
 
+def _mean(root: Place, header: Header, path: str) -> torch.Tensor:
+    """The mean [D] of the hook whose activations lie at `path`."""
+    spec = statistics_arrays(header.spec, header.d_model)[f"stats/{path.removeprefix('acts/')}/mean"]
+    return torch.frombuffer(bytearray(read_chunk(root, spec, 0)), dtype=torch.float64)
+
+
+def _numbers(root: Place, spec: ArraySpec, index: int, data: bytes) -> torch.Tensor:
+    numbers = decode_chunk(root, spec.chunk_file(root, index), data, spec)
+    return torch.frombuffer(bytearray(numbers), dtype=TORCH_DTYPES[spec.dtype]).view(spec.chunks)
+
+
+def _errors(root: Place, header: Header, wanted: Header) -> dict[str, float]:
+    """What int8 loses at each hook: E||x - decoded||^2 / E||x - mean||^2 over evenly spaced chunks."""
+    theirs, found = arrays(wanted.spec, wanted.d_model), {}
+    for path, spec in arrays(header.spec, header.d_model).items():
+        if theirs[path].codec == "int8":
+            mean, lost, spread = _mean(root, header, path), 0.0, 0.0
+            for index in range(0, spec.count, -(-spec.count // MOST_CHUNKS)):
+                rows = min(spec.chunks[0], spec.shape[0] - index * spec.chunks[0])
+                values = _numbers(root, spec, index, encoded_chunk(root, spec, index))
+                decoded = _numbers(root, theirs[path], index, encode_chunk(theirs[path], values, mean))
+                lost += float((values - decoded)[:rows].double().square().sum())
+                spread += float((values[:rows].double() - mean).square().sum())
+            found[path.removeprefix("acts/")] = lost / spread
+    return found
+
+
 def _copy_chunks(
     root: Place, target: Place, header: Header, wanted: Header, progress: Callable[[int, int], None]
 ) -> None:
@@ -76,17 +116,20 @@ def _copy_chunks(
     for spec, other in pairs:
         listed = checks.get(spec.path)
         lengths = sizes(root / spec.path / "c") if spec == other else {}
+        mean = _mean(root, header, spec.path) if other.codec == "int8" and spec != other else None
         there = sizes(target / spec.path / "c")
 
-        def transfer(index: int, spec: ArraySpec = spec, other: ArraySpec = other, listed: object = listed) -> None:
+        def transfer(
+            index: int,
+            spec: ArraySpec = spec,
+            other: ArraySpec = other,
+            listed: object = listed,
+            mean: torch.Tensor | None = mean,
+        ) -> None:
             expected = None if listed is None else int(np.asarray(listed)[index])
             data = encoded_chunk(root, spec, index, expected)
             if spec != other:
-                numbers = torch.frombuffer(
-                    bytearray(decode_chunk(root, spec.chunk_file(root, index), data, spec)),
-                    dtype=TORCH_DTYPES[spec.dtype],
-                )
-                data = encode_chunk(other, numbers.view(spec.chunks))
+                data = encode_chunk(other, _numbers(root, spec, index, data), mean)
             publish(other.chunk_file(target, index), data)
 
         missing = [

@@ -18,6 +18,7 @@ from zarr.storage import MemoryStore
 
 from hsae.cache.codec import TORCH_DTYPES, DamagedChunkError, encode_chunk
 from hsae.cache.dtype import NUMPY_BFLOAT16
+from hsae.cache.int8 import Int8Codec
 from hsae.cache.layout import CRC_BYTES, ITEM_BYTES, ArraySpec, Header, checks_array
 from hsae.cache.remote import Place, RemotePath, many, publish, sizes
 
@@ -61,7 +62,7 @@ def _create_array(group: zarr.Group, spec: ArraySpec) -> None:
         chunks=spec.chunks,
         dtype=NUMPY_BFLOAT16 if spec.dtype == "bfloat16" else np.dtype(spec.dtype),
         filters=(),
-        serializer=BytesCodec(endian="little"),
+        serializer=Int8Codec() if spec.codec == "int8" else BytesCodec(endian="little"),
         compressors=(*((compact,) if spec.codec == "compact" else ()), Crc32cCodec()),
         fill_value=0,
     )

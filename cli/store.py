@@ -26,7 +26,7 @@ def recode(
     source: SourceArgument,
     folder: FolderArgument,
     codec: Annotated[
-        Literal["mappable", "compact"], typer.Option("--codec", help="Codec of the copy; both are lossless.")
+        Literal["mappable", "compact", "int8"], typer.Option("--codec", help="Codec of the copy; int8 is lossy.")
     ],
 ) -> None:
     """Copy a store into another codec; plans find the copy with --set cache.codec=CODEC.
@@ -36,7 +36,7 @@ def recode(
     _transfer(source, folder, codec)
 
 
-def _transfer(source: str, folder: str, codec: Literal["mappable", "compact"] | None) -> None:
+def _transfer(source: str, folder: str, codec: Literal["mappable", "compact", "int8"] | None) -> None:
     from hsae.cache.transfer import copy as copy_store
 
     columns = (TextColumn("copying"), BarColumn(), TextColumn("{task.completed}/{task.total} chunks"))
