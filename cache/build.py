@@ -220,16 +220,35 @@ class Builder:
         state_file.unlink(missing_ok=True)
 
     def _token_documents(self, first: int) -> Iterator[Sequence[int]]:
+        if self.spec.rows_per_document is not None:
+            return itertools.islice(iter(self._row_documents()), first, None)
         if self.documents is not None:
             return itertools.islice(self.documents, first, None)
         return tokenised(itertools.islice(self.corpus.open(), first, None), self.model.tokenizer)
+
+    def _row_documents(self) -> list[list[int]]:
+        """Documents of exactly one row each, cut from those of the corpus; whose they are is written beside the tokens."""
+        assert self.spec.rows_per_document is not None
+        length = self.spec.context - self.spec.prepend_bos
+        documents, kept = self.corpus.documents(), []
+        texts = itertools.tee(documents)
+        rows: list[list[int]] = []
+        ids = tokenised((document.text for document in texts[0]), self.model.tokenizer)
+        for number, (document, tokens) in enumerate(zip(texts[1], ids, strict=True)):
+            for row in range(min(self.spec.rows_per_document, len(tokens) // length)):
+                rows.append(tokens[row * length : (row + 1) * length])
+                kept.append([number, document.topic])
+            if len(rows) >= self.spec.rows:
+                break
+        writer.write_json(self.target / "documents.json", kept[: self.spec.rows])
+        return rows[: self.spec.rows]
 
     def _too_little_text(self, rows: int) -> None:
         spec = self.spec
         last = "" if spec.corpus.last_document is None else f" to {spec.corpus.last_document - 1}"
         if not any(array.written(self.target) for path, array in self.specs.items() if path.startswith("acts/")):
             remove(self.target)  # tokens only: nothing that took long is lost
-        change = "cache.train.rows" if spec.split == "train" else "cache.eval.batches_variance"
+        change = {"train": "cache.train.rows", "eval": "cache.eval.batches_variance"}.get(spec.split, "unlearning.rows")
         raise CorpusError(
             f"corpus {spec.corpus.corpus!r}, documents {spec.corpus.first_document}{last or ' to the last'}, gives {rows} rows of "
             f"{spec.context} tokens; {spec.rows} were asked for. Lower {change}, or use more text"
@@ -292,17 +311,16 @@ class Builder:
         targets = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], 1).flatten().long().to(final.device)
         flat = final.flatten(0, 1)
         kept = {"clean/loss": torch.zeros(rows * context)}
-        kept |= {
-            f"ablation/{hook}/{kind}": torch.zeros(rows * context)
-            for hook in self.spec.hooks
-            for kind in ("loss", "kl")
-        }
+        hooks = self.spec.hooks if self.spec.split == "eval" else ()  # whose residual is zeroed
+        kept |= {f"ablation/{hook}/{kind}": torch.zeros(rows * context) for hook in hooks for kind in ("loss", "kl")}
         for first in range(0, rows * context, SLICE_TOKENS):
             part = slice(first, first + SLICE_TOKENS)
             logits = self.model.unembed(flat[part])
             kept["clean/loss"][part] = losses.cross_entropy(logits, targets[part]).float().cpu()
+            if not hooks:
+                continue
             clean = losses.distribution(logits)
-            for hook in self.spec.hooks:
+            for hook in hooks:
                 ablated = self.ablated_logits(hook).expand_as(logits)
                 kept[f"ablation/{hook}/loss"][part] = losses.cross_entropy(ablated, targets[part]).float().cpu()
                 kept[f"ablation/{hook}/kl"][part] = (

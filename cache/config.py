@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Split = Literal["train", "eval"]
+Split = Literal["train", "eval", "forget", "retain"]
 Codec = Literal["mappable", "compact", "int8"]
 HOOK_PATTERN = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 FORMAT_VERSION = 1
@@ -23,7 +23,7 @@ class ModelConfig(Config):
     """The `[model]` table."""
 
     id: str = Field(min_length=1)
-    """A hub id, a local directory, a .gguf file, or the packaged `gemma-3-270m`."""
+    """A hub id, a local directory, a .gguf file, or a packaged model: `gemma-3-270m`, `smollm2-135m-instruct`."""
     revision: str | None = None
     """Hub revision (commit, tag or branch); None is the default branch."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
@@ -125,11 +125,14 @@ class StoreSpec(Config):
     """Rows in all."""
     clean_rows: int
     """The first so many rows also keep the clean loss, final vector and ablation constants (0 for train)."""
+    rows_per_document: int | None = None
+    """A row holds the text of one document, which gives at most so many rows; None packs documents one after the other."""
 
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits over every field and the format version."""
-        text = json.dumps({"format": FORMAT_VERSION, **self.model_dump(mode="json")}, sort_keys=True)
+        unset = {"rows_per_document"} if self.rows_per_document is None else None  # it came later; names stay
+        text = json.dumps({"format": FORMAT_VERSION, **self.model_dump(mode="json", exclude=unset)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -139,7 +142,7 @@ class StoreSpec(Config):
         return f"{slug}-{self.split}-{self.fingerprint}.zarr"
 
 
-def store_spec(split: Split, model: ModelConfig, hook: HookConfig, cache: CacheConfig) -> StoreSpec:
+def store_spec(split: Literal["train", "eval"], model: ModelConfig, hook: HookConfig, cache: CacheConfig) -> StoreSpec:
     """The store a plan's tables ask for, for `split`."""
     if split == "train":
         part: CorpusConfig = cache.train

@@ -7,7 +7,7 @@ A store is a directory holding a zarr v3 group, written with zarr-python and rea
     acts/<hook>/                       dtype   [R, T, D]      residual at the hook
     clean/loss/                        float32 [C, T]         evaluation stores: next-token loss of the clean model, nats; last column 0
     clean/final/                       dtype   [C, T, D]      evaluation stores: normed residual just before unembedding
-    ablation/<hook>/loss/, .../kl/     float32 [C, T]         evaluation stores: loss, and KL(clean||ablated), with the residual zeroed
+    ablation/<hook>/loss/, .../kl/     float32 [C, T]         split `eval` only: loss, and KL(clean||ablated), with the residual zeroed
     stats/<hook>/mean/, .../geometric_median/  float64 [D]    over a sample of non-special tokens
     checks/                            uint32  [chunks]       finished stores: the crc32c that ends each chunk of the arrays above, array by
                                                               array in this order; the header holds the list's own crc32c
@@ -19,6 +19,9 @@ holds rows i*chunk_rows and following and lies at `<array>/c/<i>/0/0` (`/0` for 
 Codec `mappable`: a chunk file is its numbers in C order, little-endian, then their crc32c in 4 bytes (little-endian). The numbers can
 be memory-mapped at offset 0. Codec `compact` applies to acts and clean/final: blosc (lz4, bitshuffle), then crc32c. Codec `int8` applies to
 acts (clean/final is compact then): see `int8`, then crc32c.
+
+Stores of split `forget` and `retain` have a file `documents.json` beside: for each row, the number of its document in the corpus
+window and its topic (or null).
 
 Files are published by rename, so a chunk file is whole if it is there; its crc32c tells whether it is what was written, and the list of
 checksums whether it is in its own place. A store is finished
@@ -142,7 +145,9 @@ def arrays(spec: StoreSpec, d_model: int) -> dict[str, ArraySpec]:
         found.append(ArraySpec(f"acts/{hook}", (rows, context, d_model), dtype, (step, context, d_model), codec))
     if clean := spec.clean_rows:
         found.append(ArraySpec("clean/final", (clean, context, d_model), dtype, (step, context, d_model), lossless))
-        names = ["clean/loss", *(f"ablation/{hook}/{kind}" for hook in spec.hooks for kind in ("loss", "kl"))]
+        names = ["clean/loss"]
+        if spec.split == "eval":
+            names += [f"ablation/{hook}/{kind}" for hook in spec.hooks for kind in ("loss", "kl")]
         found.extend(ArraySpec(name, (clean, context), "float32", (step, context)) for name in names)
     return {array.path: array for array in found}
 

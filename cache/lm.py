@@ -146,16 +146,17 @@ class LanguageModel:
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits [B, T, V] of the whole model, the ordinary way."""
-        with self._products():
+        with self.products():
             result: Tensor = self.model(input_ids=tokens_BT.to(self.device).long(), use_cache=False).logits
         return result
 
     def _run(self, **inputs: Tensor) -> Tensor:
-        with self._products():
+        with self.products():
             output: Tensor = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
         return output
 
-    def _products(self) -> contextlib.AbstractContextManager[object]:
+    def products(self) -> contextlib.AbstractContextManager[object]:
+        """How this model multiplies matrices on its device: enter it around other calls of `model`."""
         return WidenedProducts() if self._widens else contextlib.nullcontext()
 
     @contextlib.contextmanager

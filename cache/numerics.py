@@ -30,7 +30,10 @@ PRODUCTS = frozenset(
 @functools.cache
 def bfloat16_is_slow(device: str) -> bool:
     """Whether bfloat16 matrix products on this device are emulated number by number."""
-    return torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if torch.device(device).type != "cpu":
+        return False
+    known = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return not (known and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class WidenedProducts(TorchFunctionMode):

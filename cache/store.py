@@ -3,6 +3,7 @@
 Shapes: R rows, T context length, D residual width.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -78,6 +79,17 @@ class ActivationStore:
         array = self._arrays[path]
         if not array.in_place:
             self._prefetcher.order([partial(array.fetch, int(index)) for index in chunks])
+
+    def documents(self) -> list[tuple[int, str | None]]:
+        """For each row, the number of its document and its topic. Raises StoreError if the store's rows mix documents."""
+        path = self.root / "documents.json"
+        try:
+            held = [(int(number), topic) for number, topic in json.loads(path.read_text())]
+        except (OSError, ValueError, TypeError) as error:
+            raise StoreError(f"{path} can't be read ({error}); build the store again") from None
+        if len(held) != self.rows:
+            raise StoreError(f"{path} tells of {len(held)} rows, the store has {self.rows}; build the store again")
+        return held
 
     def special_mask(self, tokens: Tensor) -> Tensor:
         """True where a token is pad, EOS or BOS."""

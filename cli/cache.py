@@ -14,7 +14,7 @@ from hsae.cli.common import DeviceOption, PlanOption, SetOption, console
 
 if TYPE_CHECKING:
     from hsae.cache.build import Progress as BuildProgress
-    from hsae.cache.config import StoreSpec
+    from hsae.cache.config import Split, StoreSpec
     from hsae.cache.estimate import Estimate
 
 app = typer.Typer(no_args_is_help=True)
@@ -26,6 +26,12 @@ def build(
     plan: PlanOption = None,
     overrides: SetOption = None,
     split: Annotated[Literal["train", "eval", "both"], typer.Option("--split", help="Which store.")] = "both",
+    suite: Annotated[
+        Literal["unlearning"] | None,
+        typer.Option(
+            "--suite", help="The stores of an evaluation suite instead: forget and retain text for unlearning."
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and estimated time, and stop.")] = False,
 ) -> None:
@@ -43,7 +49,8 @@ def build(
 
     loaded = load_plan(plan, overrides or ())
     chosen = pick_device(device)
-    specs = [loaded.store(name) for name in ("eval", "train") if split in (name, "both")]
+    names: tuple[Split, ...] = ("forget", "retain") if suite == "unlearning" else ("eval", "train")
+    specs = [loaded.store(name) for name in names if suite or split in (name, "both")]
     estimates = [estimate(spec, loaded.cache.dir, chosen) for spec in specs]
     console.print(_sizes(estimates, loaded.name, chosen))
     check_space(estimates)

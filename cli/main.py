@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hsae.cli import ablate, cache, quickstart, report, store, train
+from hsae.cli import ablate, cache, quickstart, report, store, train, unlearning
 from hsae.cli import eval as eval_commands
 from hsae.cli.common import errors
 
@@ -20,6 +20,7 @@ cache.app.command("recode")(store.recode)
 app.add_typer(cache.app, name="cache", help="Write, check and list activation stores.")
 app.command(name="train")(train.train)
 app.add_typer(eval_commands.app, name="eval", help="Measure trained SAEs.")
+eval_commands.app.command(name="unlearning")(unlearning.unlearning)
 app.command(name="report")(report.report)
 app.command(name="ablate")(ablate.ablate)
 app.command(name="quickstart")(quickstart.quickstart)

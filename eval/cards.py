@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hsae.cache.store import ActivationStore
-from hsae.eval import contexts, figures
+from hsae.eval import contexts, maps
 from hsae.train.model import CompositionMap, TrainedModel
 from hsae.train.views import View
 
@@ -58,7 +58,7 @@ def _families(
     every = sorted({child for found in children.values() for child in found})
     shown = contexts.top_contexts(views[coarse], store, hook, tokenizer, seen, parents, CONTEXTS_SHOWN)
     under = contexts.top_contexts(views[fine], store, hook, tokenizer, below, every, CHILD_CONTEXTS_SHOWN)
-    ratios = figures.participation_ratio(shares_FG)
+    ratios = maps.participation_ratio(shares_FG)
     cards = []
     for parent in parents:
         nested = [

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from hsae.cache.errors import UserError
+from hsae.eval.maps import edges, half_normal, participation_ratio
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito: colour-blind safe
 GREY = "#7f7f7f"
 TEXT = "#010203"
 VARIABLES = {TEXT: "currentColor", GREY: "var(--grey)"} | {color: f"var(--c{n})" for n, color in enumerate(PALETTE)}
 MOST_ROWS_DRAWN, MOST_COLUMNS_DRAWN = 64, 160
+TREES_DRAWN, CHILDREN_DRAWN = 4, 6
 STYLE: Any = {  # matplotlib types its keys one by one
     "svg.hashsalt": "hsae", "svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif", "font.size": 9,
     "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT,
@@ -167,19 +169,6 @@ def _shade_stages(axes: Any, lines: Sequence[dict[str, Any]], metrics: Sequence[
 # --- composition ----------------------------------------------------------------------------------------------------
 
 
-def participation_ratio(contributions_FG: Tensor) -> Tensor:
-    """(sum |C|)^2 / sum C^2 of each row, [F]: the number of fine latents a coarse one is made of; 1 is a copy, 0 an empty row."""
-    absolute = contributions_FG.abs()
-    return absolute.sum(1).square() / absolute.square().sum(1).clamp_min(1e-30)
-
-
-def permuted(contributions_FG: Tensor) -> Tensor:
-    """The same entries in random places (fixed seed): a map with equal weights and no structure."""
-    generator = torch.Generator().manual_seed(0)
-    flat = contributions_FG.flatten()
-    return flat[torch.randperm(len(flat), generator=generator)].view_as(contributions_FG)
-
-
 def drawn_part(contributions_FG: Tensor) -> Tensor:
     """The strongest rows, strongest first, and the columns that matter to them, ordered so that what a row is made of lies on a diagonal."""
     contributions_FG = contributions_FG.abs()
@@ -218,16 +207,16 @@ def _of(shown: int, count: int) -> str:
 
 
 def composition(contributions_FG: Tensor, level: int) -> str:
-    """The map W between two levels, and how many fine latents each coarse one is made of, beside the permuted map. SVG."""
+    """A map W between two levels, and how many fine latents each coarse one is made of, beside a random map of its density. SVG."""
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.6), width_ratios=(2, 1))
     image = _matrix(left, contributions_FG, f"what level {level} is made of")
     bar = figure.colorbar(image, ax=left, fraction=0.03, pad=0.015, label="contribution: w · rms(fine) / rms(coarse)")
     bar.outline.set_linewidth(0.6)
-    ratios, null = participation_ratio(contributions_FG), participation_ratio(permuted(contributions_FG))
+    ratios, null = participation_ratio(contributions_FG), participation_ratio(reference(contributions_FG))
     top = max(2.0, float(torch.cat([ratios, null]).quantile(0.99)))
     bins = torch.linspace(0, top, 30).tolist()
-    right.hist(ratios.clamp_max(top).numpy(), bins=bins, color=PALETTE[0], alpha=0.75, label="learned W")
-    outline = {"histtype": "step", "color": PALETTE[1], "linewidth": 1.5, "label": "permuted W (reference)"}
+    right.hist(ratios.clamp_max(top).numpy(), bins=bins, color=PALETTE[0], alpha=0.75, label="this map")
+    outline = {"histtype": "step", "color": PALETTE[1], "linewidth": 1.5, "label": "random map (null)"}
     right.hist(null.clamp_max(top).numpy(), bins=bins, **outline)
     right.margins(y=0.3)
     right.set_title("participation ratio")
@@ -235,6 +224,51 @@ def composition(contributions_FG: Tensor, level: int) -> str:
     right.set_ylabel("number of coarse latents")
     right.legend(loc="upper right", fontsize=8)
     return _svg(figure, f"Composition matrix of level {level} and its distribution of participation ratios")
+
+
+def reference(contributions_FG: Tensor) -> Tensor:
+    """The map beside which participation ratios are drawn: half-normal weights, as many a row and of the same size, in random places."""
+    alive_G = (contributions_FG != 0).any(0)
+    return half_normal(contributions_FG, alive_G, torch.Generator().manual_seed(0))
+
+
+def trees(contributions_FG: Tensor, level: int) -> str:
+    """The coarse latents with the largest sum of C^2, each with its strongest children; what is not drawn is told. SVG."""
+    power_F = contributions_FG.square().sum(1)
+    parents = [
+        parent for parent in power_F.topk(min(TREES_DRAWN, len(power_F))).indices.tolist() if power_F[parent] > 0
+    ]
+    figure, axes = pyplot().subplots(1, max(1, len(parents)), figsize=(9, 2.3), squeeze=False)
+    children_FG = edges(contributions_FG)
+    widest = max(1e-9, float(contributions_FG.max()))
+    for axis in axes[0]:
+        axis.set_axis_off()
+    for axis, parent in zip(axes[0], parents, strict=False):
+        _tree(axis, parent, contributions_FG[parent], children_FG[parent], level, widest)
+    return _svg(
+        figure, f"The strongest latents of level {level} with the latents of level {level - 1} they are made of"
+    )
+
+
+def _tree(axis: Any, parent: int, share_G: Tensor, child_G: Tensor, level: int, widest: float) -> None:
+    """One parent on the left, its strongest children on the right; lines are as thick as contributions."""
+    count = int(child_G.sum())
+    shown = torch.where(child_G, share_G, 0.0).topk(min(CHILDREN_DRAWN, count)).indices.tolist()
+    middle = (CHILDREN_DRAWN - 1) / 2
+    for place, child in enumerate(shown):
+        height = CHILDREN_DRAWN - 1 - place
+        share = float(share_G[child])
+        axis.plot([0, 1], [middle, height], color=PALETTE[0], linewidth=0.4 + 4 * share / widest, alpha=0.55)
+        axis.plot([1], [height], "o", color=PALETTE[0], markersize=3.5)
+        axis.text(1.07, height, f"{child}", va="center", fontsize=7.5)
+        axis.text(1.75, height, f"{share:.2f}", va="center", ha="right", fontsize=7.5)
+    axis.plot([0], [middle], "o", color=PALETTE[1], markersize=6)
+    rest = 1 - float(share_G[shown].square().sum() / share_G.square().sum())
+    axis.set_title(f"level {level} latent {parent}", fontsize=8.5)
+    text = f"{count} children; {rest:.0%} of ΣC² not drawn"
+    axis.text(0, -0.9, text, fontsize=7, va="top")
+    axis.set_xlim(-0.1, 2)
+    axis.set_ylim(-1.4, CHILDREN_DRAWN - 0.5)
 
 
 # --- one picture ----------------------------------------------------------------------------------------------------

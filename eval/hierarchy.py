@@ -80,7 +80,7 @@ def evaluate_runs(
     the first trained flat run of the same activation. `progress` is given a run's label and hears of its passes. Raises UserError for a run
     that has not been trained, before any compute.
     """
-    for plan, config in (*runs, *((plan, compare) for plan, _ in runs[:1] if compare is not None)):
+    for plan, config in (*runs, *((plan, compare) for plan, _ in runs if compare is not None)):
         if not is_trained(plan, config):
             raise UserError(
                 f"run {plan.label(config)} of plan {plan.name} has not been trained to its end in {plan.run_dir(config)}; "

@@ -6,6 +6,7 @@ Fine latent j is a *child* of i where C_ij >= EDGE_SHARE * max_j C_ij (and C_ij 
 Shapes: F coarse latents (level l), G fine latents (level l-1).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -117,15 +118,14 @@ def _order(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 def participation_ratio(contributions_FG: Tensor) -> Tensor:
     """(sum |C|)^2 / sum C^2 of each row, [F]: the number of fine latents a coarse one is made of; 1 is a copy, 0 an empty row."""
-    total_F: Tensor = contributions_FG.abs().sum(1)
-    square_F: Tensor = contributions_FG.square().sum(1)
-    return total_F * total_F / square_F.clamp_min(1e-30)
+    total_F, square_F = contributions_FG.abs().sum(1), contributions_FG.square().sum(1)
+    return total_F.square() / square_F.clamp_min(1e-30)
 
 
 def hoyer(contributions_FG: Tensor) -> Tensor:
     """(sqrt(n) - |c|_1/|c|_2) / (sqrt(n) - 1) of each row, [F], n its length: 1 one entry, 0 all equal; NaN for an empty row or n = 1."""
-    root = contributions_FG.shape[1] ** 0.5
-    norm_F = contributions_FG.norm(dim=1)
+    root = math.sqrt(contributions_FG.shape[1])
+    norm_F: Tensor = contributions_FG.norm(dim=1)
     return (root - contributions_FG.abs().sum(1) / norm_F) / (root - 1)
 
 

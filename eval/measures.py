@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from hsae.eval import maps
 from hsae.eval.corrected import LEVEL, RESAMPLES, SEED, measure
+from hsae.eval.maps import LevelMap
 from hsae.eval.pairs import MapSums, PairCounts
 from hsae.eval.probes import Probes
 
@@ -38,16 +39,17 @@ class UnitMean:
     over: str
 
     def value(self) -> float | None:
-        """None if there is no unit."""
+        """None if there is no unit, or one's value does not exist."""
         below = float(self.below_U.sum())
-        return float(self.above_U[self.below_U > 0].sum()) / below if below > 0 else None
+        value = float(self.above_U[self.below_U > 0].sum()) / below if below > 0 else math.nan
+        return value if math.isfinite(value) else None
 
     def estimate(self) -> Estimate:
         """The value with its bootstrap interval over units."""
         used_U = self.below_U > 0
         sums_U2 = torch.stack([self.above_U[used_U], self.below_U[used_U]], 1).double().cpu()
         units = len(sums_U2)
-        if units < 2:
+        if units < 2 or self.value() is None:
             return Estimate(self.value())
         generator = torch.Generator().manual_seed(SEED)
         step = max(1, DRAWN // units)
@@ -114,14 +116,16 @@ def measures(
 ) -> dict[str, UnitMean | Resampled]:
     """Every measure of one map. `alive_G`: fine latents that fired where the map was read; `single`: the best one-input map."""
     return {
-        **sparsity(part.map.contributions_FG[:, alive_G], part.map.edges_FG[:, alive_G]),
+        **sparsity(part.map, alive_G),
         **composition(part, single),
         **consistency(counts, part, geometry),
     }
 
 
-def sparsity(contributions_FA: Tensor, edges_FA: Tensor) -> dict[str, UnitMean | Resampled]:
+def sparsity(part: LevelMap, alive_G: Tensor) -> dict[str, UnitMean | Resampled]:
     """What is read off the weights alone, over the fine latents that are alive."""
+    kept_G = alive_G if bool(alive_G.any()) else ~alive_G  # of a dead level all, whose rows are empty
+    contributions_FA, edges_FA = part.contributions_FG[:, kept_G], part.edges_FG[:, kept_G]
     filled_F = contributions_FA.abs().sum(1) > 0
     parents_A = edges_FA.sum(0)
     found: dict[str, UnitMean | Resampled] = {
@@ -134,7 +138,7 @@ def sparsity(contributions_FA: Tensor, edges_FA: Tensor) -> dict[str, UnitMean |
     }
     found["children_per_parent"] = UnitMean(edges_FA.sum(1), filled_F, "coarse latents")
     found["parents_per_child"] = UnitMean(parents_A, parents_A > 0, "fine latents")
-    found["orphan_rate"] = UnitMean(parents_A == 0, torch.ones_like(parents_A), "fine latents")
+    found["orphan_rate"] = UnitMean(parents_A == 0, alive_G[kept_G], "fine latents")
     return found
 
 

@@ -106,7 +106,7 @@ class PairCounts:
         self.fine_GG = torch.zeros(fine, fine, dtype=torch.int32, device=device)
         self.fires_F = torch.zeros(coarse, dtype=torch.int64, device=device)
         self.fires_G = torch.zeros(fine, dtype=torch.int64, device=device)
-        self.x_GD = torch.zeros(fine, d_model, device=device)
+        self.x_GD = torch.zeros(fine, d_model, dtype=torch.float64, device=device)
         self.x_D = torch.zeros(d_model, dtype=torch.float64, device=device)
 
     def add(self, x_ND: Tensor, fine_NG: Tensor, coarse_NF: Tensor, start: int, row_N: Tensor, rows: int) -> None:
@@ -126,4 +126,4 @@ class PairCounts:
     def concept_GD(self) -> Tensor:
         """[G, D] E[x | fine latent on] - E[x]; zero for one that never fires."""
         mean_GD = self.x_GD / self.fires_G.clamp_min(1)[:, None]
-        return torch.where(self.fires_G[:, None] > 0, mean_GD - (self.x_D / max(1, self.tokens)).float(), 0.0)
+        return torch.where(self.fires_G[:, None] > 0, mean_GD - self.x_D / max(1, self.tokens), 0.0).float()

@@ -10,28 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hsae.cache.errors import UserError
 from hsae.cache.store import ActivationStore
 from hsae.eval import figures, tables
 from hsae.eval.cards import LatentCard, cards_of
+from hsae.eval.composed import Composed, composed_of
+from hsae.eval.composed import markdown as composed_markdown
 from hsae.eval.schema import read_core
 from hsae.eval.tables import LevelLine, Row
 from hsae.eval.targets import model_digest
 from hsae.train.files import write_atomically
-from hsae.train.model import CONFIG_FILE, WEIGHTS_FILE, CompositionMap, TrainedModel, load_model
+from hsae.train.model import CONFIG_FILE, WEIGHTS_FILE, TrainedModel, load_model
 from hsae.train.rundir import read_metrics, read_run
 
 MOST_WARNINGS = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class Map:
-    """A composition matrix: its picture and what to say below it."""
-
-    picture: str
-    caption: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +37,7 @@ class RunSection:
     more_warnings: int
     curves: str | None
     levels: list[LevelLine]
-    maps: list[Map]
+    composed: Composed
     cards: list[LatentCard]
     missing: list[str]
 
@@ -101,7 +93,8 @@ def write_report(
     )
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
-    markdown = tables.markdown(title, [*rows, *others])
+    measured = [(f"{section.info['number']} {section.info['name']}", section.composed) for section in sections]
+    markdown = tables.markdown(title, [*rows, *others]) + composed_markdown(measured)
     write_atomically(out / "report.md", lambda path: path.write_text(markdown, encoding="utf-8"))
     if rows:
         _, info, part = min(maps, key=lambda entry: entry[0], default=(False, {}, None))
@@ -237,6 +230,8 @@ def _section(
         missing.append("no trained model: the run was not finished")
     if not rows:
         missing.append("no core evaluation yet; run `hsae eval core`")
+    composed = composed_of(run_dir, model)
+    missing += composed.missing
     cards: list[LatentCard] = []
     if model is not None:
         if store is None or tokenizer is None:
@@ -261,7 +256,7 @@ def _section(
         more_warnings=max(0, len(warnings) - MOST_WARNINGS),
         curves=figures.training_curves(log) if measured else None,
         levels=tables.levels(rows, structure, widths, log) if len(widths) > 1 else [],
-        maps=[_map(part) for part in model.compositions] if model else [],
+        composed=composed,
         cards=cards,
         missing=missing,
     )
@@ -280,23 +275,3 @@ def _about(config: dict[str, Any]) -> str:
         named = curriculum if isinstance(curriculum, str) else "of its own"
         parts.append("no curriculum" if named == "none" else f"curriculum {named}")
     return "; ".join(parts)
-
-
-def _map(part: CompositionMap) -> Map:
-    """The picture of W with the medians of its participation ratio and of two references."""
-    learned = figures.participation_ratio(part.contributions)
-    null = figures.participation_ratio(figures.permuted(part.contributions))
-    empty, fine = int((learned == 0).sum()), part.contributions.shape[1]
-    caption = (
-        f"Participation ratio: how many fine latents a coarse one is made of (1 is a copy). Median {_median(learned)}; references: "
-        f"{_median(null)} with the same weights in random places, about {0.637 * fine:.0f} for random half-normal weights. "
-        "Columns are ordered by the row they bring most to, so the diagonal is made by the order; what tells is how many cells a row has beside it."
-    )
-    if empty:
-        caption += f" {empty} of {len(learned)} coarse latents have an empty row: nothing composes them."
-    return Map(picture=figures.composition(part.contributions, part.level), caption=caption)
-
-
-def _median(ratios: torch.Tensor) -> str:
-    filled = ratios[ratios > 0]
-    return f"{float(filled.median()):.1f}" if len(filled) else "undefined"

@@ -35,7 +35,7 @@ class Listener(Protocol):
     """Who is told how it goes."""
 
     def progress(self, arm: str, seed: int, step: int, steps: int) -> None:
-        """An arm has taken `step` of its `steps` steps on a seed; step 0 says that it begins."""
+        """An arm has taken `step` of its `steps` steps on a seed: from 0, when it begins, unless its scores were there already."""
 
 
 class Silent:
@@ -76,6 +76,7 @@ def run_tier(
             for arm in arms:
                 entry = content["arms"][arm.name]
                 if seed in (row["seed"] for row in entry["seeds"]):
+                    listener.progress(arm.name, seed, stream.steps, stream.steps)
                     continue
                 row = train_and_score(arm, world, stream, vectors, place, listener)
                 entry["seeds"] = sorted([*entry["seeds"], row], key=lambda row: int(row["seed"]))

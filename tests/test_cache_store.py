@@ -73,14 +73,16 @@ def test_golden_documents_pack_to_the_golden_rows(tmp_path):
     ids, edges, data = tensors["ids"].tolist(), tensors["offsets"].tolist(), params["dataset"]
     order = [number for shard in data["shard_order_used"] for number in range(*data["shards"][shard]["docs"])]
     documents = [ids[edges[number] : edges[number + 1]] for number in order]
-    for dtype in ("float32", "bfloat16"):
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 2**-6)):  # other processors round otherwise
         model = ModelConfig(id=str(GOLDEN / "model"), dtype=dtype)
         path = build(
             [spec(model=model, context=48, batch_rows=8, rows=144, clean_rows=48)], tmp_path, documents=documents
         )[0]
         store = ActivationStore.open(path)
         assert torch.equal(store.tokens(0, 144), load_file(GOLDEN / "core/tokens.safetensors")["tokens"])
-        assert torch.equal(store.acts(HOOK, 0, 144), load_file(GOLDEN / f"core/resid_{dtype}.safetensors")["resid"])
+        expected = load_file(GOLDEN / f"core/resid_{dtype}.safetensors")["resid"].float()
+        away = (store.acts(HOOK, 0, 144).float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert away.max() < tolerance
 
 
 def test_what_is_stored_is_what_the_model_says(built):

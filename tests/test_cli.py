@@ -133,7 +133,7 @@ def test_the_default_plans_sizes_are_told_without_reading_weights(tmp_path):
     [
         (["train"], "say which runs to train: --run 3, --run 0-5, --run baseline, or --all"),
         (["train", "--run", "3", "--all"], "say which runs to train"),
-        (["train", "--run", "9"], "no run '9' in plan mine (hsae.toml)"),
+        (["train", "--run", "99"], "no run '99' in plan mine (hsae.toml)"),
         (["train", "--run", "3", "--resume", "--restart"], "--resume and --restart exclude each other"),
         (["train", "--run", "3", "--set", "train.seed=1"], "holds a run of another configuration or store"),
         (["train", "--run", "3", "--set", "train.speed=1"], "[train] has no key 'speed'"),

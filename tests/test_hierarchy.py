@@ -213,6 +213,38 @@ def test_batches_do_not_change_the_measures(store, result, monkeypatch):
             )
 
 
+@pytest.mark.parametrize("dead", [(0,), (1,), (0, 1)])
+def test_dead_levels_have_no_measures_and_break_nothing(store, dead):
+    model = planted(2)
+    for number in dead:
+        model.levels[number].extra["threshold"][:] = 1e9
+    found = evaluate_composition(model, store, HOOK)
+    json.dumps(found.json(), allow_nan=False)
+    for reading in found.pairs[0].readings.values():
+        for name in ("participation_ratio", "hoyer", "coverage", "or_agreement", "residual_cosine"):
+            assert reading.measures[name].value is None and reading.measures[name].reason == "the map is empty"
+        assert (reading.measures["orphan_rate"].value is None) == (0 in dead)
+        assert (reading.measures["composition_fvu"].value is None) == (1 in dead)
+    assert {"W-collapsed"} <= set(named(model, store)[0]) or 1 in dead
+
+
+def test_rows_of_special_tokens_alone_add_nothing(store, result, monkeypatch):
+    """A batch without a single kept token, among others."""
+    monkeypatch.setattr("hsae.eval.composition.BATCH_TOKENS", T)
+    short = Memory(store.x[160:190], clean_rows=10)
+    wanted = evaluate_composition(planted(2), short, HOOK)
+    longer = Memory(torch.cat([short.x[:10], torch.zeros(1, T, D), short.x[10:], torch.zeros(1, T, D)]), clean_rows=11)
+    longer.tokens = lambda start, stop: torch.where(
+        ((torch.arange(start, stop) == 10) | (torch.arange(start, stop) == 31))[:, None],
+        PADDING,
+        short.tokens(start, stop),
+    )
+    found = evaluate_composition(planted(2), longer, HOOK)
+    assert found.tokens == wanted.tokens
+    for name, entry in found.pairs[0].readings["fitted"].measures.items():
+        assert entry.value == pytest.approx(wanted.pairs[0].readings["fitted"].measures[name].value), name
+
+
 def test_what_can_not_be_measured_is_refused(store):
     with pytest.raises(StoreError, match=r"memory has no activations of other; it has blocks\.1\.hook_resid_post"):
         evaluate_composition(planted(), store, "other")

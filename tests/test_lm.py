@@ -23,7 +23,8 @@ def tokens_for(model, seed=0):
 def check_cut(model, layer):
     """Prefix and suffix against the whole model with its own hidden states, to the last bit."""
     tokens = tokens_for(model)
-    whole = model.model(input_ids=tokens, output_hidden_states=True, use_cache=False)
+    with model.products():
+        whole = model.model(input_ids=tokens, output_hidden_states=True, use_cache=False)
     hooks = [f"blocks.{layer}.hook_resid_post", f"blocks.{layer}.hook_resid_pre", "blocks.0.hook_resid_pre"]
     found = model.prefix(tokens, hooks)
     for hook, expected in zip(hooks, (layer + 1, layer, 0), strict=True):

@@ -6,7 +6,7 @@ from hsae.train.plan import PlanError, load_plan, packaged_plans
 
 
 def test_packaged_plans_load_and_are_matched():
-    assert packaged_plans() == ["gemma-2-2b", "gemma-2-2b-16k", "gemma-3-270m", "tiny"]
+    assert packaged_plans() == ["gemma-2-2b", "gemma-2-2b-16k", "gemma-3-270m", "study", "tiny"]
     for name in packaged_plans():
         plan = load_plan(name)
         assert list(plan.runs) == list(range(17))

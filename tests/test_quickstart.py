@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -71,8 +70,6 @@ def test_no_number_is_missing(place):
     assert count == 14
 
 
-def test_a_second_call_takes_seconds(place):
-    began = time.perf_counter()
+def test_a_second_call_finds_everything_there(place):
     done = subprocess.run(COMMAND, cwd=place.parent, capture_output=True, text=True, check=True)
     assert done.stdout.count("already trained") == 6 and "14 of 14 were there already" in done.stdout
-    assert time.perf_counter() - began < 120

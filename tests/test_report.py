@@ -15,7 +15,7 @@ from hsae.cache.build import build
 from hsae.cache.errors import UserError
 from hsae.cache.lm import LanguageModel, load_tokenizer
 from hsae.cache.store import ActivationStore
-from hsae.eval import contexts, figures, tables
+from hsae.eval import contexts, figures, hierarchy, maps, tables
 from hsae.eval.core import CoreOptions
 from hsae.eval.report import write_report
 from hsae.eval.schema import read_core
@@ -118,7 +118,7 @@ def test_the_page_is_self_contained_and_says_what_there_is(made, tmp_path):
     assert not re.findall(r"url\((?!#)", html)
     identifiers = [value for name, value in page.attributes if name == "id" and value.startswith("run")]
     assert identifiers == ["run0", "run1", "run3"]
-    assert html.count("<svg") == 1 + 3 + 2  # comparison, three runs' curves, two maps
+    assert html.count("<svg") == 1 + 3 + 2 * 2  # comparison, three runs' curves, two maps and their trees
     assert len(html) < 5_000_000
     assert markdown.count("\n|") == 2 + 6 + 1
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
@@ -184,6 +184,35 @@ def test_the_numbers_are_those_of_the_result_files(made, tmp_path):
     result = json.loads(next(made[1][0].glob("eval/core/*.json")).read_text())
     measure = result["hsae"]["measures"]["explained_variance"]
     assert f"{measure['value']:.3f} ({measure['low']:.3f} – {measure['high']:.3f})" in markdown
+
+
+def test_hierarchy_measures_stand_beside_their_nulls(made, tmp_path, monkeypatch):
+    """Run 3 measured: tables, failures, fitted maps; a result of another model is left out and named."""
+    monkeypatch.setattr("hsae.eval.corrected.RESAMPLES", 20)
+    monkeypatch.setattr("hsae.eval.probes.STEPS", 3)
+    plan, run_dirs, *_ = made
+    copied = load_plan("tiny", [f"cache.dir={plan.cache.dir!r}", f"train.dir={str(tmp_path / 'runs')!r}"])
+    copied = dataclasses.replace(plan, train=copied.train)
+    shutil.copytree(run_dirs[2], tmp_path / "runs/3")
+    ((item),) = hierarchy.evaluate_runs([(copied, plan.runs[3])], hierarchy.Sources.of(plan))
+    content = json.loads(item.path.read_text())
+    content["failures"] = [{"name": "copy", "level": 2, "text": "copy: <b>half</b> of level 2"}]
+    item.path.write_text(json.dumps(content))
+    path = write_report([tmp_path / "runs/3"], tmp_path / "out")
+    html, markdown = path.read_text(), path.with_name("report.md").read_text()
+    text = " ".join(" ".join(Page(html).words).split())
+    for words in ("Level 2 of level 1, learned map", "Level 2 of level 1, fitted map", "coverage lift", "or agreement",
+                  "copy: <b>half</b> of level 2", "Failures not looked for: coarse-hurts-fine"):  # fmt: skip
+        assert words in text, words
+    assert html.count("<svg") == 1 + 1 + 2 * 2
+    coverage = item.result.pairs[0].readings["fitted"].measures["coverage"]
+    assert f">{coverage.value:.3g}<" in html and f"{coverage.nulls['random'].z:+.1f}" in html
+    assert "| 3 full · level 2 | fitted |" in markdown and "**3 full**: copy: \\<b>half\\<" in markdown
+    assert f"{coverage.value:.3g} ({coverage.nulls['permuted'].z:+.1f}, {coverage.nulls['random'].z:+.1f})" in markdown
+    content["inputs"]["sae"] = "0" * 64
+    item.path.write_text(json.dumps(content))
+    page = write_report([tmp_path / "runs/3"], tmp_path / "out").read_text()
+    assert "composition.json is of another model than the one here" in page and "fitted map" not in page
 
 
 def test_missing_pieces_are_said(made, tmp_path):
@@ -343,9 +372,9 @@ def test_tokens_are_readable_on_one_line(made):
 
 def test_participation_ratio_and_its_null():
     rows = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
-    torch.testing.assert_close(figures.participation_ratio(rows), torch.tensor([1.0, 2, 4, 0]))
-    null = figures.permuted(rows)
-    assert torch.equal(null.flatten().sort().values, rows.flatten().sort().values) and not torch.equal(null, rows)
+    torch.testing.assert_close(maps.participation_ratio(rows), torch.tensor([1.0, 2, 4, 0]))
+    null = figures.reference(rows)
+    assert torch.equal((null > 0).sum(1), (rows > 0).sum(1)) and not torch.equal(null, rows)
 
 
 def test_results_of_another_model_than_the_one_present_are_left_out_and_named(made, tmp_path):

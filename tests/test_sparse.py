@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hsae.train import sparse
-from hsae.train.config import RunConfig
+from hsae.train.composition import Composition
+from hsae.train.config import CompositionConfig, RunConfig
 from hsae.train.run import Scaling, TrainingRun
 from hsae.train.sae import HierarchicalSAE
 
@@ -78,6 +79,28 @@ def test_the_sparse_pass_has_the_values_and_gradients_of_the_dense_one(changes):
     assert results[0][4].keys() == results[1][4].keys()
     for name, dense in results[0][4].items():
         torch.testing.assert_close(results[1][4][name], dense, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["normalised", "probe", "literal", "frozen"])
+def test_the_composition_loss_of_a_sparse_code_is_the_dense_ones(mode):
+    results = []
+    for fast in (False, True):
+        module = Composition(
+            F1, F2, CompositionConfig(mode=mode, commitment=0.25), torch.Generator().manual_seed(0)
+        ).double()
+        fine = (vectors(B, F1).relu() * (vectors(B, F1, seed=1) > 1.5)).requires_grad_()
+        coarse = vectors(B, F2, seed=2).relu().requires_grad_()
+        module.track(fine, coarse)
+        at = sparse.pattern_of(fine.detach())
+        active = sparse.Active(at, fine.flatten()[at.flat]) if fast else None
+        loss = module.loss(fine, coarse, active)
+        loss.backward()
+        on = (fine > 0) if fine.grad is not None else None
+        results.append((loss.detach(), fine.grad * on if on is not None else None, coarse.grad, module.W.grad))
+    for dense, fast in zip(*results, strict=True):
+        assert (dense is None) == (fast is None)
+        if dense is not None:
+            torch.testing.assert_close(fast, dense, rtol=1e-9, atol=1e-12)
 
 
 def test_a_run_trained_sparsely_is_the_run_trained_densely():

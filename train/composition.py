@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hsae.train.config import CompositionConfig
 from hsae.train.losses import widened
+from hsae.train.sparse import Active, decode
 
 RMS_DECAY = 0.99
 RMS_FLOOR = 1e-8
@@ -45,19 +46,27 @@ class Composition(nn.Module):
             seen = rms.square()
             rms.copy_(torch.where(seen > 0, seen * RMS_DECAY + square * (1 - RMS_DECAY), square).sqrt())
 
-    def loss(self, fine_BG: Tensor, coarse_BF: Tensor) -> Tensor:
-        """The composition loss of one batch, a scalar; `track` it first."""
+    def loss(self, fine_BG: Tensor, coarse_BF: Tensor, active: Active | None = None) -> Tensor:
+        """The composition loss of one batch, a scalar; `track` it first. `active` is the fine code again, if it is known sparsely."""
         if self.config.mode == "literal":
-            difference = fine_BG @ self.W.T - coarse_BF
+            difference = self._mixture(fine_BG, active) - coarse_BF
             return widened(difference).square().sum(1).mean() + self.config.l1 * self.W.abs().sum()
         probe = self.config.mode == "probe"
-        fine = (fine_BG.detach() if probe else fine_BG) / self.rms_fine.clamp_min(RMS_FLOOR)
+        scale = self.rms_fine.clamp_min(RMS_FLOOR)
         coarse = coarse_BF / self.rms_coarse.clamp_min(RMS_FLOOR)
-        mixture = fine @ self.W.T
+        if active is not None:
+            values = active.values.detach() if probe else active.values
+            mixture = self._mixture(fine_BG, Active(active.at, values / scale[active.at.columns]))
+        else:
+            mixture = self._mixture((fine_BG.detach() if probe else fine_BG) / scale, None)
         loss = widened(mixture - coarse.detach()).square().mean()
         if self.config.commitment and not probe:
             loss = loss + self.config.commitment * widened(mixture.detach() - coarse).square().mean()
         return loss
+
+    def _mixture(self, fine_BG: Tensor, active: Active | None) -> Tensor:
+        """[B, F] W h of a fine code, through its active entries if they are given."""
+        return fine_BG @ self.W.T if active is None else decode(active.values, self.W.T, active.at)
 
     @torch.no_grad()
     def project(self, learning_rate: float, sparsify: bool) -> None:

@@ -18,11 +18,12 @@ from hsae.cache.config import CacheConfig, Config, HookConfig, ModelConfig, Spli
 from hsae.cache.errors import UserError
 from hsae.cache.remote import Place, place
 from hsae.train.config import RunConfig, StreamConfig
+from hsae.train.suites import UnlearningConfig
 
 DEFAULT_PLAN = "gemma-2-2b"
 LOCAL_PLAN = "hsae.toml"
 ConfigT = TypeVar("ConfigT", bound=Config)
-TABLES = {"extends", "name", "model", "hook", "cache", "train", "runs"}
+TABLES = {"extends", "name", "model", "hook", "cache", "train", "runs", "unlearning"}
 
 
 class PlanError(UserError):
@@ -41,11 +42,14 @@ class Plan:
     cache: CacheConfig
     train: StreamConfig
     runs: dict[int, RunConfig]
+    unlearning: UnlearningConfig
     seed_index: int = 0
     """Which of several seeds of one plan this is."""
 
     def store(self, split: Split) -> StoreSpec:
         """The activation store the plan asks for."""
+        if split == "forget" or split == "retain":  # written so that the type is narrowed
+            return self.unlearning.spec(split, self.model, self.hook, self.cache)
         return store_spec(split, self.model, self.hook, self.cache)
 
     def store_path(self, split: Split) -> Place:
@@ -164,7 +168,8 @@ def apply_override(tables: dict[str, Any], override: str, allowed: Collection[st
 
 
 def _checked(source: str, tables: dict[str, Any]) -> Plan:
-    for table in ("model", "hook", "cache", "train", "runs"):
+    tables.setdefault("unlearning", {})
+    for table in ("model", "hook", "cache", "train", "runs", "unlearning"):
         if not isinstance(tables.get(table), dict):
             raise PlanError(f"{source}: table [{table}] is missing")
     stream, runs = checked_runs(source, tables["train"], tables["runs"])
@@ -176,6 +181,7 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
         cache=_table(source, "cache", CacheConfig, tables["cache"]),
         train=stream,
         runs=runs,
+        unlearning=_table(source, "unlearning", UnlearningConfig, tables["unlearning"]),
     )
 
 

@@ -107,7 +107,7 @@ class TrainingRun:
         self.step_number += 1
         self.last_moment = moment
         self.last_output = Output(
-            {number: LevelOutput(*(part.detach() for part in level)) for number, level in output.levels.items()},
+            {number: LevelOutput(*(part.detach() for part in level[:4])) for number, level in output.levels.items()},
             {number: reconstruction.detach() for number, reconstruction in output.reconstructions.items()},
         )
         self.resampled = dict.fromkeys(output.levels, 0)
@@ -148,7 +148,9 @@ class TrainingRun:
                 self.composition(number).track(fine, coarse)
                 if moment.composition > 0:
                     strength = config.composition.weight * moment.composition
-                    parts[f"composition{number}"] = strength * self.composition(number).loss(fine, coarse)
+                    parts[f"composition{number}"] = strength * self.composition(number).loss(
+                        fine, coarse, output.levels[number - 1].active
+                    )
         return parts
 
     @torch.no_grad()

@@ -40,6 +40,8 @@ class LevelOutput(NamedTuple):
     """[B, F] the level's code."""
     decoded: Tensor
     """[B, I] decoder output, without bias."""
+    active: sparse.Active | None = None
+    """Where the code is active and with what values, if it was computed sparsely."""
 
 
 class Output(NamedTuple):
@@ -100,7 +102,8 @@ class Level(nn.Module):
             if (at := sparse.pattern_of(acts_BF)) is not None:
                 values_N = sparse.encode(read_BI, bias_I, self.W_enc, self.b_enc, pre_BF, at)
                 acts_BF = torch.zeros_like(acts_BF).flatten().index_put((at.flat,), values_N).view_as(acts_BF)
-                return LevelOutput(read_BI, pre_BF, acts_BF, sparse.decode(values_N, self.W_dec, at))
+                decoded_BI = sparse.decode(values_N, self.W_dec, at)
+                return LevelOutput(read_BI, pre_BF, acts_BF, decoded_BI, sparse.Active(at, values_N))
             pre_BF = (read_BI - bias_I) @ self.W_enc + self.b_enc
             acts_BF = pre_BF * (acts_BF > 0)
         return LevelOutput(read_BI, pre_BF, acts_BF, acts_BF @ self.W_dec)

@@ -49,6 +49,14 @@ class Pattern(NamedTuple):
         )
 
 
+class Active(NamedTuple):
+    """The active entries of a code."""
+
+    at: Pattern
+    values: Tensor
+    """[N]"""
+
+
 def pattern_of(code_BF: Tensor) -> Pattern | None:
     """Where a code is not zero; None if that is in too many places for a sparse matrix to be worth it."""
     rows, latents = code_BF.shape

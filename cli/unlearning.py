@@ -1,0 +1,195 @@
+"""`hsae eval unlearning`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hsae.cli.common import DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
+from hsae.cli.eval import trained_runs
+
+if TYPE_CHECKING:
+    from hsae.eval.unlearning import Progress as Told
+    from hsae.eval.unlearning_runs import Unlearned
+
+
+def unlearning(
+    run: RunOption = None,
+    seeds: SeedsOption = 1,
+    plan: PlanOption = None,
+    overrides: SetOption = None,
+    qa: Annotated[
+        bool,
+        typer.Option(
+            "--qa",
+            help="SAEBench's form instead: multiple-choice questions, an instruction-tuned model ([unlearning.qa]).",
+        ),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Compute anew what is there already.")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Make the model forget one text and keep another by clamping latents; every way of choosing them side by side.
+
+    Every trained run of the plan unless runs are named. Needs the stores of `hsae cache build --suite unlearning`.
+
+    Example: hsae eval unlearning --run 3 --plan gemma-3-270m
+    """
+    from hsae.train.plan import load_plan
+
+    loaded = load_plan(plan, overrides or ())
+
+    from hsae.cache.device import pick_device
+    from hsae.cache.lm import LanguageModel
+
+    place = pick_device(device)
+    if qa:
+        from hsae.eval import qa_runs
+
+        sets = qa_runs.check(loaded)
+        runs = trained_runs(loaded, run, seeds)
+        with _Screen() as screen:
+            scored = qa_runs.evaluate_runs(
+                runs,
+                sets,
+                lambda: LanguageModel.load(loaded.model, device=place),
+                force=force,
+                device=place,
+                progress=screen.listener(None),
+            )
+        _print_scores(scored)
+        return
+    from hsae.eval.unlearning_runs import evaluate_runs, open_texts
+
+    open_texts(loaded)
+    chosen = trained_runs(loaded, run, seeds)
+    with _Screen() as screen:
+        done = evaluate_runs(
+            chosen,
+            lambda store: LanguageModel.load(store.spec.model, device=place),
+            force=force,
+            device=place,
+            progress=screen.listener,
+        )
+    for item in done:
+        console.print(_table(item))
+        _print_signature(item)
+        passes = item.result["passes"]
+        note = " (there already; --force computes it anew)" if item.reused else ""
+        console.print(
+            f"{passes['run']:,} rows passed through the suffix, {passes['spared']:,} spared because nothing fired; "
+            f"{passes['unembedded']:,} positions unembedded",
+        )
+        console.print(f"results in [bold]{escape(str(item.folder))}[/]{note}", soft_wrap=True)
+
+
+def _table(item: "Unlearned") -> Table:
+    """Forget loss added at each budget of retain loss, with intervals over documents."""
+    table = Table(
+        title=f"run {escape(item.plan.label(item.run))}: loss added on forget text, nats a token, within a budget of loss added on retain "
+        "text; ± spans the 95 % interval over documents",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("arm", no_wrap=True)
+    arms = item.result["arms"]
+    budgets = list(arms["none"]["at_retain"])
+    for budget in budgets:
+        table.add_column(f"≤ {budget}", justify="right", no_wrap=True)
+    table.add_column("area", justify="right", no_wrap=True)
+    for name, arm in arms.items():
+        cells = [_cell({"value": entry["forget_dce"], **entry}) for entry in (arm["at_retain"][b] for b in budgets)]
+        table.add_row(name, *cells, _cell(arm["area"]))
+    return table
+
+
+def _cell(entry: dict[str, float | None]) -> str:
+    if entry["value"] is None:
+        return "undefined"
+    text, low, high = f"{entry['value']:.3f}", entry["low"], entry["high"]
+    if entry["value"] and low is not None and high is not None:
+        half = f"{max(high - entry['value'], entry['value'] - low):.2f}"
+        text += f" [dim]±{half.removeprefix('0') or '0'}[/]"
+    return text
+
+
+def _print_signature(item: "Unlearned") -> None:
+    signature = item.result["signature"]
+    if signature["explanation"] is not None:
+        console.print(f"no signature test: {escape(signature['explanation'])}")
+    for pair in signature["pairs"]:
+        table = Table(
+            title=f"latents chosen on {escape(pair['selected_on'])}, tested on {escape(pair['tested_on'])}: loss added",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        for column in ("arm", "own topic", "sibling", "carried over", "retain"):
+            table.add_column(column, justify="left" if column == "arm" else "right")
+        for name, arm in pair["arms"].items():
+            table.add_row(name, *(_cell(arm[key]) for key in ("own", "sibling", "carried", "retain")))
+        console.print(table)
+
+
+def _print_scores(done: "list[Unlearned]") -> None:
+    table = Table(
+        title="SAEBench's unlearning score: 1 - the smallest forget accuracy that keeps retain accuracy",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for column in ("SAE", "score", "forget", "retain", "best configuration"):
+        table.add_column(column, justify="right" if column in ("score", "forget", "retain") else "left")
+    for item in done:
+        least = item.plan.unlearning.qa.retain_accuracy
+        for name, arm in item.result["arms"].items():
+            kept = [entry for entry in arm["configurations"] if entry["retain_accuracy"] >= least]
+            best = min(kept, key=lambda entry: entry["forget_accuracy"], default=None)
+            cells = ("-", "-", f"none keeps {least:.0%} of retain")
+            if best is not None:
+                clamp = f"{best['clamped']} latents at -{best['multiplier']:g}, retain threshold {best['retain_threshold']:g}"
+                cells = (f"{best['forget_accuracy']:.3f}", f"{best['retain_accuracy']:.3f}", clamp)
+            table.add_row(f"{escape(item.plan.label(item.run))} {name}", f"{arm['unlearning_score']:.3f}", *cells)
+    console.print(table)
+    for item in done:
+        asked, passes = item.result["questions"], item.result["passes"]
+        console.print(
+            f"answered as it is: {asked['forget']['answered']} of {asked['forget']['given']} forget questions, "
+            f"{asked['retain']['answered']} of {asked['retain']['given']} retain questions; {passes['run']:,} prompts passed, "
+            f"{passes['spared']:,} spared because nothing fired"
+        )
+        console.print(f"results in [bold]{escape(str(item.folder))}[/]", soft_wrap=True)
+
+
+class _Screen:
+    """A progress bar for each arm."""
+
+    def __init__(self) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+
+    def __enter__(self) -> "_Screen":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def listener(self, label: str | None) -> "Told":
+        """What hears how one run goes."""
+        tasks = {}
+
+        def told(arm: str, done: int, total: int) -> None:
+            if arm not in tasks:
+                tasks[arm] = self.bars.add_task(arm if label is None else f"{label}: {arm}", total=total)
+            self.bars.update(tasks[arm], completed=done)
+
+        return told
