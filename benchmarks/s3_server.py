@@ -1,4 +1,4 @@
-"""An S3 server on loopback (moto's, over real HTTP) that fails as it is told to: for the tests and for benchmarks/faults.py."""
+"""An S3 server on loopback (moto's, over real HTTP) that fails as it is told to, for the tests."""
 
 import random
 import socket
