@@ -9,7 +9,7 @@ before it is rounded to the array's type. A chunk carries the mean it was made w
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 from numcodecs.abc import Codec
@@ -53,7 +53,7 @@ def dequantise(data: bytes | memoryview, width: int | None = None) -> NDArray[np
     mean = np.frombuffer(view, "<f4", found, 4)
     scale = np.frombuffer(view, "<f4", vectors, 4 + 4 * found)
     numbers = np.frombuffer(view, np.int8, vectors * found, 4 + 4 * found + 4 * vectors).reshape(vectors, found)
-    return mean + scale[:, None] * numbers
+    return (mean + scale[:, None] * numbers).astype(np.float32, copy=False)
 
 
 class Int8(Codec):  # type: ignore[misc]
@@ -79,7 +79,7 @@ class Int8(Codec):  # type: ignore[misc]
 class Int8Codec(ArrayBytesCodec):
     """The codec for zarr v3."""
 
-    is_fixed_size: ClassVar[bool] = True
+    is_fixed_size = True
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
