@@ -18,13 +18,19 @@ class Share:
     """Number among the workers of this machine."""
 
     def order(self, count: int) -> list[int]:
-        """Every chunk, in the order in which this worker looks after them: its own, then the others' last ones first.
+        """Every chunk, in the order in which this worker looks after them: its own, then whatever the others may have left.
 
-        Owners go up and helpers come down, so a slow or dead worker's chunks are all done, and at the end at most one chunk a worker
-        is computed twice (to the same bytes).
+        Owners go up and helpers come down, each beginning in another part of a share, so that the chunks of a slow or dead worker are
+        divided among the rest; a few may be computed twice, to the same bytes.
         """
         others = [index for index in range(count) if index % self.world != self.rank]
-        others.sort(key=lambda index: (-(index // self.world), (index - self.rank) % self.world))
+        others.sort(
+            key=lambda index: (
+                (index // self.world - self.rank) % self.world,
+                -(index // self.world),
+                (index - self.rank) % self.world,
+            )
+        )
         return [*range(self.rank, count, self.world), *others]
 
 

@@ -414,7 +414,6 @@ def test_workers_share_one_store_and_make_the_same_bytes(built, tmp_path, monkey
     chunks = ActivationStore.open(built).chunks
     assert set().union(*computed.values()) == set(range(chunks))
     assert all(computed[rank][0] == rank for rank in range(3))
-    assert sum(map(len, computed.values())) <= chunks + 3  # the last chunk of a slower worker may be done twice
 
 
 def test_worker_0_alone_does_what_a_lost_worker_left_and_the_others_wait_for_its_tokens(built, tmp_path, monkeypatch):
@@ -434,6 +433,8 @@ def test_shares_cover_every_chunk_and_impossible_ones_are_refused(monkeypatch):
         assert all(sorted(order) == list(range(7)) for order in orders)
         own = [order[: len(range(rank, 7, world))] for rank, order in enumerate(orders)]
         assert sorted(index for part in own for index in part) == list(range(7))
+    lost = [[index for index in Share(rank, 5).order(100) if index % 5 == 2][:4] for rank in (0, 1, 3, 4)]
+    assert len({index for part in lost for index in part}) == 16  # helpers of worker 2 do not do the same work
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     assert share() == Share(0, 1)
