@@ -93,7 +93,8 @@ def _numbers(root: Place, spec: ArraySpec, index: int, data: bytes) -> torch.Ten
 
 def _errors(root: Place, header: Header, wanted: Header) -> dict[str, float]:
     """What int8 loses at each hook: E||x - decoded||^2 / E||x - mean||^2 over evenly spaced chunks."""
-    theirs, found = arrays(wanted.spec, wanted.d_model), {}
+    theirs = arrays(wanted.spec, wanted.d_model)
+    found: dict[str, float] = {}
     for path, spec in arrays(header.spec, header.d_model).items():
         if theirs[path].codec == "int8":
             mean, lost, spread = _mean(root, header, path), 0.0, 0.0
