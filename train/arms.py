@@ -44,7 +44,7 @@ def load_arms(tier: str, overrides: Sequence[str] = ()) -> Arms:
     tables: dict[str, Any] = tomllib.loads(resources.files("hsae.train").joinpath("synthetic.toml").read_text())
     train = tables["train"] | tables["tiers"].get(tier, {})
     plan = read_tables(DEFAULT_PLAN)[1]["runs"]
-    given = {number: plan[number] | tables["runs"].get(number, {}) for number in map(str, NUMBERS)}
+    given = {number: plan[number] for number in map(str, NUMBERS)}
     for run in given.values():
         levels = 1 if run["structure"] == "flat" else LEVELS
         run |= {"widths": split_widths(world.latents, levels), "l0": [ACTIVE * world.latents / levels] * levels}

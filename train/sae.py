@@ -18,6 +18,7 @@ from hsae.train.config import RunConfig
 THRESHOLD_DECAY = 0.99
 GUESS = 0.7  # of the average threshold: most batches keep nothing below it
 NO_PARENT = -1
+SMALLEST_SPARSE = 1 << 16  # entries of W_enc below which a dense step is the faster one
 
 
 def seed_of(*parts: int) -> int:
@@ -188,10 +189,11 @@ class HierarchicalSAE(nn.Module):
         return self._buffers.get(f"parents{number}")
 
     def use_sparse(self) -> None:
-        """Compute gradients at active latents only, where the activation allows it."""
+        """Compute gradients at active latents only, where the activation allows it and the level is large enough for it to pay."""
         for number in range(1, len(self.levels) + 1):
             level = self.level(number)
-            level.sparse = level.activation in ("relu", "topk", "batchtopk")
+            allowed = level.activation in ("relu", "topk", "batchtopk")
+            level.sparse = allowed and level.W_enc.numel() >= SMALLEST_SPARSE
 
     def forward(self, x_BD: Tensor, active: Sequence[int] | None = None) -> Output:
         """Codes and reconstructions of the `active` levels (all if None); a stacked level needs those below it computed."""
