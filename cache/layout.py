@@ -186,6 +186,8 @@ def read_header(root: Place) -> Header:
         header = Header(**json.loads(path.read_text())["attributes"]["hsae"])
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"no activation store at {root}; make it with `hsae cache build`") from None
+    except StoreError:
+        raise
     except (ValidationError, ValueError, KeyError, TypeError, RecursionError, IsADirectoryError) as error:
         detail = str(error).splitlines()
         raise StoreError(f"{path} is not the header of an hsae store: {' '.join(detail[:3])}") from None

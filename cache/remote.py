@@ -11,8 +11,8 @@ import contextlib
 import errno
 import os
 import random
+import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -192,7 +192,7 @@ def publish(target: Place, data: bytes) -> None:
     if isinstance(target, RemotePath):
         return target.write_bytes(data)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             file.write(data)
