@@ -239,7 +239,7 @@ def test_missing_stores_and_urls_are_refused_clearly(tmp_path):
     with pytest.raises(StoreError, match=r"no activation store at .*; make it with `hsae cache build`"):
         ActivationStore.open(tmp_path / "nothing")
     with pytest.raises(
-        StoreError, match="nowhere://x/zarr.json: Protocol not known: nowhere; use a folder, or a URL such as"
+        StoreError, match=r"nowhere://x/zarr.json: Protocol not known: nowhere; use a folder, or a URL such as"
     ):
         ActivationStore.open("nowhere://x")
     with pytest.raises(StoreError, match="s3://: not a place for stores; use a folder, or a URL such as"):
