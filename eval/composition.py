@@ -44,7 +44,7 @@ from hsae.eval.probes import Probes, train_probes
 from hsae.train.model import TrainedModel
 
 BATCH_TOKENS = 4096
-FIT_TOKENS = 1 << 19  # most tokens on which maps are read
+FIT_TOKENS = 1 << 17  # most tokens on which maps are read
 READINGS = ("learned", "fitted")
 SETTINGS = {
     "edge_share": EDGE_SHARE,

@@ -56,7 +56,7 @@ def pyplot() -> Any:
     return plt
 
 
-def _svg(figure: Any, description: str) -> str:
+def svg(figure: Any, description: str) -> str:
     """The figure as an <svg> element in the page's own colours; the figure is closed."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -99,7 +99,7 @@ def comparison(panels: Mapping[str, Sequence[Point]]) -> str:
     figure, axes = pyplot().subplots(1, len(panels), figsize=(9, height), sharey=True, squeeze=False)
     for axis, (title, points) in zip(axes[0], panels.items(), strict=True):
         _dots(axis, points, title)
-    return _svg(figure, "Dot plot of the results in the table above")
+    return svg(figure, "Dot plot of the results in the table above")
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def training_curves(lines: Sequence[dict[str, Any]]) -> str:
         axis.set_xlim(0, 1.01 * tokens[-1])
     for axis in axes[1]:
         axis.set_xlabel("thousand tokens")
-    return _svg(figure, "Training curves: loss, explained variance, L0 and dead latents over tokens")
+    return svg(figure, "Training curves: loss, explained variance, L0 and dead latents over tokens")
 
 
 def _numbers(values: Any) -> list[float]:
@@ -223,7 +223,7 @@ def composition(contributions_FG: Tensor, level: int) -> str:
     right.set_xlabel("fine latents per coarse latent")
     right.set_ylabel("number of coarse latents")
     right.legend(loc="upper right", fontsize=8)
-    return _svg(figure, f"Composition matrix of level {level} and its distribution of participation ratios")
+    return svg(figure, f"Composition matrix of level {level} and its distribution of participation ratios")
 
 
 def reference(contributions_FG: Tensor) -> Tensor:
@@ -245,9 +245,7 @@ def trees(contributions_FG: Tensor, level: int) -> str:
         axis.set_axis_off()
     for axis, parent in zip(axes[0], parents, strict=False):
         _tree(axis, parent, contributions_FG[parent], children_FG[parent], level, widest)
-    return _svg(
-        figure, f"The strongest latents of level {level} with the latents of level {level - 1} they are made of"
-    )
+    return svg(figure, f"The strongest latents of level {level} with the latents of level {level - 1} they are made of")
 
 
 def _tree(axis: Any, parent: int, share_G: Tensor, child_G: Tensor, level: int, widest: float) -> None:

@@ -6,6 +6,7 @@ the unit, forget and retain drawn apart; every arm sees the same draws.
 Shapes: S resamples (the first is the data itself), K documents.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,25 @@ def draw(path: Path, arms: dict[str, Any], most: float, title: str) -> None:
     axis.set_title(title)
     figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
     figures.pyplot().close(figure)
+
+
+def picture(path: Path, weights: str | None) -> tuple[str | None, str | None]:
+    """(the Pareto figure of a result file as SVG, or None; what is wrong with the file, or None).
+
+    `weights` is the digest of the model that lies there: a result of another one is not shown.
+    """
+    if not path.is_file():
+        return None, None
+    try:
+        content = json.loads(path.read_text())
+        if weights is not None and content["inputs"]["sae"] != weights:
+            return None, f"{path.name} is of another model than the one here; run `hsae eval unlearning --force`"
+        arms, most = content["arms"], float(content["arms"]["none"]["area"]["up_to"])
+        figure, axis = figures.pyplot().subplots(figsize=(9, 4.2))
+        _curves(axis, arms, most)
+        return figures.svg(figure, "Loss added on forget text over loss added on retain text, for every arm"), None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"{path.name} is damaged ({error!r}); run `hsae eval unlearning --force`"
 
 
 def _curves(axis: Any, arms: dict[str, Any], most: float) -> None:

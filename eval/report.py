@@ -12,7 +12,7 @@ from typing import Any
 
 from hsae.cache.errors import UserError
 from hsae.cache.store import ActivationStore
-from hsae.eval import figures, tables
+from hsae.eval import figures, pareto, tables
 from hsae.eval.cards import LatentCard, cards_of
 from hsae.eval.composed import Composed, composed_of
 from hsae.eval.composed import markdown as composed_markdown
@@ -38,6 +38,7 @@ class RunSection:
     curves: str | None
     levels: list[LevelLine]
     composed: Composed
+    unlearned: str | None
     cards: list[LatentCard]
     missing: list[str]
 
@@ -232,6 +233,9 @@ def _section(
         missing.append("no core evaluation yet; run `hsae eval core`")
     composed = composed_of(run_dir, model)
     missing += composed.missing
+    weights = model_digest(run_dir / "model") if model is not None else None
+    unlearned, wrong = pareto.picture(run_dir / "eval" / "unlearning.json", weights)
+    missing += [] if wrong is None else [wrong]
     cards: list[LatentCard] = []
     if model is not None:
         if store is None or tokenizer is None:
@@ -257,6 +261,7 @@ def _section(
         curves=figures.training_curves(log) if measured else None,
         levels=tables.levels(rows, structure, widths, log) if len(widths) > 1 else [],
         composed=composed,
+        unlearned=unlearned,
         cards=cards,
         missing=missing,
     )

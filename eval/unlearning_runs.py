@@ -52,8 +52,9 @@ def open_texts(plan: Plan) -> dict[Side, ActivationStore]:
     """The forget and the retain store. Raises UserError with what to run if they are missing or don't belong together."""
     for side in SIDES:
         if not (path := plan.store_path(side)).is_dir():
+            named = plan.source.removeprefix("packaged plan ")
             raise StoreError(
-                f"no {side} store at {path}; make it with: hsae cache build --plan {plan.name} --suite unlearning"
+                f"no {side} store at {path}; make it with: hsae cache build --plan {named} --suite unlearning"
             )
     stores: dict[Side, ActivationStore] = {side: ActivationStore.open(plan.store_path(side)) for side in SIDES}
     if stores["forget"].header.model_digest != stores["retain"].header.model_digest:

@@ -442,6 +442,13 @@ def test_every_arm_is_swept_chosen_on_tune_and_reported_on_test(plan, language):
     folder = plan.run_dir(plan.runs[3]) / "eval"
     assert (folder / "unlearning.png").read_bytes().startswith(b"\x89PNG")
     assert not (folder / "unlearning.partial.json").exists()
+    svg, wrong = pareto.picture(folder / "unlearning.json", result["inputs"]["sae"])
+    assert wrong is None and svg.startswith("<svg ") and "descend-permuted" in svg
+    assert pareto.picture(folder / "unlearning.json", "another") == (
+        None,
+        "unlearning.json is of another model than the one here; run `hsae eval unlearning --force`",
+    )
+    assert pareto.picture(folder / "absent.json", None) == (None, None)
     assert json.loads((folder / "unlearning.json").read_text()) == result
 
 
@@ -526,7 +533,7 @@ def test_the_command_builds_evaluates_and_prints(plan, overrides, language, monk
     for text in (
         "descend-permuted",
         "≤ 0.05",
-        "selected on code, tested on shell",
+        "latents chosen on code, tested on shell",
         "spared because nothing fired",
     ):
         assert text in shown.output

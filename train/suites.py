@@ -46,17 +46,17 @@ class UnlearningConfig(Config):
     """Text to be forgotten."""
     retain: CorpusConfig = CorpusConfig(corpus="python-prose", first_document=FIRST_KEPT)
     """Text to be kept."""
-    rows: int = Field(default=224, ge=6)
+    rows: int = Field(default=160, ge=6)
     """Rows of `cache.context` tokens of each; a row holds one document's text."""
     rows_per_document: int = Field(default=4, ge=1)
     """Rows taken from the beginning of one document."""
-    tune_rows: int = Field(default=24, ge=2)
+    tune_rows: int = Field(default=16, ge=2)
     """Rows of each on which settings are chosen; whole documents."""
-    test_rows: int = Field(default=48, ge=2)
+    test_rows: int = Field(default=32, ge=2)
     """Rows of each on which they are reported; whole documents. What is left over selects latents."""
-    positions_per_row: int = Field(default=16, ge=1)
+    positions_per_row: int = Field(default=12, ge=1)
     """Positions of a row, drawn once with `seed`, at which the loss is taken: unembedding is the dearest part."""
-    latents: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] = (8, 32)
+    latents: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] = (32,)
     """Numbers of clamped latents, n."""
     multipliers: Annotated[tuple[NonNegative, ...], Field(strict=False, min_length=1)] = (0.0, 1.0, 3.0)
     """An active latent is set to -m times its mean active value; 0 is ablation."""
