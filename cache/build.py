@@ -10,24 +10,24 @@ import contextlib
 import itertools
 import json
 import platform
-import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from hsae.cache import losses, writer
 from hsae.cache.config import FORMAT_VERSION, StoreSpec
 from hsae.cache.corpus import Corpus, Packer, open_corpus, tokenised
 from hsae.cache.errors import CorpusError, StoreError
-from hsae.cache.layout import ArraySpec, Header, arrays, chunk_rows, read_header, statistics_arrays
+from hsae.cache.layout import ArraySpec, Header, HookSummary, arrays, chunk_rows, read_header, statistics_arrays
 from hsae.cache.lm import LanguageModel
 from hsae.cache.mapped import MappedArray
+from hsae.cache.remote import PARTIAL, Place, exists, locked, place, remove
+from hsae.cache.share import Share
 from hsae.cache.statistics import summarise
 
 Stage = Literal["tokens", "activations", "statistics"]
@@ -35,56 +35,61 @@ Progress = Callable[[StoreSpec, Stage, int, int, int], None]
 """Told the store, the stage, how many are done, how many there are, and the bytes of activations in one row."""
 
 SLICE_TOKENS = 128  # tokens unembedded at once: 64 MiB of bfloat16 logits at V = 262,144
+ALONE = Share()
+WAIT, POLL = 3600.0, 1.0  # seconds
 LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
 
 
 def build(
     specs: Sequence[StoreSpec],
-    root: str | Path,
+    root: str | Place,
     *,
     device: str = "cpu",
     progress: Progress = lambda spec, stage, done, total, row_bytes: None,
     say: Callable[[str], None] = lambda text: None,
     documents: Iterable[Sequence[int]] | None = None,
-) -> list[Path]:
+    share: Share = ALONE,
+) -> list[Place]:
     """Make the stores that `specs` describe (of one model) in folder `root`, or finish them, and return their paths.
 
     The text of all of them is packed before the first activation is computed. `documents`, token ids without BOS, take the place of
-    the corpus's text. Raises UserError if a store can't be made; what is there stays.
+    the corpus's text. With a share of several, workers on one store divide its chunks: worker 0 packs the tokens and finishes the store,
+    the others return when no chunk is missing. Raises UserError if a store can't be made; what is there stays.
     """
-    folder = Path(root).expanduser()
-    targets = [folder / spec.name for spec in specs]
+    folder = place(root)
+    targets: list[Place] = [folder / spec.name for spec in specs]
     missing = [
         (spec, target)
         for spec, target in zip(specs, targets, strict=True)
-        if not (target.is_dir() and held_by(target, spec).complete)
+        if not (exists(target) and held_by(target, spec).complete)
     ]
     if not missing:
         return targets
-    folder.mkdir(parents=True, exist_ok=True)
+    if any(spec.codec == "int8" for spec, _ in missing):
+        raise StoreError(
+            "int8 stores are made from finished ones: build with --set cache.codec=mappable, then "
+            "`hsae cache recode STORE FOLDER --codec int8`"
+        )
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:
         for _, target in missing:
-            locks.enter_context(locked(target))
+            locks.enter_context(locked(target, f".rank{share.rank}" if share.rank else ""))
+        if share.world > 1 and device == "cuda":
+            torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
         say(f"loading {specs[0].model.id}")
         model = LanguageModel.load(specs[0].model, device=device, say=say)
-        builders = [Builder(spec, target, model, progress, documents) for spec, target in missing]
+        builders = [Builder(spec, target, model, progress, documents, share) for spec, target in missing]
         for builder in builders:
             builder.prepare()
         for builder in builders:
             builder.write_activations()
-            builder.finish()
+            if share.rank == 0:
+                builder.finish()
     return targets
 
 
-def locked(target: Path) -> AbstractContextManager[object]:
-    """The lock on a store, taken. Raises StoreError if another process builds or mends it."""
-    try:
-        return FileLock(target.with_name(f".{target.name}.lock")).acquire(timeout=0)
-    except Timeout:
-        raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
-
-
-def held_by(target: Path, spec: StoreSpec) -> Header:
+def held_by(target: Place, spec: StoreSpec) -> Header:
     """The header of an existing store. Raises StoreError if it was made for another configuration."""
     header = read_header(target)
     if header.spec != spec:
@@ -100,14 +105,15 @@ class Builder:
     def __init__(
         self,
         spec: StoreSpec,
-        target: Path,
+        target: Place,
         model: LanguageModel,
         progress: Progress,
         documents: Iterable[Sequence[int]] | None = None,
+        share: Share = ALONE,
     ) -> None:
         self.spec, self.target, self.model, self.progress = spec, target, model, progress
         model.check_hooks(spec.hooks)
-        self.documents = documents
+        self.documents, self.share = documents, share
         self.corpus = open_corpus(spec.corpus) if documents is None else Corpus("token ids", "given", lambda: iter(()))
         self.specs = arrays(spec, model.d_model)
         self.step = chunk_rows(spec, model.d_model)
@@ -116,15 +122,34 @@ class Builder:
         self._ablated: dict[str, Tensor] = {}
 
     def prepare(self) -> None:
-        """Make the store if it isn't there, sweep up what a killed build left half-written, and pack the tokens."""
-        if self.target.is_dir():
+        """Make the store if it isn't there, sweep up what a killed build left half-written, and pack the tokens.
+
+        Workers other than the first wait until that is done.
+        """
+        if self.share.rank:
+            self._await_tokens()
+            return self.check_same(read_header(self.target), self.header())
+        if exists(self.target):
             self.check_same(read_header(self.target), self.header())
-            for leftover in self.target.rglob("*.partial"):
-                leftover.unlink()
+            if isinstance(self.target, Path) and self.share.world == 1:
+                for leftover in self.target.rglob(f"*{PARTIAL}"):
+                    leftover.unlink()
         else:
             every = {**self.specs, **statistics_arrays(self.spec, self.model.d_model)}
             writer.create(self.target, self.header(), every.values())
         self.write_tokens()
+
+    def _await_tokens(self) -> None:
+        """Wait until worker 0 has packed the tokens. Raises StoreError if there has been no new chunk of them for WAIT seconds."""
+        tokens, there, since = self.specs["tokens"], -1, time.monotonic()
+        while there < tokens.count:
+            found = len(tokens.written(self.target)) if exists(self.target) else 0
+            if found > there:
+                there, since = found, time.monotonic()
+            elif time.monotonic() - since > WAIT:
+                raise StoreError(f"worker 0 has packed no tokens into {self.target} for {WAIT:.0f} s; is it running?")
+            else:
+                time.sleep(POLL)
 
     def header(self) -> Header:
         """The header of the store while it is unfinished."""
@@ -176,13 +201,13 @@ class Builder:
         state_file = self.target / "packing.json"
         packer = Packer(spec.context, self.model.bos_id if spec.prepend_bos else None)
         first = 0
-        if state_file.is_file():
+        if len(array.written(self.target)) == array.count:
+            state_file.unlink(missing_ok=True)
+            return
+        with contextlib.suppress(FileNotFoundError):
             state = json.loads(state_file.read_text())
             first = int(state.pop("chunks"))
             packer.restore(state)
-        if all(array.is_written(self.target, index) for index in range(array.count)):
-            state_file.unlink(missing_ok=True)
-            return
         rows = packer.pack(self._token_documents(packer.documents - 1 if packer.documents else 0))
         for index in range(first, array.count):
             wanted = min(self.step, spec.rows - index * self.step)
@@ -221,8 +246,8 @@ class Builder:
     def _too_little_text(self, rows: int) -> None:
         spec = self.spec
         last = "" if spec.corpus.last_document is None else f" to {spec.corpus.last_document - 1}"
-        if not any(self.target.glob("acts/*/c")):
-            shutil.rmtree(self.target)  # tokens only: nothing that took long is lost
+        if not any(array.written(self.target) for path, array in self.specs.items() if path.startswith("acts/")):
+            remove(self.target)  # tokens only: nothing that took long is lost
         change = {"train": "cache.train.rows", "eval": "cache.eval.batches_variance"}.get(spec.split, "unlearning.rows")
         raise CorpusError(
             f"corpus {spec.corpus.corpus!r}, documents {spec.corpus.first_document}{last or ' to the last'}, gives {rows} rows of "
@@ -233,8 +258,12 @@ class Builder:
 
     def write_activations(self) -> None:
         """Compute every chunk that is missing from any array of activations or losses."""
-        for index in range(self.specs["tokens"].count):
-            if missing := [array for array in self.row_arrays(index) if not array.is_written(self.target, index)]:
+        held = {path: array.written(self.target) for path, array in self.specs.items()}
+        for index in self.share.order(self.specs["tokens"].count):
+            missing = [array for array in self.row_arrays(index) if index not in held[array.path]]
+            if self.share.world > 1:  # another worker may have written it since
+                missing = [array for array in missing if not array.is_written(self.target, index)]
+            if missing:
                 self.progress(self.spec, "activations", index * self.step, self.spec.rows, self.row_bytes)
                 self.write_chunks(index, missing)
 
@@ -313,12 +342,20 @@ class Builder:
     # --- statistics ---------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Write the statistics and, last, that the store is complete."""
-        header, statistics = self.header(), {}
+        """Write the statistics and the list of checksums and, last, that the store is complete."""
+        statistics = self.write_statistics()
+        every = [*self.specs.values(), *statistics_arrays(self.spec, self.model.d_model).values()]
+        checks = writer.seal(self.target, every)
+        update = {"statistics": statistics, "checks": checks, "complete": True}
+        writer.write_header(self.target, self.header().model_copy(update=update))
+
+    def write_statistics(self) -> dict[str, HookSummary]:
+        """Write the arrays of statistics and return the scalars of each hook."""
+        statistics = {}
         for number, hook in enumerate(self.spec.hooks):
             self.progress(self.spec, "statistics", number, len(self.spec.hooks), 0)
             acts = MappedArray(self.target, self.specs[f"acts/{hook}"])
             tokens = MappedArray(self.target, self.specs["tokens"])
-            statistics[hook] = summarise(self.target, hook, acts, tokens, header.special_ids)
+            statistics[hook] = summarise(self.target, hook, acts, tokens, self.model.special_ids)
         self.progress(self.spec, "statistics", len(self.spec.hooks), len(self.spec.hooks), 0)
-        writer.write_header(self.target, header.model_copy(update={"statistics": statistics, "complete": True}))
+        return statistics

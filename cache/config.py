@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Split = Literal["train", "eval", "forget", "retain"]
+Codec = Literal["mappable", "compact", "int8"]
 HOOK_PATTERN = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 FORMAT_VERSION = 1
 
@@ -101,8 +102,9 @@ class CacheConfig(Config):
     """Rows of one forward pass, and SAEBench's batch_size_prompts: part of what the bits depend on."""
     chunk_mib: float = Field(default=32, gt=0)
     """Size of one chunk of activations; rounded to whole batches."""
-    codec: Literal["mappable", "compact"] = "mappable"
-    """mappable: raw bytes + crc32c. compact: blosc(lz4, bitshuffle) + crc32c, decoded into scratch when read."""
+    codec: Codec = "mappable"
+    """mappable: raw bytes + crc32c. compact: blosc(lz4, bitshuffle) + crc32c, decoded into scratch when read.
+    int8: lossy, half the bytes; made from a finished store by `hsae cache recode`."""
     train: TrainCacheConfig
     eval: EvalCacheConfig
 
@@ -118,7 +120,7 @@ class StoreSpec(Config):
     prepend_bos: bool
     batch_rows: int
     chunk_mib: float
-    codec: Literal["mappable", "compact"]
+    codec: Codec
     rows: int
     """Rows in all."""
     clean_rows: int

@@ -1,7 +1,7 @@
 """The zarr v3 data type `bfloat16`, backed by ml_dtypes.
 
-zarr-python finds it through the entry-point group `zarr.data_type` of an installed hsae, or when this module is imported. The
-metadata is the plain name `bfloat16`, which tensorstore and zarrs read without hsae.
+Importing this module registers it. The entry-point group `zarr.data_type` of an installed hsae names it too, but zarr-python up to 3.1.6
+collects that group without ever loading it. The metadata is the plain name `bfloat16`, which tensorstore reads without hsae.
 """
 
 from dataclasses import dataclass

@@ -12,6 +12,7 @@ from hsae.cache.config import StoreSpec
 from hsae.cache.errors import ModelError, StoreError
 from hsae.cache.layout import total_bytes
 from hsae.cache.lm import check_dtype, hook_layer
+from hsae.cache.remote import Place, exists, place, sizes
 
 CPU_FLOPS, GPU_FLOPS = 1e11, 1e14  # sustained, per machine: only for the estimate before the first batch is timed
 SPARE_BYTES = 256 << 20
@@ -24,20 +25,21 @@ class Estimate:
     spec: StoreSpec
     state: str
     """`complete`, `to be finished` or `new`."""
-    path: Path
+    path: Place
     bytes: int
     """Bytes on disk of the finished store."""
-    free_bytes: int
+    free_bytes: int | None
+    """Free on the disk; None on a remote store."""
     model_bytes: int | None
     """Bytes of the model's weights; None if unknown."""
     seconds: float | None
     """Rough time to build all of it; None if the model's size is unknown."""
 
 
-def estimate(spec: StoreSpec, root: Path, device: str) -> Estimate:
+def estimate(spec: StoreSpec, root: str | Place, device: str) -> Estimate:
     """Sizes and time for `spec` in folder `root`; the weights are not read. Raises UserError if the request can't be met."""
     check_dtype(spec.model)
-    path = root.expanduser() / spec.name
+    path = place(root) / spec.name
     config, model_bytes = model_config(spec)
     check_dtype(spec.model, config.get("model_type"))
     layers, d_model = int(config["num_hidden_layers"]), int(config["hidden_size"])
@@ -52,19 +54,24 @@ def estimate(spec: StoreSpec, root: Path, device: str) -> Estimate:
                 f"hook {hook!r}: {spec.model.id} has layers 0 to {layers - 1}; use for example "
                 f"--set hook.names=['blocks.{layers * 2 // 3}.hook_resid_{kind}']"
             )
-    existing = next(place for place in (path, *path.parents) if place.exists())
     state = "new"
-    if path.is_dir():
+    if exists(path):
         state = "complete" if held_by(path, spec).complete else "to be finished"
     return Estimate(
         spec=spec,
         state=state,
         path=path,
         bytes=total_bytes(spec, d_model),
-        free_bytes=shutil.disk_usage(existing).free,
+        free_bytes=_free(path),
         model_bytes=model_bytes,
         seconds=_seconds(spec, config, device),
     )
+
+
+def _free(path: Place) -> int | None:
+    if isinstance(path, Path):
+        return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
+    return None
 
 
 def _seconds(spec: StoreSpec, config: dict[str, Any], device: str) -> float:
@@ -105,13 +112,13 @@ def model_config(spec: StoreSpec) -> tuple[dict[str, Any], int | None]:
 def check_space(estimates: list[Estimate]) -> None:
     """Raise StoreError if the stores that are still to be written don't fit on the disk."""
     needed = sum(item.bytes - _written(item.path) for item in estimates if item.state != "complete")
-    free = min(item.free_bytes for item in estimates)
-    if needed + SPARE_BYTES > free:
+    free = min((item.free_bytes for item in estimates if item.free_bytes is not None), default=None)
+    if free is not None and needed + SPARE_BYTES > free:
         raise StoreError(
-            f"not enough disk: {needed / 1e9:.2f} GB are to be written and {free / 1e9:.2f} GB are free at {estimates[0].path.parent}; "
+            f"not enough disk: {needed / 1e9:.2f} GB are to be written and {free / 1e9:.2f} GB are free at {estimates[0].path}; "
             "lower cache.train.rows, or build elsewhere with --set cache.dir=FOLDER"
         )
 
 
-def _written(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+def _written(path: Place) -> int:
+    return sum(sizes(path).values())

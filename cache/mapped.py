@@ -1,58 +1,47 @@
 """Chunks as memory-mapped tensors: nothing is copied until someone gathers from them.
 
-A chunk's crc32c is checked the first time this process maps it. Compact chunks can't be mapped: they are decoded once into
-`$HSAE_HOME/scratch`, and mapped from there.
+A chunk's checksums are tested the first time this process maps it. A local, mappable chunk is mapped where it lies; any other
+from its decoded copy in the scratch folder.
 """
 
-import hashlib
 import mmap
-import os
 from collections import OrderedDict
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from hsae.cache.errors import StoreError
-from hsae.cache.layout import CRC_BYTES, ArraySpec
-from hsae.cache.weights import home
+from hsae.cache.codec import TORCH_DTYPES, DamagedChunkError, check_sums, crc32c, read_chunk
+from hsae.cache.layout import CRC_BYTES, ArraySpec, Header, check_array, checks_array, every_array
+from hsae.cache.remote import Place, RemotePath
+from hsae.cache.scratch import Scratch, named_checksum, scratch
 
 MOST_MAPPED = 16384  # chunks one array keeps mapped; Linux allows a process about 65,000 maps
-TORCH_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "int32": torch.int32,
-}
-
-
-class DamagedChunkError(StoreError):
-    """A chunk is missing or is not what was written."""
-
-    def __init__(self, root: Path, path: Path, problem: str) -> None:
-        super().__init__(f"{path} {problem}; find and mend all such chunks with: hsae cache verify {root} --repair")
-        self.path, self.problem = path, problem
 
 
 class MappedArray:
     """One array of a store, chunk by chunk."""
 
-    def __init__(self, root: Path, spec: ArraySpec) -> None:
-        self.root, self.spec = root, spec
+    def __init__(self, root: Place, spec: ArraySpec, checks: NDArray[np.uint32] | None = None) -> None:
+        self.root, self.spec, self.checks = root, spec, checks
+        self.in_place = spec.codec == "mappable" and isinstance(root, Path)
+        self._scratch: Scratch | None = None
         self._chunks: OrderedDict[int, Tensor] = OrderedDict()
+        self._files: dict[int, Path] = {}
+        """Scratch files of the chunks in `_chunks`."""
         self._checked: set[int] = set()
+        self._fetched = 0
 
     def chunk(self, index: int) -> Tensor:
         """Chunk `index` as a tensor over mapped pages, without the padding of the last one. Writing to it changes no file."""
         if index not in self._chunks:
             rows = min(self.spec.chunks[0], self.spec.shape[0] - index * self.spec.chunks[0])
-            self._chunks[index] = self._mapped(index)[:rows]
-            self._checked.add(index)
+            self._chunks[index] = (self._mapped(index) if self.in_place else self._mapped_copy(index))[:rows]
             if len(self._chunks) > MOST_MAPPED:
-                self._chunks.popitem(last=False)
+                dropped, _ = self._chunks.popitem(last=False)
+                self._files.pop(dropped, None)
         self._chunks.move_to_end(index)
         return self._chunks[index]
 
@@ -68,69 +57,112 @@ class MappedArray:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _mapped(self, index: int) -> Tensor:
+    def fetch(self, index: int) -> Path:
+        """The scratch file of a chunk that can't be mapped in place, made if need be. Raises DamagedChunkError."""
+        if self._scratch is None:
+            self._scratch = scratch()
+        listed = self._listed(index)
+        key = f"{self.root}|{self.spec.path}|{index}|{self.spec.chunks}|{self.spec.dtype}|{listed}{self._stamp(index)}"
+        return self._scratch.fetch(
+            key, self.spec.chunk_bytes, lambda: read_chunk(self.root, self.spec, index, self._listed(index))
+        )
+
+    def _listed(self, index: int) -> int | None:
+        return None if self.checks is None else int(self.checks[index])
+
+    def _stamp(self, index: int) -> str:
+        """What tells a changed source from the one that was decoded; a remote chunk with a listed checksum needs no request for it."""
         path = self.spec.chunk_file(self.root, index)
-        if self.spec.compact:
-            path = self._decoded(path)
-            return map_chunk(self.root, path, self.spec, trailer=0)  # checked when it was decoded
-        return map_chunk(self.root, path, self.spec, check=index not in self._checked)
+        try:
+            if isinstance(path, RemotePath):
+                if self.checks is not None:
+                    return ""
+                told = path.status()
+                return "|".join(
+                    str(told.get(name)) for name in ("size", "ETag", "etag", "mtime", "created", "LastModified")
+                )
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DamagedChunkError(self.root, path, "is missing") from None
+        return f"|{status.st_size}:{status.st_mtime_ns}"
 
-    def _decoded(self, path: Path) -> Path:
-        """The scratch file with a compact chunk's numbers, made if it isn't there or its source changed."""
-        source = check_length(self.root, path, None)
-        stamp = f"{path.resolve()}:{source.st_size}:{source.st_mtime_ns}"
-        scratch = home() / "scratch" / hashlib.sha256(stamp.encode()).hexdigest()[:32]
-        if not scratch.is_file() or scratch.stat().st_size != self.spec.chunk_bytes:
-            numbers = decode_compact(self.root, path, self.spec)
-            scratch.parent.mkdir(parents=True, exist_ok=True)
-            partial = scratch.with_name(f"{scratch.name}.{os.getpid()}.partial")
+    def _mapped(self, index: int) -> Tensor:
+        path, first = self.spec.chunk_file(self.root, index), index not in self._checked
+        assert isinstance(path, Path)
+        tensor = map_chunk(self.root, path, self.spec, check=first, listed=self._listed(index))
+        self._checked.add(index)
+        return tensor
+
+    def _mapped_copy(self, index: int) -> Tensor:
+        self._forget_evicted()
+        for _ in range(8):
+            path = self.fetch(index)
             try:
-                partial.write_bytes(numbers)
-                partial.replace(scratch)
-            finally:
-                partial.unlink(missing_ok=True)
-        return scratch
+                pages = mapped_pages(path, self.spec.chunk_bytes + CRC_BYTES)
+            except (FileNotFoundError, ValueError):  # evicted between the two, or cut short
+                path.unlink(missing_ok=True)
+                continue
+            view, size = memoryview(pages), self.spec.chunk_bytes
+            if named_checksum(crc32c(view[:size]), path) == int.from_bytes(view[size:], "little"):
+                self._files[index] = path
+                return tensor_of(pages, self.spec)
+            path.unlink(missing_ok=True)  # damaged: fetched again
+        raise OSError(
+            f"the scratch folder {path.parent} does not keep what is written to it; is its disk full or failing?"
+        )
+
+    def _forget_evicted(self) -> None:
+        """Unmap chunks whose scratch files are gone: a mapped file takes room on the disk though it has no name any more."""
+        self._fetched += 1
+        if self._fetched % 64 == 0:
+            for index in [index for index, path in self._files.items() if not path.exists()]:
+                del self._files[index]
+                self._chunks.pop(index, None)
 
 
-def check_length(root: Path, path: Path, length: int | None) -> os.stat_result:
-    """The file's status. Raises DamagedChunkError if it is missing or, given a length, has another."""
-    try:
-        status = path.stat()
-    except OSError:
-        raise DamagedChunkError(root, path, "is missing") from None
-    if length is not None and status.st_size != length:
-        raise DamagedChunkError(root, path, f"is {status.st_size} bytes long, not {length}")
-    return status
+def read_checks(root: Place, header: Header) -> dict[str, NDArray[np.uint32]]:
+    """The listed checksums of each array's chunks; empty for a store that has no list. Raises DamagedChunkError if the list is damaged."""
+    if header.checks is None:
+        return {}
+    specs = every_array(header)
+    spec = checks_array(specs)
+    check_array(root, spec)
+    numbers = np.frombuffer(read_chunk(root, spec, 0, header.checks), dtype="<u4")
+    return dict(
+        zip(
+            (array.path for array in specs),
+            np.split(numbers, np.cumsum([array.count for array in specs])[:-1]),
+            strict=True,
+        )
+    )
 
 
-def map_chunk(root: Path, path: Path, spec: ArraySpec, *, trailer: int = CRC_BYTES, check: bool = False) -> Tensor:
-    """A file of one chunk's numbers, and `trailer` bytes of checksum, as a tensor over mapped pages. Raises DamagedChunkError."""
-    size = spec.chunk_bytes
-    check_length(root, path, size + trailer)
+def mapped_pages(path: Path, size: int) -> mmap.mmap:
+    """A file's pages, private: a write never reaches the file. Raises ValueError if it has another size."""
     with path.open("rb") as file:
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: a write never reaches the file
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if len(pages) != size:
+        raise ValueError(f"{path} is {len(pages)} bytes long, not {size}")
+    return pages
+
+
+def tensor_of(pages: mmap.mmap, spec: ArraySpec) -> Tensor:
+    """Mapped pages, which begin with a chunk's numbers, as a tensor."""
+    dtype = TORCH_DTYPES[spec.dtype]
+    return torch.frombuffer(pages, dtype=dtype, count=spec.chunk_bytes // dtype.itemsize).view(spec.chunks)
+
+
+def map_chunk(root: Place, path: Path, spec: ArraySpec, *, check: bool, listed: int | None = None) -> Tensor:
+    """A mappable chunk's file as a tensor over mapped pages. Raises DamagedChunkError."""
+    size = spec.chunk_bytes
+    try:
+        length = path.stat().st_size
+        if length != size + CRC_BYTES:
+            raise DamagedChunkError(root, path, f"is {length} bytes long, not {size + CRC_BYTES}")
+        pages = mapped_pages(path, size + CRC_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedChunkError(root, path, "is missing") from None
     if check:
         view = memoryview(pages)
-        if crc32c(view[:size]) != int.from_bytes(view[size:], "little"):
-            raise DamagedChunkError(root, path, "fails its checksum")
-    dtype = TORCH_DTYPES[spec.dtype]
-    return torch.frombuffer(pages, dtype=dtype, count=size // dtype.itemsize).view(spec.chunks)
-
-
-def crc32c(data: memoryview) -> int:
-    """The crc32c checksum of some bytes."""
-    return int(google_crc32c.value(np.frombuffer(data, dtype=np.uint8)))
-
-
-def decode_compact(root: Path, path: Path, spec: ArraySpec) -> bytes:
-    """The numbers of a compact chunk. Raises DamagedChunkError if its checksum or its length is wrong."""
-    from numcodecs import Blosc
-
-    data = path.read_bytes()
-    body = memoryview(data)[:-CRC_BYTES]
-    if len(data) <= CRC_BYTES or crc32c(body) != int.from_bytes(data[-CRC_BYTES:], "little"):
-        raise DamagedChunkError(root, path, "fails its checksum")
-    # the header of a blosc chunk states the decoded size; a hostile one must not make us allocate more
-    if len(body) < 16 or int.from_bytes(body[4:8], "little") != spec.chunk_bytes:
-        raise DamagedChunkError(root, path, "does not decode to a chunk of this array")
-    return bytes(Blosc().decode(body))
+        check_sums(root, path, crc32c(view[:size]), int.from_bytes(view[size:], "little"), listed)
+    return tensor_of(pages, spec)

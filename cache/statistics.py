@@ -4,7 +4,6 @@ Shapes: D residual width, S sampled vectors.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from hsae.cache import writer
 from hsae.cache.errors import StoreError
 from hsae.cache.layout import ArraySpec, HookSummary
 from hsae.cache.mapped import MappedArray
+from hsae.cache.remote import Place
 
 MOST_CHUNKS = 64  # evenly spaced: bounds the time and, for a remote store, the traffic
 MEDIAN_SAMPLE = 8192
@@ -20,7 +20,7 @@ WEISZFELD_STEPS = 50
 
 
 def summarise(
-    target: Path, hook: str, acts: MappedArray, tokens: MappedArray, special_ids: Sequence[int]
+    target: Place, hook: str, acts: MappedArray, tokens: MappedArray, special_ids: Sequence[int]
 ) -> HookSummary:
     """Write `stats/<hook>/mean` and `/geometric_median` and return the scalars. Special tokens are left out."""
     count = acts.spec.count

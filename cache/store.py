@@ -4,16 +4,19 @@ Shapes: R rows, T context length, D residual width.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hsae.cache.errors import StoreError
-from hsae.cache.layout import ArraySpec, arrays, check_array, chunk_rows, read_header, statistics_arrays
-from hsae.cache.mapped import MappedArray
+from hsae.cache.layout import ITEM_BYTES, ArraySpec, check_array, chunk_rows, every_array, read_header
+from hsae.cache.mapped import MappedArray, read_checks
+from hsae.cache.remote import Place, many, place
+from hsae.cache.scratch import Prefetcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,26 +36,27 @@ class HookStatistics:
 class ActivationStore:
     """A finished store (or, where asked for, an unfinished one), read through memory maps."""
 
-    def __init__(self, root: Path, *, require_complete: bool = True) -> None:
+    def __init__(self, root: Place, *, require_complete: bool = True) -> None:
         self.root, self.url = root, str(root)
         self.header = read_header(root)
         self.spec = self.header.spec
         if require_complete and not self.header.complete:
             raise StoreError(f"{root} is not finished; go on with `hsae cache build`")
-        self._specs: dict[str, ArraySpec] = arrays(self.spec, self.header.d_model)
-        if self.header.complete:
-            self._specs |= statistics_arrays(self.spec, self.header.d_model)
-        for spec in self._specs.values():
-            check_array(root, spec)
-        self._arrays = {path: MappedArray(root, spec) for path, spec in self._specs.items()}
+        self._specs: dict[str, ArraySpec] = {spec.path: spec for spec in every_array(self.header)}
+        for _ in many(lambda spec: check_array(root, spec), self._specs.values()):
+            pass
+        checks = read_checks(root, self.header)
+        self._arrays = {path: MappedArray(root, spec, checks.get(path)) for path, spec in self._specs.items()}
+        self._prefetcher = Prefetcher()
         self.rows, self.context, self.clean_rows = self.spec.rows, self.spec.context, self.spec.clean_rows
         self.chunk_rows = chunk_rows(self.spec, self.header.d_model)
         self.chunks = self._specs["tokens"].count
+        self.token_bytes = self.header.d_model * ITEM_BYTES[self.spec.model.dtype]
 
     @classmethod
-    def open(cls, url: str | Path, *, require_complete: bool = True) -> "ActivationStore":
-        """Open the store at a local path. Raises StoreError if it is missing, unfinished or not to be trusted."""
-        return cls(local_path(url), require_complete=require_complete)
+    def open(cls, url: str | Place, *, require_complete: bool = True) -> "ActivationStore":
+        """Open the store at a local path or a URL. Raises StoreError if it is missing, unfinished or not to be trusted."""
+        return cls(place(url), require_complete=require_complete)
 
     def tokens(self, start: int, stop: int) -> Tensor:
         """Token ids [stop - start, T], int32."""
@@ -65,6 +69,16 @@ class ActivationStore:
     def acts_chunk(self, hook: str, index: int) -> Tensor:
         """Residuals of chunk `index`, [rows, T, D], mapped."""
         return self._hooked(hook).chunk(index)
+
+    def mapped_in_place(self, hook: str) -> bool:
+        """Whether chunks are mapped where they lie; others are fetched into the scratch folder first."""
+        return self._hooked(hook).in_place
+
+    def prefetch(self, path: str, chunks: Sequence[int]) -> None:
+        """Fetch these chunks of an array in the background, in this order, instead of what is left of the last such request."""
+        array = self._arrays[path]
+        if not array.in_place:
+            self._prefetcher.order([partial(array.fetch, int(index)) for index in chunks])
 
     def documents(self) -> list[tuple[int, str | None]]:
         """For each row, the number of its document and its topic. Raises StoreError if the store's rows mix documents."""
@@ -112,10 +126,3 @@ class ActivationStore:
                 f"{self.url} keeps no clean losses (it is a {self.spec.split} store); use the evaluation store"
             )
         return self._arrays[path]
-
-
-def local_path(url: str | Path) -> Path:
-    """A store's place as a local path: the one seam where remote stores will be told apart."""
-    if "://" in str(url):
-        raise StoreError(f"{url}: only local paths can be read so far; copy the store here first")
-    return Path(url).expanduser()

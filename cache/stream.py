@@ -4,7 +4,9 @@ Shapes: B tokens of a batch, T context length, D residual width.
 
 Tokens of one epoch are laid out in one order, epoch after epoch, without gaps: batch s is positions s*B to (s+1)*B. Within an epoch the
 chunks are permuted and cut into windows of at most `window_tokens` tokens; within a window every token is permuted. A store
-that fits one window is shuffled completely. Only the current window's order is kept in memory (8 bytes a token).
+that fits one window is shuffled completely. Only the current window's order is kept in memory (8 bytes a token). Where chunks are fetched
+into the scratch folder, a window is also at most `WINDOW_BYTES`, whatever the folder's budget is, so that the order depends on the store
+alone; its chunks and the next window's are fetched ahead, in the order in which they will be needed.
 """
 
 import queue
@@ -20,6 +22,7 @@ from torch import Tensor
 from hsae.cache.store import ActivationStore
 
 PREFETCHED = 2
+WINDOW_BYTES = 16 << 30
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class TokenStream:
     ) -> None:
         self.store, self.hook, self.batch_tokens, self.seed = store, hook, batch_tokens, seed
         self.window_tokens = window_tokens
+        if not store.mapped_in_place(hook):
+            self.window_tokens = min(window_tokens, max(1, WINDOW_BYTES // store.token_bytes))
+            store.prefetch("tokens", range(store.chunks))
         self._counts = np.array([len(self._kept(index)) for index in range(store.chunks)], dtype=np.int64)
         self.tokens_per_epoch = int(self._counts.sum())
         if self.tokens_per_epoch == 0:
@@ -125,6 +131,7 @@ class TokenStream:
         _, groups, starts = self._bounds
         index = int(np.searchsorted(starts, place, side="right")) - 1
         if self._window is None or (self._window.epoch, self._window.index) != (epoch, index):
+            self.store.prefetch(f"acts/{self.hook}", self._needed(epoch, index))
             self._window = None  # let the old order go before the new one is made
             order = np.concatenate(
                 [self._kept(int(chunk)) + int(chunk) * self._chunk_tokens for chunk in groups[index]]
@@ -132,6 +139,13 @@ class TokenStream:
             np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 32) + index + 1])).shuffle(order)
             self._window = _Window(epoch, index, int(starts[index]), groups[index], order)
         return self._window
+
+    def _needed(self, epoch: int, index: int) -> list[int]:
+        """Chunks of a window in the order a batch gathers them, then those of the next window."""
+        assert self._bounds is not None
+        groups = self._bounds[1]
+        following = groups[index + 1] if index + 1 < len(groups) else self._windows_of(epoch + 1)[0][0]
+        return list(dict.fromkeys([*sorted(groups[index].tolist()), *sorted(following.tolist())]))
 
     def _windows_of(self, epoch: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
         """The epoch's permuted chunks cut into windows, and the position at which each window starts."""

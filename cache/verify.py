@@ -4,11 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hsae.cache.build import Builder, locked
-from hsae.cache.layout import ArraySpec, Header, arrays, check_array, read_header, statistics_arrays
-from hsae.cache.lm import LanguageModel
-from hsae.cache.mapped import DamagedChunkError, decode_compact, map_chunk
-from hsae.cache.store import local_path
+import numpy as np
+from numpy.typing import NDArray
+
+from hsae.cache.codec import DamagedChunkError, read_chunk
+from hsae.cache.errors import StoreError
+from hsae.cache.layout import ArraySpec, Header, check_array, every_array, read_header
+from hsae.cache.mapped import map_chunk, read_checks
+from hsae.cache.remote import IN_FLIGHT, Place, RemotePath, locked, many, place
+from hsae.cache.writer import seal, write_header
+
+LOCAL_READERS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,60 +23,77 @@ class Damage:
 
     array: str
     index: int
-    path: Path
+    path: Place
     problem: str
 
 
-def verify(url: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Damage]:
+def verify(url: str | Place, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Damage]:
     """Every damaged chunk of a store. Raises StoreError if its metadata can't be trusted."""
-    root = local_path(url)
+    root = place(url)
     header = read_header(root)
-    specs = list(arrays(header.spec, header.d_model).values())
-    if header.complete:
-        specs += statistics_arrays(header.spec, header.d_model).values()
-    total, done = sum(spec.count for spec in specs), 0
+    specs = every_array(header)
     damages = []
+    checks: dict[str, NDArray[np.uint32]] = {}
+    try:
+        checks = read_checks(root, header)
+    except DamagedChunkError as error:
+        damages.append(Damage(array="checks", index=0, path=error.path, problem=error.problem))
     for spec in specs:
         check_array(root, spec)
-        for index in range(spec.count):
-            path = spec.chunk_file(root, index)
-            try:
-                check_chunk(root, path, spec)
-            except DamagedChunkError as error:
-                damages.append(Damage(array=spec.path, index=index, path=path, problem=error.problem))
-            done += 1
-            progress(done, total)
+    total = sum(spec.count for spec in specs)
+    jobs = ((spec, index) for spec in specs for index in range(spec.count))
+
+    def problem(job: tuple[ArraySpec, int]) -> Damage | None:
+        spec, index = job
+        listed = int(checks[spec.path][index]) if checks else None
+        try:
+            check_chunk(root, spec, index, listed)
+        except DamagedChunkError as error:
+            return Damage(array=spec.path, index=index, path=error.path, problem=error.problem)
+        return None
+
+    at_once = IN_FLIGHT if isinstance(root, RemotePath) else LOCAL_READERS
+    for done, damage in enumerate(many(problem, jobs, at_once), 1):
+        damages.extend([damage] if damage else [])
+        progress(done, total)
     return damages
 
 
-def check_chunk(root: Path, path: Path, spec: ArraySpec) -> None:
+def check_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None) -> None:
     """Raise DamagedChunkError unless the file holds a whole chunk with the right checksum."""
-    if spec.compact:
-        if not path.is_file():
-            raise DamagedChunkError(root, path, "is missing")
-        decode_compact(root, path, spec)
+    path = spec.chunk_file(root, index)
+    if spec.codec == "mappable" and isinstance(path, Path):
+        map_chunk(root, path, spec, check=True, listed=listed)
     else:
-        map_chunk(root, path, spec, check=True)
+        read_chunk(root, spec, index, listed)
 
 
 def repair(
-    url: str | Path, damages: Sequence[Damage], *, device: str = "cpu", say: Callable[[str], None] = lambda text: None
+    url: str | Place, damages: Sequence[Damage], *, device: str = "cpu", say: Callable[[str], None] = lambda text: None
 ) -> list[Damage]:
     """Compute damaged chunks again from the model and the corpus; returns what is still wrong.
 
-    Raises StoreError if the model or the corpus are no longer what the store was made from.
+    A store made before there was a list of checksums gets one. Raises StoreError if the model or the corpus are no longer what the
+    store was made from.
     """
-    root = local_path(url)
+    root = place(url)
     header = read_header(root)
+    with locked(root):
+        if any(damage.array != "checks" for damage in damages):
+            _compute_again(header, root, damages, device, say)
+        if header.complete:
+            seal_again(root, header)
+    return verify(root)
+
+
+def _compute_again(
+    header: Header, root: Place, damages: Sequence[Damage], device: str, say: Callable[[str], None]
+) -> None:
+    from hsae.cache.build import Builder  # which loads transformers; checking needs none
+    from hsae.cache.lm import LanguageModel
+
     say(f"loading {header.spec.model.id}")
     model = LanguageModel.load(header.spec.model, device=device, say=say)
-    with locked(root):
-        return _repaired(header, root, model, damages, say)
-
-
-def _repaired(
-    header: Header, root: Path, model: LanguageModel, damages: Sequence[Damage], say: Callable[[str], None]
-) -> list[Damage]:
     builder = Builder(header.spec, root, model, lambda spec, stage, done, total, row_bytes: None)
     builder.check_same(header, builder.header())
     for damage in damages:
@@ -84,5 +107,15 @@ def _repaired(
         builder.write_chunks(index, wanted)
         say(f"chunk {index} computed again ({number} of {len(by_index)})")
     if header.complete and any(damage.array.startswith("stats/") for damage in damages):
-        builder.finish()
-    return verify(root)
+        builder.write_statistics()
+
+
+def seal_again(root: Place, header: Header) -> None:
+    """Write the list of checksums of a complete store, and in its header the list's own, if it is not there or not right."""
+    checks = seal(root, every_array(header))
+    if checks != header.checks:
+        if header.checks is not None:
+            raise StoreError(
+                f"{root}: the chunks are whole, but not those the store was finished with; build it again elsewhere and compare"
+            )
+        write_header(root, header.model_copy(update={"checks": checks}))

@@ -1,12 +1,11 @@
-"""Writing a store: its metadata, whole chunks, and the header, through zarr; every file appears by rename.
+"""Writing a store: its metadata as zarr writes it, whole chunks, and the header; everything appears by rename or by one PUT.
 
-zarr's local store writes a chunk under a partial name and renames it. The chunks of a store are never overwritten in part.
+A chunk is never overwritten in part.
 """
 
 import json
 import shutil
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,64 +13,101 @@ import torch
 import zarr
 from torch import Tensor
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
+from hsae.cache.codec import TORCH_DTYPES, DamagedChunkError, encode_chunk
 from hsae.cache.dtype import NUMPY_BFLOAT16
-from hsae.cache.layout import ArraySpec, Header
-from hsae.cache.mapped import TORCH_DTYPES
+from hsae.cache.int8 import Int8Codec
+from hsae.cache.layout import CRC_BYTES, ITEM_BYTES, ArraySpec, Header, checks_array
+from hsae.cache.remote import Place, RemotePath, many, publish, sizes
 
-__all__ = ["TORCH_DTYPES", "create", "write_chunk", "write_header", "write_json"]
+__all__ = ["TORCH_DTYPES", "create", "seal", "write_chunk", "write_header", "write_json", "write_metadata"]
 
 
-def create(target: Path, header: Header, specs: Iterable[ArraySpec]) -> None:
-    """Make an empty store with all its arrays; the folder appears whole or not at all."""
+def create(target: Place, header: Header, specs: Iterable[ArraySpec]) -> None:
+    """Make an empty store with all its arrays; it appears whole or not at all."""
+    if isinstance(target, RemotePath):
+        return write_metadata(target, header, specs)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed; the builder holds the store's lock
     try:
-        group = zarr.create_group(partial, zarr_format=3, attributes={"hsae": header.model_dump(mode="json")})
-        for spec in specs:
-            _create_array(group, spec)
+        write_metadata(partial, header, specs)
         partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_metadata(target: Place, header: Header, specs: Iterable[ArraySpec]) -> None:
+    """Write every zarr.json of a store, the one with the header last."""
+    documents = _documents(header, specs)
+    for name in sorted(documents, key=lambda name: name == "zarr.json"):
+        publish(target / name, documents[name])
+
+
+def _documents(header: Header, specs: Iterable[ArraySpec]) -> dict[str, bytes]:
+    """Every zarr.json of a store, by its path from the root."""
+    kept: dict[str, Buffer] = {}
+    group = zarr.create_group(MemoryStore(kept), zarr_format=3, attributes={"hsae": header.model_dump(mode="json")})
+    for spec in specs:
+        _create_array(group, spec)
+    return {name: buffer.to_bytes() for name, buffer in kept.items()}
+
+
 def _create_array(group: zarr.Group, spec: ArraySpec) -> None:
-    blosc = (
-        (BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=2 if spec.dtype != "float32" else 4),)
-        if spec.compact
-        else ()
-    )
+    compact = BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=ITEM_BYTES[spec.dtype])
     group.create_array(
         spec.path,
         shape=spec.shape,
         chunks=spec.chunks,
         dtype=NUMPY_BFLOAT16 if spec.dtype == "bfloat16" else np.dtype(spec.dtype),
         filters=(),
-        serializer=BytesCodec(endian="little"),
-        compressors=(*blosc, Crc32cCodec()),
+        serializer=Int8Codec() if spec.codec == "int8" else BytesCodec(endian="little"),
+        compressors=(*((compact,) if spec.codec == "compact" else ()), Crc32cCodec()),
         fill_value=0,
     )
 
 
-def write_chunk(target: Path, spec: ArraySpec, index: int, values: Tensor) -> None:
+def write_chunk(target: Place, spec: ArraySpec, index: int, values: Tensor) -> None:
     """Publish chunk `index`, [rows, ...]; missing rows of the last chunk are padded with zeros."""
-    padded = torch.zeros(spec.chunks, dtype=TORCH_DTYPES[spec.dtype])
-    padded[: len(values)] = values
-    numbers = padded.view(torch.int16).numpy().view(NUMPY_BFLOAT16) if spec.dtype == "bfloat16" else padded.numpy()
-    rows = min(spec.chunks[0], spec.shape[0] - index * spec.chunks[0])
-    start = index * spec.chunks[0]
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        array = zarr.open_array(target / spec.path, mode="r+")
-        array[start : start + rows] = numbers[:rows]
+    publish(spec.chunk_file(target, index), encode_chunk(spec, values))
 
 
-def write_header(target: Path, header: Header) -> None:
+def seal(target: Place, specs: Sequence[ArraySpec]) -> int:
+    """Write the list of the checksums that end the chunks of `specs`, and return the list's own. Raises StoreError if a chunk is missing."""
+    spec = checks_array(specs)
+    listed: list[int] = []
+    for array in specs:
+        found = sizes(target / array.path / "c")
+        paths = [array.chunk_file(target, index) for index in range(array.count)]
+        keys = [array.key(index) for index in range(array.count)]
+        if missing := [path for path, key in zip(paths, keys, strict=True) if key not in found]:
+            raise DamagedChunkError(target, missing[0], "is missing")
+        listed.extend(many(lambda pair: _trailer(*pair), zip(paths, (found[key] for key in keys), strict=True)))
+    kept: dict[str, Buffer] = {}
+    group = zarr.create_group(MemoryStore(kept), zarr_format=3)
+    _create_array(group, spec)
+    publish(target / spec.path / "zarr.json", kept["checks/zarr.json"].to_bytes())
+    data = encode_chunk(spec, torch.tensor(listed, dtype=torch.int64).to(torch.uint32))
+    publish(spec.chunk_file(target, 0), data)
+    return int.from_bytes(data[-CRC_BYTES:], "little")
+
+
+def _trailer(path: Place, size: int) -> int:
+    if isinstance(path, RemotePath):
+        return int.from_bytes(path.read_tail(size, CRC_BYTES), "little")
+    with path.open("rb") as file:
+        file.seek(size - CRC_BYTES)
+        return int.from_bytes(file.read(CRC_BYTES), "little")
+
+
+def write_header(target: Place, header: Header) -> None:
     """Replace the store's header."""
-    zarr.open_group(target, mode="r+").attrs["hsae"] = header.model_dump(mode="json")
+    document = json.loads((target / "zarr.json").read_text())
+    document["attributes"]["hsae"] = header.model_dump(mode="json")
+    publish(target / "zarr.json", json.dumps(document, indent=2).encode())
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file by rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content))
-    partial.replace(path)
+def write_json(target: Place, content: Any) -> None:
+    """Make or replace a JSON file."""
+    publish(target, json.dumps(content).encode())

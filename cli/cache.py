@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from hsae.cache.estimate import Estimate
 
 app = typer.Typer(no_args_is_help=True)
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of a store.")]
+StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="Directory or URL of a store.")]
 
 
 @app.command()
@@ -41,13 +40,14 @@ def build(
 ) -> None:
     """Run the language model once over the plan's text and write its activation stores.
 
-    Interrupted at any moment, the same command goes on where it was.
+    Interrupted at any moment, the same command goes on where it was. Under torchrun or Slurm the workers share the chunks.
 
     Example: hsae cache build --plan gemma-3-270m
     """
     from hsae.cache.build import build as build_store
     from hsae.cache.device import pick_device
     from hsae.cache.estimate import check_space, estimate
+    from hsae.cache.share import share
     from hsae.train.plan import load_plan
 
     loaded = load_plan(plan, overrides or ())
@@ -56,14 +56,19 @@ def build(
         return suite_commands.build(loaded, suite, chosen, dry_run=dry_run)
     names: tuple[Split, ...] = ("forget", "retain") if suite == "unlearning" else ("eval", "train")
     specs = [loaded.store(name) for name in names if suite or split in (name, "both")]
-    estimates = [estimate(spec, Path(loaded.cache.dir), chosen) for spec in specs]
+    estimates = [estimate(spec, loaded.cache.dir, chosen) for spec in specs]
     console.print(_sizes(estimates, loaded.name, chosen))
     check_space(estimates)
     if dry_run:
         return
     with _progress() as progress:
         paths = build_store(
-            specs, loaded.cache.dir, device=chosen, progress=progress, say=lambda text: console.print(escape(text))
+            specs,
+            loaded.cache.dir,
+            device=chosen,
+            progress=progress,
+            say=lambda text: console.print(escape(text)),
+            share=share(),
         )
     for spec, path in zip(specs, paths, strict=True):
         console.print(f"{spec.split} store: [bold]{escape(str(path))}[/]", soft_wrap=True)
@@ -200,7 +205,9 @@ def verify(
 
 @app.command("ls")
 def list_stores(
-    folder: Annotated[Path | None, typer.Argument(help="Folder of stores; default: the plan's cache.dir.")] = None,
+    folder: Annotated[
+        str | None, typer.Argument(help="Folder or URL of stores; default: the plan's cache.dir.")
+    ] = None,
     plan: PlanOption = None,
     overrides: SetOption = None,
 ) -> None:
@@ -210,15 +217,18 @@ def list_stores(
     """
     from hsae.cache.errors import StoreError
     from hsae.cache.layout import read_header, total_bytes
+    from hsae.cache.remote import children, place
     from hsae.train.plan import load_plan
 
-    place = (folder or Path(load_plan(plan, overrides or ()).cache.dir)).expanduser()
-    if not place.is_dir():
-        raise StoreError(f"there is no folder {place}; stores are made by `hsae cache build`")
-    table = Table(title=escape(str(place)))
+    home = place(folder or load_plan(plan, overrides or ()).cache.dir)
+    if not home.is_dir():
+        raise StoreError(f"there is no folder {home}; stores are made by `hsae cache build`")
+    table = Table(title=escape(str(home)))
     for column in ("store", "state", "model", "hooks", "rows", "size"):
         table.add_column(column, overflow="fold")
-    for path in sorted(place.glob("*.zarr")):
+    for path in children(home):
+        if not path.name.endswith(".zarr"):
+            continue
         try:
             header = read_header(path)
         except StoreError as error:

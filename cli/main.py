@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hsae.cli import ablate, cache, quickstart, report, train, unlearning
+from hsae.cli import ablate, cache, quickstart, report, store, train, unlearning
 from hsae.cli import eval as eval_commands
 from hsae.cli.common import errors
 
@@ -15,6 +15,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+cache.app.command("copy")(store.copy)
+cache.app.command("recode")(store.recode)
 app.add_typer(cache.app, name="cache", help="Write, check and list activation stores.")
 app.command(name="train")(train.train)
 app.add_typer(eval_commands.app, name="eval", help="Measure trained SAEs.")

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import google_crc32c
@@ -21,12 +23,14 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from hsae.cache import layout
-from hsae.cache.build import build
+from hsae.cache.build import Builder, build
 from hsae.cache.config import CorpusConfig, ModelConfig, StoreSpec
-from hsae.cache.errors import CorpusError, ModelError, StoreError
+from hsae.cache.errors import CorpusError, ModelError, StoreError, UserError
 from hsae.cache.estimate import check_space, estimate
 from hsae.cache.lm import LanguageModel
 from hsae.cache.mapped import MappedArray
+from hsae.cache.remote import sizes
+from hsae.cache.share import Share, share
 from hsae.cache.statistics import geometric_median
 from hsae.cache.store import ActivationStore
 from hsae.cache.verify import repair, verify
@@ -235,8 +239,12 @@ def test_an_array_of_another_type_is_refused(copied):
 def test_missing_stores_and_urls_are_refused_clearly(tmp_path):
     with pytest.raises(StoreError, match=r"no activation store at .*; make it with `hsae cache build`"):
         ActivationStore.open(tmp_path / "nothing")
-    with pytest.raises(StoreError, match="only local paths can be read so far"):
-        ActivationStore.open("s3://bucket/store.zarr")
+    with pytest.raises(
+        StoreError, match=r"nowhere://x/zarr.json: Protocol not known: nowhere; use a folder, or a URL such as"
+    ):
+        ActivationStore.open("nowhere://x")
+    with pytest.raises(StoreError, match="s3://: not a place for stores; use a folder, or a URL such as"):
+        ActivationStore.open("s3://")
 
 
 def test_a_finished_store_is_used_again_without_the_model(built, tmp_path, monkeypatch):
@@ -370,3 +378,77 @@ def test_activations_that_are_not_finite_are_refused_by_row(tmp_path, monkeypatc
     monkeypatch.setattr(LanguageModel, "prefix", poisoned)
     with pytest.raises(StoreError, match=f"activations of row 2 at {HOOK} are not finite in bfloat16"):
         build([spec()], tmp_path)
+
+
+def test_a_build_on_a_remote_store_is_the_local_one_and_goes_on_where_it_was(built, monkeypatch):
+    from hsae.cache import build as module
+
+    folder, real, count = f"memory://{built.name}", module.writer.write_chunk, iter(range(100))
+
+    def full(*arguments):
+        if next(count) == 11:
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(module.writer, "write_chunk", full)
+    with pytest.raises(OSError, match="No space left"):
+        build([spec()], folder)
+    monkeypatch.undo()
+    target = build([spec()], folder)[0]
+    found = {name: hashlib.sha256((target / name).read_bytes()).hexdigest() for name in sizes(target)}
+    assert found == contents(built) and verify(target) == []
+
+
+def test_workers_share_one_store_and_make_the_same_bytes(built, tmp_path, monkeypatch):
+    from hsae.cache import build as module
+
+    monkeypatch.setattr(module, "POLL", 0.01)
+    real, computed, alone = Builder.write_chunks, {}, threading.Lock()
+
+    def write_chunks(self, index, wanted):
+        computed.setdefault(self.share.rank, []).append(index)
+        with alone:  # transformers' models are not for several threads at once; real workers are processes
+            real(self, index, wanted)
+
+    monkeypatch.setattr(Builder, "write_chunks", write_chunks)
+    with ThreadPoolExecutor(3) as pool:
+        ranks = [pool.submit(build, [spec()], tmp_path, share=Share(rank, 3)) for rank in (2, 1, 0)]
+        assert [rank.result() for rank in ranks] == [[tmp_path / built.name]] * 3
+    assert contents(tmp_path / built.name) == contents(built)
+    chunks = ActivationStore.open(built).chunks
+    assert set().union(*computed.values()) == set(range(chunks))
+    assert all(computed[rank][0] == rank for rank in range(3))
+
+
+def test_worker_0_alone_does_what_a_lost_worker_left_and_the_others_wait_for_its_tokens(built, tmp_path, monkeypatch):
+    from hsae.cache import build as module
+
+    monkeypatch.setattr(module, "WAIT", 0.05)
+    monkeypatch.setattr(module, "POLL", 0.01)
+    with pytest.raises(StoreError, match=r"worker 0 has packed no tokens into .* for 0 s; is it running\?"):
+        build([spec()], tmp_path, share=Share(1, 2))
+    build([spec()], tmp_path, share=Share(0, 2))
+    assert contents(tmp_path / built.name) == contents(built)
+
+
+def test_shares_cover_every_chunk_and_impossible_ones_are_refused(monkeypatch):
+    for world in (1, 2, 5, 9):
+        orders = [Share(rank, world).order(7) for rank in range(world)]
+        assert all(sorted(order) == list(range(7)) for order in orders)
+        own = [order[: len(range(rank, 7, world))] for rank, order in enumerate(orders)]
+        assert sorted(index for part in own for index in part) == list(range(7))
+    lost = [[index for index in Share(rank, 5).order(100) if index % 5 == 2][:4] for rank in (0, 1, 3, 4)]
+    assert len({index for part in lost for index in part}) == 16  # helpers of worker 2 do not do the same work
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    assert share() == Share(0, 1)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert share() == Share(3, 8)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        UserError,
+        match="RANK=2, WORLD_SIZE=2, LOCAL_RANK=0: RANK must be a number from 0 to WORLD_SIZE - 1; unset them",
+    ):
+        share()

@@ -22,6 +22,13 @@ class Rows:
     def tokens(self, start, stop):
         return self.ids[start:stop]
 
+    def mapped_in_place(self, hook):
+        return True
+
+    def prefetch(self, path, chunks):
+        assert path == f"acts/{HOOK}"
+        self.ordered = chunks
+
     def special_mask(self, tokens):
         return tokens == 0
 
@@ -86,6 +93,16 @@ def test_a_window_holds_only_its_own_tokens():
     for step in range(0, 60, 5):
         one.batch(step)
         assert len(one._window.order) <= 30 + 20  # a window ends with a whole chunk
+
+
+def test_what_is_fetched_ahead_is_what_the_next_batches_need():
+    one = stream(window_tokens=30)
+    for step in range(40):
+        addresses = list(one._addresses(step * 7, step * 7 + 7))
+        ordered = one.store.ordered
+        assert set(addresses[-1] // 20) <= set(ordered) and len(ordered) == len(set(ordered))
+        windows = len({tuple(group) for group in one._bounds[1]})
+        assert windows > 2 and len(ordered) < 6
 
 
 def test_mixing_of_a_full_shuffle_is_near_the_ideal():

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from hsae.cache.config import CacheConfig, Config, HookConfig, ModelConfig, Split, StoreSpec, store_spec
 from hsae.cache.errors import UserError
 from hsae.cache.probe_config import ProbeSpec, Suite, SuiteConfig
+from hsae.cache.remote import Place, place
 from hsae.train.config import RunConfig, StreamConfig
 from hsae.train.suites import UnlearningConfig
 
@@ -53,9 +54,9 @@ class Plan:
             return self.unlearning.spec(split, self.model, self.hook, self.cache)
         return store_spec(split, self.model, self.hook, self.cache)
 
-    def store_path(self, split: Split) -> Path:
+    def store_path(self, split: Split) -> Place:
         """Where that store lies."""
-        return Path(self.cache.dir).expanduser() / self.store(split).name
+        return place(self.cache.dir) / self.store(split).name
 
     def probe(self, suite: Suite) -> ProbeSpec:
         """The probe store of an evaluation suite."""

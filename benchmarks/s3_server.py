@@ -1,0 +1,68 @@
+"""An S3 server on loopback (moto's, over real HTTP) that fails as it is told to, for the tests."""
+
+import random
+import socket
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+KINDS = ("500", "503", "reset", "short")
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+class Faulty:
+    """A WSGI application in front of another: some requests fail, in turn with 500, 503 SlowDown, a reset, or half a body."""
+
+    def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
+        self.app = app
+        self.rate, self.gone_until = 0.0, 0.0
+        self.requests: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self._random, self._lock = random.Random(0), threading.Lock()
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer one request."""
+        with self._lock:
+            self.requests[environ["REQUEST_METHOD"]] += 1
+            kind = None
+            if time.monotonic() < self.gone_until:
+                kind = "gone"
+            elif self._random.random() < self.rate:
+                kind = KINDS[self.faults.total() % len(KINDS)]
+            if kind:
+                self.faults[kind] += 1
+        if kind in ("reset", "gone"):
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            return []
+        if kind in ("500", "503"):
+            code = "InternalError" if kind == "500" else "SlowDown"
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+            start_response(f"{kind} {code}", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            return [body]
+        body = b"".join(self.app(environ, start_response))
+        return [body[: len(body) // 2] if kind == "short" else body]
+
+
+@contextmanager
+def served(bucket: str) -> Iterator[tuple[str, Faulty]]:
+    """(endpoint, its faults) of a server with one empty bucket."""
+    app = Faulty(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    try:
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{bucket}", method="PUT")).close()
+        yield endpoint, app
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,265 @@
+"""Where a store lies: a local path, or a URL that fsspec reaches. The one seam that tells them apart, and the only user of fsspec.
+
+A `Place` is a `pathlib.Path` or a `RemotePath`, which has the few methods of it that stores need. An object is published by one PUT of
+s3fs (multipart above 100 MB, which appears at its end as well), a file by rename: neither is ever seen in part. Requests are tried
+again, with growing pauses, while the trouble may pass: 5xx, throttling, timeouts, resets, short reads. Endpoint, profile, region and
+credentials of `s3://` come from the usual AWS places (AWS_ENDPOINT_URL, AWS_PROFILE, ~/.aws); FSSPEC_S3='{"anon": true}' and the
+like configure any driver.
+"""
+
+import contextlib
+import errno
+import os
+import random
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from hsae.cache.errors import StoreError
+
+PATIENCE = 300.0  # seconds for which one request is tried again
+LONGEST_PAUSE = 20.0
+IN_FLIGHT = 16  # requests at once
+PARTIAL = ".partial"
+LASTING = {errno.EINVAL, errno.ENOSYS, errno.EREMCHG}  # what s3fs makes of bad requests and redirects
+LASTING_NAMES = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "ParamValidationError",
+    "InvalidURL",
+}
+DRIVERS = {"botocore", "aiobotocore", "aiohttp", "s3fs"}
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+class RemoteError(OSError):
+    """A remote store can't be reached, or refuses."""
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """An object, or all objects below it, on a remote store."""
+
+    url: str
+
+    @cached_property
+    def _driver(self) -> tuple[Any, str]:
+        """The file system and this object's path on it."""
+        import fsspec
+
+        protocol = self.url.partition("://")[0]
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if protocol in ("s3", "s3a"):  # one GET an object, without a HEAD first; retries are ours
+            settings = {"max_pool_connections": 2 * IN_FLIGHT, "retries": {"max_attempts": 1, "mode": "standard"}}
+            options |= {"max_concurrency": 1, "config_kwargs": {**settings, "connect_timeout": 10, "read_timeout": 60}}
+        try:
+            filesystem, path = fsspec.core.url_to_fs(self.url, **options)
+        except ImportError:
+            extra = "pip install 'hsae[s3]'" if protocol in ("s3", "s3a") else "pip install its fsspec driver"
+            raise StoreError(f"{self.url}: nothing installed reads {protocol}:// URLs; {extra}") from None
+        except ValueError as error:
+            raise StoreError(f"{self.url}: {error}; use a folder, or a URL such as s3://bucket/prefix") from None
+        return filesystem, path
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(f"{self.url}/{name}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL."""
+        return self.url.rsplit("/", 1)[-1]
+
+    def read_bytes(self) -> bytes:
+        """The whole object. Raises FileNotFoundError if there is none."""
+        return bytes(self._patiently(lambda filesystem, path: filesystem.cat_file(path)))
+
+    def read_text(self) -> str:
+        """The whole object as UTF-8."""
+        return self.read_bytes().decode()
+
+    def read_tail(self, size: int, count: int) -> bytes:
+        """The last `count` bytes of an object of `size` bytes."""
+        return bytes(self._patiently(lambda filesystem, path: filesystem.cat_file(path, start=size - count, end=size)))
+
+    def write_bytes(self, data: bytes) -> None:
+        """Make or replace the object; readers see the old one or all of the new one."""
+        self._patiently(lambda filesystem, path: filesystem.pipe_file(path, data))
+
+    def status(self) -> dict[str, Any]:
+        """What the driver says of the object: `size`, and often `ETag` or `mtime`. Raises FileNotFoundError if there is none."""
+        return dict(self._patiently(lambda filesystem, path: filesystem.info(path)))
+
+    def is_file(self) -> bool:
+        """Whether there is such an object."""
+        try:
+            return self.status().get("type") == "file"
+        except FileNotFoundError:
+            return False
+
+    def is_dir(self) -> bool:
+        """Whether there is an object below."""
+        try:
+            return bool(self._patiently(lambda filesystem, path: filesystem.ls(path, detail=False)))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def children(self) -> list["RemotePath"]:
+        """What lies directly below, sorted."""
+        names = self._patiently(lambda filesystem, path: filesystem.ls(path, detail=False))
+        return [self / name for name in sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in names})]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every object below, by its path from here."""
+
+        def found(filesystem: Any, path: str) -> dict[str, int]:
+            start = len(path.rstrip("/")) + 1
+            return {name[start:]: int(told["size"]) for name, told in filesystem.find(path, detail=True).items()}
+
+        try:
+            return dict(self._patiently(found))
+        except FileNotFoundError:
+            return {}
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Delete the object."""
+        try:
+            self._patiently(lambda filesystem, path: filesystem.rm_file(path))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def _patiently(self, request: Callable[[Any, str], ResultT]) -> ResultT:
+        """Do it, and again while what goes wrong may pass. Raises RemoteError when patience ends or there is no point."""
+        filesystem, path = self._driver
+        began, pause = time.monotonic(), 0.1
+        while True:
+            try:
+                return request(filesystem, path)
+            except (FileNotFoundError, NotADirectoryError):
+                raise
+            except Exception as error:
+                detail = f"{type(error).__name__}: {error}".splitlines()[0]
+                if not passes(error):
+                    raise RemoteError(f"{self.url} is refused ({detail})") from None
+                if time.monotonic() - began + pause > PATIENCE:
+                    raise RemoteError(f"{self.url} can't be reached, tried for {PATIENCE:.0f} s ({detail})") from None
+            time.sleep(pause * random.uniform(0.5, 1))  # many readers must not come back in step
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+
+def passes(error: Exception) -> bool:
+    """Whether trying again later may help."""
+    if isinstance(error, PermissionError) or type(error).__name__ in LASTING_NAMES:
+        return False
+    if isinstance(error, OSError | TimeoutError | EOFError):
+        return error.errno not in LASTING if isinstance(error, OSError) else True
+    return type(error).__module__.split(".")[0] in DRIVERS
+
+
+Place = Path | RemotePath
+
+
+def place(url: str | Place) -> Place:
+    """A folder or URL as a Place. Raises StoreError for a URL that can't be a store's."""
+    if isinstance(url, RemotePath):
+        return url
+    protocol, separator, rest = str(url).partition("://")
+    if not separator:
+        return Path(url).expanduser()
+    if protocol in ("file", "local"):
+        return Path(rest)
+    if "::" in protocol or not rest.strip("/"):
+        raise StoreError(f"{url}: not a place for stores; use a folder, or a URL such as s3://bucket/prefix")
+    return RemotePath(f"{protocol}://{rest.rstrip('/')}")
+
+
+def publish(target: Place, data: bytes) -> None:
+    """Make or replace a file or object with these bytes; it is never seen in part, and lasts once this returns."""
+    if isinstance(target, RemotePath):
+        return target.write_bytes(data)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sizes(target: Place) -> dict[str, int]:
+    """Bytes of every file or object below, by its path from there; partial files left out."""
+    if isinstance(target, RemotePath):
+        return target.sizes()
+    files = (path for path in target.rglob("*") if not path.name.endswith(PARTIAL) and path.is_file())
+    return {path.relative_to(target).as_posix(): path.stat().st_size for path in files}
+
+
+def size_of(target: Place) -> int | None:
+    """Bytes of a file or object; None if there is none."""
+    try:
+        return int(target.status()["size"]) if isinstance(target, RemotePath) else target.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def children(target: Place) -> list[Place]:
+    """What lies directly in a folder, sorted. Raises FileNotFoundError if there is no such folder."""
+    if isinstance(target, RemotePath):
+        return list(target.children())
+    return list[Place](sorted(target.iterdir()))
+
+
+def exists(target: Place) -> bool:
+    """Whether a store was begun there."""
+    return (target / "zarr.json").is_file() if isinstance(target, RemotePath) else target.is_dir()
+
+
+def locked(target: Place, suffix: str = "") -> AbstractContextManager[object]:
+    """The lock on a local store, taken; none on a remote one, whose builders do each other's work twice but no harm.
+
+    Raises StoreError if another process builds or mends it.
+    """
+    if isinstance(target, RemotePath):
+        return contextlib.nullcontext()
+    try:
+        return FileLock(target.with_name(f".{target.name}{suffix}.lock")).acquire(timeout=0)
+    except Timeout:
+        raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
+
+
+def remove(target: Place) -> None:
+    """Delete everything below."""
+    if isinstance(target, RemotePath):
+        for name in target.sizes():
+            (target / name).unlink(missing_ok=True)
+    else:
+        shutil.rmtree(target)
+
+
+def many(work: Callable[[ItemT], ResultT], items: Iterable[ItemT], at_once: int = IN_FLIGHT) -> Iterator[ResultT]:
+    """work(item) for each, in order, with up to `at_once` under way; no more than that many results wait."""
+    with ThreadPoolExecutor(at_once, thread_name_prefix="hsae-request") as pool:
+        under_way = []
+        for item in items:
+            under_way.append(pool.submit(work, item))
+            if len(under_way) >= at_once:
+                yield under_way.pop(0).result()
+        for future in under_way:
+            yield future.result()

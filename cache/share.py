@@ -1,0 +1,52 @@
+"""Which part of a build is this process's: set by torchrun, Slurm, or any launcher that sets RANK and WORLD_SIZE."""
+
+import os
+from dataclasses import dataclass
+
+from hsae.cache.errors import UserError
+
+LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of `world` workers on one store."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    """Number among the workers of this machine."""
+
+    def order(self, count: int) -> list[int]:
+        """Every chunk, in the order in which this worker looks after them: its own, then whatever the others may have left.
+
+        Owners go up and helpers come down, each beginning in another part of a share, so that the chunks of a slow or dead worker are
+        divided among the rest; a few may be computed twice, to the same bytes.
+        """
+        others = [index for index in range(count) if index % self.world != self.rank]
+        others.sort(
+            key=lambda index: (
+                (index // self.world - self.rank) % self.world,
+                -(index // self.world),
+                (index - self.rank) % self.world,
+            )
+        )
+        return [*range(self.rank, count, self.world), *others]
+
+
+def share() -> Share:
+    """This process's share, from the launcher's environment; alone without one. Raises UserError if the numbers make no sense."""
+    for names in LAUNCHERS:
+        if os.environ.get(names[0]) and os.environ.get(names[1]):
+            given = {name: os.environ.get(name, "0") for name in names}
+            try:
+                found = Share(*(int(text) for text in given.values()))
+            except ValueError:
+                found = Share(-1)
+            if not 0 <= found.rank < found.world or found.local_rank < 0:
+                told = ", ".join(f"{name}={text}" for name, text in given.items())
+                raise UserError(
+                    f"{told}: {names[0]} must be a number from 0 to {names[1]} - 1; unset them to build alone"
+                )
+            return found
+    return Share()

@@ -1,0 +1,77 @@
+"""What several test files need: small stores made without a language model, and an S3 server that fails on demand."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+HOOK = "blocks.3.hook_resid_post"
+
+
+def made(folder, *, rows=23, context=7, width=10, codec="mappable", clean=9, seed=0):
+    """A complete store of random numbers at a folder or URL: chunks of 4 rows, token 0 special. Returns (its place, the numbers)."""
+    from hsae.cache import writer
+    from hsae.cache.config import FORMAT_VERSION, CorpusConfig, ModelConfig, StoreSpec
+    from hsae.cache.layout import Header, HookSummary, arrays, statistics_arrays
+    from hsae.cache.remote import place
+
+    spec = StoreSpec(
+        split="eval", model=ModelConfig(id="none", dtype="bfloat16"), hooks=(HOOK,), corpus=CorpusConfig(corpus="none"), context=context,
+        prepend_bos=True, batch_rows=2, chunk_mib=4 * context * width * 2 / 2**20, codec=codec, rows=rows, clean_rows=clean,
+    )  # fmt: skip
+    header = Header(
+        format=FORMAT_VERSION, spec=spec, d_model=width, vocab_size=50, bos_id=0, special_ids=(0,), model_digest="m", tokenizer_digest="t",
+        corpus_digest="c", versions={},
+    )  # fmt: skip
+    target = place(folder) / spec.name
+    specs = [*arrays(spec, width).values(), *statistics_arrays(spec, width).values()]
+    writer.create(target, header, specs)
+    generator, values = torch.Generator().manual_seed(seed), {}
+    for array in specs:
+        numbers = torch.randn(array.shape, generator=generator, dtype=torch.float64)
+        values[array.path] = (
+            (numbers.abs() * 9).int() if array.path == "tokens" else numbers.to(writer.TORCH_DTYPES[array.dtype])
+        )
+        for index in range(array.count):
+            step = array.chunks[0]
+            writer.write_chunk(target, array, index, values[array.path][index * step : (index + 1) * step])
+    done = {"statistics": {HOOK: HookSummary(mean_square_norm=float(width), tokens=99)}, "complete": True}
+    writer.write_header(target, header.model_copy(update={**done, "checks": writer.seal(target, specs)}))
+    return target, values
+
+
+@pytest.fixture(scope="session")
+def make_store():
+    return made
+
+
+@pytest.fixture
+def scratch_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HSAE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "scratch"
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    where = importlib.util.spec_from_file_location("s3_server", ROOT / "benchmarks/s3_server.py")
+    module = importlib.util.module_from_spec(where)
+    where.loader.exec_module(module)
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
+    with module.served("bucket") as (endpoint, faults):
+        yield {**module.CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}, faults
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The server's faults, with the environment pointing at it."""
+    import fsspec
+
+    environment, faults = s3_server
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    yield faults
+    faults.rate = faults.gone_until = 0.0

@@ -1,0 +1,203 @@
+"""A single flipped, cut, missing, swapped or foreign chunk is found and named; no metadata makes a reader do anything but refuse."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hsae.cache.codec import crc32c
+from hsae.cache.errors import StoreError
+from hsae.cache.layout import every_array, read_header
+from hsae.cache.store import ActivationStore
+from hsae.cache.verify import repair, verify
+from hsae.cache.writer import write_header
+
+HOOK = "blocks.3.hook_resid_post"
+MANY = settings(max_examples=80, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module", params=["mappable", "compact"])
+def stores(request, make_store, tmp_path_factory):
+    """Two stores of one configuration and other numbers."""
+    return [make_store(tmp_path_factory.mktemp("store"), codec=request.param, seed=seed)[0] for seed in (0, 1)]
+
+
+def chunk_files(root):
+    return sorted(path for path in root.rglob("*") if path.is_file() and "c" in path.relative_to(root).parts)
+
+
+def read_everything(root):
+    """Every number of every array, as training and evaluation read them."""
+    store = ActivationStore.open(root)
+    store.tokens(0, store.rows)
+    store.acts(HOOK, 0, store.rows)
+    store.statistics(HOOK)
+    for name in ("loss", "final"):
+        store.clean(name, 0, store.clean_rows)
+    for name in ("loss", "kl"):
+        store.ablation(HOOK, name, 0, store.clean_rows)
+
+
+@given(data=st.data())
+@MANY
+def test_one_harmed_chunk_is_found_and_named_by_verify_and_by_reading(stores, scratch_home, data):
+    root, other = stores
+    files = chunk_files(root)
+    chunk = data.draw(st.sampled_from(files))
+    whole = chunk.read_bytes()
+    harm, harmed, back = (
+        data.draw(st.sampled_from(["flip", "cut", "longer", "remove", "swap", "foreign", "empty"])),
+        {chunk},
+        {chunk: whole},
+    )
+    if harm == "flip":
+        place = data.draw(st.integers(0, len(whole) - 1))
+        chunk.write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1 << data.draw(st.integers(0, 7))]) + whole[place + 1 :]
+        )
+    elif harm == "cut":
+        chunk.write_bytes(whole[: -data.draw(st.integers(1, len(whole)))])
+    elif harm == "longer":
+        chunk.write_bytes(whole + data.draw(st.binary(min_size=1, max_size=9)))
+    elif harm == "empty":
+        chunk.write_bytes(b"")
+    elif harm == "remove":
+        chunk.unlink()
+    elif harm == "foreign":  # whole, with a right checksum, from another store of the same shape
+        chunk.write_bytes((other / chunk.relative_to(root)).read_bytes())
+    else:
+        second = data.draw(st.sampled_from([path for path in files if path != chunk]))
+        back[second] = second.read_bytes()
+        chunk.write_bytes(back[second])
+        second.write_bytes(whole)
+        harmed.add(second)
+    try:
+        assert {damage.path for damage in verify(root)} == harmed
+        with pytest.raises(StoreError) as caught:
+            read_everything(root)
+        assert any(str(path) in str(caught.value) for path in harmed)
+        assert f"hsae cache verify {root} --repair" in str(caught.value)
+    finally:
+        for path, content in back.items():
+            path.write_bytes(content)
+    assert verify(root) == []
+
+
+def test_a_damaged_list_of_checksums_is_written_again_without_the_model(stores):
+    root, _ = stores
+    path = root / "checks/c/0"
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[:3] + bytes([whole[3] ^ 4]) + whole[4:]):
+        path.write_bytes(content)
+        damages = verify(root)
+        assert [damage.array for damage in damages] == ["checks"]
+        assert repair(root, damages) == [] and path.read_bytes() == whole
+
+
+def test_a_store_from_before_the_list_is_read_and_can_be_given_one(make_store, tmp_path):
+    root, values = make_store(tmp_path)
+    header = read_header(root)
+    write_header(root, header.model_copy(update={"checks": None}))
+    for name in ("c/0", "zarr.json"):
+        (root / "checks" / name).unlink()
+    assert torch.equal(ActivationStore.open(root).acts(HOOK, 0, 23), values[f"acts/{HOOK}"])
+    assert verify(root) == [] and repair(root, []) == []
+    assert read_header(root) == header
+
+
+def test_the_list_holds_the_crc32c_of_every_chunk(stores):
+    root, _ = stores
+    listed = [
+        int.from_bytes((root / "checks/c/0").read_bytes()[4 * n : 4 * n + 4], "little")
+        for n in range(len(chunk_files(root)) - 1)
+    ]
+    header = read_header(root)
+    wanted = [
+        crc32c(spec.chunk_file(root, index).read_bytes()[:-4])
+        for spec in every_array(header)
+        for index in range(spec.count)
+    ]
+    assert listed == wanted
+
+
+def places_in(tree, path=()):
+    """Every path into a JSON document."""
+    yield path
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield from places_in(value, (*path, key))
+
+
+HOSTILE = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.sampled_from([-(1 << 63), 1 << 40, 1 << 63, 10**30, 10**400, -1, 0]),
+    st.floats(allow_nan=False), st.sampled_from(["", "../../etc/passwd", "/etc", "c/0", "\0", "float64", "s3://x/y", "blocks.3.hook_resid_pre"]),
+    st.lists(st.integers(-1, 1 << 40), max_size=4), st.dictionaries(st.sampled_from(["name", "a"]), st.integers(), max_size=2),
+)  # fmt: skip
+
+
+@given(data=st.data())
+@MANY
+def test_hostile_metadata_is_refused_or_means_what_it_says(stores, scratch_home, data):
+    root = stores[0]
+    path = root / data.draw(
+        st.sampled_from(["zarr.json", "zarr.json", f"acts/{HOOK}/zarr.json", "tokens/zarr.json", "checks/zarr.json"])
+    )
+    whole = path.read_text()
+    tree = {"": json.loads(whole)}
+    *outer, last = data.draw(st.sampled_from([place for place in places_in(tree) if place]))
+    node = tree
+    for key in outer:
+        node = node[key]
+    if data.draw(st.booleans()):
+        node[last] = data.draw(HOSTILE)
+    else:
+        del node[last]
+    try:
+        path.write_text(json.dumps(tree.get("")))
+        try:
+            read_everything(root)
+            verify(root)
+        except StoreError as error:
+            assert str(error)
+    finally:
+        path.write_text(whole)
+
+
+@given(content=st.one_of(st.binary(max_size=40), st.just(b"[" * 100_000), st.just(b'{"attributes": {"hsae": []}}')))
+@settings(MANY, max_examples=25)
+def test_a_header_of_any_bytes_is_refused(stores, content):
+    path = stores[0] / "zarr.json"
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        with pytest.raises(StoreError, match="is not the header of an hsae store"):
+            ActivationStore.open(stores[0])
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_rows": 0}, "impossible sizes"),
+        ({"rows": 0, "clean_rows": 0}, "impossible sizes"),
+        ({"rows": 1 << 40, "chunk_mib": 1e-9}, "impossible sizes"),
+        ({"chunk_mib": 1e6}, "impossible sizes|the store's header leads to"),
+        ({"hooks": []}, "names hooks hsae doesn't know"),
+        ({"hooks": [HOOK, HOOK]}, "names hooks hsae doesn't know"),
+        ({"hooks": ["blocks.3.hook_resid_post/../../x"]}, "names hooks hsae doesn't know"),
+        ({"hooks": [HOOK, "blocks.4.hook_resid_post"]}, "says the store is complete, but has no statistics of"),
+    ],
+)
+def test_impossible_sizes_and_hooks_are_refused(stores, change, message):
+    path = stores[0] / "zarr.json"
+    whole = path.read_text()
+    document = json.loads(whole)
+    document["attributes"]["hsae"]["spec"] |= change
+    path.write_text(json.dumps(document))
+    try:
+        with pytest.raises(StoreError, match=message):
+            ActivationStore.open(stores[0])
+    finally:
+        path.write_text(whole)

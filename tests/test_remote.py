@@ -1,0 +1,186 @@
+"""Stores on S3 (a real HTTP server) and on other fsspec file systems: the same bytes, the same batches, whatever fails on the way."""
+
+import itertools
+import threading
+import time
+import uuid
+
+import pytest
+import torch
+import zarr
+
+from hsae.cache import remote
+from hsae.cache.errors import StoreError
+from hsae.cache.remote import RemoteError, RemotePath, children, place, publish, remove, sizes
+from hsae.cache.store import ActivationStore
+from hsae.cache.stream import TokenStream
+from hsae.cache.verify import verify
+
+HOOK = "blocks.3.hook_resid_post"
+
+
+def contents(root):
+    return {name: (root / name).read_bytes() for name in sizes(root)}
+
+
+@pytest.fixture
+def memory():
+    return f"memory://{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def bucket(s3, scratch_home):
+    return f"s3://bucket/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(remote, "PATIENCE", 0.5)
+
+
+@pytest.mark.parametrize("codec", ["mappable", "compact"])
+def test_a_store_on_s3_is_the_local_one_byte_for_byte_and_reads_alike(bucket, make_store, tmp_path, codec):
+    far, values = make_store(bucket, codec=codec)
+    near, _ = make_store(tmp_path, codec=codec)
+    assert isinstance(far, RemotePath) and contents(far) == contents(near)
+    assert verify(str(far)) == []
+    store = ActivationStore.open(str(far))
+    assert torch.equal(store.tokens(0, 23), values["tokens"])
+    assert torch.equal(store.acts(HOOK, 3, 22), values[f"acts/{HOOK}"][3:22])
+    assert torch.equal(store.clean("loss", 1, 9), values["clean/loss"][1:])
+    assert torch.equal(store.statistics(HOOK).mean_D, values[f"stats/{HOOK}/mean"])
+    assert [found.name for found in children(place(bucket))] == [near.name]
+
+
+def test_batches_are_the_same_from_s3_from_memory_and_from_the_disk(bucket, memory, make_store, tmp_path):
+    def batches(url, first, last):
+        stream = TokenStream(ActivationStore.open(url), HOOK, batch_tokens=11, seed=5, window_tokens=40)
+        return torch.stack(list(stream.batches(first, last)))
+
+    wanted = batches(make_store(tmp_path)[0], 0, 30)
+    far = str(make_store(bucket)[0])
+    assert torch.equal(batches(far, 0, 30), wanted)
+    assert torch.equal(batches(far, 17, 30), wanted[17:])
+    assert torch.equal(batches(str(make_store(memory, codec="compact")[0]), 0, 30), wanted)
+
+
+def test_each_chunk_is_one_put_and_one_get_and_is_fetched_once(bucket, make_store, s3):
+    s3.requests.clear()
+    far, _ = make_store(bucket)
+    assert (
+        s3.requests["PUT"] == len(sizes(far)) + 1
+    )  # the header twice: when the store is begun and when it is complete
+    store = ActivationStore.open(str(far))
+    s3.requests.clear()
+    store.acts(HOOK, 0, 23)
+    assert s3.requests == {"GET": 6}
+    again = ActivationStore.open(str(far))
+    s3.requests.clear()
+    again.acts(HOOK, 0, 23)
+    assert s3.requests == {}
+
+
+def test_a_third_of_the_requests_fails_and_nothing_is_lost(bucket, make_store, tmp_path, s3):
+    s3.faults.clear()
+    s3.rate = 0.3
+    far, values = make_store(bucket)
+    store = ActivationStore.open(str(far))
+    assert torch.equal(store.acts(HOOK, 0, 23), values[f"acts/{HOOK}"])
+    assert verify(far) == []
+    s3.rate = 0.0
+    assert contents(far) == contents(make_store(tmp_path)[0])
+    assert s3.faults.keys() == {"500", "503", "reset", "short"} and s3.faults.total() > 10
+
+
+def test_s3_may_be_gone_for_a_while(bucket, make_store, s3):
+    far, values = make_store(bucket)
+    store = ActivationStore.open(str(far))
+    s3.gone_until = time.monotonic() + 1.5
+    assert torch.equal(store.acts(HOOK, 0, 4), values[f"acts/{HOOK}"][:4])
+    assert s3.faults["gone"] > 1
+
+
+def test_patience_ends_and_refusals_are_told_at_once(bucket, s3, impatient, monkeypatch):
+    target = place(bucket) / "x"
+    publish(target, b"here")
+    s3.rate = 1.0
+    with pytest.raises(RemoteError, match=r"s3://bucket/.*/x can't be reached, tried for 0 s \("):
+        target.read_bytes()
+    s3.rate = 0.0
+    monkeypatch.setattr(remote, "PATIENCE", 1000.0)
+    with pytest.raises(FileNotFoundError):
+        (place(bucket) / "y").read_bytes()
+    with pytest.raises(StoreError, match=r"no activation store at s3://nobody/store.zarr; make it with"):
+        ActivationStore.open("s3://nobody/store.zarr")
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError("no"), OSError(22, "bad request"), type("NoCredentialsError", (Exception,), {})()]
+)
+def test_what_will_not_pass_is_not_tried_again(memory, error):
+    calls = []
+
+    def request(filesystem, path):
+        calls.append(path)
+        raise error
+
+    with pytest.raises(RemoteError, match=r"memory://.* is refused \("):
+        place(memory)._patiently(request)
+    assert len(calls) == 1
+
+
+def test_a_bug_is_not_taken_for_bad_weather(memory):
+    with pytest.raises(RemoteError, match=r"is refused \(TypeError: unsupported operand"):
+        place(memory)._patiently(lambda filesystem, path: None + 1)
+
+
+def test_places(memory, tmp_path, monkeypatch):
+    assert place(f"file://{tmp_path}") == tmp_path
+    assert str(place("s3://bucket/a/") / "b") == "s3://bucket/a/b"
+    root = place(memory)
+    assert sizes(root) == {} and not root.is_dir() and not (root / "a").is_file()
+    publish(root / "a/b", b"four")
+    publish(root / "c", b"")
+    assert sizes(root) == {"a/b": 4, "c": 0} and (root / "a").is_dir() and (root / "c").is_file()
+    assert [found.name for found in children(root)] == ["a", "c"]
+    remove(root)
+    (root / "a").unlink(missing_ok=True)
+    assert sizes(root) == {}
+    with pytest.raises(StoreError, match="simplecache::s3://a/b: not a place for stores"):
+        place("simplecache::s3://a/b")
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(StoreError, match=r"s3a://other: nothing installed reads s3a:// URLs; pip install 'hsae\[s3\]'"):
+        _ = place("s3a://other").is_file()
+
+
+def test_a_local_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    target = tmp_path / "deep" / "file"
+    publish(target, b"old")
+    monkeypatch.setattr("os.fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        publish(target, b"newer")
+    assert sizes(tmp_path) == {"deep/file": 3} and [path.name for path in target.parent.iterdir()] == ["file"]
+
+
+def test_many_keeps_the_order_and_bounds_what_is_under_way():
+    running, most, lock = 0, 0, threading.Lock()
+
+    def work(number):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.001 * (number % 3))
+        with lock:
+            running -= 1
+        return number * number
+
+    assert list(remote.many(work, range(50), 4)) == [number * number for number in range(50)]
+    assert 1 < most <= 4
+    assert list(itertools.islice(remote.many(work, itertools.count(), 3), 5)) == [0, 1, 4, 9, 16]
+
+
+def test_plain_zarr_reads_a_store_on_s3(bucket, make_store, s3_server):
+    far, values = make_store(bucket)
+    group = zarr.open_group(str(far), mode="r", storage_options={"endpoint_url": s3_server[0]["AWS_ENDPOINT_URL"]})
+    assert (group[f"acts/{HOOK}"][:].astype("float32") == values[f"acts/{HOOK}"].float().numpy()).all()
