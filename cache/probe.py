@@ -26,12 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hsae.cache.build import locked
 from hsae.cache.config import Config
 from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.files import write_atomically
 from hsae.cache.lm import LanguageModel
 from hsae.cache.probe_config import PROBE_FORMAT, ProbeSpec, content_key, model_slug
+from hsae.cache.remote import locked
 from hsae.cache.tasks import after_the_word, text_tasks, word_task
 
 PART_TEXTS = 256

@@ -8,9 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import google_crc32c
@@ -23,7 +21,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from hsae.cache import layout
-from hsae.cache.build import Builder, build
+from hsae.cache.build import build
 from hsae.cache.config import CorpusConfig, ModelConfig, StoreSpec
 from hsae.cache.errors import CorpusError, ModelError, StoreError, UserError
 from hsae.cache.estimate import check_space, estimate
@@ -399,25 +397,32 @@ def test_a_build_on_a_remote_store_is_the_local_one_and_goes_on_where_it_was(bui
     assert found == contents(built) and verify(target) == []
 
 
-def test_workers_share_one_store_and_make_the_same_bytes(built, tmp_path, monkeypatch):
-    from hsae.cache import build as module
+WORKER = """
+import json, sys
+from hsae.cache import build as module
+from hsae.cache.config import StoreSpec
+from hsae.cache.share import share
+real, computed = module.Builder.write_chunks, []
+def write_chunks(self, index, wanted):
+    computed.append(index)
+    real(self, index, wanted)
+module.Builder.write_chunks, module.POLL = write_chunks, 0.05
+module.build([StoreSpec.model_validate_json(sys.argv[1])], sys.argv[2], share=share())
+print(json.dumps(computed))
+"""
 
-    monkeypatch.setattr(module, "POLL", 0.01)
-    real, computed, alone = Builder.write_chunks, {}, threading.Lock()
 
-    def write_chunks(self, index, wanted):
-        computed.setdefault(self.share.rank, []).append(index)
-        with alone:  # transformers' models are not for several threads at once; real workers are processes
-            real(self, index, wanted)
-
-    monkeypatch.setattr(Builder, "write_chunks", write_chunks)
-    with ThreadPoolExecutor(3) as pool:
-        ranks = [pool.submit(build, [spec()], tmp_path, share=Share(rank, 3)) for rank in (2, 1, 0)]
-        assert [rank.result() for rank in ranks] == [[tmp_path / built.name]] * 3
+def test_workers_share_one_store_and_make_the_same_bytes(built, tmp_path):
+    command = [sys.executable, "-c", WORKER, spec().model_dump_json(), str(tmp_path)]
+    workers = []
+    for rank in range(3):
+        told = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        workers.append(subprocess.Popen(command, env=told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    ended = [worker.communicate() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0, 0], [error[-2000:] for _, error in ended]
+    computed = [json.loads(output.splitlines()[-1]) for output, _ in ended]
     assert contents(tmp_path / built.name) == contents(built)
-    chunks = ActivationStore.open(built).chunks
-    assert set().union(*computed.values()) == set(range(chunks))
-    assert all(computed[rank][0] == rank for rank in range(3))
+    assert {index for part in computed for index in part} == set(range(ActivationStore.open(built).chunks))
 
 
 def test_worker_0_alone_does_what_a_lost_worker_left_and_the_others_wait_for_its_tokens(built, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from hsae.cache.store import ActivationStore
 from hsae.cache.transfer import copy
 from hsae.cache.verify import verify
 from hsae.cache.writer import write_header
+from hsae.cli.common import console
 from hsae.cli.main import app
 
 HOOK = "blocks.3.hook_resid_post"
@@ -31,18 +32,19 @@ def test_there_and_back_again_gives_the_same_bytes(make_store, s3, scratch_home,
     assert torch.equal(ActivationStore.open(tmp_path / "back" / near.name).acts(HOOK, 0, 23), values[f"acts/{HOOK}"])
 
 
-def test_commands_take_urls(make_store):
+def test_commands_take_urls(make_store, monkeypatch):
+    monkeypatch.setattr(console, "width", 300)
     url = f"memory://{uuid.uuid4().hex}"
     target, _ = make_store(url)
     run = CliRunner()
-    told = run.invoke(app, ["cache", "ls", url], env={"COLUMNS": "300"})
+    told = run.invoke(app, ["cache", "ls", url])
     assert told.exit_code == 0 and target.name in told.output and "complete" in told.output
-    told = run.invoke(app, ["cache", "info", str(target)], env={"COLUMNS": "300"})
+    told = run.invoke(app, ["cache", "info", str(target)])
     assert told.exit_code == 0 and "6 of 4 rows, mappable" in told.output
     assert run.invoke(app, ["cache", "verify", str(target)]).exit_code == 0
     chunk = target / "tokens/c/3/0"
     chunk.write_bytes((target / "tokens/c/2/0").read_bytes())
-    told = run.invoke(app, ["cache", "verify", str(target)], env={"COLUMNS": "300"})
+    told = run.invoke(app, ["cache", "verify", str(target)])
     assert told.exit_code == 1
     assert f"damaged {chunk} is another chunk, put in this one's place" in told.output
     with pytest.raises(StoreError, match="there is no folder memory://nowhere; stores are made by `hsae cache build`"):
