@@ -18,8 +18,7 @@ from typing import Any, Literal
 from hsae.cache.errors import UserError
 from hsae.eval.hierarchy import read_composition
 from hsae.eval.schema import read_core
-from hsae.eval.targets import RESULTS as CORE
-from hsae.eval.targets import is_trained, model_digest, whole_view
+from hsae.eval.targets import RESULTS, is_trained, model_digest, whole_view
 from hsae.train.config import RunConfig
 from hsae.train.plan import Plan
 
@@ -243,7 +242,7 @@ Found = list[tuple[str, Entry | None, Entry | None]]
 
 def _core(run_dir: Path, config: RunConfig) -> Found | None:
     digest, view = model_digest(run_dir / "model"), whole_view(config)
-    for path in sorted((run_dir / CORE).glob("*_eval_results.json")):
+    for path in sorted((run_dir / RESULTS / "core").glob("*_eval_results.json")):
         try:
             result = read_core(path)
         except UserError:
