@@ -110,7 +110,7 @@ def core(
             text = " ".join(item.result.notes)
             console.print(f"[yellow]{escape(item.target.label)}: {escape(text)}[/]")
     for folder in dict.fromkeys(item.target.folder for item in evaluated):
-        console.print(f"results in [bold]{escape(str(folder))}[/]")
+        console.print(f"results in [bold]{escape(str(folder))}[/]", soft_wrap=True)
     if reused := sum(item.reused for item in evaluated):
         console.print(f"{reused} of {len(evaluated)} were there already; --force computes them anew")
 

@@ -85,7 +85,7 @@ def synthetic(
         for row in content["arms"][arm.name]["seeds"]:
             if "failure" in row:
                 console.print(f"[yellow]{escape(arm.name)}, seed {row['seed']}: {escape(row['failure'])}[/]")
-    console.print(f"results in [bold]{escape(str(out / arms.tier.name))}.json[/]")
+    console.print(f"results in [bold]{escape(str(out / arms.tier.name))}.json[/]", soft_wrap=True)
 
 
 def _table(

@@ -14,6 +14,7 @@ from hsae.cache.errors import StoreError, UserError
 from hsae.cache.lm import LanguageModel
 from hsae.cache.probe import PART_TEXTS, ProbeStore, TaskEntry, build_probe
 from hsae.cache.probe_config import SUITES
+from hsae.cli import common
 from hsae.cli.main import app
 from hsae.eval import suite as suites
 from hsae.eval.suite_schema import LAYOUTS, problems, read_suite
@@ -207,8 +208,9 @@ def test_a_missing_or_damaged_store_is_said(plan, tmp_path):
 
 
 def test_all_evaluates_without_a_language_model_and_goes_on_when_one_fails(
-    overrides, plan, tmp_path, no_language_model
+    overrides, plan, tmp_path, no_language_model, monkeypatch
 ):
+    monkeypatch.setattr(common.console, "width", 300)  # a long temporary path must not break a message in two
     for latents in (29, 37):
         saelens.save(an_sae(latents, seed=latents), tmp_path / f"sae{latents}")
     chosen = [part for latents in (29, 37) for part in ("--sae", tmp_path / f"sae{latents}")]
