@@ -13,7 +13,7 @@ quickstart: $(VENV)/quickstart.done  ## cache, train, evaluate and report on rea
 	$(BIN)/hsae quickstart
 
 test: $(VENV)/dev.done  ## run all tests, the slow ones on the real model included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/dev.done  ## format, lint and type checks
 	$(BIN)/ruff format --check .

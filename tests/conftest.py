@@ -11,6 +11,16 @@ ROOT = Path(__file__).resolve().parent.parent
 HOOK = "blocks.3.hook_resid_post"
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no process is left alone with them at the end."""
+
+    def minutes(item):
+        slow = item.get_closest_marker("slow")
+        return slow.kwargs.get("minutes", 1) if slow else 0
+
+    items.sort(key=minutes, reverse=True)
+
+
 def made(folder, *, rows=23, context=7, width=10, codec="mappable", clean=9, seed=0):
     """A complete store of random numbers at a folder or URL: chunks of 4 rows, token 0 special. Returns (its place, the numbers)."""
     from hsae.cache import writer

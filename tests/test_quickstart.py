@@ -8,7 +8,7 @@ import pytest
 
 from hsae.eval.schema import read_core
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(minutes=10)
 COMMAND = [sys.executable, "-c", "from hsae.cli.main import main; main()", "quickstart"]
 
 
