@@ -98,40 +98,41 @@ def autointerp(
     store = ActivationStore.open(loaded.store_path("autointerp"))
     tokenizer = load_tokenizer(loaded.model)
     prices = Prices(input=price_in, output=price_out) if price_in is not None and price_out is not None else None
-    asked = Judge(
+    with Judge(
         loaded.autointerp.judge,
         place(loaded.cache.dir) / "answers",
         lambda text: len(tokenizer(text, verbose=False).input_ids),
         prices=prices,
         most=max_cost,
-    )
-    bench = Autointerp(store, tokenizer, loaded.autointerp, asked, pick_device(device))
-    for target in targets:
-        bench.check(target)
-    results = {id(target): bench.found(target) for target in targets if not force}
-    missing = [target for target in targets if results.get(id(target)) is None]
-    with console.status("autointerp: reading") as status:
-        prepared = []
-        for target in missing:
-            status.update(escape(f"autointerp: {target.label}: drawing windows"))
-            prepared.append(bench.prepare(target))
-        estimate = bench.estimate(prepared)
-    if prepared:
-        console.print(_estimate(estimate, asked, prices), soft_wrap=True)
-    if dry_run:
-        return
-    if estimate.requests:
-        _agree(estimate, asked, prices, max_cost, yes)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("latents"))
-    with Progress(*columns, TimeRemainingColumn(compact=True), console=console) as bars:
-        for item in prepared:
-            task = bars.add_task(escape(item.target.label), total=len(item.cases))
-            results[id(item.target)] = bench.evaluate(item, partial(_move, bars, task))
+    ) as asked:
+        bench = Autointerp(store, tokenizer, loaded.autointerp, asked, pick_device(device))
+        for target in targets:
+            bench.check(target)
+        results = {id(target): bench.found(target) for target in targets if not force}
+        missing = [target for target in targets if results.get(id(target)) is None]
+        with console.status("autointerp: reading") as status:
+            prepared = []
+            for target in missing:
+                status.update(escape(f"autointerp: {target.label}: drawing windows"))
+                prepared.append(bench.prepare(target))
+            estimate = bench.estimate(prepared)
+        if prepared:
+            console.print(_estimate(estimate, asked, prices), soft_wrap=True)
+        if dry_run:
+            return
+        if estimate.requests:
+            _agree(estimate, asked, prices, max_cost, yes)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("latents"))
+        with Progress(*columns, TimeRemainingColumn(compact=True), console=console) as bars:
+            for item in prepared:
+                task = bars.add_task(escape(item.target.label), total=len(item.cases))
+                results[id(item.target)] = bench.evaluate(item, partial(_move, bars, task))
     done = [result for target in targets if (result := results[id(target)]) is not None]
     _print(done)
     if prepared:
         spent = f", {asked.spent:.4f} spent" if prices else ""
-        console.print(f"{asked.requests:,} requests sent{spent}")
+        unread = f", {asked.unread} replies held no answer" if asked.unread else ""
+        console.print(f"{asked.requests:,} requests sent{unread}{spent}")
     if note := noise_note(done):
         console.print(escape(note), soft_wrap=True)
     for folder in dict.fromkeys(result.target.folder for result in done):

@@ -4,11 +4,14 @@ Windows come from a store of residuals, so no language model is run; answers of 
 same answers are scored twice: as SAEBench does (every random window counts as inactive), and by what the latent really does.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from random import Random
 from statistics import stdev
+from threading import Thread
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from hsae.train.suites import AutointerpConfig
 SUITE = "autointerp"
 MEASURES = ("balanced_accuracy", "accuracy", "sensitivity", "specificity")
 UNSAID = "x" * 60  # stands for an explanation that is not known yet where costs are estimated
+GRACE = 3.0  # seconds that answers under way have to arrive after a failure
 Ask = Callable[[Question, int], Answer | None]
 Progress = Callable[[int], None]
 """Told how many latents are done."""
@@ -127,12 +131,13 @@ def interpret(case: Case, ask: Ask, config: AutointerpConfig) -> Interpreted:
 
     def asked(question: Question, read: Callable[[str], Any]) -> Any:
         for attempt in range(config.judge.attempts):
-            answer = ask(question, attempt)
-            done.log.append(f"{question.user}\n\n> {answer.text if answer else '(no answer)'}")
-            if answer is not None:
-                done.answers.append(answer)
-                if (found := read(answer.text)) is not None:
-                    return found
+            if (answer := ask(question, attempt)) is None:
+                done.log.append(f"{question.user}\n\n> (no answer)")
+                return None
+            done.answers.append(answer)
+            done.log.append(f"{question.user}\n\n> {answer.text}")
+            if (found := read(answer.text)) is not None:
+                return found
             done.malformed += 1
         return None
 
@@ -227,29 +232,57 @@ class Autointerp:
 
     def evaluate(self, prepared: Prepared, progress: Progress = lambda done: None) -> SuiteResult:
         """Ask the judge, score its answers and write the result. Raises UserError if it fails, or answers in another form too often."""
-        interpreted = list(self._interpreted(prepared.cases, progress))
+        interpreted = self._interpreted(prepared.cases, progress)
         content = self._content(prepared, interpreted)
         write_result(content, prepared.target.folder)
         return SuiteResult(target=prepared.target, content=content, reused=False)
 
-    def _interpreted(self, cases: Sequence[Case], progress: Progress) -> Iterator[Interpreted]:
-        """Every case in order, several under way; the first failure ends all of them."""
-        failed: list[Interpreted] = []
-        with ThreadPoolExecutor(self.config.judge.concurrency, thread_name_prefix="hsae-judge") as pool:
-            futures = [pool.submit(interpret, case, self.judge.ask, self.config) for case in cases]
-            try:
-                for done, future in enumerate(as_completed(futures), 1):
-                    if future.result().predicted is None:
-                        failed.append(future.result())
-                        self._refuse(failed, len(cases))
-                    progress(done)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.judge.close()
-                raise
-        yield from (future.result() for future in futures)
+    def _interpreted(self, cases: Sequence[Case], progress: Progress) -> list[Interpreted]:
+        """Every case in order, several under way; the first failure ends all of them.
+
+        Threads are daemons: one that sleeps until a further try must not keep a failed command from ending.
+        """
+        todo, done = SimpleQueue[int](), SimpleQueue[tuple[int, Interpreted | BaseException]]()
+        for index in range(len(cases)):
+            todo.put(index)
+
+        def work() -> None:
+            with suppress(Empty):
+                while True:
+                    index = todo.get_nowait()
+                    try:
+                        done.put((index, interpret(cases[index], self.judge.ask, self.config)))
+                    except BaseException as error:
+                        done.put((index, error))
+
+        threads = [
+            Thread(target=work, name="hsae-judge", daemon=True)
+            for _ in range(min(self.config.judge.concurrency, len(cases)))
+        ]
+        for thread in threads:
+            thread.start()
+        found: dict[int, Interpreted] = {}
+        try:
+            while len(found) < len(cases):
+                index, item = done.get()
+                if isinstance(item, BaseException):
+                    raise item
+                found[index] = item
+                self._refuse([item for item in found.values() if item.predicted is None], len(cases))
+                progress(len(found))
+        except BaseException:
+            with suppress(Empty):
+                while True:
+                    todo.get_nowait()
+            self.judge.stop()
+            until = time.monotonic() + GRACE
+            for thread in threads:  # what is under way is paid for: let it arrive
+                thread.join(max(0.0, until - time.monotonic()))
+            raise
+        return [found[index] for index in range(len(cases))]
 
     def _refuse(self, failed: Sequence[Interpreted], count: int) -> None:
+        """Raise UserError if too many latents have no answer of the right form."""
         judge = self.config.judge
         if len(failed) > judge.malformed_share * count:
             said = failed[-1].log[-1].rpartition("\n> ")[2]

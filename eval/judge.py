@@ -72,10 +72,20 @@ class Judge:
         if find_spec("openai") is None:
             raise UserError("asking a judge needs the package openai; run: pip install 'hsae[autointerp]'")
         self.config, self.answers, self.count, self.prices, self.most = config, answers, count, prices, most
-        self.requests, self.spent = 0, 0.0
+        self.requests, self.unread, self.spent = 0, 0, 0.0
+        """Requests sent, replies without an answer in them, and money spent or under way."""
         self._key = os.environ.get(KEY, "")
-        self._lock = threading.Lock()
+        self._lock, self._stopped = threading.Lock(), threading.Event()
         self._client: Any = None
+
+    def __enter__(self) -> "Judge":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the connections."""
+        self.stop()
+        if self._client is not None:
+            self._client.close()
 
     # --- answers that are kept -------------------------------------------------------------------------------------------
 
@@ -115,11 +125,21 @@ class Judge:
     # --- asking ----------------------------------------------------------------------------------------------------------
 
     def ask(self, question: Question, attempt: int) -> Answer | None:
-        """The answer, kept or new; None if the server's reply holds none. Raises UserError if there is no reply, or no money left."""
+        """The answer, kept or new; None if the server's replies hold none. Raises UserError if there is no reply, or no money left."""
         if (held := self.recall(question, attempt)) is not None:
             return held
         request = self._request(question, attempt)
         tokens = self.count(question.system) + self.count(question.user)
+        for _ in range(self.config.attempts):
+            if (answer := self._asked(request, tokens)) is not None:
+                usage = {"input_tokens": answer.input_tokens, "output_tokens": answer.output_tokens}
+                content = {"request": request, "answer": answer.text, "usage": usage}
+                publish(self._file(request), json.dumps(content, ensure_ascii=False, indent=1).encode())
+                return answer
+        return None
+
+    def _asked(self, request: dict[str, Any], tokens: int) -> Answer | None:
+        """The answer in the server's reply, paid for either way."""
         bound = self._reserve(tokens, request["max_tokens"])
         try:
             reply = self._reply(request)
@@ -127,36 +147,27 @@ class Judge:
             self._settle(bound, 0, 0)
             raise
         text = _part(reply, "choices", 0, "message", "content")
-        text = self._clean(text) if isinstance(text, str) else None
         given, made = _part(reply, "usage", "prompt_tokens"), _part(reply, "usage", "completion_tokens")
         input_tokens = given if isinstance(given, int) else tokens
-        output_tokens = made if isinstance(made, int) else self.count(text or "")
+        output_tokens = made if isinstance(made, int) else self.count(str(text or ""))
         self._settle(bound, input_tokens, output_tokens)
-        if text is None:
+        if not isinstance(text, str):
+            with self._lock:
+                self.unread += 1
             return None
-        usage = {"input_tokens": input_tokens, "output_tokens": output_tokens}
-        reported = _part(reply, "model")
-        content = {
-            "request": request,
-            "answer": text,
-            "usage": usage,
-            "reported_model": self._clean(reported) if isinstance(reported, str) else None,
-        }
-        publish(self._file(request), json.dumps(content, ensure_ascii=False, indent=1).encode())
-        return Answer(text=text, **usage)
+        return Answer(text=self._clean(text), input_tokens=input_tokens, output_tokens=output_tokens)
 
-    def close(self) -> None:
-        """End whatever is under way; what is asked afterwards fails."""
-        with self._lock:
-            if self._client is not None:
-                self._client.close()
+    def stop(self) -> None:
+        """Send no further request, and no further try of one that is under way."""
+        self._stopped.set()
 
     def _reply(self, request: dict[str, Any]) -> Any:
         import openai
 
+        client = self._opened()
         chosen = {} if request["temperature"] is None else {"temperature": request["temperature"]}
         try:
-            return self._opened().chat.completions.create(
+            return client.chat.completions.create(
                 model=request["model"],
                 messages=[
                     {"role": "system", "content": request["system"]},
@@ -187,8 +198,15 @@ class Judge:
                     base_url=self.config.base_url,
                     timeout=self.config.timeout_s,
                     max_retries=self.config.retries,
+                    http_client=openai.DefaultHttpxClient(event_hooks={"request": [lambda request: self._go_on()]}),
                 )
             return self._client
+
+    def _go_on(self) -> None:
+        if self._stopped.is_set():
+            import openai
+
+            raise openai.OpenAIError("stopped")  # the one kind of error that the client does not try again
 
     def _refusal(self, status: int, body: object) -> str:
         said = body.get("message", body) if isinstance(body, dict) else body

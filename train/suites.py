@@ -114,7 +114,7 @@ class JudgeConfig(Config):
     retries: int = Field(default=8, ge=0)
     """Further tries of a request after 429, 5xx, a time limit or a broken connection, with growing pauses."""
     attempts: int = Field(default=2, ge=1)
-    """How often a question is asked until its answer has the form that was asked for."""
+    """How often a question is asked until its answer has the form that was asked for (and a reply an answer in it)."""
     malformed_share: float = Field(default=0.1, ge=0, lt=1, strict=False)
     """An evaluation ends with an error when a larger share of latents has no answer of that form."""
 
