@@ -27,8 +27,8 @@ EXPLANATION = re.compile(r"^Explanation: the word (.*)$", re.MULTILINE)
 def answer(user: str) -> str:
     """What the judge says to a prompt: an explanation if something is marked in it, else the numbers of lines with the word."""
     lines = LINE.findall(user)
-    if words := Counter(word.strip() for line in lines for word in MARKED.findall(line)):
-        (word, _), *_ = words.most_common(1)
+    if marked := [word.strip() for line in lines for word in MARKED.findall(line)]:
+        (word, _), *_ = Counter(filter(None, marked)).most_common(1) or [("␣", 0)]
         return f"Explanation: the word {word}"
     found = EXPLANATION.search(user)
     assert found is not None, user

@@ -202,7 +202,7 @@ def written(pieces: Sequence[str], on: Sequence[bool]) -> tuple[str, str]:
     marked, open_ = "", False
     for piece, active in zip(escaped, on, strict=True):
         if active != open_:
-            if active and piece.startswith(" "):
+            if active and piece.startswith(" ") and not piece.isspace():
                 marked, piece = f"{marked} ", piece[1:]
             marked += OPEN if active else CLOSE
             open_ = active
