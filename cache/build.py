@@ -248,7 +248,12 @@ class Builder:
         last = "" if spec.corpus.last_document is None else f" to {spec.corpus.last_document - 1}"
         if not any(array.written(self.target) for path, array in self.specs.items() if path.startswith("acts/")):
             remove(self.target)  # tokens only: nothing that took long is lost
-        change = {"train": "cache.train.rows", "eval": "cache.eval.batches_variance"}.get(spec.split, "unlearning.rows")
+        names = {
+            "train": "cache.train.rows",
+            "eval": "cache.eval.batches_variance",
+            "autointerp": "autointerp.total_tokens",
+        }
+        change = names.get(spec.split, "unlearning.rows")
         raise CorpusError(
             f"corpus {spec.corpus.corpus!r}, documents {spec.corpus.first_document}{last or ' to the last'}, gives {rows} rows of "
             f"{spec.context} tokens; {spec.rows} were asked for. Lower {change}, or use more text"

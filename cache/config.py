@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Split = Literal["train", "eval", "forget", "retain"]
+Split = Literal["train", "eval", "forget", "retain", "autointerp"]
 Codec = Literal["mappable", "compact", "int8"]
 HOOK_PATTERN = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 FORMAT_VERSION = 1

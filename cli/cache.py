@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hsae.cache.estimate import Estimate
 
 app = typer.Typer(no_args_is_help=True)
+OWN_STORES: "dict[str, tuple[Split, ...]]" = {"unlearning": ("forget", "retain"), "autointerp": ("autointerp",)}
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="Directory or URL of a store.")]
 
 
@@ -28,11 +29,11 @@ def build(
     overrides: SetOption = None,
     split: Annotated[Literal["train", "eval", "both"], typer.Option("--split", help="Which store.")] = "both",
     suite: Annotated[
-        Literal["sparse-probing", "scr", "tpp", "absorption", "all", "unlearning"] | None,
+        Literal["sparse-probing", "scr", "tpp", "absorption", "all", "unlearning", "autointerp"] | None,
         typer.Option(
             "--suite",
             help="What an evaluation of the suite needs instead: labelled texts and words (all: of these four, see [suite] in the "
-            "plan), or forget and retain text for unlearning.",
+            "plan), forget and retain text for unlearning, or the text of autointerp (the evaluation store, or [autointerp.text]).",
         ),
     ] = None,
     device: DeviceOption = "auto",
@@ -52,9 +53,9 @@ def build(
 
     loaded = load_plan(plan, overrides or ())
     chosen = pick_device(device)
-    if suite is not None and suite != "unlearning":
+    if suite is not None and suite not in OWN_STORES:
         return suite_commands.build(loaded, suite, chosen, dry_run=dry_run)
-    names: tuple[Split, ...] = ("forget", "retain") if suite == "unlearning" else ("eval", "train")
+    names = ("eval", "train") if suite is None else OWN_STORES[suite]
     specs = [loaded.store(name) for name in names if suite or split in (name, "both")]
     estimates = [estimate(spec, loaded.cache.dir, chosen) for spec in specs]
     console.print(_sizes(estimates, loaded.name, chosen))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hsae.cli import ablate, cache, quickstart, report, store, train, unlearning
+from hsae.cli import ablate, autointerp, cache, quickstart, report, store, train, unlearning
 from hsae.cli import eval as eval_commands
 from hsae.cli.common import errors
 
@@ -21,6 +21,7 @@ app.add_typer(cache.app, name="cache", help="Write, check and list activation st
 app.command(name="train")(train.train)
 app.add_typer(eval_commands.app, name="eval", help="Measure trained SAEs.")
 eval_commands.app.command(name="unlearning")(unlearning.unlearning)
+eval_commands.app.command(name="autointerp")(autointerp.autointerp)
 app.command(name="report")(report.report)
 app.command(name="ablate")(ablate.ablate)
 app.command(name="quickstart")(quickstart.quickstart)

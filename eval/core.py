@@ -66,8 +66,7 @@ def check(views: Sequence[View], store: ActivationStore, model: LanguageModel | 
     """Refuse what can't be evaluated, before any compute. Raises UserError or StoreError."""
     if not views:
         raise UserError("there is nothing to evaluate")
-    if hook not in store.spec.hooks:
-        raise StoreError(f"{store.url} has no activations of {hook}; it has {', '.join(store.spec.hooks)}")
+    check_views(views, store, hook)
     if store.clean_rows == 0:
         raise StoreError(
             f"{store.url} keeps no clean losses, so it can't serve an evaluation; give the evaluation store (hsae cache build --split eval)"
@@ -80,6 +79,12 @@ def check(views: Sequence[View], store: ActivationStore, model: LanguageModel | 
         raise StoreError(
             f"{store.url} was made with other weights than those of {store.spec.model.id} loaded now; build it again"
         )
+
+
+def check_views(views: Sequence[View], store: ActivationStore, hook: str) -> None:
+    """Refuse SAEs that do not belong to a store and hook. Raises UserError or StoreError."""
+    if hook not in store.spec.hooks:
+        raise StoreError(f"{store.url} has no activations of {hook}; it has {', '.join(store.spec.hooks)}")
     for view in views:
         if view.d_in != store.header.d_model:
             raise UserError(

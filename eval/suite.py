@@ -28,6 +28,7 @@ HEADLINES = {
     "scr": ("scr_metric_threshold_10", "scr_metric_threshold_20", "scr_metric_threshold_50"),
     "tpp": ("tpp_threshold_10_total_metric", "tpp_threshold_20_total_metric", "tpp_threshold_50_total_metric"),
     "absorption": ("mean_absorption_fraction_score", "mean_full_absorption_score", "mean_num_split_features"),
+    "autointerp": ("balanced_accuracy", "sensitivity", "specificity"),
 }
 """Measures that are shown of each evaluation; the first one decides what is said about noise."""
 FOLDERS = {suite: layout.eval_type_id.removesuffix("_first_letter") for suite, layout in LAYOUTS.items()}

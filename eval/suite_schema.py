@@ -1,4 +1,4 @@
-"""SAEBench 0.6.0's result files for sparse probing, SCR, TPP and absorption: what keys of which types they have, in which order.
+"""SAEBench 0.6.0's result files for sparse probing, SCR, TPP, absorption and autointerp: what keys of which types they have, in which order.
 
 A file is core's envelope (see `hsae.eval.schema`) around an evaluation's own config, metrics and details. Null stands for a number
 that was not asked for or does not exist. hsae's block `hsae` stands behind SAEBench's keys.
@@ -124,6 +124,34 @@ LAYOUTS = {
             "num_probe_true_positives": WHOLE,
             "num_split_features": WHOLE,
         },
+    ),
+    "autointerp": Layout(
+        eval_type_id="autointerp",
+        config={
+            "model_name": TEXT,
+            "n_latents": OPTIONAL_WHOLE,
+            "override_latents": (list, type(None)),
+            "dead_latent_threshold": REAL,
+            "random_seed": WHOLE,
+            "dataset_name": TEXT,
+            "llm_context_size": WHOLE,
+            "llm_batch_size": OPTIONAL_WHOLE,
+            "llm_dtype": TEXT,
+            "buffer": WHOLE,
+            "no_overlap": FLAG,
+            "act_threshold_frac": REAL,
+            "total_tokens": WHOLE,
+            "scoring": FLAG,
+            "max_tokens_in_explanation": WHOLE,
+            "use_demos_in_explanation": FLAG,
+            "n_top_ex_for_generation": WHOLE,
+            "n_iw_sampled_ex_for_generation": WHOLE,
+            "n_top_ex_for_scoring": WHOLE,
+            "n_random_ex_for_scoring": WHOLE,
+            "n_iw_sampled_ex_for_scoring": WHOLE,
+        },
+        metrics={"autointerp": {"autointerp_score": OPTIONAL, "autointerp_std_dev": OPTIONAL}},
+        details={},
     ),
 }
 

@@ -1,6 +1,6 @@
 """The plan: one TOML file that says which model, which text, and which runs.
 
-Tables `[model] [hook] [cache] [cache.train] [cache.eval] [train]`, if need be `[suite]`, and one `[runs.N]` for each run, whose keys override those of
+Tables `[model] [hook] [cache] [cache.train] [cache.eval] [train]`, if need be `[suite] [unlearning] [autointerp]`, and one `[runs.N]` for each run, whose keys override those of
 `[train]`. `./hsae.toml` wins over the packaged default plan; a name or file given by the user wins over both. A plan may
 begin with `extends = "NAME"` and state only what differs.
 """
@@ -19,12 +19,12 @@ from hsae.cache.errors import UserError
 from hsae.cache.probe_config import ProbeSpec, Suite, SuiteConfig
 from hsae.cache.remote import Place, place
 from hsae.train.config import RunConfig, StreamConfig
-from hsae.train.suites import UnlearningConfig
+from hsae.train.suites import AutointerpConfig, UnlearningConfig
 
 DEFAULT_PLAN = "gemma-2-2b"
 LOCAL_PLAN = "hsae.toml"
 ConfigT = TypeVar("ConfigT", bound=Config)
-TABLES = {"extends", "name", "model", "hook", "cache", "train", "suite", "runs", "unlearning"}
+TABLES = {"extends", "name", "model", "hook", "cache", "train", "suite", "runs", "unlearning", "autointerp"}
 
 
 class PlanError(UserError):
@@ -45,6 +45,7 @@ class Plan:
     runs: dict[int, RunConfig]
     suite: SuiteConfig
     unlearning: UnlearningConfig
+    autointerp: AutointerpConfig
     seed_index: int = 0
     """Which of several seeds of one plan this is."""
 
@@ -52,6 +53,8 @@ class Plan:
         """The activation store the plan asks for."""
         if split == "forget" or split == "retain":  # written so that the type is narrowed
             return self.unlearning.spec(split, self.model, self.hook, self.cache)
+        if split == "autointerp":
+            return self.autointerp.spec(self.model, self.hook, self.cache)
         return store_spec(split, self.model, self.hook, self.cache)
 
     def store_path(self, split: Split) -> Place:
@@ -189,6 +192,7 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
         runs=runs,
         suite=_table(source, "suite", SuiteConfig, tables.get("suite", {})),
         unlearning=_table(source, "unlearning", UnlearningConfig, tables["unlearning"]),
+        autointerp=_table(source, "autointerp", AutointerpConfig, tables.get("autointerp", {})),
     )
 
 

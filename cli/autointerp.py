@@ -1,0 +1,211 @@
+"""`hsae eval autointerp`."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
+from hsae.cli.suite import ForceOption, OutOption, SaeOption
+
+if TYPE_CHECKING:
+    from hsae.eval.autointerp import Estimate
+    from hsae.eval.judge import Judge, Prices
+    from hsae.eval.suite import SuiteResult
+
+
+def autointerp(
+    run: RunOption = None,
+    all_runs: AllOption = False,
+    seeds: SeedsOption = 1,
+    sae: SaeOption = None,
+    plan: PlanOption = None,
+    overrides: SetOption = None,
+    out: OutOption = Path("eval_results"),
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Of a run only all levels together (of a stack level 1), not each level too."),
+    ] = False,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge", metavar="MODEL", envvar="HSAE_JUDGE_MODEL", help="Chat model; default autointerp.judge.model."
+        ),
+    ] = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            "--base-url",
+            metavar="URL",
+            envvar="OPENAI_BASE_URL",
+            help="OpenAI-compatible API; default autointerp.judge.base_url. Its key is read from OPENAI_API_KEY.",
+        ),
+    ] = None,
+    price_in: Annotated[
+        float | None, typer.Option("--price-in", min=0, metavar="X", help="Price of a million input tokens.")
+    ] = None,
+    price_out: Annotated[
+        float | None, typer.Option("--price-out", min=0, metavar="X", help="Price of a million output tokens.")
+    ] = None,
+    max_cost: Annotated[
+        float | None,
+        typer.Option("--max-cost", min=0, metavar="X", help="Spend no more than this; then no question is asked here."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be asked and what it costs.")] = False,
+    force: ForceOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Let a chat model explain latents and predict from the explanations where they are active (SAEBench's autointerp).
+
+    Every trained run of the plan, each level and the whole, unless runs or SAE folders are named. Reads the evaluation store; answers are
+    kept, so what was interrupted goes on and nothing is paid for twice.
+
+    Example: hsae eval autointerp --run 3 --judge gpt-4o-mini --price-in 0.15 --price-out 0.6 --dry-run
+    """
+    from hsae.cache.errors import UserError
+    from hsae.train.plan import load_plan
+
+    if sum((run is not None, all_runs, bool(sae))) > 1:
+        raise UserError("--run, --all and --sae exclude each other")
+    if (price_in is None) != (price_out is None):
+        raise UserError("--price-in and --price-out go together")
+    if max_cost is not None and price_in is None:
+        raise UserError("--max-cost needs prices: --price-in and --price-out, for a million tokens each")
+    named = {"model": judge, "base_url": base_url}
+    chosen = [f"autointerp.judge.{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    loaded = load_plan(plan, [*(overrides or ()), *chosen])
+
+    from hsae.cache.device import pick_device
+    from hsae.cache.lm import load_tokenizer
+    from hsae.cache.remote import place
+    from hsae.cache.store import ActivationStore
+    from hsae.cli.eval import of_runs
+    from hsae.eval.autointerp import Autointerp, noise_note
+    from hsae.eval.judge import Judge, Prices
+    from hsae.eval.targets import folder_targets
+
+    targets = (
+        folder_targets(loaded, sae, out / "autointerp") if sae else of_runs(loaded, run, seeds, whole, "autointerp")
+    )
+    store = ActivationStore.open(loaded.store_path("autointerp"))
+    tokenizer = load_tokenizer(loaded.model)
+    prices = Prices(input=price_in, output=price_out) if price_in is not None and price_out is not None else None
+    with Judge(
+        loaded.autointerp.judge,
+        place(loaded.cache.dir) / "answers",
+        lambda text: len(tokenizer(text, verbose=False).input_ids),
+        prices=prices,
+        most=max_cost,
+    ) as asked:
+        bench = Autointerp(store, tokenizer, loaded.autointerp, asked, pick_device(device))
+        for target in targets:
+            bench.check(target)
+        results = {id(target): bench.found(target) for target in targets if not force}
+        missing = [target for target in targets if results.get(id(target)) is None]
+        with console.status("autointerp: reading") as status:
+            prepared = []
+            for target in missing:
+                status.update(escape(f"autointerp: {target.label}: drawing windows"))
+                prepared.append(bench.prepare(target))
+            estimate = bench.estimate(prepared)
+        if prepared:
+            console.print(_estimate(estimate, asked, prices), soft_wrap=True)
+        if dry_run:
+            return
+        if estimate.requests:
+            _agree(estimate, asked, prices, max_cost, yes)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("latents"))
+        with Progress(*columns, TimeRemainingColumn(compact=True), console=console) as bars:
+            for item in prepared:
+                task = bars.add_task(escape(item.target.label), total=len(item.cases))
+                results[id(item.target)] = bench.evaluate(item, partial(_move, bars, task))
+    done = [result for target in targets if (result := results[id(target)]) is not None]
+    _print(done)
+    if prepared:
+        spent = f", {asked.spent:.4f} spent" if prices else ""
+        unread = f", {asked.unread} replies held no answer" if asked.unread else ""
+        console.print(f"{asked.requests:,} requests sent{unread}{spent}")
+    if note := noise_note(done):
+        console.print(escape(note), soft_wrap=True)
+    for folder in dict.fromkeys(result.target.folder for result in done):
+        console.print(f"results in [bold]{escape(str(folder))}[/]", soft_wrap=True)
+    if reused := sum(result.reused for result in done):
+        console.print(f"{reused} of {len(done)} were there already; --force scores them anew")
+
+
+def _move(bars: Progress, task: TaskID, done: int) -> None:
+    bars.update(task, completed=done)
+
+
+def _estimate(estimate: "Estimate", judge: "Judge", prices: "Prices | None") -> str:
+    text = (
+        f"{estimate.latents:,} latents: {estimate.requests:,} requests to {judge.config.model} at {judge.config.base_url}, about "
+        f"{estimate.input_tokens:,} tokens in and at most {estimate.output_tokens:,} out; {estimate.kept:,} answers are there already"
+    )
+    if prices is not None:
+        text += f"; at most {estimate.cost(prices):.4f} (more only for answers that are not of the form asked for)"
+    return escape(text)
+
+
+def _agree(estimate: "Estimate", judge: "Judge", prices: "Prices | None", max_cost: float | None, yes: bool) -> None:
+    """Go on only if that is wanted. Raises UserError otherwise."""
+    from hsae.cache.errors import UserError
+
+    if prices is not None and max_cost is not None:
+        if (cost := estimate.cost(prices)) > max_cost:
+            raise UserError(
+                f"this may cost {cost:.4f}, more than --max-cost {max_cost:g}; lower autointerp.n_latents, or name fewer runs"
+            )
+        return
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError(
+            f"{estimate.requests:,} requests would be sent to {judge.config.base_url}; say --yes, or set a limit with --max-cost"
+        )
+    typer.confirm("Start?", abort=True)
+
+
+def _print(results: "list[SuiteResult]") -> None:
+    from hsae.eval.suite import HEADLINES
+
+    table = Table(
+        title="autointerp; ± spans the 95 % interval over latents",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("SAE", overflow="fold")
+    for column in ("SAEBench's score", *(name.replace("_", " ") for name in HEADLINES["autointerp"]), "latents"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        score = result.metric("autointerp_score")
+        cells = [_cell(result.measures[name]) for name in HEADLINES["autointerp"]]
+        count = str(result.content["hsae"]["latents"]["scored"])
+        table.add_row(escape(result.target.label), "undefined" if score is None else f"{score:.3f}", *cells, count)
+    console.print(table)
+    for result in results:
+        latents, judge = result.content["hsae"]["latents"], result.content["hsae"]["judge"]
+        told = [f"{latents['alive']:,} latents alive, {latents['dead']:,} dead"]
+        if latents["too_few_examples"]:
+            told.append(f"{len(latents['too_few_examples'])} fire in too few places")
+        if judge["malformed_answers"]:
+            told.append(
+                f"{judge['malformed_answers']} answers not as asked, {len(latents['malformed'])} latents left out for it"
+            )
+        console.print(escape(f"{result.target.label}: {'; '.join(told)}"), soft_wrap=True)
+
+
+def _cell(measure: "dict[str, float | None]") -> str:
+    value, low, high = measure["value"], measure["low"], measure["high"]
+    if value is None:
+        return "undefined"
+    return f"{value:.3f}" + ("" if low is None or high is None else f" [dim]±{max(high - value, value - low):.3f}[/]")

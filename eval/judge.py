@@ -1,0 +1,259 @@
+"""A judge: a chat model behind any OpenAI-compatible endpoint, whose answers are kept and never asked for twice.
+
+    <cache.dir>/answers/<first two digits>/<digest>.json    an answer; the digest is that of everything it depends on
+
+The client is the `openai` package: its pooling, time limits and back-off, which honours Retry-After, are what such servers are tried
+against, and it adds two small packages to the core install; the same over a plain HTTP client would be code of ours to defend.
+The key comes from OPENAI_API_KEY alone and stands in no file and no message.
+"""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from hsae.cache.errors import UserError
+from hsae.cache.remote import Place, publish
+from hsae.train.suites import OPENAI_URL, JudgeConfig
+
+KEY = "OPENAI_API_KEY"
+PER = 1_000_000  # tokens that a price is of
+SHOWN = 200  # characters of a server's message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One chat request."""
+
+    system: str
+    user: str
+    max_tokens: int
+    """Tokens the answer may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the judge said, and what it took."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """Money for a million tokens, in whatever currency."""
+
+    input: float
+    output: float
+
+    def of(self, input_tokens: int, output_tokens: int) -> float:
+        """What so many tokens cost."""
+        return (self.input * input_tokens + self.output * output_tokens) / PER
+
+
+class Judge:
+    """Asks questions from several threads; answers that were ever given are read back. Raises UserError if the server gives none."""
+
+    def __init__(
+        self,
+        config: JudgeConfig,
+        answers: Place,
+        count: Callable[[str], int],
+        *,
+        prices: Prices | None = None,
+        most: float | None = None,
+    ) -> None:
+        """`count` tells the tokens of a text; `most` is the money that may be spent, which needs prices."""
+        if find_spec("openai") is None:
+            raise UserError("asking a judge needs the package openai; run: pip install 'hsae[autointerp]'")
+        self.config, self.answers, self.count, self.prices, self.most = config, answers, count, prices, most
+        self.requests, self.unread, self.spent = 0, 0, 0.0
+        """Requests sent, replies without an answer in them, and money spent or under way."""
+        self._key = os.environ.get(KEY, "")
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._client: Any = None
+
+    def __enter__(self) -> "Judge":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the connections."""
+        self.stop()
+        if self._client is not None:
+            self._client.close()
+
+    # --- answers that are kept -------------------------------------------------------------------------------------------
+
+    def recall(self, question: Question, attempt: int) -> Answer | None:
+        """The answer that was given before; None if there is none."""
+        request = self._request(question, attempt)
+        try:
+            held = json.loads(self._file(request).read_text())
+            if held["request"] != request:
+                return None
+            return Answer(
+                text=str(held["answer"]),
+                input_tokens=int(held["usage"]["input_tokens"]),
+                output_tokens=int(held["usage"]["output_tokens"]),
+            )
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, KeyError, TypeError):
+            return None  # damaged: asked again
+
+    def _request(self, question: Question, attempt: int) -> dict[str, Any]:
+        """All that an answer depends on."""
+        return {
+            "base_url": self.config.base_url,
+            "model": self.config.model,
+            "temperature": self.config.temperature,
+            "max_tokens": question.max_tokens + self.config.spare_tokens,
+            "system": question.system,
+            "user": question.user,
+            "attempt": attempt,
+        }
+
+    def _file(self, request: dict[str, Any]) -> Place:
+        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        return self.answers / digest[:2] / f"{digest}.json"
+
+    # --- asking ----------------------------------------------------------------------------------------------------------
+
+    def ask(self, question: Question, attempt: int) -> Answer | None:
+        """The answer, kept or new; None if the server's replies hold none. Raises UserError if there is no reply, or no money left."""
+        if (held := self.recall(question, attempt)) is not None:
+            return held
+        request = self._request(question, attempt)
+        tokens = self.count(question.system) + self.count(question.user)
+        for _ in range(self.config.attempts):
+            if (answer := self._asked(request, tokens)) is not None:
+                usage = {"input_tokens": answer.input_tokens, "output_tokens": answer.output_tokens}
+                content = {"request": request, "answer": answer.text, "usage": usage}
+                publish(self._file(request), json.dumps(content, ensure_ascii=False, indent=1).encode())
+                return answer
+        return None
+
+    def _asked(self, request: dict[str, Any], tokens: int) -> Answer | None:
+        """The answer in the server's reply, paid for either way."""
+        bound = self._reserve(tokens, request["max_tokens"])
+        try:
+            reply = self._reply(request)
+        except BaseException:
+            self._settle(bound, 0, 0)
+            raise
+        text = _part(reply, "choices", 0, "message", "content")
+        given, made = _part(reply, "usage", "prompt_tokens"), _part(reply, "usage", "completion_tokens")
+        input_tokens = given if isinstance(given, int) else tokens
+        output_tokens = made if isinstance(made, int) else self.count(str(text or ""))
+        self._settle(bound, input_tokens, output_tokens)
+        if not isinstance(text, str):
+            with self._lock:
+                self.unread += 1
+            return None
+        return Answer(text=self._clean(text), input_tokens=input_tokens, output_tokens=output_tokens)
+
+    def stop(self) -> None:
+        """Send no further request, and no further try of one that is under way."""
+        self._stopped.set()
+
+    def _reply(self, request: dict[str, Any]) -> Any:
+        import openai
+
+        client = self._opened()
+        chosen = {} if request["temperature"] is None else {"temperature": request["temperature"]}
+        try:
+            return client.chat.completions.create(
+                model=request["model"],
+                messages=[
+                    {"role": "system", "content": request["system"]},
+                    {"role": "user", "content": request["user"]},
+                ],
+                **chosen,
+                **{self.config.token_limit: request["max_tokens"]},
+            )
+        except openai.APIStatusError as error:
+            raise UserError(self._refusal(error.status_code, error.body)) from None
+        except openai.APIConnectionError as error:  # time limits too
+            raise UserError(
+                f"the judge {self.config.base_url} gives no reply ({self._short(error.message)} after {self.config.retries} further "
+                "tries); its answers so far are kept: see to the server and run the same command again"
+            ) from None
+        except (openai.OpenAIError, ValueError):
+            return None  # a reply that is not what the protocol says
+
+    def _opened(self) -> Any:
+        import openai
+
+        with self._lock:
+            if self._client is None:
+                if not self._key and self.config.base_url == OPENAI_URL:
+                    raise UserError(f"{OPENAI_URL} wants a key; set the environment variable {KEY}")
+                self._client = openai.OpenAI(
+                    api_key=self._key or "none",
+                    base_url=self.config.base_url,
+                    timeout=self.config.timeout_s,
+                    max_retries=self.config.retries,
+                    http_client=openai.DefaultHttpxClient(event_hooks={"request": [lambda request: self._go_on()]}),
+                )
+            return self._client
+
+    def _go_on(self) -> None:
+        if self._stopped.is_set():
+            import openai
+
+            raise openai.OpenAIError("stopped")  # the one kind of error that the client does not try again
+
+    def _refusal(self, status: int, body: object) -> str:
+        said = body.get("message", body) if isinstance(body, dict) else body
+        told = f"the judge {self.config.base_url} answers {status} ({self._short(said)})"
+        if status in (401, 403):
+            return f"{told}; " + (f"is {KEY} the right key?" if self._key else f"set the environment variable {KEY}")
+        if status == 404:
+            return f"{told}; is {self.config.model!r} one of its models (--judge) and the URL the API's (--base-url)?"
+        if status == 429 or status >= 500:
+            return (
+                f"{told} after {self.config.retries} further tries; its answers so far are kept: run the same command again later, "
+                "or with a lower autointerp.judge.concurrency"
+            )
+        return f"{told}; the request can't be met as it is: see [autointerp.judge] in the plan"
+
+    def _short(self, said: object) -> str:
+        text = " ".join(self._clean(str(said)).split())
+        return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+    def _clean(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+    # --- money -----------------------------------------------------------------------------------------------------------
+
+    def _reserve(self, input_tokens: int, output_tokens: int) -> float:
+        """Take what a request may cost from what is left. Raises UserError if that is not enough."""
+        bound = self.prices.of(input_tokens, output_tokens) if self.prices else 0.0
+        with self._lock:
+            if self.most is not None and self.spent + bound > self.most:
+                raise UserError(
+                    f"one more request could pass the limit of {self.most:g} ({self.spent:.4f} spent or under way); its answers so far "
+                    "are kept: run the same command again with a higher --max-cost"
+                )
+            self.spent += bound
+            self.requests += 1
+        return bound
+
+    def _settle(self, bound: float, input_tokens: int, output_tokens: int) -> None:
+        with self._lock:
+            self.spent += (self.prices.of(input_tokens, output_tokens) if self.prices else 0.0) - bound
+
+
+def _part(reply: object, *path: str | int) -> object:
+    """What lies in a reply at this place; None if its shape is another."""
+    for step in path:
+        try:
+            reply = reply[step] if isinstance(step, int) else getattr(reply, step)  # type: ignore[index]
+        except (AttributeError, IndexError, KeyError, TypeError):
+            return None
+    return reply
