@@ -28,11 +28,11 @@ def build(
     overrides: SetOption = None,
     split: Annotated[Literal["train", "eval", "both"], typer.Option("--split", help="Which store.")] = "both",
     suite: Annotated[
-        Literal["sparse-probing", "scr", "tpp", "absorption", "all", "unlearning"] | None,
+        Literal["sparse-probing", "scr", "tpp", "absorption", "ravel", "all", "unlearning"] | None,
         typer.Option(
             "--suite",
-            help="What an evaluation of the suite needs instead: labelled texts and words (all: of these four, see [suite] in the "
-            "plan), or forget and retain text for unlearning.",
+            help="What an evaluation of the suite needs instead: labelled texts and words (all: of the first four, see [suite] in the "
+            "plan), entities and their attributes for ravel ([ravel]), or forget and retain text for unlearning.",
         ),
     ] = None,
     device: DeviceOption = "auto",
@@ -52,6 +52,8 @@ def build(
 
     loaded = load_plan(plan, overrides or ())
     chosen = pick_device(device)
+    if suite == "ravel":
+        return suite_commands.build_ravel(loaded, chosen, dry_run=dry_run)
     if suite is not None and suite != "unlearning":
         return suite_commands.build(loaded, suite, chosen, dry_run=dry_run)
     names: tuple[Split, ...] = ("forget", "retain") if suite == "unlearning" else ("eval", "train")

@@ -1,4 +1,4 @@
-"""SAEBench 0.6.0's result files for sparse probing, SCR, TPP and absorption: what keys of which types they have, in which order.
+"""SAEBench 0.6.0's result files for sparse probing, SCR, TPP, absorption and RAVEL: what keys of which types they have, in which order.
 
 A file is core's envelope (see `hsae.eval.schema`) around an evaluation's own config, metrics and details. Null stands for a number
 that was not asked for or does not exist. hsae's block `hsae` stands behind SAEBench's keys.
@@ -124,6 +124,29 @@ LAYOUTS = {
             "num_probe_true_positives": WHOLE,
             "num_split_features": WHOLE,
         },
+    ),
+    "ravel": Layout(
+        eval_type_id="ravel",
+        config={
+            "entity_attribute_selection": TABLE,
+            "top_n_entities": WHOLE,
+            "top_n_templates": WHOLE,
+            "full_dataset_downsample": OPTIONAL_WHOLE,
+            "num_pairs_per_attribute": WHOLE,
+            "train_test_split": REAL,
+            "force_dataset_recompute": FLAG,
+            "model_name": TEXT,
+            "llm_dtype": TEXT,
+            "llm_batch_size": OPTIONAL_WHOLE,
+            "learning_rate": REAL,
+            "num_epochs": WHOLE,
+            "train_mdas": FLAG,
+            "n_generated_tokens": WHOLE,
+            "random_seed": WHOLE,
+            "artifact_dir": TEXT,
+        },
+        metrics={"ravel": dict.fromkeys(("disentanglement_score", "cause_score", "isolation_score"), OPTIONAL)},
+        details={},
     ),
 }
 
