@@ -213,12 +213,13 @@ def list_stores(
     plan: PlanOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """List the stores in a folder.
+    """List the stores in a folder: activations, and what evaluations are made from.
 
     Example: hsae cache ls
     """
     from hsae.cache.errors import StoreError
     from hsae.cache.layout import read_header, total_bytes
+    from hsae.cache.listing import probe_stores
     from hsae.cache.remote import children, place
     from hsae.train.plan import load_plan
 
@@ -226,7 +227,7 @@ def list_stores(
     if not home.is_dir():
         raise StoreError(f"there is no folder {home}; stores are made by `hsae cache build`")
     table = Table(title=escape(str(home)))
-    for column in ("store", "state", "model", "hooks", "rows", "size"):
+    for column in ("store", "state", "model", "hooks", "rows or texts", "size"):
         table.add_column(column, overflow="fold")
     for path in children(home):
         if not path.name.endswith(".zarr"):
@@ -239,4 +240,8 @@ def list_stores(
         spec, state = header.spec, "complete" if header.complete else "not finished"
         size = _gb(total_bytes(spec, header.d_model))
         table.add_row(path.name, state, spec.model.id, ", ".join(spec.hooks), f"{spec.rows:,}", size)
+    for found in probe_stores(home):
+        state = f"[red]{escape(found.problem)}[/]" if found.problem else "complete"
+        cells = (found.model, ", ".join(found.hooks), f"{found.texts:,}", _gb(found.bytes))
+        table.add_row(found.name, state, *(("", "", "", "") if found.problem else cells))
     console.print(table)
