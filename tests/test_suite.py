@@ -300,20 +300,19 @@ def test_absorption_from_a_store_of_words_for_an_sae_and_every_level(plan, tmp_p
     view = saelens.load(GOLDEN / "absorption" / "saes" / "standard")
     view.metadata["hook_name"] = HOOK
     found = {}
-    parts = {"rest": slice(None, view.d_sae // 3), "most": slice(view.d_sae // 3, None)}
+    parts = {"level1": slice(view.d_sae // 3, None), "level2": slice(None, view.d_sae // 3)}
     levels = tuple(
         replace(view, name=name, W_enc=view.W_enc[:, part], W_dec=view.W_dec[part], b_enc=view.b_enc[part])
         for name, part in parts.items()
     )
     model = TrainedModel(structure="additive", levels=levels, compositions=())
-    for name, shown in {"alone": view, **model.views()}.items():
+    for name, shown in {"alone": view, **{name: model.views()[name] for name in parts}}.items():
         target = SimpleNamespace(view=shown, release="r", sae_id=name, inputs={"sae": "0"})
         found[name] = bench.content(target)
         assert problems(found[name], "absorption") == []
     scores = {name: content["hsae"]["measures"]["mean_absorption_fraction_score"] for name, content in found.items()}
-    assert list(scores) == ["alone", "sae", "level1", "level2"]
-    assert scores["level1"] != scores["level2"]
-    assert found["sae"]["sae_cfg_dict"]["d_sae"] == view.d_sae
+    assert scores["alone"] != scores["level1"] != scores["level2"]
+    assert sum(found[name]["sae_cfg_dict"]["d_sae"] for name in scores) == 2 * view.d_sae
     content = found["alone"]
     assert problems(content, "absorption") == []
     assert content["eval_config"]["prompt_template"] == "{word} starts with the letter:"
