@@ -15,3 +15,7 @@ class ModelError(UserError):
 
 class CorpusError(UserError):
     """A corpus can't be read, or has too little text."""
+
+
+class NotApplicable(UserError):
+    """An evaluation lacks what it needs here, or would mean nothing: it is left out, and others go on."""

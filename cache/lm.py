@@ -35,7 +35,7 @@ class _PassThrough(nn.Module):
 
 
 class LanguageModel:
-    """A causal language model cut in three: prefix, suffix, unembedding. Inference only."""
+    """A causal language model cut in three: prefix, suffix, unembedding. Its weights take no gradients."""
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path, device: str) -> None:
         self.model, self.tokenizer, self.folder, self.device = model, tokenizer, folder, device
@@ -114,9 +114,8 @@ class LanguageModel:
                 handle.remove()
         return {hook: caught[boundary] for hook, boundary in after.items()}
 
-    @torch.no_grad()
-    def suffix(self, hook: str, resid_BTD: Tensor) -> Tensor:
-        """The final vector [B, T, D], normed and ready to unembed, that follows from a residual at `hook`."""
+    def suffix(self, hook: str, resid_BTD: Tensor, *, grad: bool = False) -> Tensor:
+        """The final vector [B, T, D], normed and ready to unembed, that follows from a residual at `hook`; with `grad`, differentiable."""
         self.check_hooks([hook])
         boundary = _boundary(hook)
         resid = resid_BTD.to(self.device, self.dtype)
@@ -124,13 +123,15 @@ class LanguageModel:
             raise ModelError(
                 f"hook {hook!r} lies before the first layer; evaluate at blocks.0.hook_resid_post or later"
             )
-        with self._replaced(range(boundary), injected=resid):
+        with torch.set_grad_enabled(grad), self._replaced(range(boundary), injected=resid):
             return self._run(inputs_embeds=resid)
 
-    @torch.no_grad()
-    def unembed(self, final: Tensor) -> Tensor:
-        """Logits [..., V] in the model's type, with the soft cap where the model has one."""
-        vectors = final.to(self.device, self.dtype)
+    def unembed(self, final: Tensor, *, grad: bool = False) -> Tensor:
+        """Logits [..., V] in the model's type, with the soft cap where the model has one; with `grad`, differentiable."""
+        with torch.set_grad_enabled(grad):
+            return self._unembed(final.to(self.device, self.dtype))
+
+    def _unembed(self, vectors: Tensor) -> Tensor:
         head = self.model.get_output_embeddings()
         if (
             self._widens and getattr(head, "bias", None) is None

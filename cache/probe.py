@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import torch
 from pydantic import Field, ValidationError
@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hsae.cache.config import Config
+from hsae.cache.config import Config, ModelConfig
 from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.files import write_atomically
 from hsae.cache.lm import LanguageModel
@@ -100,8 +100,7 @@ def build_probe(
         described, sets, position = _described(spec, model)
         entries, passes = [], 0
         for entry, wanted in zip(described, sets, strict=True):
-            name = f"{model_slug(spec.model)}-{_set_key(spec, model, wanted)}"
-            _build_set(_sets(root) / name, wanted, spec, model, partial(progress, entry.name))
+            name = build_set(root, wanted, spec, spec.tasks.batch_rows, model, partial(progress, entry.name))
             entries.append(entry.model_copy(update={"texts": name}))
             passes += len(wanted.ids)
         header = ProbeHeader(
@@ -110,7 +109,7 @@ def build_probe(
             d_model=model.d_model,
             model_digest=model.model_digest,
             tokenizer_digest=model.tokenizer_digest,
-            versions=_versions(model),
+            versions=versions(model),
             tasks=entries,
             prompt_token_pos=position,
             passes=passes,
@@ -152,19 +151,41 @@ def _entry(name: str, source: str, count: int, lists: dict[str, dict[str, list[i
     return TaskEntry(name=name, source=source, texts="", count=count, lists=lists)
 
 
-def _build_set(
-    folder: Path, wanted: Wanted, spec: ProbeSpec, model: LanguageModel, progress: Callable[[int, int], None]
-) -> None:
-    """Compute every part of a set that is missing; batches never cross parts, so parts do not depend on when they were made."""
+class OfModel(Protocol):
+    """What a set's residuals are of."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The language model."""
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Where its residual is taken."""
+
+
+def build_set(
+    root: str | Path,
+    wanted: Wanted,
+    spec: OfModel,
+    batch_rows: int,
+    model: LanguageModel,
+    progress: Callable[[int, int], None],
+) -> str:
+    """Compute every part of a set that is missing, and return the set's name.
+
+    Batches never cross parts, so parts do not depend on when they were made.
+    """
+    name = f"{model_slug(spec.model)}-{_set_key(spec, batch_rows, model, wanted)}"
+    folder = sets_folder(root) / name
     folder.mkdir(parents=True, exist_ok=True)
     total = len(wanted.ids)
     for number, first in enumerate(range(0, total, PART_TEXTS)):
-        file, last = _part(folder, number), min(first + PART_TEXTS, total)
+        file, last = part_file(folder, number), min(first + PART_TEXTS, total)
         if not file.is_file():
             vectors: dict[str, list[Tensor]] = {hook: [] for hook in spec.hooks}
-            for start in range(first, last, spec.tasks.batch_rows):
-                stop = min(start + spec.tasks.batch_rows, last)
-                resid = model.prefix(_padded(wanted.ids[start:stop], model), spec.hooks)
+            for start in range(first, last, batch_rows):
+                stop = min(start + batch_rows, last)
+                resid = model.prefix(padded(wanted.ids[start:stop], model), spec.hooks)
                 for hook, batch in resid.items():
                     places = enumerate(wanted.kept[start:stop])
                     vectors[hook].append(torch.cat([batch[row, kept].cpu() for row, kept in places]))
@@ -178,31 +199,35 @@ def _build_set(
             tensors["lengths"] = torch.tensor([len(kept) for kept in wanted.kept[first:last]])
             write_atomically(file, partial(save_file, tensors))
         progress(last, total)
+    return name
 
 
-def _padded(rows: Sequence[list[int]], model: LanguageModel) -> Tensor:
+def padded(rows: Sequence[list[int]], model: LanguageModel) -> Tensor:
     """Token ids with padding behind, which causal attention never sees."""
     width = max(map(len, rows))
     return torch.tensor([row + [model.special_ids[0]] * (width - len(row)) for row in rows])
 
 
-def _versions(model: LanguageModel) -> dict[str, str]:
+def versions(model: LanguageModel) -> dict[str, str]:
+    """What residuals were computed with."""
     found = {"python": platform.python_version(), "device": torch.device(model.device).type}
     return found | {name: version(name) for name in LIBRARIES}
 
 
-def _set_key(spec: ProbeSpec, model: LanguageModel, wanted: Wanted) -> str:
+def _set_key(spec: OfModel, batch_rows: int, model: LanguageModel, wanted: Wanted) -> str:
     tokens = hashlib.sha256(json.dumps([wanted.ids, wanted.kept]).encode()).hexdigest()
     described = spec.model.model_dump(mode="json", include={"dtype", "attention"})
     held = {"format": PROBE_FORMAT, "model": model.model_digest, **described, "hooks": spec.hooks}
-    return content_key({**held, "batch": spec.tasks.batch_rows, "tokens": tokens, "versions": _versions(model)})
+    return content_key({**held, "batch": batch_rows, "tokens": tokens, "versions": versions(model)})
 
 
-def _sets(root: str | Path) -> Path:
+def sets_folder(root: str | Path) -> Path:
+    """Where the sets of a cache folder lie."""
     return Path(root).expanduser() / "probe" / "texts"
 
 
-def _part(folder: Path, number: int) -> Path:
+def part_file(folder: Path, number: int) -> Path:
+    """One part of a set."""
     return folder / f"part-{number:05}.safetensors"
 
 
@@ -226,10 +251,10 @@ class ProbeStore:
             ) from None
         if self.header.format != PROBE_FORMAT or self.header.spec != spec:
             raise StoreError(f"{self.path} was made for another configuration; delete it and build it again")
-        self.spec, self.folder = spec, _sets(root)
+        self.spec, self.folder = spec, sets_folder(root)
         self._parts: dict[str, list[Path]] = {}
         for task in self.header.tasks:
-            parts = [_part(self.folder / task.texts, n) for n in range(-(-task.count // PART_TEXTS))]
+            parts = [part_file(self.folder / task.texts, n) for n in range(-(-task.count // PART_TEXTS))]
             if missing := [part for part in parts if not part.is_file()]:
                 raise StoreError(f"{missing[0]} is missing; go on with: hsae cache build --suite {spec.suite}")
             self._parts[task.texts] = parts

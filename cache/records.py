@@ -1,5 +1,6 @@
 """Rows of several columns from local files and from data sets on the hub."""
 
+import csv
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
@@ -10,15 +11,17 @@ from hsae.cache.errors import CorpusError
 
 
 def records(file: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """The values of some columns of a .jsonl or .parquet file, row by row. Raises CorpusError naming what is wrong where."""
+    """The values of some columns of a .csv, .jsonl or .parquet file, row by row. Raises CorpusError naming what is wrong where."""
     if not file.is_file():
         raise CorpusError(f"there is no file {file}")
     if file.suffix == ".jsonl":
         yield from _jsonl(file, columns)
+    elif file.suffix == ".csv":
+        yield from _csv(file, columns)
     elif file.suffix == ".parquet":
         yield from _parquet(file, columns)
     else:
-        raise CorpusError(f"{file}: labelled texts are read from .jsonl and .parquet files")
+        raise CorpusError(f"{file}: rows are read from .csv, .jsonl and .parquet files")
 
 
 def _jsonl(file: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
@@ -31,6 +34,16 @@ def _jsonl(file: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
                     yield tuple(row[column] for column in columns)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CorpusError(f"{file} can't be read as jsonl: {error}") from None
+
+
+def _csv(file: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            for number, row in enumerate(csv.DictReader(lines, strict=True), 1):
+                _check({key: row[key] for key in row if key is not None}, columns, f"{file}, row {number}")
+                yield tuple(row[column] for column in columns)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CorpusError(f"{file} can't be read as csv: {error}") from None
 
 
 def _parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
@@ -60,6 +73,12 @@ def need(module: str, why: str) -> None:
         raise CorpusError(f"{why} needs the package {module}; run: pip install 'hsae[hub]'")
 
 
+INSTEAD = (
+    "use texts that ship with Python with --set suite.tasks=python, or local files with --set suite.tasks=FILE.toml"
+)
+"""What can be done without a hub data set."""
+
+
 def open_data_set(name: str, revision: str | None, subset: str | None, split: str) -> Any:
     """A hub data set's split, streamed in its own order. Raises CorpusError if it can't be opened."""
     need("datasets", f"data set {name!r} on the hub")
@@ -72,13 +91,12 @@ def open_data_set(name: str, revision: str | None, subset: str | None, split: st
     except Exception as error:  # the client has no common base for network, access and naming errors
         first = str(error).splitlines()[0] if str(error) else ""
         raise CorpusError(
-            f"data set {name!r} can't be opened ({type(error).__name__}: {first}); check the network, or use texts that ship with "
-            "Python with --set suite.tasks=python, or local files with --set suite.tasks=FILE.toml"
+            f"data set {name!r} can't be opened ({type(error).__name__}: {first}); check the network, or {INSTEAD}"
         ) from None
 
 
-def resolved_revision(name: str, revision: str | None) -> str:
-    """The commit a hub data set's revision stands for now. Raises CorpusError if the hub can't be asked."""
+def resolved_revision(name: str, revision: str | None, instead: str = INSTEAD) -> str:
+    """The commit a hub data set's revision stands for now. Raises CorpusError, with what to do instead, if the hub can't be asked."""
     need("datasets", f"data set {name!r} on the hub")
     from huggingface_hub import HfApi
 
@@ -87,6 +105,5 @@ def resolved_revision(name: str, revision: str | None) -> str:
     except Exception as error:  # as above
         first = str(error).splitlines()[0] if str(error) else ""
         raise CorpusError(
-            f"data set {name!r} can't be found on the hub ({type(error).__name__}: {first}); check the network, or use texts that ship "
-            "with Python with --set suite.tasks=python, or local files with --set suite.tasks=FILE.toml"
+            f"data set {name!r} can't be found on the hub ({type(error).__name__}: {first}); check the network, or {instead}"
         ) from None

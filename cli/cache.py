@@ -29,11 +29,12 @@ def build(
     overrides: SetOption = None,
     split: Annotated[Literal["train", "eval", "both"], typer.Option("--split", help="Which store.")] = "both",
     suite: Annotated[
-        Literal["sparse-probing", "scr", "tpp", "absorption", "all", "unlearning", "autointerp"] | None,
+        Literal["sparse-probing", "scr", "tpp", "absorption", "ravel", "all", "unlearning", "autointerp"] | None,
         typer.Option(
             "--suite",
-            help="What an evaluation of the suite needs instead: labelled texts and words (all: of these four, see [suite] in the "
-            "plan), forget and retain text for unlearning, or the text of autointerp (the evaluation store, or [autointerp.text]).",
+            help="What an evaluation of the suite needs instead: labelled texts and words (all: of the first four, see [suite] in the "
+            "plan), entities and their attributes for ravel ([ravel]), forget and retain text for unlearning, or the text of autointerp "
+            "(the evaluation store, or [autointerp.text]).",
         ),
     ] = None,
     device: DeviceOption = "auto",
@@ -53,6 +54,8 @@ def build(
 
     loaded = load_plan(plan, overrides or ())
     chosen = pick_device(device)
+    if suite == "ravel":
+        return suite_commands.build_ravel(loaded, chosen, dry_run=dry_run)
     if suite is not None and suite not in OWN_STORES:
         return suite_commands.build(loaded, suite, chosen, dry_run=dry_run)
     names = ("eval", "train") if suite is None else OWN_STORES[suite]
@@ -212,12 +215,13 @@ def list_stores(
     plan: PlanOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """List the stores in a folder.
+    """List the stores in a folder: activations, and what evaluations are made from.
 
     Example: hsae cache ls
     """
     from hsae.cache.errors import StoreError
     from hsae.cache.layout import read_header, total_bytes
+    from hsae.cache.listing import probe_stores
     from hsae.cache.remote import children, place
     from hsae.train.plan import load_plan
 
@@ -225,7 +229,7 @@ def list_stores(
     if not home.is_dir():
         raise StoreError(f"there is no folder {home}; stores are made by `hsae cache build`")
     table = Table(title=escape(str(home)))
-    for column in ("store", "state", "model", "hooks", "rows", "size"):
+    for column in ("store", "state", "model", "hooks", "rows or texts", "size"):
         table.add_column(column, overflow="fold")
     for path in children(home):
         if not path.name.endswith(".zarr"):
@@ -238,4 +242,8 @@ def list_stores(
         spec, state = header.spec, "complete" if header.complete else "not finished"
         size = _gb(total_bytes(spec, header.d_model))
         table.add_row(path.name, state, spec.model.id, ", ".join(spec.hooks), f"{spec.rows:,}", size)
+    for found in probe_stores(home):
+        state = f"[red]{escape(found.problem)}[/]" if found.problem else "complete"
+        cells = (found.model, ", ".join(found.hooks), f"{found.texts:,}", _gb(found.bytes))
+        table.add_row(found.name, state, *(("", "", "", "") if found.problem else cells))
     console.print(table)

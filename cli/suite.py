@@ -1,4 +1,4 @@
-"""`hsae eval sparse-probing | scr | tpp | absorption | all`, and `hsae cache build --suite`."""
+"""`hsae eval sparse-probing | scr | tpp | absorption | ravel | all`, and `hsae cache build --suite`."""
 
 import time
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from hsae.cli import ravel
 from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
 
 if TYPE_CHECKING:
@@ -36,12 +37,14 @@ HELP = {
     "tpp": "Whether ablating a few latents hurts one class's probe and no other (SAEBench's TPP).",
     "absorption": "Whether a letter's latents stay silent where others speak for it (SAEBench's absorption).",
 }
+RAVEL_HELP = "Whether exchanging a few latents changes one attribute of an entity and no other (SAEBench's RAVEL)."
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `hsae eval`."""
     for suite, text in HELP.items():
         app.command(suite, help=f"{text}\n\nExample: hsae eval {suite} --run 3")(_command(suite))
+    app.command("ravel", help=f"{RAVEL_HELP}\n\nExample: hsae eval ravel --run 3")(_command("ravel"))
     app.command("all")(every)
 
 
@@ -59,7 +62,10 @@ def _command(suite: str) -> Callable[..., None]:
         device: DeviceOption = "auto",
     ) -> None:
         loaded = _loaded(plan, overrides, run, all_runs, sae)
-        _evaluate(loaded, _suite(suite), run, seeds, sae, out, draws, force, device)
+        if suite == "ravel":
+            ravel.evaluate(loaded, run, seeds, sae, out, draws, force, device)
+        else:
+            _evaluate(loaded, _suite(suite), run, seeds, sae, out, draws, force, device)
 
     return command
 
@@ -76,11 +82,11 @@ def every(
     force: ForceOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Core and every evaluation of the suite. One that fails does not stop the others; status 1 if any did.
+    """Core and every evaluation of the suite, unlearning and RAVEL where their stores are. One that fails does not stop the others; status 1 if any did.
 
     Example: hsae eval all --plan gemma-3-270m
     """
-    from hsae.cache.errors import UserError
+    from hsae.cache.errors import NotApplicable, UserError
     from hsae.cli.eval import core
 
     loaded = _loaded(plan, overrides, run, all_runs, sae)
@@ -93,28 +99,66 @@ def every(
         jobs[suite] = lambda suite=suite: _evaluate(  # type: ignore[misc]
             loaded, _suite(suite), run, seeds, sae, out, draws, force, device
         )
+    jobs["ravel"] = lambda: _ravel(loaded, run, seeds, sae, out, draws, force, device)
+    jobs["unlearning"] = lambda: _unlearning(loaded, run, seeds, sae, plan, overrides, force, device)
     summary, failed = [], 0
     for name, job in jobs.items():
         began = time.perf_counter()
         try:
             job()
             state = "done"
+        except NotApplicable as error:
+            state = f"skipped: {error}"
         except UserError as error:
             state = str(error)
         except (OSError, RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             state = f"{type(error).__name__}: {error}"
-        failed += state != "done"
+        failed += state != "done" and not state.startswith("skipped: ")
         summary.append((name, state, time.perf_counter() - began))
     table = Table(title="summary", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("evaluation", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("outcome", overflow="fold")
     for name, state, seconds in summary:
-        table.add_row(name, f"{seconds:.0f} s", escape(state), style=None if state == "done" else "red")
+        table.add_row(name, f"{seconds:.0f} s", escape(state), style=_style(state))
     console.print(table)
     if failed:
         console.print(f"{failed} of {len(jobs)} evaluations failed")
         raise typer.Exit(1)
+
+
+def _style(state: str) -> str | None:
+    return None if state == "done" else "yellow" if state.startswith("skipped: ") else "red"
+
+
+def _ravel(
+    plan: "Plan", run: str | None, seeds: int, sae: list[Path] | None, out: Path, draws: int, force: bool, device: str
+) -> None:
+    ravel.check_store(plan)
+    ravel.evaluate(plan, run, seeds, sae, out, draws, force, device)
+
+
+def _unlearning(
+    plan: "Plan",
+    run: str | None,
+    seeds: int,
+    sae: list[Path] | None,
+    source: str | None,
+    overrides: list[str] | None,
+    force: bool,
+    device: str,
+) -> None:
+    from hsae.cache.errors import NotApplicable, StoreError
+    from hsae.cli.unlearning import unlearning
+    from hsae.eval.unlearning_runs import open_texts
+
+    if sae:
+        raise NotApplicable("unlearning compares the levels of trained runs; it takes no --sae")
+    try:
+        open_texts(plan)
+    except StoreError as error:
+        raise NotApplicable(str(error)) from None
+    unlearning(run=run, seeds=seeds, plan=source, overrides=overrides, force=force, device=device)
 
 
 def _loaded(
@@ -134,9 +178,10 @@ def _suite(name: str) -> "Suite":
     return next(suite for suite in SUITES if suite == name)
 
 
-def _targets(
-    plan: "Plan", suite: "Suite", run: str | None, seeds: int, sae: list[Path] | None, out: Path
+def targets_of(
+    plan: "Plan", suite: str, run: str | None, seeds: int, sae: list[Path] | None, out: Path
 ) -> "list[Target]":
+    """The SAEs an evaluation is asked to evaluate."""
     from hsae.cli.eval import of_runs
     from hsae.eval.suite import FOLDERS
     from hsae.eval.targets import folder_targets
@@ -159,9 +204,9 @@ def _evaluate(
 ) -> "list[SuiteResult]":
     from hsae.cache.device import pick_device
     from hsae.cache.probe import ProbeStore
-    from hsae.eval.suite import evaluate_suite, noise_note
+    from hsae.eval.suite import evaluate_suite
 
-    targets = _targets(plan, suite, run, seeds, sae, out)
+    targets = targets_of(plan, suite, run, seeds, sae, out)
     with console.status(f"{suite}: reading") as status:
         results = evaluate_suite(
             targets,
@@ -171,6 +216,14 @@ def _evaluate(
             device=pick_device(device),
             say=lambda text: status.update(escape(text)),
         )
+    print_results(results, suite)
+    return results
+
+
+def print_results(results: "list[SuiteResult]", suite: str) -> None:
+    """The table of measures, what is within noise, and where the files are."""
+    from hsae.eval.suite import noise_note
+
     console.print(_table(results, suite))
     if note := noise_note(results, suite):
         console.print(escape(note), soft_wrap=True)
@@ -178,7 +231,6 @@ def _evaluate(
         console.print(f"results in [bold]{escape(str(folder))}[/]", soft_wrap=True)
     if reused := sum(result.reused for result in results):
         console.print(f"{reused} of {len(results)} were there already; --force computes them anew")
-    return results
 
 
 def _table(results: "list[SuiteResult]", suite: str) -> Table:
@@ -213,13 +265,11 @@ def _cell(measure: "dict[str, float | None] | None") -> str:
 
 def build(plan: "Plan", suite: str, device: str, *, dry_run: bool) -> None:
     """Make the probe store of one suite, or of all (`hsae cache build --suite`)."""
-    from hsae.cache.errors import UserError
     from hsae.cache.lm import LanguageModel
     from hsae.cache.probe import build_probe
     from hsae.cache.probe_config import SUITES
 
-    if dry_run:
-        raise UserError("--dry-run doesn't go with --suite: what the texts come to is known once they are read")
+    _no_dry_run(dry_run)
     model = LanguageModel.load(plan.model, device=device, say=lambda text: console.print(escape(text)))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("texts"))
     for name in SUITES if suite == "all" else (_suite(suite),):
@@ -233,3 +283,16 @@ def build(plan: "Plan", suite: str, device: str, *, dry_run: bool) -> None:
 
             path = build_probe(plan.probe(name), plan.cache.dir, device=device, progress=told, model=model)
         console.print(f"{name} store: [bold]{escape(str(path))}[/]", soft_wrap=True)
+
+
+def build_ravel(plan: "Plan", device: str, *, dry_run: bool) -> None:
+    """Make RAVEL's store (`hsae cache build --suite ravel`)."""
+    _no_dry_run(dry_run)
+    ravel.build(plan, device)
+
+
+def _no_dry_run(dry_run: bool) -> None:
+    from hsae.cache.errors import UserError
+
+    if dry_run:
+        raise UserError("--dry-run doesn't go with --suite: what the texts come to is known once they are read")

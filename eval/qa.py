@@ -118,7 +118,10 @@ def digest(sets: dict[Side, list[Question]]) -> str:
 
 def read_sets(config: QAConfig) -> dict[Side, list[Question]]:
     """Both sets of questions. Raises UserError if one can't be had."""
-    return {side: [q for name in getattr(config, side) for q in questions.read_questions(name)] for side in SIDES}
+    return {
+        side: [q for name in getattr(config, side) for q in questions.read_questions(name, config.revisions)]
+        for side in SIDES
+    }
 
 
 def score(configurations: Sequence[dict[str, Any]], least: float) -> float:

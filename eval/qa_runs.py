@@ -46,7 +46,9 @@ def evaluate_runs(
     exam: qa.Exam | None = None
     for seeded, run in runs:
         folder = seeded.run_dir(run) / "eval"
-        asked = hashlib.sha256(config.model_dump_json(exclude={"forget", "retain"}).encode()).hexdigest()[:16]
+        asked = hashlib.sha256(config.model_dump_json(exclude={"forget", "retain", "revisions"}).encode()).hexdigest()[
+            :16
+        ]
         inputs = {**inputs_of(seeded, run, stores), "config": asked, "questions": qa.digest(sets)}
         result = None if force else found_at(folder / FILE, inputs)
         reused = result is not None

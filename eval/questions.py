@@ -9,7 +9,7 @@ Shapes: Q questions.
 import importlib.util
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -45,8 +45,8 @@ class Question:
         return list(itertools.islice(itertools.permutations(range(len(self.choices))), most))
 
 
-def read_questions(name: str) -> list[Question]:
-    """The questions of a packaged set, a jsonl file or a set on the hub. Raises UserError with what to do."""
+def read_questions(name: str, revisions: Mapping[str, str] | None = None) -> list[Question]:
+    """The questions of a packaged set, a jsonl file or a set on the hub (at its revision, if one is given). Raises UserError with what to do."""
     if name in PACKAGED:
         text = resources.files("hsae.eval").joinpath(f"{name}.jsonl").read_text(encoding="utf-8")
         return _lines(text, name, name)
@@ -58,7 +58,7 @@ def read_questions(name: str) -> list[Question]:
             f"no questions {name!r}: give a .jsonl file, a set on the hub as owner/name:subset, or a packaged one "
             f"({', '.join(PACKAGED)})"
         )
-    return _hub(name)
+    return _hub(name, (revisions or {}).get(name.partition(":")[0]))
 
 
 def _lines(text: str, where: str, subject: str) -> list[Question]:
@@ -97,7 +97,7 @@ def _question(record: Any, where: str, subject: str) -> Question:
     )
 
 
-def _hub(name: str) -> list[Question]:
+def _hub(name: str, revision: str | None) -> list[Question]:
     owner_name, _, subset = name.partition(":")
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
@@ -110,7 +110,7 @@ def _hub(name: str) -> list[Question]:
     set_verbosity_error()
     disable_progress_bar()
     try:
-        data = load_dataset(owner_name, subset, split="test")
+        data = load_dataset(owner_name, subset, split="test", revision=revision)
     except Exception as error:  # the client has no common base for network, access and naming errors
         first = str(error).splitlines()[0] if str(error) else ""
         raise UserError(

@@ -7,7 +7,7 @@ tokens in the model's type and, where that is not float32, one in float32 for th
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ HEADLINES = {
     "tpp": ("tpp_threshold_10_total_metric", "tpp_threshold_20_total_metric", "tpp_threshold_50_total_metric"),
     "absorption": ("mean_absorption_fraction_score", "mean_full_absorption_score", "mean_num_split_features"),
     "autointerp": ("balanced_accuracy", "sensitivity", "specificity"),
+    "ravel": ("disentanglement_score", "cause_score", "isolation_score"),
 }
 """Measures that are shown of each evaluation; the first one decides what is said about noise."""
 FOLDERS = {suite: layout.eval_type_id.removesuffix("_first_letter") for suite, layout in LAYOUTS.items()}
@@ -52,6 +53,32 @@ class SuiteResult:
     def metric(self, name: str) -> float | None:
         """One of SAEBench's numbers by its key."""
         return next((values[name] for values in self.content["eval_result_metrics"].values() if name in values), None)
+
+
+class Evaluator(Protocol):
+    """An evaluation at one hook."""
+
+    @property
+    def suite(self) -> str:
+        """Its name."""
+
+    def check(self, view: View) -> None:
+        """Refuse an SAE that can't be evaluated. Raises UserError."""
+
+    def inputs(self, target: Target) -> dict[str, Any]:
+        """All that a result depends on."""
+
+    def content(self, target: Target) -> dict[str, Any]:
+        """A target's result as JSON."""
+
+
+def check_fits(view: View, hook: str, d_model: int, model: str) -> None:
+    """Refuse an SAE that does not belong to a hook. Raises UserError."""
+    if view.d_in != d_model:
+        raise UserError(f"SAE {view.name!r} reads vectors of width {view.d_in}; {hook} of {model} has width {d_model}")
+    made_for = view.metadata.get("hook_name")
+    if made_for is not None and made_for != hook:
+        raise UserError(f"SAE {view.name!r} was made for {made_for}; this evaluation is of {hook}")
 
 
 class Bench:
@@ -127,14 +154,7 @@ class Bench:
 
     def check(self, view: View) -> None:
         """Refuse an SAE that does not belong to the store's hook. Raises UserError."""
-        if view.d_in != self.store.header.d_model:
-            raise UserError(
-                f"SAE {view.name!r} reads vectors of width {view.d_in}; {self.hook} of {self.store.spec.model.id} has width "
-                f"{self.store.header.d_model}"
-            )
-        made_for = view.metadata.get("hook_name")
-        if made_for is not None and made_for != self.hook:
-            raise UserError(f"SAE {view.name!r} was made for {made_for}; this evaluation is of {self.hook}")
+        check_fits(view, self.hook, self.store.header.d_model, self.store.spec.model.id)
 
     def evaluate(self, view: View) -> tuple[Outcome, dict[str, Any]]:
         """SAEBench's result fields, and measures with intervals over seeds."""
@@ -274,7 +294,18 @@ def evaluate_suite(
     Raises UserError before any compute if a target can't be evaluated.
     """
     store = open_store()
-    benches = {hook: Bench(store, hook, seeds, device) for hook in dict.fromkeys(target.hook for target in targets)}
+    return evaluate_with(lambda hook: Bench(store, hook, seeds, device), targets, force=force, say=say)
+
+
+def evaluate_with(
+    bench_at: Callable[[str], Evaluator],
+    targets: Sequence[Target],
+    *,
+    force: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[SuiteResult]:
+    """The same with any evaluator of a hook."""
+    benches = {hook: bench_at(hook) for hook in dict.fromkeys(target.hook for target in targets)}
     for target in targets:
         benches[target.hook].check(target.view)
     results = []
@@ -284,14 +315,14 @@ def evaluate_suite(
         if reused := content is not None:
             assert content is not None
         else:
-            say(f"{store.spec.suite}: {target.label}")
+            say(f"{bench.suite}: {target.label}")
             content = bench.content(target)
             write_result(content, target.folder)
         results.append(SuiteResult(target=target, content=content, reused=reused))
     return results
 
 
-def _found(target: Target, bench: Bench) -> dict[str, Any] | None:
+def _found(target: Target, bench: Evaluator) -> dict[str, Any] | None:
     """The result that lies there, if it was made of the same inputs."""
     try:
         content = read_suite(target.path, bench.suite)

@@ -1,4 +1,4 @@
-"""SAEBench 0.6.0's result files for sparse probing, SCR, TPP, absorption and autointerp: what keys of which types they have, in which order.
+"""SAEBench 0.6.0's result files for the evaluations beside core and unlearning: what keys of which types they have, in which order.
 
 A file is core's envelope (see `hsae.eval.schema`) around an evaluation's own config, metrics and details. Null stands for a number
 that was not asked for or does not exist. hsae's block `hsae` stands behind SAEBench's keys.
@@ -151,6 +151,29 @@ LAYOUTS = {
             "n_iw_sampled_ex_for_scoring": WHOLE,
         },
         metrics={"autointerp": {"autointerp_score": OPTIONAL, "autointerp_std_dev": OPTIONAL}},
+        details={},
+    ),
+    "ravel": Layout(
+        eval_type_id="ravel",
+        config={
+            "entity_attribute_selection": TABLE,
+            "top_n_entities": WHOLE,
+            "top_n_templates": WHOLE,
+            "full_dataset_downsample": OPTIONAL_WHOLE,
+            "num_pairs_per_attribute": WHOLE,
+            "train_test_split": REAL,
+            "force_dataset_recompute": FLAG,
+            "model_name": TEXT,
+            "llm_dtype": TEXT,
+            "llm_batch_size": OPTIONAL_WHOLE,
+            "learning_rate": REAL,
+            "num_epochs": WHOLE,
+            "train_mdas": FLAG,
+            "n_generated_tokens": WHOLE,
+            "random_seed": WHOLE,
+            "artifact_dir": TEXT,
+        },
+        metrics={"ravel": dict.fromkeys(("disentanglement_score", "cause_score", "isolation_score"), OPTIONAL)},
         details={},
     ),
 }

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hsae.cache.errors import StoreError, UserError
+from hsae.cache.listing import probe_stores
 from hsae.cache.lm import LanguageModel
 from hsae.cache.probe import PART_TEXTS, ProbeStore, TaskEntry, build_probe
 from hsae.cache.probe_config import SUITES
@@ -204,6 +206,30 @@ def test_a_missing_or_damaged_store_is_said(plan, tmp_path):
         ProbeStore(spec, tmp_path)
 
 
+def test_probe_stores_are_listed_with_the_others(overrides, plan, tmp_path):
+    done = invoke("cache", "ls", *settings(overrides)[:2], *settings(overrides)[4:])
+    assert done.exit_code == 0, (done.output, done.exception)
+    spec = plan.probe("scr")
+    listed = probe_stores(Path(plan.cache.dir))
+    assert [item.name.split("/")[1] for item in listed] == sorted(SUITES)
+    found = next(item for item in listed if "/scr/" in item.name)
+    assert found.name == f"probe/scr/{spec.path('').name}" and found.problem is None
+    header = ProbeStore(spec, plan.cache.dir).header
+    folder = Path(plan.cache.dir) / "probe" / "texts" / header.tasks[0].texts
+    assert (found.texts, found.hooks) == (header.passes, (HOOK,))
+    assert found.bytes == sum(file.stat().st_size for file in folder.iterdir())
+    assert "probe/scr/" in done.output.replace("\n", "") and "complete" in done.output
+    home = tmp_path / "other"
+    (home / "probe" / "scr").mkdir(parents=True)
+    (home / "probe" / "scr" / "x.json").write_text(spec.path(plan.cache.dir).read_text())
+    (home / "probe" / "tpp").mkdir()
+    (home / "probe" / "tpp" / "y.json").write_text("{}")
+    scr, tpp = probe_stores(home)
+    part = f"probe/texts/{header.tasks[0].texts}/part-00000.safetensors"
+    assert scr.problem == f"{part} is missing; go on with: hsae cache build --suite scr"
+    assert tpp.problem.startswith("damaged (") and tpp.problem.endswith("delete it and build it again")
+
+
 # ---- evaluating ---------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +245,8 @@ def test_all_evaluates_without_a_language_model_and_goes_on_when_one_fails(
     summary = done.output[done.output.index("summary") :]
     assert "core" in summary and "no activation store at" in summary  # there is no evaluation store
     assert "F1 > 0.6 for 0 letters; 1 are needed" in summary  # the tiny model can't spell
-    assert "2 of 5 evaluations failed" in summary and summary.count("done") == 3, summary
+    assert "2 of 7 evaluations failed" in summary and summary.count("done") == 3, summary
+    assert summary.count("skipped: ") == 2  # no RAVEL store; unlearning is of runs
     for suite in SUITES[:3]:
         files = sorted((tmp_path / "out" / suites.FOLDERS[suite]).iterdir())
         assert len(files) == 2
@@ -244,7 +271,7 @@ def test_all_evaluates_without_a_language_model_and_goes_on_when_one_fails(
     assert "were there already" not in other.output and "one draw gives no measure of noise" in other.output
 
 
-def test_absorption_from_a_store_of_words(plan, tmp_path, no_language_model):
+def test_absorption_from_a_store_of_words_for_an_sae_and_every_level(plan, tmp_path, no_language_model):
     """A store with the reference data's vectors, which come from a model that can spell."""
     vectors = load_file(GOLDEN / "absorption" / "inputs.safetensors")
     prompts = load_file(GOLDEN / "absorption" / "prompt_vectors_float32.safetensors")
@@ -272,8 +299,21 @@ def test_absorption_from_a_store_of_words(plan, tmp_path, no_language_model):
     bench = suites.Bench(ProbeStore(spec, tmp_path), HOOK, seeds=1)
     view = saelens.load(GOLDEN / "absorption" / "saes" / "standard")
     view.metadata["hook_name"] = HOOK
-    target = SimpleNamespace(view=view, release="r", sae_id="s", inputs={"sae": "0"})
-    content = bench.content(target)
+    found = {}
+    parts = {"level1": slice(view.d_sae // 3, None), "level2": slice(None, view.d_sae // 3)}
+    levels = tuple(
+        replace(view, name=name, W_enc=view.W_enc[:, part], W_dec=view.W_dec[part], b_enc=view.b_enc[part])
+        for name, part in parts.items()
+    )
+    model = TrainedModel(structure="additive", levels=levels, compositions=())
+    for name, shown in {"alone": view, **{name: model.views()[name] for name in parts}}.items():
+        target = SimpleNamespace(view=shown, release="r", sae_id=name, inputs={"sae": "0"})
+        found[name] = bench.content(target)
+        assert problems(found[name], "absorption") == []
+    scores = {name: content["hsae"]["measures"]["mean_absorption_fraction_score"] for name, content in found.items()}
+    assert scores["alone"] != scores["level1"] != scores["level2"]
+    assert sum(found[name]["sae_cfg_dict"]["d_sae"] for name in scores) == 2 * view.d_sae
+    content = found["alone"]
     assert problems(content, "absorption") == []
     assert content["eval_config"]["prompt_template"] == "{word} starts with the letter:"
     assert 20 <= len(content["eval_result_details"]) <= 26
@@ -281,19 +321,24 @@ def test_absorption_from_a_store_of_words(plan, tmp_path, no_language_model):
     assert 0 < content["hsae"]["measures"]["mean_absorption_fraction_score"]["value"] < 1
 
 
-def test_every_level_of_a_hierarchy_is_evaluated(overrides, plan, no_language_model):
+@pytest.mark.parametrize("suite", ["sparse-probing", "scr", "tpp"])
+def test_every_level_of_a_hierarchy_is_evaluated(overrides, plan, no_language_model, suite):
     config = plan.runs[3]
     levels = tuple(an_sae(latents, latents, name=f"level{n}") for n, latents in enumerate((13, 7), 1))
     digests = dict.fromkeys(("model_digest", "tokenizer_digest", "corpus_digest"), "0" * 64)
     store = SimpleNamespace(spec=plan.store("train"), header=SimpleNamespace(d_model=D, **digests))
-    rundir.prepare(plan, config, store, "cpu", resume=False, restart=False)
+    rundir.prepare(plan, config, store, "cpu", resume=False, restart=True)
     model = TrainedModel(structure="additive", levels=levels, compositions=())
     save_model(model, plan.run_dir(config) / "model")
     rundir.write_run(plan.run_dir(config), {**rundir.read_run(plan.run_dir(config)), "complete": True})
-    done = invoke("eval", "sparse-probing", "--run", 3, "--draws", 1, *settings(overrides))
+    done = invoke("eval", suite, "--run", 3, "--draws", 1, *settings(overrides))
     assert done.exit_code == 0, (done.output, done.exception)
-    files = sorted(file.name for file in (plan.run_dir(config) / "eval" / "sparse_probing").iterdir())
-    assert files == [f"hsae_tiny_3-full_{view}_eval_results.json" for view in ("level1", "level2", "sae")]
+    files = sorted((plan.run_dir(config) / "eval" / suites.FOLDERS[suite]).iterdir())
+    views = ("level1", "level2", "sae")
+    assert [file.name for file in files] == [f"hsae_tiny_3-full_{view}_eval_results.json" for view in views]
+    results = [read_suite(file, suite) for file in files]
+    assert [result["sae_cfg_dict"]["d_sae"] for result in results] == [13, 7, 20]
+    assert results[0]["eval_result_metrics"] != results[1]["eval_result_metrics"]
 
 
 def test_what_does_not_fit_the_store_is_refused(overrides, plan, tmp_path):

@@ -1,6 +1,7 @@
 """Labelled texts: SAEBench's draws and lists, local files, and what ships with Python."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from hsae.cache import python_tasks
 from hsae.cache.errors import CorpusError
 from hsae.cache.probe_config import SuiteConfig
+from hsae.cache.records import records
 from hsae.cache.tasks import SCR_LISTS, DataSet, Record, classes, quadrants, text_tasks, vocabulary, word_task
 
 CONFIG = SuiteConfig(train_per_class=6, test_per_class=4, train_per_quadrant=3, test_per_quadrant=2, seed=7)
@@ -191,3 +193,35 @@ def test_words_are_sorted_and_prompts_are_the_seeds():
         assert lines[-1] == f"{word} starts with the letter:"
         assert all(line.endswith(f": {line.strip()[0].upper()}") for line in lines[1:-1])
         assert not any(line.startswith(f"{word} ") for line in lines[1:-1])
+
+
+def test_hub_data_sets_are_asked_for_at_their_pinned_revisions_and_what_to_do_offline_is_said(monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    pytest.importorskip("datasets")
+    asked = {}
+
+    def found(self, name, *, revision, timeout):
+        asked[name] = revision
+        if len(asked) == 3:
+            raise ConnectionError("no route")
+        return SimpleNamespace(sha="f" * 40)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", found)
+    with pytest.raises(CorpusError) as raised:
+        text_tasks("tpp", SuiteConfig(revisions={"LabHC/bias_in_bios": "0123abc"}))
+    names = list(asked)
+    assert asked == {"LabHC/bias_in_bios": "0123abc", names[1]: None, names[2]: None}
+    assert str(raised.value) == (
+        f"data set {names[2]!r} can't be found on the hub (ConnectionError: no route); check the network, or use texts that ship with "
+        "Python with --set suite.tasks=python, or local files with --set suite.tasks=FILE.toml"
+    )
+
+
+def test_rows_are_read_from_csv(tmp_path):
+    (tmp_path / "x.csv").write_text('name,label\n"a, b",1\nc,2\n', encoding="utf-8")
+    assert list(records(tmp_path / "x.csv", ["label", "name"])) == [("1", "a, b"), ("2", "c")]
+    with pytest.raises(CorpusError, match=r"row 1: no column 'text' \(there is: name, label\)"):
+        list(records(tmp_path / "x.csv", ["text"]))
+    with pytest.raises(CorpusError, match=r"rows are read from \.csv, \.jsonl and \.parquet files"):
+        (tmp_path / "x.txt").write_text("")
+        list(records(tmp_path / "x.txt", ["text"]))

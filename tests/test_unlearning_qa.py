@@ -103,6 +103,20 @@ def test_a_missing_file_a_missing_package_and_a_hub_that_refuses_are_said(tmp_pa
 # --- chat formats ---------------------------------------------------------------------------------------------------
 
 
+def test_sets_on_the_hub_are_read_at_their_pinned_revisions(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = {}
+
+    def load_dataset(name, subset, *, split, revision):
+        asked[name, subset] = (split, revision)
+        return [{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = QAConfig(forget=("a/b:c",), retain=("d/e:f",), revisions={"a/b": "0123abc"})
+    assert [len(found) for found in qa.read_sets(config).values()] == [1, 1]
+    assert asked == {("a/b", "c"): ("test", "0123abc"), ("d/e", "f"): ("test", None)}
+
+
 def test_a_model_without_a_chat_template_or_with_an_unknown_one_is_refused():
     tokenizer = load_tokenizer(load_plan("tiny").model)
     with pytest.raises(UserError) as error:

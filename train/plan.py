@@ -1,6 +1,6 @@
 """The plan: one TOML file that says which model, which text, and which runs.
 
-Tables `[model] [hook] [cache] [cache.train] [cache.eval] [train]`, if need be `[suite] [unlearning] [autointerp]`, and one `[runs.N]` for each run, whose keys override those of
+Tables `[model] [hook] [cache] [cache.train] [cache.eval] [train]`, if need be `[suite] [unlearning] [ravel] [autointerp]`, and one `[runs.N]` for each run, whose keys override those of
 `[train]`. `./hsae.toml` wins over the packaged default plan; a name or file given by the user wins over both. A plan may
 begin with `extends = "NAME"` and state only what differs.
 """
@@ -17,14 +17,15 @@ from pydantic import ValidationError
 from hsae.cache.config import CacheConfig, Config, HookConfig, ModelConfig, Split, StoreSpec, store_spec
 from hsae.cache.errors import UserError
 from hsae.cache.probe_config import ProbeSpec, Suite, SuiteConfig
+from hsae.cache.ravel_config import EntitiesConfig, RavelSpec
 from hsae.cache.remote import Place, place
 from hsae.train.config import RunConfig, StreamConfig
-from hsae.train.suites import AutointerpConfig, UnlearningConfig
+from hsae.train.suites import AutointerpConfig, RavelConfig, UnlearningConfig
 
 DEFAULT_PLAN = "gemma-2-2b"
 LOCAL_PLAN = "hsae.toml"
 ConfigT = TypeVar("ConfigT", bound=Config)
-TABLES = {"extends", "name", "model", "hook", "cache", "train", "suite", "runs", "unlearning", "autointerp"}
+TABLES = {"extends", "name", "model", "hook", "cache", "train", "suite", "runs", "unlearning", "ravel", "autointerp"}
 
 
 class PlanError(UserError):
@@ -45,6 +46,7 @@ class Plan:
     runs: dict[int, RunConfig]
     suite: SuiteConfig
     unlearning: UnlearningConfig
+    ravel: RavelConfig
     autointerp: AutointerpConfig
     seed_index: int = 0
     """Which of several seeds of one plan this is."""
@@ -64,6 +66,11 @@ class Plan:
     def probe(self, suite: Suite) -> ProbeSpec:
         """The probe store of an evaluation suite."""
         return ProbeSpec(suite=suite, model=self.model, hooks=self.hook.names, tasks=self.suite)
+
+    def ravel_spec(self) -> RavelSpec:
+        """RAVEL's store."""
+        data = self.ravel.model_dump(include=set(EntitiesConfig.model_fields))
+        return RavelSpec(model=self.model, hooks=self.hook.names, data=EntitiesConfig(**data))
 
     def run_dir(self, run: RunConfig) -> Path:
         """Where a run's results lie: `<train.dir>/<number>`."""
@@ -178,7 +185,8 @@ def apply_override(tables: dict[str, Any], override: str, allowed: Collection[st
 
 def _checked(source: str, tables: dict[str, Any]) -> Plan:
     tables.setdefault("unlearning", {})
-    for table in ("model", "hook", "cache", "train", "runs", "unlearning"):
+    tables.setdefault("ravel", {})
+    for table in ("model", "hook", "cache", "train", "runs", "unlearning", "ravel"):
         if not isinstance(tables.get(table), dict):
             raise PlanError(f"{source}: table [{table}] is missing")
     stream, runs = checked_runs(source, tables["train"], tables["runs"])
@@ -192,6 +200,7 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
         runs=runs,
         suite=_table(source, "suite", SuiteConfig, tables.get("suite", {})),
         unlearning=_table(source, "unlearning", UnlearningConfig, tables["unlearning"]),
+        ravel=_table(source, "ravel", RavelConfig, tables["ravel"]),
         autointerp=_table(source, "autointerp", AutointerpConfig, tables.get("autointerp", {})),
     )
 

@@ -1,4 +1,4 @@
-"""Tables of a plan that describe evaluation suites with texts of their own: `[unlearning]`, `[autointerp]`."""
+"""Tables of a plan that describe evaluation suites with texts of their own: `[unlearning]`, `[ravel]`, `[autointerp]`."""
 
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from hsae.cache.config import CacheConfig, Config, CorpusConfig, HookConfig, ModelConfig, StoreSpec, store_spec
+from hsae.cache.ravel_config import EntitiesConfig
 
 Positive = Annotated[float, Field(gt=0, strict=False)]
 Share = Annotated[float, Field(gt=0, lt=1, strict=False)]
@@ -29,6 +30,8 @@ class QAConfig(Config):
         "cais/mmlu:human_aging",
     )
     """Question sets to be kept; their accuracies are pooled."""
+    revisions: dict[str, str] = Field(default_factory=dict)
+    """Hub data set -> revision; what is not named is taken as it is now."""
     retain_thresholds: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (0.001, 0.01)
     """Latents that fire on at least this share of retain tokens are left alone."""
     n_features: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] = (10, 20)
@@ -39,6 +42,23 @@ class QAConfig(Config):
     """A question counts if it is answered correctly under so many orders of its choices (SAEBench: all 24)."""
     retain_accuracy: Share = 0.99
     """Configurations that keep less of the retain accuracy don't count."""
+
+
+class RavelConfig(EntitiesConfig):
+    """The `[ravel]` table: entities, and how latents are chosen that carry an attribute of them. The defaults are SAEBench's."""
+
+    pairs: int = Field(default=5000, ge=8)
+    """Pairs of prompts of each attribute that should change its answer; as many that should not."""
+    train_share: Share = 0.7
+    """Share of the pairs (SAEBench's numbers) or of the entities (hsae's) that the mask is trained on; the others test it."""
+    batch_pairs: int = Field(default=8, ge=1)
+    """Pairs of one optimiser step. SAEBench: 8 for Gemma; it changes the result."""
+    epochs: int = Field(default=2, ge=1)
+    learning_rate: Positive = 1e-3
+    least_ceiling: float = Field(default=0.2, ge=0, le=1, strict=False)
+    """Refuse a hook at which exchanging the whole residual of the entity changes fewer answers than this share."""
+    seed: int = Field(default=42, ge=0)
+    """Of pairs and splits."""
 
 
 class UnlearningConfig(Config):

@@ -1,0 +1,97 @@
+"""`hsae eval ravel`, and `hsae cache build --suite ravel`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from hsae.cli.common import console
+
+if TYPE_CHECKING:
+    from hsae.cache.ravel import RavelStore
+    from hsae.train.plan import Plan
+
+
+def evaluate(
+    plan: "Plan",
+    run: str | None,
+    seeds: int,
+    sae: list[Path] | None,
+    out: Path,
+    draws: int,
+    force: bool,
+    device: str,
+) -> None:
+    """Evaluate and print; raises NotApplicable if the hook carries nothing that could be exchanged."""
+    from hsae.cache.device import pick_device
+    from hsae.cache.lm import LanguageModel
+    from hsae.cache.ravel import RavelStore
+    from hsae.cli.suite import print_results, targets_of
+    from hsae.eval.ravel_runs import RavelBench, told
+    from hsae.eval.suite import evaluate_with
+
+    targets = targets_of(plan, "ravel", run, seeds, sae, out)
+    store, place = RavelStore(plan.ravel_spec(), plan.cache.dir), pick_device(device)
+    with console.status("ravel: reading") as status:
+
+        def say(text: str) -> None:
+            status.update(escape(text))
+
+        results = evaluate_with(
+            lambda hook: RavelBench(
+                store, hook, draws, plan.ravel, lambda: LanguageModel.load(plan.model, device=place), place, say
+            ),
+            targets,
+            force=force,
+            say=say,
+        )
+    print_results(results, "ravel")
+    _print_passes(store, [result.content["hsae"] for result in results])
+    console.print(escape(told(store)), soft_wrap=True)
+
+
+def _print_passes(store: "RavelStore", blocks: list[dict[str, object]]) -> None:
+    from hsae.eval.ravel_runs import passes_of
+
+    spent = passes_of(blocks)
+    console.print(
+        f"behind these results: {spent['suffix']:,} prompts through the suffix ({spent['backward']:,} of them back too), {spent['prefix']:,} through the prefix for "
+        f"further tokens, {spent['spared']:,} spared because no chosen latent differs"
+    )
+
+
+def check_store(plan: "Plan") -> None:
+    """Raise NotApplicable if RAVEL's store has not been built."""
+    from hsae.cache.errors import NotApplicable, StoreError
+    from hsae.cache.ravel import RavelStore
+
+    try:
+        RavelStore(plan.ravel_spec(), plan.cache.dir)
+    except StoreError as error:
+        raise NotApplicable(str(error)) from None
+
+
+def build(plan: "Plan", device: str) -> None:
+    """Make RAVEL's store."""
+    from hsae.cache.ravel import RavelStore, build_ravel
+    from hsae.eval.ravel_runs import told
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
+    with Progress(*columns, console=console) as bars:
+        shown: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in shown:
+                shown[what] = bars.add_task(what, total=total)
+            bars.update(shown[what], completed=done)
+
+        path = build_ravel(
+            plan.ravel_spec(),
+            plan.cache.dir,
+            device=device,
+            progress=progress,
+            say=lambda text: console.print(escape(text)),
+        )
+    console.print(escape(told(RavelStore(plan.ravel_spec(), plan.cache.dir))), soft_wrap=True)
+    console.print(f"ravel store: [bold]{escape(str(path))}[/]", soft_wrap=True)
