@@ -183,8 +183,8 @@ def _print(results: "list[SuiteResult]") -> None:
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("SAE", overflow="fold")
-    for column in ("SAEBench's score", *(name.replace("_", " ") for name in HEADLINES["autointerp"]), "latents"):
+    table.add_column("SAE", overflow="fold", min_width=12)
+    for column in ("SAEBench", *(name.removesuffix("_accuracy") for name in HEADLINES["autointerp"]), "latents"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         score = result.metric("autointerp_score")

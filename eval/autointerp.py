@@ -7,21 +7,19 @@ same answers are scored twice: as SAEBench does (every random window counts as i
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from random import Random
 from statistics import stdev
 from threading import Thread
 from typing import Any
 
-import torch
-
 from hsae.cache.errors import UserError
 from hsae.cache.store import ActivationStore
 from hsae.eval import explain
 from hsae.eval.core import check_views
+from hsae.eval.interpretation import MEASURES, Interpreted, interpret, measures, told, windows
 from hsae.eval.judge import Answer, Judge, Prices, Question
-from hsae.eval.measures import UnitMean
 from hsae.eval.schema import envelope, hsae_version, write_result
 from hsae.eval.suite import SuiteResult
 from hsae.eval.suite_schema import read_suite
@@ -30,10 +28,7 @@ from hsae.eval.windows import Case, Sampler
 from hsae.train.suites import AutointerpConfig
 
 SUITE = "autointerp"
-MEASURES = ("balanced_accuracy", "accuracy", "sensitivity", "specificity")
-UNSAID = "x" * 60  # stands for an explanation that is not known yet where costs are estimated
 GRACE = 3.0  # seconds that answers under way have to arrive after a failure
-Ask = Callable[[Question, int], Answer | None]
 Progress = Callable[[int], None]
 """Told how many latents are done."""
 
@@ -74,80 +69,6 @@ class Estimate:
     def cost(self, prices: Prices) -> float:
         """Money, at most."""
         return prices.of(self.input_tokens, self.output_tokens)
-
-
-@dataclass(kw_only=True)
-class Interpreted:
-    """What the judge said of a latent."""
-
-    case: Case
-    explanation: str | None = None
-    predicted: set[int] | None = None
-    """Numbers of the tried windows, from 1; None if an answer was not of the form that was asked for."""
-    answers: list[Answer] = field(default_factory=list)
-    malformed: int = 0
-    """Answers of another form."""
-    log: list[str] = field(default_factory=list)
-
-    def score(self) -> float:
-        """SAEBench's: the share of windows rightly told, where random ones count as inactive."""
-        return self._right([window.kind != "random" for window in self.case.tried])
-
-    def _right(self, labels: Sequence[bool]) -> float:
-        assert self.predicted is not None
-        right = [(number in self.predicted) == label for number, label in enumerate(labels, 1)]
-        return sum(right) / len(right)
-
-    def fair(self) -> list[int]:
-        """Numbers of the tried windows that have nothing in common with one that was shown."""
-        shown = self.case.shown
-        return [
-            number
-            for number, window in enumerate(self.case.tried, 1)
-            if not any(window.shares(other) for other in shown)
-        ]
-
-    def measured(self) -> dict[str, float | None]:
-        """By what the latent really does, on fair windows; None where there is none of a kind."""
-        assert self.predicted is not None
-        hits: dict[bool, list[bool]] = {True: [], False: []}
-        for number in self.fair():
-            active = self.case.tried[number - 1].active
-            hits[active].append((number in self.predicted) == active)
-        every = hits[True] + hits[False]
-        sensitivity, specificity = (sum(part) / len(part) if part else None for part in (hits[True], hits[False]))
-        both = sensitivity is not None and specificity is not None
-        return {
-            "balanced_accuracy": (sensitivity + specificity) / 2 if both else None,  # type: ignore[operator]
-            "accuracy": sum(every) / len(every) if every else None,
-            "sensitivity": sensitivity,
-            "specificity": specificity,
-        }
-
-
-def interpret(case: Case, ask: Ask, config: AutointerpConfig) -> Interpreted:
-    """Ask for an explanation and for predictions from it, each again while the answer has another form, `attempts` times at most."""
-    done = Interpreted(case=case)
-
-    def asked(question: Question, read: Callable[[str], Any]) -> Any:
-        for attempt in range(config.judge.attempts):
-            if (answer := ask(question, attempt)) is None:
-                done.log.append(f"{question.user}\n\n> (no answer)")
-                return None
-            done.answers.append(answer)
-            done.log.append(f"{question.user}\n\n> {answer.text}")
-            if (found := read(answer.text)) is not None:
-                return found
-            done.malformed += 1
-        return None
-
-    done.explanation = asked(explain.explaining(case, config), explain.read_explanation)
-    if done.explanation is not None:
-        windows = len(case.tried)
-        done.predicted = asked(
-            explain.predicting(case, done.explanation), lambda text: explain.read_prediction(text, windows)
-        )
-    return done
 
 
 class Autointerp:
@@ -219,7 +140,8 @@ class Autointerp:
                 questions = [missing.question]
             first = explain.explaining(case, self.config)
             if questions == [first]:
-                questions.append(explain.predicting(case, UNSAID))
+                longest = "one " * self.config.max_tokens_in_explanation
+                questions.append(explain.predicting(case, longest))
             for question in questions:
                 if question not in seen:
                     seen.add(question)
@@ -308,7 +230,7 @@ class Autointerp:
             },
             details=[],
             sae_config={**target.view.config, "dtype": "float32", "device": self.device},
-            unstructured={str(item.case.latent): _told(item) for item in scored},
+            unstructured={str(item.case.latent): told(item) for item in scored},
             hsae={
                 "version": hsae_version(),
                 "measures": measures(scored),
@@ -321,7 +243,7 @@ class Autointerp:
                     "too_few_examples": prepared.few,
                     "malformed": malformed,
                 },
-                "windows": {str(item.case.latent): _windows(item) for item in scored},
+                "windows": {str(item.case.latent): windows(item) for item in scored},
                 "judge": {
                     "model": self.config.judge.model,
                     "base_url": self.config.judge.base_url,
@@ -378,42 +300,6 @@ class Autointerp:
             "n_random_ex_for_scoring": config.n_random_ex_for_scoring,
             "n_iw_sampled_ex_for_scoring": config.n_iw_sampled_ex_for_scoring,
         }
-
-
-def measures(scored: Sequence[Interpreted]) -> dict[str, dict[str, Any]]:
-    """Means over latents with their intervals; `latents` is how many have the measure."""
-    columns = {name: [item.measured()[name] for item in scored] for name in MEASURES}
-    columns["autointerp_score"] = [item.score() for item in scored]
-    found = {}
-    for name, column in columns.items():
-        values = torch.tensor([value for value in column if value is not None], dtype=torch.float64)
-        estimate = UnitMean(values, torch.ones_like(values), "latents").estimate()
-        found[name] = {"value": estimate.value, "low": estimate.low, "high": estimate.high, "latents": len(values)}
-    return found
-
-
-def _told(item: Interpreted) -> dict[str, Any]:
-    """SAEBench's entry of a latent."""
-    assert item.predicted is not None
-    return {
-        "latent": item.case.latent,
-        "explanation": item.explanation,
-        "logs": "\n\n".join(item.log),
-        "predictions": sorted(item.predicted),
-        "correct seqs": [number for number, window in enumerate(item.case.tried, 1) if window.kind != "random"],
-        "score": item.score(),
-    }
-
-
-def _windows(item: Interpreted) -> dict[str, Any]:
-    """Which windows were really active, which were left out because they share text with one shown, and what comes of it."""
-    tried = item.case.tried
-    fair = item.fair()
-    return {
-        "active": [number for number, window in enumerate(tried, 1) if window.active],
-        "left_out": [number for number in range(1, len(tried) + 1) if number not in fair],
-        "balanced_accuracy": item.measured()["balanced_accuracy"],
-    }
 
 
 def noise_note(results: Sequence[SuiteResult]) -> str | None:

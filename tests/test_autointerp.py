@@ -359,7 +359,7 @@ def test_windows_that_share_text_with_a_shown_one_are_left_out_of_measures(work,
     assert seen > 0
 
 
-def test_every_level_and_the_whole_are_evaluated_and_equal_questions_are_asked_once(work, server):
+def test_every_level_and_the_whole_are_evaluated_and_equal_questions_are_asked_once(work, server, monkeypatch):
     folder, overrides = work
     plan = load_plan("tiny", [*overrides, f"train.dir={json.dumps(str(folder / 'runs'))}"])
     config = plan.runs[3]
@@ -381,8 +381,10 @@ def test_every_level_and_the_whole_are_evaluated_and_equal_questions_are_asked_o
         len(server.asked) == 20 and "20 latents: 20 requests" in done.output
     )  # the whole's ten are those of the levels
     assert "balanced_accuracy: the highest is 3 full level1" in done.output
+    monkeypatch.setattr(common.console, "width", 80)
     whole = CliRunner().invoke(app, [*command, "--whole", "--force"])
     assert "10 latents: 0 requests" in whole.output and whole.exit_code == 0
+    assert re.search(r"^ +3 full sae +0\.\d{3} +0\.\d{3} ±", whole.output, re.MULTILINE), whole.output
 
 
 def test_which_saes_are_apart():

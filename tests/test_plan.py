@@ -86,7 +86,7 @@ def test_unreadable_plans_are_named(tmp_path):
     path = tmp_path / "plan.toml"
     for text, message in [
         ("x = ", "is not valid TOML"),
-        ("[modle]", "unknown table 'modle'; allowed: cache, extends"),
+        ("[modle]", "unknown table 'modle'; allowed: autointerp, cache, extends"),
         (f"extends = '{path}'", "not in a circle"),
         ("name = 'a'", r"table \[model\] is missing"),
     ]:
