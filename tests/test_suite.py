@@ -271,7 +271,7 @@ def test_all_evaluates_without_a_language_model_and_goes_on_when_one_fails(
     assert "were there already" not in other.output and "one draw gives no measure of noise" in other.output
 
 
-def test_absorption_from_a_store_of_words_for_an_sae_and_every_level(plan, tmp_path, no_language_model):
+def test_absorption_from_a_store_of_words_for_a_hierarchy_and_one_of_its_levels(plan, tmp_path, no_language_model):
     """A store with the reference data's vectors, which come from a model that can spell."""
     vectors = load_file(GOLDEN / "absorption" / "inputs.safetensors")
     prompts = load_file(GOLDEN / "absorption" / "prompt_vectors_float32.safetensors")
@@ -306,14 +306,14 @@ def test_absorption_from_a_store_of_words_for_an_sae_and_every_level(plan, tmp_p
         for name, part in parts.items()
     )
     model = TrainedModel(structure="additive", levels=levels, compositions=())
-    for name, shown in {"alone": view, **{name: model.views()[name] for name in parts}}.items():
-        target = SimpleNamespace(view=shown, release="r", sae_id=name, inputs={"sae": "0"})
+    for name in ("sae", "level1"):
+        target = SimpleNamespace(view=model.views()[name], release="r", sae_id=name, inputs={"sae": "0"})
         found[name] = bench.content(target)
         assert problems(found[name], "absorption") == []
     scores = {name: content["hsae"]["measures"]["mean_absorption_fraction_score"] for name, content in found.items()}
-    assert scores["alone"] != scores["level1"] != scores["level2"]
-    assert sum(found[name]["sae_cfg_dict"]["d_sae"] for name in scores) == 2 * view.d_sae
-    content = found["alone"]
+    assert scores["sae"] != scores["level1"]
+    assert found["sae"]["sae_cfg_dict"]["d_sae"] == view.d_sae > found["level1"]["sae_cfg_dict"]["d_sae"]
+    content = found["sae"]
     assert problems(content, "absorption") == []
     assert content["eval_config"]["prompt_template"] == "{word} starts with the letter:"
     assert 20 <= len(content["eval_result_details"]) <= 26
