@@ -8,8 +8,10 @@ Shapes: B vectors of the whole batch, b = B / world of a worker's share: worker 
 
 import contextlib
 import functools
+import importlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -148,11 +150,16 @@ def _done(collective: Callable[[], Any]) -> Any:
     try:
         return collective()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
         raise WorkerLost(
-            f"a worker of this training ended, or can't be reached ({reason}); "
+            f"a worker of this training ended, or can't be reached ({_reason(error)}); "
             "start all again with --resume to go on from the last checkpoint"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what torch says, without its source file."""
+    first = str(error).partition("\n")[0].partition(". ")[0]
+    return re.sub(r"^\[\S+\] ", "", first)
 
 
 @contextlib.contextmanager
@@ -173,8 +180,12 @@ def joined(share: Share, device: str) -> Iterator[Workers]:
     try:
         store, _, _ = next(rendezvous("env://", share.rank, share.world, timeout=PATIENCE))
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise WorkerLost(f"worker {share.rank} of {share.world} can't reach worker 0 at {where} ({reason})") from None
+        raise WorkerLost(
+            f"worker {share.rank} of {share.world}: no meeting with the others at {where} ({_reason(error)})"
+        ) from None
+    importlib.import_module(
+        "torch.distributed.nn.functional"
+    )  # imported later, its defaults would keep the group alive
     workers = Workers(share, PrefixStore("hsae", store))
     try:
         backend = _backend(share, pick_device(device))
