@@ -21,9 +21,11 @@ from hsae.cache.store import ActivationStore
 from hsae.cache.stream import TokenStream
 from hsae.train import rundir
 from hsae.train.activations import batch_top_k
+from hsae.train.config import RunConfig
 from hsae.train.plan import load_plan
+from hsae.train.run import Scaling, TrainingRun
 from hsae.train.trainer import check, train
-from hsae.train.workers import Workers, joined
+from hsae.train.workers import ALONE, Workers, joined
 
 GOLDEN_MODEL = Path(__file__).parent / "golden" / "model"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -72,7 +74,7 @@ def numbers(value):
         return [number for part in value.values() for number in numbers(part)]
     if isinstance(value, list):
         return [number for part in value for number in numbers(part)]
-    return [] if value is None else [value]
+    return [value] if isinstance(value, int | float) else []
 
 
 def assert_same_training(one, other, *, tolerance=1e-5):
@@ -109,12 +111,21 @@ class Threads(Workers):
     def total(self, part):
         return self.gather(part[None]).sum(0)
 
+    def average_gradients(self, parameters):
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = self.mean(parameter.grad)
+
 
 def in_threads(world, work):
-    barrier, box, results = threading.Barrier(world), {}, {}
+    barrier, box, results = threading.Barrier(world, timeout=300), {}, {}
 
     def run(rank):
-        results[rank] = work(Threads(rank, world, barrier, box))
+        try:
+            results[rank] = work(Threads(rank, world, barrier, box))
+        except BaseException:
+            barrier.abort()
+            raise
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -154,6 +165,57 @@ def test_nan_in_one_share_is_kept_by_it():
     pre[3, 2] = torch.nan
     codes = [code for code, _ in in_threads(2, lambda w: batch_top_k(pre.chunk(2)[w.rank], 1.5, None, w))]
     assert torch.isnan(codes[1]).any() and not torch.isnan(codes[0]).any()
+
+
+KINDS = ("relu", "topk", "jumprelu", "gated", "stacked", "joint", "literal", "gate")
+
+
+@pytest.mark.parametrize(
+    ("activation", "resample_steps"),
+    [*((kind, 0) for kind in KINDS), *((kind, 3) for kind in ("jumprelu", "stacked", "joint", "gate"))],
+)
+def test_steps_of_two_workers_are_those_of_one(activation, resample_steps):
+    changes = {
+        "stacked": {"structure": "stacked", "stop_gradient": False},
+        "joint": {"selection": "joint", "composition": {"mode": "none"}},
+        "literal": {"composition": {"mode": "literal"}},
+        "gate": {"child_gate": True},
+    }.get(activation, {"activation": activation})
+    flat = (
+        {"structure": "flat", "widths": (187,), "l0": (5,), "composition": {"mode": "none"}}
+        if activation == "gated"
+        else {}
+    )
+    config = RunConfig(
+        **{
+            "number": 7, "name": "two", "structure": "additive", "widths": (187, 31), "l0": (5, 3), "composition": {"mode": "normalised"},
+            "learning_rate": 3e-3, "warmup_steps": 2, "dead_after_tokens": 45, "aux_latents": 4, "resample_steps": resample_steps,
+            "aux_weight": 0 if resample_steps else 1 / 32,  # latents drawn from one vector are equal, and AuxK chooses among equals
+            **changes, **flat,
+        }
+    )  # fmt: skip
+    x = torch.randn(14, 44, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    x[..., 0] *= 1 + torch.arange(44) / 10  # halves that differ
+    scaling = Scaling(scale=1.0, median=torch.zeros(12), variance=12.0)
+
+    def trained(workers):
+        run = TrainingRun(config, scaling, steps=14, seed=1, device="cpu", workers=workers)
+        run.model.double(), run.compositions.double()  # so that a difference is not one of rounding
+        lines = []
+        for batch in x:
+            share = batch.chunk(workers.world)[workers.rank]
+            lines.append(run.metrics(share, run.step(share)) | {"resampled": list(run.resampled.values())})
+        return run, lines
+
+    alone, lines = trained(ALONE)
+    for run, told in in_threads(2, trained):
+        for mine, theirs in zip(lines, told, strict=True):
+            assert numbers(theirs) == pytest.approx(numbers(mine), rel=1e-6, abs=1e-6), mine["step"]
+        for name, tensor in alone.state()[0].items():
+            if tensor.is_floating_point() and "exp_avg" not in name:
+                torch.testing.assert_close(run.state()[0][name], tensor, rtol=0, atol=1e-7, equal_nan=True)
+    assert sum(sum(line["resampled"]) for line in lines) > 0 or not resample_steps
+    assert max(max(line["dead"]) for line in lines) > 0 or activation in ("relu", "gated")
 
 
 @pytest.mark.parametrize("world", [2, 5])

@@ -287,10 +287,11 @@ def _stop(plan: Plan, trainees: list[Trainee], results: dict[int, Result]) -> No
 
 def _save(plan: Plan, trainee: Trainee) -> None:
     """Write a checkpoint, of which every worker would write the same."""
-    workers = trainee.run.workers
-    workers.check_same(dict(trainee.run.model.named_parameters()))
+    run, workers = trainee.run, trainee.run.workers
+    maps = {f"map {name}": tensor for name, tensor in run.compositions.named_parameters()}
+    workers.check_same({**dict(run.model.named_parameters()), **maps})
     if workers.leads:
-        save_checkpoint(trainee.run, plan.run_dir(trainee.run.config), trainee.identity)
+        save_checkpoint(run, plan.run_dir(run.config), trainee.identity)
 
 
 def _finish(plan: Plan, store: ActivationStore, trainee: Trainee, x_BD: Tensor) -> None:
