@@ -1,6 +1,7 @@
 """Several workers train as one would: selection across shares, real processes under torchrun, kills, two hosts."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -405,22 +406,21 @@ def two_hosts():
     names = [f"hsae{os.getpid()}{side}" for side in "ab"]
     hosts = [(name, f"10.77.0.{number}", f"veth{number}") for number, name in enumerate(names, 1)]
 
+    if shutil.which("ip") is None:
+        pytest.skip("there is no ip command")
+
     def ip(*arguments):
         return subprocess.run(["ip", *arguments], capture_output=True, text=True)
 
-    if ip("netns", "add", names[0]).returncode:
-        pytest.skip("network namespaces can't be made here")
-    ip("netns", "add", names[1])
-    ip("link", "add", "veth1", "netns", names[0], "type", "veth", "peer", "name", "veth2", "netns", names[1])
+    made = [ip("netns", "add", name).returncode for name in names]
+    pair = ["veth1", "netns", names[0], "type", "veth", "peer", "name", "veth2", "netns", names[1]]
     try:
+        if any(made) or ip("link", "add", *pair).returncode:
+            pytest.skip("network namespaces can't be made here")
         for name, address, interface in hosts:
             ip("-n", name, "addr", "add", f"{address}/24", "dev", interface)
             for device in (interface, "lo"):
                 ip("-n", name, "link", "set", device, "up")
-        if subprocess.run(
-            ["ip", "netns", "exec", names[0], "ping", "-c1", "-W2", "10.77.0.2"], capture_output=True
-        ).returncode:
-            pytest.skip("the namespaces don't reach each other")
         yield hosts
     finally:
         for name in names:
