@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import hsae.train.workers as workers_module
 from hsae.cache.build import build
 from hsae.cache.errors import UserError
 from hsae.cache.share import Share
@@ -246,6 +247,12 @@ def test_what_workers_cannot_do_is_refused_before_any_compute(overrides_in, tmp_
         joined(Share(1, 2), "cpu"),
     ):
         raise AssertionError
+    with pytest.raises(UserError, match="device 'cuda:1' for 2 workers: use --device cuda, and each takes a GPU"):
+        workers_module._backend(Share(1, 2), "cuda:1")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"4 workers on this host, which has 3 GPU\(s\): start one a GPU"):
+        workers_module._backend(Share(1, 4), "cuda")
 
 
 SCRIPT = """

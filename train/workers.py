@@ -182,9 +182,7 @@ def joined(share: Share, device: str) -> Iterator[Workers]:
         raise WorkerLost(
             f"worker {share.rank} of {share.world}: no meeting with the others at {where} ({_reason(error)})"
         ) from None
-    importlib.import_module(
-        "torch.distributed.nn.functional"
-    )  # imported later, its defaults would keep the group alive
+    importlib.import_module("torch.distributed.nn.functional")  # if later, its defaults would keep the group alive
     workers = Workers(share, PrefixStore("hsae", store))
     try:
         backend = _backend(share, pick_device(device))
@@ -206,5 +204,8 @@ def _backend(share: Share, device: str) -> str:
         raise UserError(
             f"device {device!r} for {share.world} workers: use --device cuda, and each takes a GPU of its own"
         )
-    torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
+    gpus, here = torch.cuda.device_count(), os.environ.get("LOCAL_WORLD_SIZE", "")
+    if here.isdecimal() and int(here) > gpus:
+        raise UserError(f"{here} workers on this host, which has {gpus} GPU(s): start one a GPU, or use --device cpu")
+    torch.cuda.set_device(share.local_rank % gpus)
     return "cpu:gloo,cuda:nccl"  # small numbers that the processor needs anyway don't wait for the GPU
