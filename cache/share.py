@@ -1,16 +1,16 @@
-"""Which part of a build is this process's: set by torchrun, Slurm, or any launcher that sets RANK and WORLD_SIZE."""
+"""Which part of the work is this process's: set by torchrun, Slurm's srun, or any launcher that sets RANK and WORLD_SIZE."""
 
 import os
 from dataclasses import dataclass
 
 from hsae.cache.errors import UserError
 
-LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
 
 
 @dataclass(frozen=True)
 class Share:
-    """One of `world` workers on one store."""
+    """One of `world` workers on one store or one training."""
 
     rank: int = 0
     world: int = 1
@@ -46,7 +46,7 @@ def share() -> Share:
             if not 0 <= found.rank < found.world or found.local_rank < 0:
                 told = ", ".join(f"{name}={text}" for name, text in given.items())
                 raise UserError(
-                    f"{told}: {names[0]} must be a number from 0 to {names[1]} - 1; unset them to build alone"
+                    f"{told}: {names[0]} must be a number from 0 to {names[1]} - 1; unset them to work alone"
                 )
             return found
     return Share()

@@ -6,7 +6,8 @@ Tokens of one epoch are laid out in one order, epoch after epoch, without gaps: 
 chunks are permuted and cut into windows of at most `window_tokens` tokens; within a window every token is permuted. A store
 that fits one window is shuffled completely. Only the current window's order is kept in memory (8 bytes a token). Where chunks are fetched
 into the scratch folder, a window is also at most `WINDOW_BYTES`, whatever the folder's budget is, so that the order depends on the store
-alone; its chunks and the next window's are fetched ahead, in the order in which they will be needed.
+alone; its chunks and the next window's are fetched ahead, in the order in which they will be needed. Of W workers that share a batch, worker r reads
+positions s*B + r*B/W to s*B + (r+1)*B/W: together the same batch, whatever W is.
 """
 
 import queue
@@ -19,10 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hsae.cache.share import Share
 from hsae.cache.store import ActivationStore
 
 PREFETCHED = 2
 WINDOW_BYTES = 16 << 30
+ALONE = Share()
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,17 @@ class TokenStream:
     """Batches of the non-special tokens of one hook of one store."""
 
     def __init__(
-        self, store: ActivationStore, hook: str, *, batch_tokens: int, seed: int, window_tokens: int = 1 << 25
+        self,
+        store: ActivationStore,
+        hook: str,
+        *,
+        batch_tokens: int,
+        seed: int,
+        window_tokens: int = 1 << 25,
+        share: Share = ALONE,
     ) -> None:
         self.store, self.hook, self.batch_tokens, self.seed = store, hook, batch_tokens, seed
+        self.share_tokens, self.share_first = batch_tokens // share.world, batch_tokens // share.world * share.rank
         self.window_tokens = window_tokens
         if not store.mapped_in_place(hook):
             self.window_tokens = min(window_tokens, max(1, WINDOW_BYTES // store.token_bytes))
@@ -56,15 +67,16 @@ class TokenStream:
         self._bounds: tuple[int, list[NDArray[np.int64]], NDArray[np.int64]] | None = None
 
     def batch(self, step: int) -> Tensor:
-        """Batch `step`, [B, D] in the store's type."""
-        addresses = np.concatenate(list(self._addresses(step * self.batch_tokens, (step + 1) * self.batch_tokens)))
+        """Batch `step`, [B, D] in the store's type; of several workers, this one's share of it."""
+        first = step * self.batch_tokens + self.share_first
+        addresses = np.concatenate(list(self._addresses(first, first + self.share_tokens)))
         chunks, places = np.divmod(addresses, self._chunk_tokens)
-        first = self.store.acts_chunk(self.hook, int(chunks[0]))
-        batch = torch.empty(len(addresses), first.shape[-1], dtype=first.dtype)
+        some = self.store.acts_chunk(self.hook, int(chunks[0]))
+        batch = torch.empty(len(addresses), some.shape[-1], dtype=some.dtype)
         order = np.argsort(chunks, kind="stable")
         edges = np.flatnonzero(np.diff(chunks[order])) + 1
         for part in np.split(order, edges):
-            flat = self.store.acts_chunk(self.hook, int(chunks[part[0]])).view(-1, first.shape[-1])
+            flat = self.store.acts_chunk(self.hook, int(chunks[part[0]])).view(-1, some.shape[-1])
             batch[torch.from_numpy(part)] = flat[torch.from_numpy(places[part])]
         return batch
 

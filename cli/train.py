@@ -1,5 +1,6 @@
 """`hsae train`."""
 
+import contextlib
 import signal
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, Seed
 if TYPE_CHECKING:
     from hsae.train.config import RunConfig
     from hsae.train.plan import Plan
+    from hsae.train.workers import Workers
 
 
 def train(
@@ -31,17 +33,44 @@ def train(
 ) -> None:
     """Train runs of the plan from the cached activations; the language model is never loaded.
 
-    All selected runs train in one pass over the cache, each exactly as if alone; every further seed is a pass of its own.
+    All selected runs train in one pass over the cache, each exactly as if alone; every further seed is a pass of its own. Under
+    torchrun or Slurm the workers share every batch.
 
     Example: hsae train --run 3
     """
     from hsae.cache.errors import UserError
-    from hsae.train.plan import load_plan
+    from hsae.cache.share import share
 
     if (run is None) == (not all_runs):
         raise UserError("say which runs to train: --run 3, --run 0-5, --run baseline, or --all")
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
+    with contextlib.ExitStack() as stack:
+        workers = None
+        if (own := share()).world > 1:
+            from hsae.train.workers import joined
+
+            workers = stack.enter_context(joined(own, device))
+            console.quiet = not workers.leads
+        status = _train(run, seeds, plan, overrides, resume, restart, device, dry_run, workers)
+    if status:
+        raise typer.Exit(status)
+
+
+def _train(
+    run: str | None,
+    seeds: int,
+    plan: str | None,
+    overrides: list[str] | None,
+    resume: bool,
+    restart: bool,
+    device: str,
+    dry_run: bool,
+    workers: "Workers | None",
+) -> int:
+    """Train, and return the exit status; `workers` is None without a launcher."""
+    from hsae.train.plan import load_plan
+
     loaded = load_plan(plan, overrides or ())
     selected = list(loaded.runs.values()) if run is None else loaded.select(run)
 
@@ -49,11 +78,14 @@ def train(
     from hsae.cache.store import ActivationStore
     from hsae.train.trainer import check
     from hsae.train.trainer import train as train_runs
+    from hsae.train.workers import ALONE
 
+    workers = workers or ALONE
     store = ActivationStore.open(loaded.store_path("train"))
-    check(loaded, selected, store)
+    check(loaded, selected, store, workers.world)
+    place = pick_device(device) if workers.world == 1 else f"{workers.world} workers, {pick_device(device)}"
     table = Table(
-        title=f"plan {loaded.name}: {loaded.train.steps:,} steps of {loaded.train.batch_tokens:,} tokens on {pick_device(device)}"
+        title=f"plan {loaded.name}: {loaded.train.steps:,} steps of {loaded.train.batch_tokens:,} tokens on {place}"
     )
     for column in ("run", "structure", "widths", "L0", "composition", "curriculum"):
         table.add_column(column)
@@ -70,13 +102,20 @@ def train(
         )
     console.print(table)
     if dry_run:
-        return
+        return 0
     results = []
-    with _StopFlag() as stop:
+    with _StopFlag(workers.leads) as stop:
         for seeded in (loaded.seeded(index) for index in range(seeds)):
             with _Screen(seeded) as screen:
                 ended = train_runs(
-                    seeded, selected, screen, device=device, resume=resume, restart=restart, should_stop=stop.wished
+                    seeded,
+                    selected,
+                    screen,
+                    device=device,
+                    resume=resume,
+                    restart=restart,
+                    should_stop=stop.wished,
+                    workers=workers,
                 )
             for result in ended:
                 console.print(
@@ -84,18 +123,19 @@ def train(
                     f"[dim]{escape(str(seeded.run_dir(result.run)))}[/]",
                 )
             results += ended
-            if stop.asked:
+            if workers.any(stop.asked):
+                stop.asked = True
                 break
     if any(result.status == "failed" for result in results):
-        raise typer.Exit(1)
-    if stop.asked:
-        raise typer.Exit(130)
+        return 1
+    return 130 if stop.asked else 0
 
 
 class _StopFlag:
     """Turns the first Ctrl-C or SIGTERM into a wish to stop after the current step."""
 
-    asked = False
+    def __init__(self, tells: bool) -> None:
+        self.asked, self.tells = False, tells
 
     def __enter__(self) -> "_StopFlag":
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -109,7 +149,8 @@ class _StopFlag:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        errors.print("stopping after this step; again to stop at once")
+        if self.tells:
+            errors.print("stopping after this step; again to stop at once")
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

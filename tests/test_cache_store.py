@@ -444,11 +444,11 @@ def test_shares_cover_every_chunk_and_impossible_ones_are_refused(monkeypatch):
         assert sorted(index for part in own for index in part) == list(range(7))
     lost = [[index for index in Share(rank, 5).order(100) if index % 5 == 2][:4] for rank in (0, 1, 3, 4)]
     assert len({index for part in lost for index in part}) == 16  # helpers of worker 2 do not do the same work
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     assert share() == Share(0, 1)
     monkeypatch.setenv("SLURM_PROCID", "3")
-    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     assert share() == Share(3, 8)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hsae.train.config import CompositionConfig
 from hsae.train.losses import widened
 from hsae.train.sparse import Active, decode
+from hsae.train.workers import ALONE, Workers
 
 RMS_DECAY = 0.99
 RMS_FLOOR = 1e-8
@@ -22,6 +23,8 @@ RMS_FLOOR = 1e-8
 class Composition(nn.Module):
     """The map W [F, G] between two neighbouring levels, with the running rms of both codes."""
 
+    workers: Workers = ALONE
+    """Who holds the rest of a batch."""
     rms_coarse: Tensor
     """[F] root mean square of the coarse code, over all tokens."""
     rms_fine: Tensor
@@ -42,7 +45,7 @@ class Composition(nn.Module):
     def track(self, fine_BG: Tensor, coarse_BF: Tensor) -> None:
         """Move the running rms of both codes towards this batch's."""
         for rms, acts in ((self.rms_fine, fine_BG), (self.rms_coarse, coarse_BF)):
-            square = widened(acts).square().mean(0).to(rms.dtype)
+            square = self.workers.mean(widened(acts).square().mean(0).to(rms.dtype))
             seen = rms.square()
             rms.copy_(torch.where(seen > 0, seen * RMS_DECAY + square * (1 - RMS_DECAY), square).sqrt())
 
@@ -107,7 +110,8 @@ class Composition(nn.Module):
         else:
             fine = widened(fine_BG) / self.rms_fine.clamp_min(RMS_FLOOR)
             coarse = widened(coarse_BF) / self.rms_coarse.clamp_min(RMS_FLOOR)
-        unexplained = (fine @ self.W.T - coarse).square().sum() / coarse.square().sum().clamp_min(1e-12)
+        missed = self.workers.total((fine @ self.W.T - coarse).square().sum())
+        unexplained = missed / self.workers.total(coarse.square().sum()).clamp_min(1e-12)
         shares = self.contributions().abs()
         squares = shares.square().sum(1)
         counted = squares > 0

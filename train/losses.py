@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hsae.train.activations import step_count, top_k
 from hsae.train.sae import Level, LevelOutput
+from hsae.train.workers import ALONE, Workers
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -23,10 +24,17 @@ def fraction_unexplained(target_BI: Tensor, reconstruction_BI: Tensor, variance:
     return (widened(target_BI) - widened(reconstruction_BI)).square().sum(-1).mean() / variance
 
 
-def explained_variance(target_BI: Tensor, reconstruction_BI: Tensor) -> Tensor:
-    """1 - sum||r||^2 / sum||target - mean||^2 over this batch, a scalar (1 is perfect, 0 the batch mean)."""
-    centred = target_BI - target_BI.mean(0)
-    return 1 - (target_BI - widened(reconstruction_BI)).square().sum() / centred.square().sum()
+def variance_of(target_BI: Tensor, workers: Workers = ALONE) -> Tensor:
+    """E||target - E target||^2 over the batch of all `workers`, a scalar without gradient, above 0."""
+    centred = target_BI - workers.mean(target_BI.mean(0))
+    return workers.mean(widened(centred).square().sum(-1).mean()).detach().clamp_min(1e-12)
+
+
+def explained_variance(target_BI: Tensor, reconstruction_BI: Tensor, workers: Workers = ALONE) -> Tensor:
+    """1 - sum||r||^2 / sum||target - mean||^2 over the batch of all `workers`, a scalar (1 is perfect, 0 the batch mean)."""
+    centred = target_BI - workers.mean(target_BI.mean(0))
+    residual = target_BI - widened(reconstruction_BI)
+    return 1 - workers.total(residual.square().sum()) / workers.total(centred.square().sum())
 
 
 def auxiliary(
@@ -49,7 +57,7 @@ def auxiliary(
     residual_BI = widened(target_BI - reconstruction_BI).detach()
     pre = (read_BI - bias_I) @ level.W_enc[:, indices] + level.b_enc[indices]
     acts = top_k(pre, min(latents, max(1, target_BI.shape[1] // 2), len(indices)))
-    variance = residual_BI.square().sum(-1).mean().clamp_min(1e-12)
+    variance = level.workers.mean(residual_BI.square().sum(-1).mean()).clamp_min(1e-12)
     return fraction_unexplained(residual_BI, acts @ level.W_dec[indices], variance)
 
 

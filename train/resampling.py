@@ -33,11 +33,11 @@ def resample(
     dead = dead_F.nonzero().squeeze(1)
     if len(dead) == 0:
         return 0
-    weights = widened(loss_B).square().cpu().double()
+    weights = widened(level.workers.gather(loss_B)).square().cpu().double()
     if not weights.sum() > 0:
         return 0
     drawn = torch.multinomial(weights, len(dead), replacement=True, generator=generator).to(read_BI.device)
-    rows = widened(read_BI[drawn] - bias_I)
+    rows = widened(level.workers.rows(read_BI, drawn) - bias_I)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     living = ~dead_F
     norm = level.W_enc[:, living].norm(dim=0).mean() if living.any() else torch.ones((), device=rows.device)

@@ -22,11 +22,13 @@ from hsae.train.losses import (
     fraction_unexplained,
     gated_auxiliary,
     sparsity,
+    variance_of,
     widened,
 )
 from hsae.train.optim import forget, make_optimiser, rename_state, restore_state, schedule, set_rates
 from hsae.train.resampling import resample
 from hsae.train.sae import HierarchicalSAE, LevelOutput, Output, seed_of
+from hsae.train.workers import ALONE, Workers
 
 CONTROLLED = ("relu", "jumprelu", "gated")  # activations whose L0 a controller leads to its target
 MAPS_JUDGED = 0.7  # share of the run after which a map W that is no good is complained of
@@ -44,10 +46,13 @@ class Scaling:
 
 
 class TrainingRun:
-    """A run between its first and last step. Same configuration, stream and machine: same bits."""
+    """A run between its first and last step. Same configuration, stream, machine and number of workers: same bits."""
 
-    def __init__(self, config: RunConfig, scaling: Scaling, *, steps: int, seed: int, device: str) -> None:
+    def __init__(
+        self, config: RunConfig, scaling: Scaling, *, steps: int, seed: int, device: str, workers: Workers = ALONE
+    ) -> None:
         self.config, self.scaling, self.steps, self.seed, self.device = config, scaling, steps, seed, device
+        self.workers = workers
         slow = bfloat16_is_slow(torch.device(device).type)
         self.rounds = config.precision == "bfloat16" or (config.precision == "auto" and not slow)
         self.step_number = 0
@@ -64,6 +69,10 @@ class TrainingRun:
         if torch.device(device).type == "cpu" and not self.rounds:
             self.model.use_sparse()
         self.compositions.to(device)
+        for number in range(1, config.levels + 1):
+            self.model.level(number).workers = workers
+        for module in maps:
+            module.workers = workers
         self.curriculum = Curriculum(config, steps)
         self.optimiser = make_optimiser(self.model, self.compositions, config)
         self.tokens_since_fired = [torch.zeros(width, dtype=torch.int64, device=device) for width in config.widths]
@@ -77,7 +86,8 @@ class TrainingRun:
         return module
 
     def step(self, x_BD: Tensor) -> dict[str, Tensor]:
-        """One optimiser step on a scaled batch; returns the loss and its parts (scalars, still on the device)."""
+        """One optimiser step on a scaled batch, of which `x_BD` is this worker's share; returns the loss and its parts (scalars,
+        still on the device) over all of it."""
         config, step = self.config, self.step_number
         moment = self.curriculum.at(step)
         if moment.starts and moment.stage.refresh:
@@ -89,10 +99,11 @@ class TrainingRun:
         loss = torch.stack([part.float() for part in parts.values()]).sum()
         self.optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        self.workers.average_gradients(parameters)
         active = [self.model.level(number) for number in moment.stage.levels]
         for level in active:
             level.remove_parallel_gradient()
-        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
         nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
         self.optimiser.step()
         for level in active:
@@ -113,7 +124,7 @@ class TrainingRun:
         self.resampled = dict.fromkeys(output.levels, 0)
         if config.resample_steps and self.step_number % config.resample_steps == 0:
             self._resample(x_BD)
-        return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
+        return self.workers.means({"loss": loss, **parts})
 
     def _losses(self, x_BD: Tensor, output: Output, moment: Moment) -> dict[str, Tensor]:
         config = self.config
@@ -128,7 +139,7 @@ class TrainingRun:
                 x_BD, output.reconstructions[number], self.scaling.variance
             )
             if config.structure == "stacked" and number > 1:
-                variance = widened(target - target.mean(0)).square().sum(-1).mean().detach().clamp_min(1e-12)
+                variance = variance_of(target, self.workers)
                 parts[f"code{number}"] = weight * fraction_unexplained(target, reconstruction, variance)
             module = self.model.level(number)
             if config.activation in CONTROLLED:
@@ -159,10 +170,10 @@ class TrainingRun:
         for number, level in output.levels.items():
             fired = level.acts > 0
             counter = self.tokens_since_fired[number - 1]
-            counter += len(fired)
-            counter[fired.any(0)] = 0
+            counter += len(fired) * self.workers.world
+            counter[self.workers.either(fired.any(0))] = 0
             if self.config.activation in CONTROLLED and moment.stage.rates.get(number, 1.0) > 0:
-                self.controllers[number - 1].update(fired.sum(1).float().mean().item())
+                self.controllers[number - 1].update(self.workers.mean(fired.sum(1).float().mean()).item())
 
     def _set_parents(self) -> None:
         """Let the maps W say which coarse latent gates each fine one."""
@@ -197,13 +208,13 @@ class TrainingRun:
         composition = [value for name, value in values.items() if name.startswith("composition")]
         strength = self.config.composition.weight * moment.composition
         levels = {
-            number: explained_variance(x_BD, reconstruction).item()
+            number: explained_variance(x_BD, reconstruction, self.workers).item()
             for number, reconstruction in output.reconstructions.items()
         }
         return {
             "kind": "metrics",
             "step": self.step_number,
-            "tokens": self.step_number * len(x_BD),
+            "tokens": self.step_number * len(x_BD) * self.workers.world,
             "stage": moment.stage.name,
             "loss": values["loss"],
             "parts": {name: value for name, value in values.items() if name != "loss"},
@@ -224,7 +235,7 @@ class TrainingRun:
 
     def _l0(self, output: Output, number: int) -> float | None:
         level = output.levels.get(number)
-        return None if level is None else (level.acts > 0).sum(1).float().mean().item()
+        return None if level is None else self.workers.mean((level.acts > 0).sum(1).float().mean()).item()
 
     def _dead(self, number: int) -> float:
         return (self.tokens_since_fired[number - 1] >= self.config.dead_after_tokens).float().mean().item()
@@ -270,6 +281,12 @@ class TrainingRun:
             "warned": sorted(self.warned),
         }
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, rest
+
+    def share_state(self) -> None:
+        """Take over worker 0's state."""
+        if self.workers.world > 1:
+            tensors, rest = self.state()
+            self.restore(self.workers.copies(tensors), self.workers.lead(lambda: rest))
 
     def restore(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Put back what `state` gave; the next step is the one an uninterrupted run would take."""

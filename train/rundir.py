@@ -71,8 +71,10 @@ def check_content(run_dir: Path, store: ActivationStore) -> None:
         )
 
 
-def prepare(plan: Plan, config: RunConfig, store: ActivationStore, device: str, *, resume: bool, restart: bool) -> bool:
-    """Make the run directory ready; returns whether there is a checkpoint to go on from.
+def prepare(
+    plan: Plan, config: RunConfig, store: ActivationStore, device: str, *, resume: bool, restart: bool, world: int = 1
+) -> bool:
+    """Make the run directory ready for `world` workers; returns whether there is a checkpoint to go on from.
 
     Raises UserError if the directory holds another configuration's run, or an unfinished one and neither `resume` nor
     `restart` was asked for.
@@ -97,7 +99,7 @@ def prepare(plan: Plan, config: RunConfig, store: ActivationStore, device: str, 
             return True
     run_dir.mkdir(parents=True, exist_ok=True)
     _clear(run_dir)
-    write_run(run_dir, _description(plan, config, store, device, mine))
+    write_run(run_dir, _description(plan, config, store, mine, hardware(device, world)))
     return False
 
 
@@ -120,7 +122,7 @@ def write_run(run_dir: Path, content: dict[str, Any]) -> None:
     write_atomically(run_dir / "run.json", lambda path: path.write_text(json.dumps(content, indent=2)))
 
 
-def _description(plan: Plan, config: RunConfig, store: ActivationStore, device: str, mine: str) -> dict[str, Any]:
+def _description(plan: Plan, config: RunConfig, store: ActivationStore, mine: str, hardware: str) -> dict[str, Any]:
     try:
         own = version("hsae")
     except PackageNotFoundError:
@@ -139,16 +141,18 @@ def _description(plan: Plan, config: RunConfig, store: ActivationStore, device: 
         "eval_store": plan.store("eval").name,
         "config": {**plan.train.model_dump(mode="json"), **config.model_dump(mode="json")},
         "versions": {"hsae": own, "torch": torch.__version__, "python": platform.python_version()},
-        "hardware": hardware(device),
+        "hardware": hardware,
         "complete": False,
     }
 
 
-def hardware(device: str) -> str:
+def hardware(device: str, world: int = 1) -> str:
     """What a run is trained on, in words."""
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} processor, {torch.get_num_threads()} threads"
+        one = torch.cuda.get_device_name(device)
+    else:
+        one = f"{platform.machine()} processor, {torch.get_num_threads()} threads"
+    return one if world == 1 else f"{world} workers, each: {one}"
 
 
 class MetricsLog:

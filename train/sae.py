@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hsae.train import sparse
 from hsae.train.activations import batch_top_k, jump_relu, top_k
 from hsae.train.config import RunConfig
+from hsae.train.workers import ALONE, Workers
 
 THRESHOLD_DECAY = 0.99
 GUESS = 0.7  # of the average threshold: most batches keep nothing below it
@@ -62,6 +63,8 @@ def parent_fires(coarse_BF: Tensor, parents_G: Tensor) -> Tensor:
 class Level(nn.Module):
     """One encoder and decoder: code = activation((read - bias) W_enc + b_enc), decoded = code W_dec."""
 
+    workers: Workers = ALONE
+    """Who holds the rest of a batch in training."""
     threshold: Tensor
     """Scalar: smallest pre-activation that counts at inference (batchtopk), an average over batches; NaN before the first batch."""
 
@@ -121,7 +124,7 @@ class Level(nn.Module):
             return torch.relu((pre_BF - self.b_enc) * self.r_mag.exp() + self.b_mag) * (pre_BF > 0)
         if not self.training:
             return torch.relu(pre_BF) * (pre_BF > self.threshold)
-        acts_BF, smallest = batch_top_k(pre_BF, self.l0, self.guess())
+        acts_BF, smallest = batch_top_k(pre_BF, self.l0, self.guess(), self.workers)
         self.track_threshold(smallest)
         return acts_BF
 
@@ -133,7 +136,7 @@ class Level(nn.Module):
         """jumprelu's thresholds [F]; they begin, all equal, where the first batch has the level's L0."""
         if self.training and torch.isnan(self.threshold):
             with torch.no_grad():
-                self.track_threshold(batch_top_k(pre_BF, self.l0)[1])
+                self.track_threshold(batch_top_k(pre_BF, self.l0, workers=self.workers)[1])
                 self.log_threshold.copy_(self.threshold.clamp_min(1e-3).log().expand_as(self.log_threshold))
         return self.log_threshold.exp().to(pre_BF.dtype)
 
@@ -226,7 +229,8 @@ class HierarchicalSAE(nn.Module):
     def _joint(self, pres: dict[int, Tensor]) -> dict[int, Tensor]:
         """One BatchTopK over all levels side by side; they share its threshold."""
         l0 = sum(self.level(number).l0 for number in pres)
-        code_BF, smallest = batch_top_k(torch.cat(list(pres.values()), 1), l0, self.level(max(pres)).guess())
+        coarsest = self.level(max(pres))
+        code_BF, smallest = batch_top_k(torch.cat(list(pres.values()), 1), l0, coarsest.guess(), coarsest.workers)
         for number in pres:
             self.level(number).track_threshold(smallest)
         return dict(zip(pres, torch.split(code_BF, [pre.shape[1] for pre in pres.values()], 1), strict=True))

@@ -1,6 +1,7 @@
 """The training loop: every selected run in one pass over the stream of cached activations. The language model is never loaded."""
 
 import contextlib
+import functools
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from hsae.train.curriculum import stages
 from hsae.train.model import folded, save_model
 from hsae.train.plan import Plan
 from hsae.train.run import Scaling, TrainingRun
+from hsae.train.workers import ALONE, Workers
 
 
 class Listener(Protocol):
@@ -52,8 +54,14 @@ class Trainee:
     """A run with its place on disk and its log."""
 
     run: TrainingRun
-    log: rundir.MetricsLog
+    log: rundir.MetricsLog | None
+    """None for all workers but the first."""
     identity: str
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        if self.log is not None:
+            self.log.write(line)
 
 
 def scaling_of(store: ActivationStore, hook: str) -> Scaling:
@@ -70,8 +78,14 @@ def scaling_of(store: ActivationStore, hook: str) -> Scaling:
     return Scaling(scale=scale, median=(statistics.geometric_median_D * scale).float(), variance=variance)
 
 
-def check(plan: Plan, runs: Sequence[RunConfig], store: ActivationStore) -> None:
-    """Refuse what can't work before anything is computed. Raises UserError."""
+def check(plan: Plan, runs: Sequence[RunConfig], store: ActivationStore, world: int = 1) -> None:
+    """Refuse what can't work, for `world` workers, before anything is computed. Raises UserError."""
+    if rest := plan.train.batch_tokens % world:
+        near = [size for size in (plan.train.batch_tokens - rest, plan.train.batch_tokens - rest + world) if size]
+        raise UserError(
+            f"train.batch_tokens is {plan.train.batch_tokens}, which {world} workers can't share equally; "
+            f"use a multiple of {world}, such as {' or '.join(map(str, near))}, or another number of workers"
+        )
     hook = plan.hook.names[0]
     if hook not in store.spec.hooks:
         raise UserError(f"{store.url} holds {', '.join(store.spec.hooks)}, not {hook}; run `hsae cache build`")
@@ -99,15 +113,17 @@ def train(
     resume: bool = False,
     restart: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
+    workers: Workers = ALONE,
 ) -> list[Result]:
     """Train `runs` of `plan` in one pass over its training store; finished ones are left alone unless `restart`.
 
-    Each result is bit-identical to training that run alone, and a resumed run to an uninterrupted one, on one machine.
+    Each result is bit-identical to training that run alone, and a resumed run to an uninterrupted one, on one machine. Several
+    `workers` call this alike, each computes its share of every batch, and the first writes the results.
     Raises UserError before any compute if something can't work; a run whose loss stops being finite is stopped, keeps its
     last checkpoint, and the others go on.
     """
     with contextlib.ExitStack() as locks:
-        return _train(plan, runs, listener, pick_device(device), resume, restart, should_stop, locks)
+        return _train(plan, runs, listener, pick_device(device), resume, restart, should_stop, workers, locks)
 
 
 def _train(
@@ -118,35 +134,37 @@ def _train(
     resume: bool,
     restart: bool,
     should_stop: Callable[[], bool],
+    workers: Workers,
     locks: contextlib.ExitStack,
 ) -> list[Result]:
     store = ActivationStore.open(plan.store_path("train"))
-    check(plan, runs, store)
+    check(plan, runs, store, workers.world)
     scaling, name, hook = scaling_of(store, plan.hook.names[0]), plan.store("train").name, plan.hook.names[0]
 
     # --- which runs are there to train, and where do they begin -------------------------------------------------
     results: dict[int, Result] = {}
     trainees: list[Trainee] = []
     for config in runs:
-        locks.enter_context(rundir.lock(plan, config))
-        if not restart:
-            rundir.check_content(plan.run_dir(config), store)
-        if not restart and rundir.is_complete(plan, config, name):
-            shutil.rmtree((plan.run_dir(config) / CHECKPOINT).parent, ignore_errors=True)
+        place = functools.partial(_place, plan, config, store, device, resume, restart, workers.world, locks)
+        state = workers.lead(place)
+        if state == "complete":
             results[config.number] = Result(run=config, status="already trained")
             continue
-        goes_on = rundir.prepare(plan, config, store, device, resume=resume, restart=restart)
-        run = TrainingRun(config, scaling, steps=plan.train.steps, seed=plan.train.seed, device=device)
+        steps, seed = plan.train.steps, plan.train.seed
+        run = TrainingRun(config, scaling, steps=steps, seed=seed, device=device, workers=workers)
         identity = rundir.identity(plan, config, name)
-        if goes_on:
+        if state == "unfinished" and workers.leads:
             load_checkpoint(run, plan.run_dir(config), identity)
-        trainees.append(Trainee(run, rundir.MetricsLog(plan.run_dir(config), run.step_number), identity))
+        run.share_state()
+        log = rundir.MetricsLog(plan.run_dir(config), run.step_number) if workers.leads else None
+        trainees.append(Trainee(run, log, identity))
         listener.started(config, run.step_number, run.steps)
 
     # --- one pass over the stream ------------------------------------------------------------------------------
-    stream = TokenStream(store, hook, batch_tokens=plan.train.batch_tokens, seed=plan.train.seed)
+    batch_tokens = plan.train.batch_tokens
+    stream = TokenStream(store, hook, batch_tokens=batch_tokens, seed=plan.train.seed, share=workers.share)
     first = min((trainee.run.step_number for trainee in trainees), default=plan.train.steps)
-    clock = _Clock(plan.train.batch_tokens)
+    clock = _Clock(batch_tokens)
     x_BD: Tensor | None = None
     for step, batch in enumerate(stream.batches(first, plan.train.steps), first):
         clock.loaded()
@@ -157,7 +175,7 @@ def _train(
         clock.computed()
         if all(trainee.run.failure is not None for trainee in trainees):
             break
-        if should_stop() and step + 1 < plan.train.steps:
+        if workers.any(should_stop()) and step + 1 < plan.train.steps:
             _stop(plan, trainees, results)
             break
 
@@ -168,9 +186,32 @@ def _train(
             results[config.number] = Result(run=config, status="failed", detail=trainee.run.failure)
         elif config.number not in results:
             assert x_BD is not None  # a checkpoint is never of the last step, so there was a step to take
-            _finish(plan, store, trainee, x_BD)
+            sample_BD = workers.gather(x_BD)
+            if workers.leads:
+                _finish(plan, store, trainee, sample_BD)
             results[config.number] = Result(run=config, status="trained")
     return [results[config.number] for config in runs]
+
+
+def _place(
+    plan: Plan,
+    config: RunConfig,
+    store: ActivationStore,
+    device: str,
+    resume: bool,
+    restart: bool,
+    world: int,
+    locks: contextlib.ExitStack,
+) -> str:
+    """Lock a run's directory and make it ready: `complete`, `unfinished` (there is a checkpoint to go on from) or `new`."""
+    locks.enter_context(rundir.lock(plan, config))
+    if not restart:
+        rundir.check_content(plan.run_dir(config), store)
+    if not restart and rundir.is_complete(plan, config, store.spec.name):
+        shutil.rmtree((plan.run_dir(config) / CHECKPOINT).parent, ignore_errors=True)
+        return "complete"
+    goes_on = rundir.prepare(plan, config, store, device, resume=resume, restart=restart, world=world)
+    return "unfinished" if goes_on else "new"
 
 
 class _Clock:
@@ -208,7 +249,7 @@ def _step(plan: Plan, trainee: Trainee, x_BD: Tensor, clock: _Clock, listener: L
     run, config, settings = trainee.run, trainee.run.config, plan.train
     moment = run.curriculum.at(run.step_number)
     if run.step_number == 0 or moment.index != run.curriculum.at(run.step_number - 1).index:
-        trainee.log.write({"kind": "stage", "step": run.step_number, "stage": moment.stage.name})
+        trainee.write({"kind": "stage", "step": run.step_number, "stage": moment.stage.name})
     parts = run.step(x_BD)
     logs = run.step_number % settings.log_steps == 0 or run.last_step_done()
     saves = run.step_number % settings.checkpoint_steps == 0 and not run.last_step_done()
@@ -220,16 +261,16 @@ def _step(plan: Plan, trainee: Trainee, x_BD: Tensor, clock: _Clock, listener: L
         return
     if logs:
         metrics = {**run.metrics(x_BD, parts), "time": clock.reading()}
-        trainee.log.write(metrics)
+        trainee.write(metrics)
         listener.metrics(config, metrics)
         for message in run.complaints(metrics):
             _warn(trainee, listener, message)
     if saves:
-        save_checkpoint(run, plan.run_dir(config), trainee.identity)
+        _save(plan, trainee)
 
 
 def _warn(trainee: Trainee, listener: Listener, message: str) -> None:
-    trainee.log.write({"kind": "warning", "step": trainee.run.step_number, "message": message})
+    trainee.write({"kind": "warning", "step": trainee.run.step_number, "message": message})
     listener.warning(trainee.run.config, message)
 
 
@@ -239,9 +280,18 @@ def _stop(plan: Plan, trainees: list[Trainee], results: dict[int, Result]) -> No
         if trainee.run.failure is None and not trainee.run.finite():
             trainee.run.failure = f"a weight became NaN or infinite by step {trainee.run.step_number}"
         if trainee.run.failure is None:
-            save_checkpoint(trainee.run, plan.run_dir(config), trainee.identity)
+            _save(plan, trainee)
             detail = f"at step {trainee.run.step_number} of {trainee.run.steps}; go on with --resume"
             results[config.number] = Result(run=config, status="stopped", detail=detail)
+
+
+def _save(plan: Plan, trainee: Trainee) -> None:
+    """Write a checkpoint, of which every worker would write the same."""
+    run, workers = trainee.run, trainee.run.workers
+    maps = {f"map {name}": tensor for name, tensor in run.compositions.named_parameters()}
+    workers.check_same({**dict(run.model.named_parameters()), **maps})
+    if workers.leads:
+        save_checkpoint(run, plan.run_dir(run.config), trainee.identity)
 
 
 def _finish(plan: Plan, store: ActivationStore, trainee: Trainee, x_BD: Tensor) -> None:
