@@ -30,7 +30,7 @@ from hsae.cache.config import Config
 from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.files import write_atomically
 from hsae.cache.lm import LanguageModel
-from hsae.cache.probe_config import PROBE_FORMAT, ProbeSpec, content_key, model_slug
+from hsae.cache.probe_config import PROBE_FORMAT, ProbeSpec, content_key, model_slug, probe_folder
 from hsae.cache.remote import locked
 from hsae.cache.tasks import after_the_word, text_tasks, word_task
 
@@ -199,7 +199,7 @@ def _set_key(spec: ProbeSpec, model: LanguageModel, wanted: Wanted) -> str:
 
 
 def _sets(root: str | Path) -> Path:
-    return Path(root).expanduser() / "probe" / "texts"
+    return probe_folder(root) / "texts"
 
 
 def _part(folder: Path, number: int) -> Path:
