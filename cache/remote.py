@@ -9,6 +9,7 @@ like configure any driver. Stores at `http://` and `https://` URLs can only be r
 
 import contextlib
 import errno
+import logging
 import os
 import random
 import secrets
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +31,7 @@ from hsae.cache.errors import StoreError
 
 PATIENCE = 300.0  # seconds for which one request is tried again
 LONGEST_PAUSE = 20.0
+SILENCE, BETWEEN = 10.0, 60.0  # seconds of trying again before that is logged, and from one such line to the next
 IN_FLIGHT = 16  # requests at once
 PARTIAL = ".partial"
 LASTING = {errno.EINVAL, errno.ENOSYS, errno.EREMCHG}  # what s3fs makes of bad requests and redirects
@@ -41,10 +44,12 @@ LASTING_NAMES = {
     "ClientConnectorCertificateError",
     "ClientConnectorSSLError",
 }
+MOST_SKEW = 300.0  # seconds that S3 and this machine's clock may differ before that is told as the reason of a refusal
 LATER = {408, 425, 429}  # statuses below 500 of a web server that pass
 DRIVERS = {"botocore", "aiobotocore", "aiohttp", "s3fs"}
 WEB = {"http", "https"}
 EXTRAS = {"s3": "hsae[s3]", "s3a": "hsae[s3]", "http": "hsae[http]", "https": "hsae[http]"}
+LOG = logging.getLogger("hsae")
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -118,6 +123,22 @@ class RemotePath:
     def write_bytes(self, data: bytes) -> None:
         """Make or replace the object; readers see the old one or all of the new one."""
         self._patiently(lambda filesystem, path: filesystem.pipe_file(path, data))
+
+    def create_bytes(self, data: bytes) -> bool:
+        """Make the object unless there is one; whether it was made. Where a store can't promise that, a later one wins."""
+
+        def request(filesystem: Any, path: str) -> bool:
+            try:
+                filesystem.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno != errno.ENOSYS:
+                    raise
+                filesystem.pipe_file(path, data)
+            return True
+
+        return self._patiently(request)
 
     def status(self) -> dict[str, Any]:
         """What the driver says of the object: `size`, and often `ETag` or `mtime`. Raises FileNotFoundError if there is none."""
@@ -197,10 +218,24 @@ class RemotePath:
                 detail = in_a_line(error)
                 if not passes(error):
                     raise RemoteError(f"{self.url} is refused ({detail})") from None
-                if time.monotonic() - began + pause > PATIENCE:
+                waited = time.monotonic() - began
+                if waited + pause > PATIENCE:
                     raise RemoteError(f"{self.url} can't be reached, tried for {PATIENCE:.0f} s ({detail})") from None
+                if waited > SILENCE:
+                    _log_waiting(f"{self.url} can't be reached ({detail}); trying again for up to {PATIENCE:.0f} s")
             time.sleep(pause * random.uniform(0.5, 1))  # many readers must not come back in step
             pause = min(pause * 2, LONGEST_PAUSE)
+
+
+_logged_at = -BETWEEN
+
+
+def _log_waiting(line: str) -> None:
+    """Log it, unless such a line was logged a moment ago: many requests wait together."""
+    global _logged_at
+    if (now := time.monotonic()) - _logged_at >= BETWEEN:
+        _logged_at = now
+        LOG.warning(line)
 
 
 def in_a_line(error: Exception) -> str:
@@ -210,9 +245,12 @@ def in_a_line(error: Exception) -> str:
 
         return refusal(error)  # type: ignore[arg-type]
     line = f"{type(error).__name__}: {error}".splitlines()[0]
-    response = getattr(error.__cause__, "response", None) or {}
-    if response.get("Error", {}).get("Code") == "RequestTimeTooSkewed":
-        return f"{line.rstrip('.')}; this machine's clock is wrong: set it"
+    answered = getattr(error.__cause__, "response", None) or {}  # botocore's
+    date = answered.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    with contextlib.suppress(TypeError, ValueError):
+        behind = parsedate_to_datetime(date).timestamp() - time.time()
+        if abs(behind) > MOST_SKEW:  # also where a HEAD, which has no words, was refused
+            return f"{line}: this machine's clock is {abs(behind) / 60:.0f} minutes {'behind' if behind > 0 else 'ahead of'} the server's; set it"
     return line
 
 
@@ -304,7 +342,7 @@ def exists(target: Place) -> bool:
 
 
 def locked(target: Place, suffix: str = "") -> AbstractContextManager[object]:
-    """The lock on a local store, taken; none on a remote one, whose builders do each other's work twice but no harm.
+    """The lock on a local store, taken; none on a remote one, whose builders may do each other's work twice but no harm.
 
     Raises StoreError if another process builds or mends it, or if nothing can be written there.
     """
@@ -316,6 +354,8 @@ def locked(target: Place, suffix: str = "") -> AbstractContextManager[object]:
         return FileLock(target.with_name(f".{target.name}{suffix}.lock")).acquire(timeout=0)
     except Timeout:
         raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
+    except OSError as error:
+        raise StoreError(f"nothing can be written in {target.parent} ({error.strerror}); use another folder") from None
 
 
 def remove(target: Place) -> None:

@@ -159,4 +159,6 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise UserError(f"can't listen at {host}, port {port} ({error.strerror if isinstance(error, OSError) else error}); give another --host or --port") from None
+        raise UserError(
+            f"can't listen at {host}, port {port} ({error.strerror if isinstance(error, OSError) else error}); give another --host or --port"
+        ) from None

@@ -80,7 +80,7 @@ def s3(s3_server, monkeypatch):
         monkeypatch.setenv(name, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     yield faults
-    faults.rate = faults.gone_until = 0.0
+    faults.rate, faults.gone_until, faults.skewed = 0.0, 0.0, False
 
 
 TOKEN = "a-token-that-readers-know"
@@ -90,8 +90,19 @@ TOKEN = "a-token-that-readers-know"
 def serving(path, *options, token=TOKEN):
     """`hsae cache serve` in a process of its own: (its URL, the process, what it printed so far)."""
     settings = {**os.environ, "HSAE_TOKEN": token, "COLUMNS": "300"}
-    command = [sys.executable, "-c", "from hsae.cli.main import main; main()", "cache", "serve", str(path), "--port", "0"]
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=settings)
+    command = [
+        sys.executable,
+        "-c",
+        "from hsae.cli.main import main; main()",
+        "cache",
+        "serve",
+        str(path),
+        "--port",
+        "0",
+    ]
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=settings
+    )
     printed = [process.stdout.readline()]
     try:
         yield re.search(r"serving at (\S+),", printed[0])[1], process, printed

@@ -2,8 +2,7 @@
 
 import http.client
 import os
-import subprocess
-import sys
+import ssl
 import threading
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -175,7 +174,9 @@ def test_what_is_wrong_with_the_token_is_said_in_one_sentence(folder, url, monke
         told = CliRunner().invoke(app, command)
         assert isinstance(told.exception, RemoteError) and str(told.exception) == refused
     monkeypatch.delenv("HSAE_TOKEN")
-    with pytest.raises(RemoteError, match=r"\(the server wants a token; set HSAE_TOKEN to the one that it was started with\)"):
+    with pytest.raises(
+        RemoteError, match=r"\(the server wants a token; set HSAE_TOKEN to the one that it was started with\)"
+    ):
         verify(far)
     with pytest.raises(RemoteError, match="the server wants a token"):
         place(url).is_dir()
@@ -197,7 +198,9 @@ def test_a_missing_store_and_a_place_that_can_only_be_read(folder, url, make_sto
     "address", ["http://me:secret-token@host/x", "https://host/x?token=secret-token", "http://host:99999/secret-token", "http://host/x#secret-token"]
 )  # fmt: skip
 def test_an_address_with_a_secret_in_it_is_refused_and_not_shown(address):
-    with pytest.raises(StoreError, match=r"https?://…: write a store's address as .*, and put the token into HSAE_TOKEN") as caught:
+    with pytest.raises(
+        StoreError, match=r"https?://…: write a store's address as .*, and put the token into HSAE_TOKEN"
+    ) as caught:
         place(address)
     assert "secret-token" not in str(caught.value)
 
@@ -259,17 +262,18 @@ def test_a_file_the_server_may_not_read_is_refused_at_once(make_store, token, tm
         verify(f"http://127.0.0.1:{port}/{near.name}")
 
 
-def test_over_tls_with_a_certificate_of_ones_own(folder, serve, token, tmp_path, monkeypatch):
+def test_over_tls_with_a_certificate_of_ones_own(folder, serve, token, tmp_path):
     certificate, key = self_signed(tmp_path)
     name = store_in(folder).name
     with serve(folder, "--certificate", str(certificate), "--key", str(key)) as (url, _, _):
         assert url.startswith("https://127.0.0.1:")
         with pytest.raises(RemoteError, match="is refused .*certificate verify failed"):
             verify(f"{url}/{name}")
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        code = "import sys; from hsae.cache.verify import verify; print(verify(sys.argv[1]))"
-        done = subprocess.run([sys.executable, "-c", code, f"{url}/{name}"], capture_output=True, text=True)
-        assert done.stdout == "[]\n", done.stderr
+        context = ssl.create_default_context(cafile=certificate)
+        connection = http.client.HTTPSConnection(urlsplit(url).netloc, timeout=30, context=context)
+        connection.request("GET", f"/{name}/zarr.json", headers={"Authorization": f"Bearer {token}"})
+        assert connection.getresponse().read() == (store_in(folder) / "zarr.json").read_bytes()
+        connection.close()
 
 
 def self_signed(folder):
@@ -283,11 +287,15 @@ def self_signed(folder):
 
     key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
     now = datetime.datetime.now(datetime.UTC)
-    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + datetime.timedelta(1))
+    made = x509.CertificateBuilder(
+        name, name, key.public_key(), x509.random_serial_number(), now, now + datetime.timedelta(1)
+    )
     address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     signed = made.add_extension(address, critical=True).sign(key, hashes.SHA256())
     (folder / "certificate.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    text = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     (folder / "key.pem").write_bytes(text)
     return folder / "certificate.pem", folder / "key.pem"
 
@@ -324,5 +332,7 @@ def test_without_the_packages_the_extra_is_named(folder, token, monkeypatch):
         serve(folder, token)
     monkeypatch.delitem(modules, "hsae.cache.web", raising=False)
     monkeypatch.setitem(modules, "aiohttp", None)
-    with pytest.raises(StoreError, match=r"http://host/x: nothing installed reads http:// URLs; pip install 'hsae\[http\]'"):
+    with pytest.raises(
+        StoreError, match=r"http://host/x: nothing installed reads http:// URLs; pip install 'hsae\[http\]'"
+    ):
         _ = place("http://host/x").is_file()
