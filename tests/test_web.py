@@ -267,7 +267,7 @@ def test_over_tls_with_a_certificate_of_ones_own(folder, serve, token, tmp_path)
     name = store_in(folder).name
     with serve(folder, "--certificate", str(certificate), "--key", str(key)) as (url, _, _):
         assert url.startswith("https://127.0.0.1:")
-        with pytest.raises(RemoteError, match="is refused .*certificate verify failed"):
+        with pytest.raises(RemoteError, match=r"is refused .*certificate verify failed"):
             verify(f"{url}/{name}")
         context = ssl.create_default_context(cafile=certificate)
         connection = http.client.HTTPSConnection(urlsplit(url).netloc, timeout=30, context=context)
