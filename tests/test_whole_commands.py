@@ -100,7 +100,7 @@ def test_s3_goes_away_in_the_middle_of_training(local, s3, scratch_home, tmp_pat
             copy(store, url)
         monkeypatch.setattr(cli_train._Screen, "metrics", screen)
         s3.faults.clear()
-        hsae(tmp_path / name, "train --run 3", **{"cache.dir": url})
+        hsae(tmp_path / name, "train --run 3", **{"cache.dir": url, "train.tokens": 4500})
         found.append(results(tmp_path / name))
     assert found[0] == found[1] and "3/model/model.safetensors" in found[0]
     assert 0 < gone < time.monotonic() and s3.faults["gone"] > 1
