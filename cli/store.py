@@ -51,7 +51,7 @@ def serve(
 ) -> None:
     """Let other machines read stores over HTTP: `--set cache.dir=http://HOST:PORT` there, and the same HSAE_TOKEN on both sides.
 
-    Example: HSAE_TOKEN=... hsae cache serve activations --host 0.0.0.0
+    Example: hsae cache serve activations --host 0.0.0.0
     """
     from hsae.cache.serve import serve as serve_stores
 
