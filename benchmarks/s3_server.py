@@ -8,12 +8,14 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from typing import Any
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 KINDS = ("500", "503", "reset", "short")
+SKEWED = "The difference between the request time and the server's time is too large."
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -23,6 +25,8 @@ class Faulty:
     def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
         self.app = app
         self.rate, self.gone_until = 0.0, 0.0
+        self.skewed = False
+        """Whether every request is refused as one whose clock is wrong."""
         self.requests: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self._random, self._lock = random.Random(0), threading.Lock()
@@ -31,7 +35,7 @@ class Faulty:
         """Answer one request."""
         with self._lock:
             self.requests[environ["REQUEST_METHOD"]] += 1
-            kind = None
+            kind = "skewed" if self.skewed else None
             if time.monotonic() < self.gone_until:
                 kind = "gone"
             elif self._random.random() < self.rate:
@@ -41,11 +45,18 @@ class Faulty:
         if kind in ("reset", "gone"):
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             return []
-        if kind in ("500", "503"):
-            code = "InternalError" if kind == "500" else "SlowDown"
+        if kind in ("500", "503", "skewed"):
+            status, code, message = {
+                "500": ("500", "InternalError", "injected"),
+                "503": ("503", "SlowDown", "injected"),
+                "skewed": ("403", "RequestTimeTooSkewed", SKEWED),
+            }[kind]
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
-            start_response(f"{kind} {code}", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+            headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
+            if kind == "skewed":
+                headers.append(("Date", formatdate(time.time() + 3600, usegmt=True)))
+            start_response(f"{status} {code}", headers)
             return [body]
         body = b"".join(self.app(environ, start_response))
         return [body[: len(body) // 2] if kind == "short" else body]

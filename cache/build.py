@@ -26,7 +26,7 @@ from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.layout import ArraySpec, Header, HookSummary, arrays, chunk_rows, read_header, statistics_arrays
 from hsae.cache.lm import LanguageModel
 from hsae.cache.mapped import MappedArray
-from hsae.cache.remote import PARTIAL, Place, exists, locked, place, remove
+from hsae.cache.remote import PARTIAL, Place, RemotePath, exists, locked, place, remove
 from hsae.cache.share import Share
 from hsae.cache.statistics import summarise
 
@@ -129,14 +129,12 @@ class Builder:
         if self.share.rank:
             self._await_tokens()
             return self.check_same(read_header(self.target), self.header())
-        if exists(self.target):
+        every = {**self.specs, **statistics_arrays(self.spec, self.model.d_model)}
+        if exists(self.target) or not writer.create(self.target, self.header(), every.values()):
             self.check_same(read_header(self.target), self.header())
             if isinstance(self.target, Path) and self.share.world == 1:
                 for leftover in self.target.rglob(f"*{PARTIAL}"):
                     leftover.unlink()
-        else:
-            every = {**self.specs, **statistics_arrays(self.spec, self.model.d_model)}
-            writer.create(self.target, self.header(), every.values())
         self.write_tokens()
 
     def _await_tokens(self) -> None:
@@ -204,10 +202,14 @@ class Builder:
         if len(array.written(self.target)) == array.count:
             state_file.unlink(missing_ok=True)
             return
-        with contextlib.suppress(FileNotFoundError):
+        # without the state, or with a damaged one, the text is packed from its beginning: the same tokens
+        with contextlib.suppress(
+            FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
+        ):
             state = json.loads(state_file.read_text())
-            first = int(state.pop("chunks"))
+            begun = int(state.pop("chunks"))
             packer.restore(state)
+            first = begun
         rows = packer.pack(self._token_documents(packer.documents - 1 if packer.documents else 0))
         for index in range(first, array.count):
             wanted = min(self.step, spec.rows - index * self.step)
@@ -266,7 +268,7 @@ class Builder:
         held = {path: array.written(self.target) for path, array in self.specs.items()}
         for index in self.share.order(self.specs["tokens"].count):
             missing = [array for array in self.row_arrays(index) if index not in held[array.path]]
-            if self.share.world > 1:  # another worker may have written it since
+            if self.share.world > 1 or isinstance(self.target, RemotePath):  # another may have written it since
                 missing = [array for array in missing if not array.is_written(self.target, index)]
             if missing:
                 self.progress(self.spec, "activations", index * self.step, self.spec.rows, self.row_bytes)

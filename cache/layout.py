@@ -31,7 +31,7 @@ when the header says `complete`. Nothing in it depends on when or in how many go
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
@@ -61,8 +61,8 @@ class Header(Config):
     spec: StoreSpec
     d_model: int = Field(ge=1, le=1 << 24)
     vocab_size: int = Field(ge=1, le=1 << 31)
-    bos_id: int = Field(ge=0)
-    special_ids: tuple[int, ...] = Field(strict=False)
+    bos_id: int = Field(ge=0, lt=1 << 31)
+    special_ids: tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...] = Field(strict=False)
     """pad, EOS and BOS ids: left out of training and of most metrics."""
     model_digest: str
     tokenizer_digest: str
@@ -229,7 +229,7 @@ def check_array(root: Place, array: ArraySpec) -> None:
             "chunks": tuple(held["chunk_grid"]["configuration"]["chunk_shape"]),
             "codecs": [{"name": codec["name"]} for codec in held["codecs"]],
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(f"{path} can't be read ({type(error).__name__}: {error}); run `hsae cache verify`") from None
     wanted = {"shape": array.shape, "data_type": array.dtype, "chunks": array.chunks, "codecs": array.codecs}
     for key, value in wanted.items():

@@ -30,7 +30,7 @@ from hsae.cache.config import Config, ModelConfig
 from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.files import write_atomically
 from hsae.cache.lm import LanguageModel
-from hsae.cache.probe_config import PROBE_FORMAT, ProbeSpec, content_key, model_slug
+from hsae.cache.probe_config import PROBE_FORMAT, ProbeSpec, content_key, model_slug, probe_folder
 from hsae.cache.remote import locked
 from hsae.cache.tasks import after_the_word, text_tasks, word_task
 
@@ -223,7 +223,7 @@ def _set_key(spec: OfModel, batch_rows: int, model: LanguageModel, wanted: Wante
 
 def sets_folder(root: str | Path) -> Path:
     """Where the sets of a cache folder lie."""
-    return Path(root).expanduser() / "probe" / "texts"
+    return probe_folder(root) / "texts"
 
 
 def part_file(folder: Path, number: int) -> Path:

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hsae.cache.config import Config, ModelConfig
+from hsae.cache.errors import StoreError
+from hsae.cache.remote import place
 
 PROBE_FORMAT = 1
 Suite = Literal["sparse-probing", "scr", "tpp", "absorption"]
@@ -58,7 +60,15 @@ class ProbeSpec(Config):
 
     def path(self, root: str | Path) -> Path:
         """The suite's file in a cache folder."""
-        return Path(root).expanduser() / "probe" / self.suite / f"{model_slug(self.model)}-{self.fingerprint}.json"
+        return probe_folder(root) / self.suite / f"{model_slug(self.model)}-{self.fingerprint}.json"
+
+
+def probe_folder(root: str | Path) -> Path:
+    """Where the probe stores of a cache folder lie. Raises StoreError for a URL: they are read from local disks only."""
+    folder = place(root)
+    if not isinstance(folder, Path):
+        raise StoreError(f"{folder}: the suites' texts and words lie in local folders only; use --set cache.dir=FOLDER")
+    return folder / "probe"
 
 
 def content_key(content: dict[str, Any]) -> str:

@@ -1,14 +1,15 @@
-"""Where a store lies: a local path, or a URL that fsspec reaches. The one seam that tells them apart, and the only user of fsspec.
+"""Where a store lies: a local path, or a URL that fsspec reaches. The one seam that tells them apart, and (with `web`) the only user of fsspec.
 
 A `Place` is a `pathlib.Path` or a `RemotePath`, which has the few methods of it that stores need. An object is published by one PUT of
 s3fs (multipart above 100 MB, which appears at its end as well), a file by rename: neither is ever seen in part. Requests are tried
 again, with growing pauses, while the trouble may pass: 5xx, throttling, timeouts, resets, short reads. Endpoint, profile, region and
 credentials of `s3://` come from the usual AWS places (AWS_ENDPOINT_URL, AWS_PROFILE, ~/.aws); FSSPEC_S3='{"anon": true}' and the
-like configure any driver.
+like configure any driver. Stores at `http://` and `https://` URLs can only be read.
 """
 
 import contextlib
 import errno
+import logging
 import os
 import random
 import secrets
@@ -18,9 +19,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
@@ -28,6 +31,7 @@ from hsae.cache.errors import StoreError
 
 PATIENCE = 300.0  # seconds for which one request is tried again
 LONGEST_PAUSE = 20.0
+SILENCE, BETWEEN = 10.0, 60.0  # seconds of trying again before that is logged, and from one such line to the next
 IN_FLIGHT = 16  # requests at once
 PARTIAL = ".partial"
 LASTING = {errno.EINVAL, errno.ENOSYS, errno.EREMCHG}  # what s3fs makes of bad requests and redirects
@@ -37,8 +41,15 @@ LASTING_NAMES = {
     "ProfileNotFound",
     "ParamValidationError",
     "InvalidURL",
+    "ClientConnectorCertificateError",
+    "ClientConnectorSSLError",
 }
+MOST_SKEW = 300.0  # seconds that S3 and this machine's clock may differ before that is told as the reason of a refusal
+LATER = {408, 425, 429}  # statuses below 500 of a web server that pass
 DRIVERS = {"botocore", "aiobotocore", "aiohttp", "s3fs"}
+WEB = {"http", "https"}
+EXTRAS = {"s3": "hsae[s3]", "s3a": "hsae[s3]", "http": "hsae[http]", "https": "hsae[http]"}
+LOG = logging.getLogger("hsae")
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -58,15 +69,19 @@ class RemotePath:
         """The file system and this object's path on it."""
         import fsspec
 
-        protocol = self.url.partition("://")[0]
+        protocol = self.protocol
         options: dict[str, Any] = {"use_listings_cache": False}
         if protocol in ("s3", "s3a"):  # one GET an object, without a HEAD first; retries are ours
             settings = {"max_pool_connections": 2 * IN_FLIGHT, "retries": {"max_attempts": 1, "mode": "standard"}}
             options |= {"max_concurrency": 1, "config_kwargs": {**settings, "connect_timeout": 10, "read_timeout": 60}}
         try:
+            if self.read_only:
+                from hsae.cache.web import file_system
+
+                return file_system(), self.url
             filesystem, path = fsspec.core.url_to_fs(self.url, **options)
         except ImportError:
-            extra = "pip install 'hsae[s3]'" if protocol in ("s3", "s3a") else "pip install its fsspec driver"
+            extra = f"pip install '{EXTRAS[protocol]}'" if protocol in EXTRAS else "pip install its fsspec driver"
             raise StoreError(f"{self.url}: nothing installed reads {protocol}:// URLs; {extra}") from None
         except ValueError as error:
             raise StoreError(f"{self.url}: {error}; use a folder, or a URL such as s3://bucket/prefix") from None
@@ -77,6 +92,16 @@ class RemotePath:
 
     def __str__(self) -> str:
         return self.url
+
+    @property
+    def protocol(self) -> str:
+        """What stands before ://."""
+        return self.url.partition("://")[0]
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing can be written there."""
+        return self.protocol in WEB
 
     @property
     def name(self) -> str:
@@ -98,6 +123,22 @@ class RemotePath:
     def write_bytes(self, data: bytes) -> None:
         """Make or replace the object; readers see the old one or all of the new one."""
         self._patiently(lambda filesystem, path: filesystem.pipe_file(path, data))
+
+    def create_bytes(self, data: bytes) -> bool:
+        """Make the object unless there is one; whether it was made. Where a store can't promise that, a later one wins."""
+
+        def request(filesystem: Any, path: str) -> bool:
+            try:
+                filesystem.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno != errno.ENOSYS:
+                    raise
+                filesystem.pipe_file(path, data)
+            return True
+
+        return self._patiently(request)
 
     def status(self) -> dict[str, Any]:
         """What the driver says of the object: `size`, and often `ETag` or `mtime`. Raises FileNotFoundError if there is none."""
@@ -125,6 +166,9 @@ class RemotePath:
     def sizes(self) -> dict[str, int]:
         """Bytes of every object below, by its path from here."""
 
+        if self.protocol in WEB:
+            return self._walked()
+
         def found(filesystem: Any, path: str) -> dict[str, int]:
             start = len(path.rstrip("/")) + 1
             return {name[start:]: int(told["size"]) for name, told in filesystem.find(path, detail=True).items()}
@@ -133,6 +177,25 @@ class RemotePath:
             return dict(self._patiently(found))
         except FileNotFoundError:
             return {}
+
+    def _walked(self) -> dict[str, int]:
+        """The same where only folders are listed, and without sizes."""
+
+        def listed(folder: str) -> list[str]:
+            try:
+                found = (self / folder)._patiently(lambda filesystem, path: filesystem.ls(path, detail=False))
+            except FileNotFoundError:
+                return []
+            return [folder + str(name)[len(f"{self}/{folder}") :] for name in found]
+
+        files: list[str] = []
+        folders = [""]
+        while folders:
+            names = [name for inner in many(listed, folders) for name in inner]
+            folders = [name for name in names if name.endswith("/")]
+            files += [name for name in names if not name.endswith("/")]
+        lengths = many(lambda name: int((self / name).status()["size"]), files)
+        return dict(zip(files, lengths, strict=True))
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete the object."""
@@ -152,19 +215,51 @@ class RemotePath:
             except (FileNotFoundError, NotADirectoryError):
                 raise
             except Exception as error:
-                detail = f"{type(error).__name__}: {error}".splitlines()[0]
+                detail = in_a_line(error)
                 if not passes(error):
                     raise RemoteError(f"{self.url} is refused ({detail})") from None
-                if time.monotonic() - began + pause > PATIENCE:
+                waited = time.monotonic() - began
+                if waited + pause > PATIENCE:
                     raise RemoteError(f"{self.url} can't be reached, tried for {PATIENCE:.0f} s ({detail})") from None
+                if waited > SILENCE:
+                    _log_waiting(f"{self.url} can't be reached ({detail}); trying again for up to {PATIENCE:.0f} s")
             time.sleep(pause * random.uniform(0.5, 1))  # many readers must not come back in step
             pause = min(pause * 2, LONGEST_PAUSE)
+
+
+_logged_at = -BETWEEN
+
+
+def _log_waiting(line: str) -> None:
+    """Log it, unless such a line was logged a moment ago: many requests wait together."""
+    global _logged_at
+    if (now := time.monotonic()) - _logged_at >= BETWEEN:
+        _logged_at = now
+        LOG.warning(line)
+
+
+def in_a_line(error: Exception) -> str:
+    """An error in one line, with what to do about it where that is known."""
+    if type(error).__name__ == "ClientResponseError":
+        from hsae.cache.web import refusal
+
+        return refusal(error)  # type: ignore[arg-type]
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    answered = getattr(error.__cause__, "response", None) or {}  # botocore's
+    date = answered.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    with contextlib.suppress(TypeError, ValueError):
+        behind = parsedate_to_datetime(date).timestamp() - time.time()
+        if abs(behind) > MOST_SKEW:  # also where a HEAD, which has no words, was refused
+            return f"{line}: this machine's clock is {abs(behind) / 60:.0f} minutes {'behind' if behind > 0 else 'ahead of'} the server's; set it"
+    return line
 
 
 def passes(error: Exception) -> bool:
     """Whether trying again later may help."""
     if isinstance(error, PermissionError) or type(error).__name__ in LASTING_NAMES:
         return False
+    if isinstance(status := getattr(error, "status", None), int):
+        return status >= 500 or status in LATER
     if isinstance(error, OSError | TimeoutError | EOFError):
         return error.errno not in LASTING if isinstance(error, OSError) else True
     return type(error).__module__.split(".")[0] in DRIVERS
@@ -184,7 +279,22 @@ def place(url: str | Place) -> Place:
         return Path(rest)
     if "::" in protocol or not rest.strip("/"):
         raise StoreError(f"{url}: not a place for stores; use a folder, or a URL such as s3://bucket/prefix")
+    if protocol in WEB:
+        _check_web_address(protocol, rest)
     return RemotePath(f"{protocol}://{rest.rstrip('/')}")
+
+
+def _check_web_address(protocol: str, rest: str) -> None:
+    """Refuse an address with more in it than host, port and path, without showing what may be secret."""
+    try:
+        parts = urlsplit(f"{protocol}://{rest}")
+        plain = parts.hostname and parts.port != 0 and not (parts.username or parts.password or parts.query)
+    except ValueError:
+        plain = None
+    if not plain or "@" in parts.netloc or set("?#") & set(rest):
+        raise StoreError(
+            f"{protocol}://…: write a store's address as {protocol}://host:port/folder, and put the token into HSAE_TOKEN"
+        )
 
 
 def publish(target: Place, data: bytes) -> None:
@@ -232,16 +342,20 @@ def exists(target: Place) -> bool:
 
 
 def locked(target: Place, suffix: str = "") -> AbstractContextManager[object]:
-    """The lock on a local store, taken; none on a remote one, whose builders do each other's work twice but no harm.
+    """The lock on a local store, taken; none on a remote one, whose builders may do each other's work twice but no harm.
 
-    Raises StoreError if another process builds or mends it.
+    Raises StoreError if another process builds or mends it, or if nothing can be written there.
     """
     if isinstance(target, RemotePath):
+        if target.read_only:
+            raise StoreError(f"{target}: stores at {target.protocol}:// can only be read; write where they lie")
         return contextlib.nullcontext()
     try:
         return FileLock(target.with_name(f".{target.name}{suffix}.lock")).acquire(timeout=0)
     except Timeout:
         raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
+    except OSError as error:
+        raise StoreError(f"nothing can be written in {target.parent} ({error.strerror}); use another folder") from None
 
 
 def remove(target: Place) -> None:

@@ -7,6 +7,7 @@ keeps its pages). `HSAE_SCRATCH_GIB` (default 64) bounds the folder; the least r
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -43,7 +44,23 @@ class Scratch:
         self._lock = threading.Lock()
 
     def fetch(self, key: str, size: int, make: Callable[[], bytes]) -> Path:
-        """The file of the chunk known as `key`, with `size` bytes of numbers; made if it isn't there."""
+        """The file of the chunk known as `key`, with `size` bytes of numbers; made if it isn't there.
+
+        Raises UserError if the folder can't be written to.
+        """
+        try:
+            return self._fetch(key, size, make)
+        except OSError as error:
+            name = error.filename  # utime gives none
+            ours = name is None or Path(os.fsdecode(name)).is_relative_to(self.folder.parent)
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and ours:
+                raise UserError(
+                    f"nothing can be written in the scratch folder {self.folder} ({error.strerror}); "
+                    "set HSAE_HOME to a folder of your own"
+                ) from None
+            raise
+
+    def _fetch(self, key: str, size: int, make: Callable[[], bytes]) -> Path:
         path = self.folder / hashlib.sha256(key.encode()).hexdigest()[:32]
         if self._touch(path, size):
             return path
@@ -86,15 +103,16 @@ class Scratch:
     def _evict(self, size: int) -> None:
         """Look at what is there, whoever wrote it, and delete the least recently used files if it is too much."""
         with FileLock(self.folder / "evict.lock"):
-            found = []
+            found, now = [], time.time()
             self._held = 0
             for entry in os.scandir(self.folder):
                 if OURS.fullmatch(entry.name):
                     with contextlib.suppress(FileNotFoundError):
                         status = entry.stat(follow_symlinks=False)
                         self._held += status.st_size
-                        if not (entry.name.endswith(PARTIAL) and abs(time.time() - status.st_mtime) < BEING_WRITTEN):
-                            found.append((status.st_mtime_ns, status.st_size, entry.path))
+                        if not (entry.name.endswith(PARTIAL) and abs(now - status.st_mtime) < BEING_WRITTEN):
+                            ahead = status.st_mtime > now + BEING_WRITTEN  # set by a wrong clock: as if never used
+                            found.append((0 if ahead else status.st_mtime_ns, status.st_size, entry.path))
             limit = self._limit(self._held)
             if self._held + size <= limit:
                 return

@@ -85,7 +85,7 @@ class ActivationStore:
         path = self.root / "documents.json"
         try:
             held = [(int(number), topic) for number, topic in json.loads(path.read_text())]
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise StoreError(f"{path} can't be read ({error}); build the store again") from None
         if len(held) != self.rows:
             raise StoreError(f"{path} tells of {len(held)} rows, the store has {self.rows}; build the store again")

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hsae.cache.errors import StoreError
 from hsae.cache.share import Share
 from hsae.cache.store import ActivationStore
 
@@ -61,7 +62,7 @@ class TokenStream:
         self._counts = np.array([len(self._kept(index)) for index in range(store.chunks)], dtype=np.int64)
         self.tokens_per_epoch = int(self._counts.sum())
         if self.tokens_per_epoch == 0:
-            raise ValueError(f"{store.url} holds special tokens only")
+            raise StoreError(f"{store.url} holds special tokens only; use another corpus")
         self._chunk_tokens = store.chunk_rows * store.context
         self._window: _Window | None = None
         self._bounds: tuple[int, list[NDArray[np.int64]], NDArray[np.int64]] | None = None

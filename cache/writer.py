@@ -25,10 +25,14 @@ from hsae.cache.remote import Place, RemotePath, many, publish, sizes
 __all__ = ["TORCH_DTYPES", "create", "seal", "write_chunk", "write_header", "write_json", "write_metadata"]
 
 
-def create(target: Place, header: Header, specs: Iterable[ArraySpec]) -> None:
-    """Make an empty store with all its arrays; it appears whole or not at all."""
+def create(target: Place, header: Header, specs: Iterable[ArraySpec]) -> bool:
+    """Make an empty store with all its arrays; it appears whole or not at all. False if another process was faster."""
     if isinstance(target, RemotePath):
-        return write_metadata(target, header, specs)
+        documents = _documents(header, specs)
+        first = documents.pop("zarr.json")
+        for name, document in documents.items():
+            publish(target / name, document)
+        return (target / "zarr.json").create_bytes(first)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed; the builder holds the store's lock
     try:
@@ -36,6 +40,7 @@ def create(target: Place, header: Header, specs: Iterable[ArraySpec]) -> None:
         partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return True
 
 
 def write_metadata(target: Place, header: Header, specs: Iterable[ArraySpec]) -> None:

@@ -1,5 +1,7 @@
-"""`hsae cache copy` and `hsae cache recode`: a store elsewhere, or in another codec."""
+"""`hsae cache copy`, `recode` and `serve`: a store elsewhere, in another codec, for others."""
 
+import os
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -34,6 +36,35 @@ def recode(
     Example: hsae cache recode activations/gemma-3-270m-train-0123456789abcdef.zarr s3://bucket/activations --codec compact
     """
     _transfer(source, folder, codec)
+
+
+def serve(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A store, or a folder of stores, on this machine.")],
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen at: 127.0.0.1 for this machine only, 0.0.0.0 for all.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 picks a free one.")] = 8420,
+    certificate: Annotated[
+        Path | None, typer.Option("--certificate", metavar="FILE", help="Certificate chain (PEM) for https.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option("--key", metavar="FILE", help="Its private key (PEM).")] = None,
+) -> None:
+    """Let other machines read stores over HTTP: `--set cache.dir=http://HOST:PORT` there, and the same HSAE_TOKEN on both sides.
+
+    Example: hsae cache serve activations --host 0.0.0.0
+    """
+    from hsae.cache.serve import serve as serve_stores
+
+    def started(url: str, names: list[str]) -> None:
+        console.print(f"serving at [bold]{escape(url)}[/], for reading only:", soft_wrap=True)
+        for name in names:
+            console.print(f"  {escape(name)}", soft_wrap=True)
+        if key is None and host not in ("127.0.0.1", "::1", "localhost"):
+            console.print("[yellow]without --certificate and --key the token crosses the network in the clear[/]")
+
+    serve_stores(
+        path, os.environ.get("HSAE_TOKEN"), host=host, port=port, certificate=certificate, key=key, started=started
+    )
 
 
 def _transfer(source: str, folder: str, codec: Literal["mappable", "compact", "int8"] | None) -> None:

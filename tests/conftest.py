@@ -1,7 +1,13 @@
-"""What several test files need: small stores made without a language model, and an S3 server that fails on demand."""
+"""What several test files need: small stores made without a language model, an S3 server that fails on demand, and a web server."""
 
 import importlib.util
 import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -84,4 +90,43 @@ def s3(s3_server, monkeypatch):
         monkeypatch.setenv(name, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     yield faults
-    faults.rate = faults.gone_until = 0.0
+    faults.rate, faults.gone_until, faults.skewed = 0.0, 0.0, False
+
+
+TOKEN = "a-token-that-readers-know"
+
+
+@contextmanager
+def serving(path, *options, token=TOKEN):
+    """`hsae cache serve` in a process of its own: (its URL, the process, what it printed so far)."""
+    settings = {**os.environ, "HSAE_TOKEN": token, "COLUMNS": "300"}
+    command = [
+        sys.executable,
+        "-c",
+        "from hsae.cli.main import main; main()",
+        "cache",
+        "serve",
+        str(path),
+        "--port",
+        "0",
+    ]
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=settings
+    )
+    printed = [process.stdout.readline()]
+    try:
+        yield re.search(r"serving at (\S+),", printed[0])[1], process, printed
+    finally:
+        process.send_signal(signal.SIGINT)
+        printed.append(process.communicate(timeout=30)[0])
+
+
+@pytest.fixture(scope="session")
+def serve():
+    return serving
+
+
+@pytest.fixture
+def token(monkeypatch):
+    monkeypatch.setenv("HSAE_TOKEN", TOKEN)
+    return TOKEN

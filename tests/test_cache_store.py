@@ -336,12 +336,14 @@ def killed_and_resumed(built, folder, times, seed):
     assert contents(folder / built.name) == contents(built)
 
 
-def test_kill_minus_nine_then_build_again_gives_the_same_bytes(built, tmp_path):
+def test_kill_minus_nine_then_build_again_gives_the_same_bytes(built, tmp_path, record_property):
+    record_property("injected", 2)
     killed_and_resumed(built, tmp_path, times=2, seed=0)
 
 
 @pytest.mark.slow
-def test_kill_minus_nine_ten_times_then_build_again_gives_the_same_bytes(built, tmp_path):
+def test_kill_minus_nine_ten_times_then_build_again_gives_the_same_bytes(built, tmp_path, record_property):
+    record_property("injected", 10)
     killed_and_resumed(built, tmp_path, times=10, seed=1)
 
 
@@ -361,6 +363,30 @@ def test_a_full_disk_leaves_a_store_that_can_be_finished(built, tmp_path, monkey
     with pytest.raises(StoreError, match="is not finished"):
         ActivationStore.open(tmp_path / built.name)
     monkeypatch.undo()
+    build([spec()], tmp_path)
+    assert contents(tmp_path / built.name) == contents(built)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[1]", b"{}", b'{"chunks": Infinity, "documents": 1, "taken": 0, "row": []}', b"[" * 100_000]
+)
+def test_a_damaged_state_of_packing_costs_packing_again_and_no_bytes(built, tmp_path, monkeypatch, content):
+    from hsae.cache import build as module
+
+    real, count = module.writer.write_chunk, iter(range(100))
+
+    def full(*arguments):
+        if next(count) == 2:
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(module.writer, "write_chunk", full)
+    with pytest.raises(OSError, match="No space left"):
+        build([spec()], tmp_path)
+    monkeypatch.undo()
+    state = tmp_path / built.name / "packing.json"
+    assert state.is_file()
+    state.write_bytes(content)
     build([spec()], tmp_path)
     assert contents(tmp_path / built.name) == contents(built)
 

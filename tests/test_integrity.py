@@ -1,6 +1,7 @@
 """A single flipped, cut, missing, swapped or foreign chunk is found and named; no metadata makes a reader do anything but refuse."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -11,11 +12,17 @@ from hsae.cache.codec import crc32c
 from hsae.cache.errors import StoreError
 from hsae.cache.layout import every_array, read_header
 from hsae.cache.store import ActivationStore
+from hsae.cache.stream import TokenStream
 from hsae.cache.verify import repair, verify
 from hsae.cache.writer import write_header
 
 HOOK = "blocks.3.hook_resid_post"
-MANY = settings(max_examples=80, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+MANY = settings(
+    max_examples=int(os.environ.get("HSAE_EXAMPLES", "80")),
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 
 @pytest.fixture(scope="module", params=["mappable", "compact"])
@@ -42,7 +49,8 @@ def read_everything(root):
 
 @given(data=st.data())
 @MANY
-def test_one_harmed_chunk_is_found_and_named_by_verify_and_by_reading(stores, scratch_home, data):
+def test_one_harmed_chunk_is_found_and_named_by_verify_and_by_reading(stores, scratch_home, record_property, data):
+    record_property("injected", 1)
     root, other = stores
     files = chunk_files(root)
     chunk = data.draw(st.sampled_from(files))
@@ -138,7 +146,8 @@ HOSTILE = st.one_of(
 
 @given(data=st.data())
 @MANY
-def test_hostile_metadata_is_refused_or_means_what_it_says(stores, scratch_home, data):
+def test_hostile_metadata_is_refused_or_means_what_it_says(stores, scratch_home, record_property, data):
+    record_property("injected", 1)
     root = stores[0]
     path = root / data.draw(
         st.sampled_from(["zarr.json", "zarr.json", f"acts/{HOOK}/zarr.json", "tokens/zarr.json", "checks/zarr.json"])
@@ -166,7 +175,8 @@ def test_hostile_metadata_is_refused_or_means_what_it_says(stores, scratch_home,
 
 @given(content=st.one_of(st.binary(max_size=40), st.just(b"[" * 100_000), st.just(b'{"attributes": {"hsae": []}}')))
 @settings(MANY, max_examples=25)
-def test_a_header_of_any_bytes_is_refused(stores, content):
+def test_a_header_of_any_bytes_is_refused(stores, record_property, content):
+    record_property("injected", 1)
     path = stores[0] / "zarr.json"
     whole = path.read_bytes()
     path.write_bytes(content)
@@ -201,3 +211,39 @@ def test_impossible_sizes_and_hooks_are_refused(stores, change, message):
             ActivationStore.open(stores[0])
     finally:
         path.write_text(whole)
+
+
+def refused_or_read(root, name, content):
+    """What fuzzing found: read everything, as training does too, with other content in one file."""
+    path = root / name
+    whole = path.read_bytes() if path.exists() else None
+    path.write_bytes(content)
+    try:
+        read_everything(root)
+        store = ActivationStore.open(root)
+        TokenStream(store, HOOK, batch_tokens=5, seed=0).batch(0)
+        store.documents()
+    finally:
+        path.unlink() if whole is None else path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["tokens/zarr.json", "checks/zarr.json", f"acts/{HOOK}/zarr.json", "documents.json"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"", b"[[Infinity, null]]", b"[[1, 2, 3]]", b"\xff", b"1" * 5000])
+def test_metadata_that_python_s_json_chokes_on_is_refused(stores, scratch_home, name, content):
+    with pytest.raises(StoreError):
+        refused_or_read(stores[0], name, content)
+
+
+@pytest.mark.parametrize("change", [{"special_ids": [10**30]}, {"special_ids": [-5]}, {"bos_id": 2**40}])
+def test_token_ids_that_no_token_can_have_are_refused(stores, change):
+    document = json.loads((stores[0] / "zarr.json").read_text())
+    document["attributes"]["hsae"] |= change
+    with pytest.raises(StoreError, match="is not the header of an hsae store"):
+        refused_or_read(stores[0], "zarr.json", json.dumps(document).encode())
+
+
+def test_a_store_of_special_tokens_only_is_refused_in_a_sentence(stores, scratch_home):
+    document = json.loads((stores[0] / "zarr.json").read_text())
+    document["attributes"]["hsae"]["special_ids"] = list(range(100))
+    with pytest.raises(StoreError, match="holds special tokens only; use another corpus"):
+        refused_or_read(stores[0], "zarr.json", json.dumps(document).encode())

@@ -80,7 +80,7 @@ def test_each_chunk_is_one_put_and_one_get_and_is_fetched_once(bucket, make_stor
     assert s3.requests == {}
 
 
-def test_a_third_of_the_requests_fails_and_nothing_is_lost(bucket, make_store, tmp_path, s3):
+def test_a_third_of_the_requests_fails_and_nothing_is_lost(bucket, make_store, tmp_path, s3, record_property):
     s3.faults.clear()
     s3.rate = 0.3
     far, values = make_store(bucket)
@@ -90,14 +90,29 @@ def test_a_third_of_the_requests_fails_and_nothing_is_lost(bucket, make_store, t
     s3.rate = 0.0
     assert contents(far) == contents(make_store(tmp_path)[0])
     assert s3.faults.keys() == {"500", "503", "reset", "short"} and s3.faults.total() > 10
+    record_property("injected", s3.faults.total())
 
 
-def test_s3_may_be_gone_for_a_while(bucket, make_store, s3):
+def test_s3_may_be_gone_for_a_while_and_that_is_said_once(bucket, make_store, s3, monkeypatch, record_property):
+    """It comes back when its absence has been logged."""
     far, values = make_store(bucket)
     store = ActivationStore.open(str(far))
-    s3.gone_until = time.monotonic() + 1.5
+    monkeypatch.setattr(remote, "SILENCE", 0.01)
+    monkeypatch.setattr(remote, "_logged_at", -remote.BETWEEN)
+    lines = []
+
+    def logged(line):
+        lines.append(line)
+        s3.gone_until = time.monotonic() + 0.5
+
+    monkeypatch.setattr(remote.LOG, "warning", logged)
+    s3.faults.clear()
+    s3.gone_until = time.monotonic() + 250
     assert torch.equal(store.acts(HOOK, 0, 4), values[f"acts/{HOOK}"][:4])
     assert s3.faults["gone"] > 1
+    record_property("injected", s3.faults["gone"])
+    assert len(lines) == 1 and lines[0].startswith(f"{far}/acts/{HOOK}/c/0/0/0 can't be reached (")
+    assert lines[0].endswith("); trying again for up to 300 s")
 
 
 def test_patience_ends_and_refusals_are_told_at_once(bucket, s3, impatient, monkeypatch):

@@ -1,0 +1,338 @@
+"""Stores over HTTP: what `hsae cache serve` shows and refuses, and a real server process read as any other store."""
+
+import http.client
+import os
+import ssl
+import threading
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hsae.cache.build import build
+from hsae.cache.errors import StoreError, UserError
+from hsae.cache.layout import read_header
+from hsae.cache.remote import RemoteError, children, place, sizes
+from hsae.cache.serve import application, find, serve
+from hsae.cache.store import ActivationStore
+from hsae.cache.stream import TokenStream
+from hsae.cache.transfer import copy
+from hsae.cache.verify import repair, verify
+from hsae.cli.common import console
+from hsae.cli.main import app
+
+HOOK = "blocks.3.hook_resid_post"
+
+
+def contents(root):
+    return {name: (root / name).read_bytes() for name in sizes(root) if not name.endswith(".lock")}
+
+
+@pytest.fixture(scope="module")
+def folder(make_store, tmp_path_factory):
+    """A folder with two stores and what must not be shown."""
+    folder = tmp_path_factory.mktemp("served")
+    store, _ = make_store(folder)
+    make_store(folder, codec="compact")
+    (folder / "secret.txt").write_text("secret")
+    (folder / ".hidden.zarr").mkdir()
+    (folder / ".hidden.zarr/zarr.json").write_text("secret")
+    (store / ".x.partial").write_text("secret")
+    (store / "outside").symlink_to(folder / "secret.txt")
+    (store / "above").symlink_to(folder.parent)
+    (store / "dotted").symlink_to(store / ".x.partial")
+    (store / "loop").symlink_to(store / "loop")
+    (store / "inside").symlink_to(store / "zarr.json")
+    os.mkfifo(store / "pipe")
+    (folder / "lone.zarr").write_text("secret")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder, serve):
+    with serve(folder) as (url, _, printed):
+        yield url, printed
+
+
+@pytest.fixture
+def url(server, token, scratch_home):
+    return server[0]
+
+
+def request(url, path, method="GET", **headers):
+    """(status, headers, body) of a request whose path is sent as it is."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+    try:
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+    finally:
+        connection.close()
+
+
+def store_in(folder, codec="mappable"):
+    return next(path for path in folder.glob("none-*.zarr") if read_header(path).spec.codec == codec)
+
+
+def test_files_ranges_and_listings(folder, url, token):
+    store, shown = store_in(folder), {"Authorization": f"Bearer {token}"}
+    chunk = (store / "tokens/c/1/0").read_bytes()
+    path = f"/{store.name}/tokens/c/1/0"
+    assert request(url, path, **shown)[::2] == (200, chunk)
+    assert request(url, path, Range="bytes=5-16", **shown)[::2] == (206, chunk[5:17])
+    assert request(url, path, Range="bytes=-4", **shown)[::2] == (206, chunk[-4:])
+    status, headers, body = request(url, path, "HEAD", **shown)
+    assert (status, body, headers["Content-Length"]) == (200, b"", str(len(chunk)))
+    assert request(url, path, Range="bytes=900000-", **shown)[0] == 416
+    both = sorted(held.name for held in folder.glob("none-*.zarr"))
+    assert [found.name for found in children(place(url))] == both
+    names = [found.name for found in children(place(url) / store.name)]
+    assert names == ["ablation", "acts", "checks", "clean", "inside", "stats", "tokens", "zarr.json"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/secret.txt", "/.hidden.zarr/zarr.json", "/lone.zarr", "/{name}/.x.partial", "/{name}/outside", "/{name}/above", "/{name}/above/x",
+        "/{name}/dotted", "/{name}/loop", "/{name}/pipe", "/{name}/../secret.txt", "/../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd",
+        "/{name}/..%2fsecret.txt", "/{name}/%2e%2e%2f%2e%2e%2fsecret.txt", "/%252e%252e/x", "//etc/passwd", "/%2Fetc%2Fpasswd", "/etc/passwd",
+        "/{name}/\\..\\..\\secret.txt", "/{name}/zarr.json%00", "/{name}//zarr.json", "/{name}/./zarr.json", "/%ff%fe", "/" + "x" * 5000, "/{name}/missing",
+        "/{name}/zarr.json/x",
+    ],
+)  # fmt: skip
+def test_nothing_else_is_shown(folder, url, token, path):
+    status, _, body = request(url, path.format(name=store_in(folder).name), Authorization=f"Bearer {token}")
+    assert status == 404 and b"secret" not in body and b"root:" not in body
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "PROPFIND"])
+def test_nothing_can_be_changed(folder, url, token, method):
+    before = contents(store_in(folder))
+    for path in ("/", f"/{store_in(folder).name}/zarr.json"):
+        assert request(url, path, method, Authorization=f"Bearer {token}")[0] == 405
+    assert contents(store_in(folder)) == before
+
+
+@pytest.mark.parametrize(
+    "shown", ["", "Bearer", "Bearer ", "Bearer x", "Bearer {token}x", "Basic {token}", "{token}", "Bearer \xff"]
+)
+def test_without_the_token_nothing_is_said(folder, url, token, shown):
+    headers = {"Authorization": shown.format(token=token)} if shown else {}
+    answers = {request(url, path, **headers)[::2] for path in ("/", f"/{store_in(folder).name}/zarr.json", "/missing")}
+    assert answers == {(401, b"the token is missing or wrong")}
+    assert request(url, "/", "PUT", **headers)[0] == 401
+
+
+def test_one_store_alone_is_served_under_its_name(folder):
+    store = store_in(folder)
+    assert find(folder, store.name, f"/{store.name}/zarr.json") == store / "zarr.json"
+    other = store_in(folder, "compact")
+    assert find(folder, store.name, f"{other.name}/zarr.json") is None
+    assert find(folder, None, f"{other.name}/zarr.json") == other / "zarr.json"
+
+
+@pytest.mark.parametrize("codec", ["mappable", "compact"])
+def test_a_store_over_http_is_read_as_the_local_one(folder, url, tmp_path, codec, monkeypatch):
+    near = store_in(folder, codec)
+    far = f"{url}/{near.name}"
+    assert verify(far) == []
+
+    def batches(where):
+        stream = TokenStream(ActivationStore.open(where), HOOK, batch_tokens=11, seed=5, window_tokens=40)
+        return torch.stack(list(stream.batches(0, 30)))
+
+    assert torch.equal(batches(far), batches(near))
+    here, there = contents(near), contents(copy(far, tmp_path / "copied"))
+    assert {name: here[name] for name in there} == there and "checks/c/0" in there
+    monkeypatch.setattr(console, "width", 300)
+    for arguments, words in (
+        (["verify", far], "all chunks are whole"), (["info", far], f"6 of 4 rows, {codec}"), (["ls", url], f"{near.name} │ complete"),
+    ):  # fmt: skip
+        told = CliRunner().invoke(app, ["cache", *arguments])
+        assert told.exit_code == 0 and words in told.output, told.output
+
+
+def test_a_damaged_chunk_is_named_by_its_url(make_store, serve, token, tmp_path):
+    near, _ = make_store(tmp_path)
+    (near / "tokens/c/2/0").write_bytes((near / "tokens/c/1/0").read_bytes())
+    with serve(near) as (url, _, _):
+        damages = verify(f"{url}/{near.name}")
+        assert [(str(damage.path), damage.problem) for damage in damages] == [
+            (f"{url}/{near.name}/tokens/c/2/0", "is another chunk, put in this one's place")
+        ]
+        with pytest.raises(StoreError, match=r"stores at http:// can only be read; write where they lie"):
+            repair(f"{url}/{near.name}", damages)
+
+
+def test_what_is_wrong_with_the_token_is_said_in_one_sentence(folder, url, monkeypatch):
+    far = f"{url}/{store_in(folder).name}"
+    monkeypatch.setenv("HSAE_TOKEN", "another-token-altogether")
+    refused = f"{far}/zarr.json is refused (the server does not take the token in HSAE_TOKEN; set it to the one that the server was started with)"
+    for command in (["cache", "verify", far], ["cache", "info", far]):
+        told = CliRunner().invoke(app, command)
+        assert isinstance(told.exception, RemoteError) and str(told.exception) == refused
+    monkeypatch.delenv("HSAE_TOKEN")
+    with pytest.raises(
+        RemoteError, match=r"\(the server wants a token; set HSAE_TOKEN to the one that it was started with\)"
+    ):
+        verify(far)
+    with pytest.raises(RemoteError, match="the server wants a token"):
+        place(url).is_dir()
+
+
+def test_a_missing_store_and_a_place_that_can_only_be_read(folder, url, make_store, tmp_path):
+    with pytest.raises(StoreError, match=r"no activation store at http://.*/nothing.zarr; make it with"):
+        ActivationStore.open(f"{url}/nothing.zarr")
+    assert not (place(url) / "nothing.zarr").is_dir() and sizes(place(url) / "nothing.zarr") == {}
+    spec = read_header(store_in(folder)).spec.model_copy(update={"rows": 24})
+    with pytest.raises(StoreError, match=rf"{url}/none-eval-\w+.zarr: stores at http:// can only be read"):
+        build([spec], url)
+    near, _ = make_store(tmp_path, rows=11)
+    with pytest.raises(StoreError, match="stores at http:// can only be read; write where they lie"):
+        copy(near, url)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://me:secret-token@host/x", "https://host/x?token=secret-token", "http://host:99999/secret-token", "http://host/x#secret-token"]
+)  # fmt: skip
+def test_an_address_with_a_secret_in_it_is_refused_and_not_shown(address):
+    with pytest.raises(
+        StoreError, match=r"https?://…: write a store's address as .*, and put the token into HSAE_TOKEN"
+    ) as caught:
+        place(address)
+    assert "secret-token" not in str(caught.value)
+
+
+@contextmanager
+def in_a_thread(application, port=0):
+    """The port of an ASGI application served from this process."""
+    import uvicorn
+
+    config = uvicorn.Config(application, port=port, log_level="critical", lifespan="off", ws="none")
+    listener, running = config.bind_socket(), uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        running.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def test_a_server_that_fails_and_goes_away_is_waited_for(make_store, scratch_home, token, tmp_path):
+    near, values = make_store(tmp_path)
+    inner, count = application(tmp_path, None, token), 0
+
+    async def failing(scope, receive, send):
+        nonlocal count
+        count += 1
+        if count % 5 == 0:
+            await send({"type": "http.response.start", "status": 503, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+        elif count % 7 == 0:  # more is promised than comes
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"999")]})
+            await send({"type": "http.response.body", "body": b"short"})
+        else:
+            await inner(scope, receive, send)
+
+    with in_a_thread(failing) as port:
+        far = f"http://127.0.0.1:{port}/{near.name}"
+        store = ActivationStore.open(far)
+        assert verify(far) == [] and contents(place(far)) == contents(near)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(store.acts(HOOK, 0, 23)))
+    reader.start()
+    reader.join(0.3)
+    assert reader.is_alive()
+    with in_a_thread(failing, port):
+        reader.join(30)
+    assert torch.equal(read[0], values[f"acts/{HOOK}"])
+
+
+def test_a_file_the_server_may_not_read_is_refused_at_once(make_store, token, tmp_path, monkeypatch):
+    near, _ = make_store(tmp_path)
+    monkeypatch.setattr("pathlib.Path.open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "no")))
+    with (
+        in_a_thread(application(tmp_path, None, token)) as port,
+        pytest.raises(RemoteError, match=r"zarr.json is refused \(403 Forbidden\)"),
+    ):
+        verify(f"http://127.0.0.1:{port}/{near.name}")
+
+
+def test_over_tls_with_a_certificate_of_ones_own(folder, serve, token, tmp_path):
+    certificate, key = self_signed(tmp_path)
+    name = store_in(folder).name
+    with serve(folder, "--certificate", str(certificate), "--key", str(key)) as (url, _, _):
+        assert url.startswith("https://127.0.0.1:")
+        with pytest.raises(RemoteError, match=r"is refused .*certificate verify failed"):
+            verify(f"{url}/{name}")
+        context = ssl.create_default_context(cafile=certificate)
+        connection = http.client.HTTPSConnection(urlsplit(url).netloc, timeout=30, context=context)
+        connection.request("GET", f"/{name}/zarr.json", headers={"Authorization": f"Bearer {token}"})
+        assert connection.getresponse().read() == (store_in(folder) / "zarr.json").read_bytes()
+        connection.close()
+
+
+def self_signed(folder):
+    """(certificate, key) for 127.0.0.1."""
+    import datetime
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now = datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder(
+        name, name, key.public_key(), x509.random_serial_number(), now, now + datetime.timedelta(1)
+    )
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    signed = made.add_extension(address, critical=True).sign(key, hashes.SHA256())
+    (folder / "certificate.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    text = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (folder / "key.pem").write_bytes(text)
+    return folder / "certificate.pem", folder / "key.pem"
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (None, "set HSAE_TOKEN to a secret that readers must know"), ("", "set HSAE_TOKEN to a secret"), ("short", "must be 16 or more ASCII"),
+        ("with spaces in the middle", "without spaces"), ("ümlaut-in-the-secret", "must be 16 or more ASCII"),
+    ],
+)  # fmt: skip
+def test_a_server_needs_a_good_token_and_does_not_show_a_bad_one(folder, token, message):
+    with pytest.raises(UserError, match=message) as caught:
+        serve(folder, token)
+    assert not token or token not in str(caught.value)
+
+
+def test_what_can_not_be_served_is_said(folder, token, tmp_path, server):
+    with pytest.raises(StoreError, match=f"{tmp_path} is no store and holds none; stores are made by"):
+        serve(tmp_path, token)
+    with pytest.raises(UserError, match="TLS needs both --certificate and --key, or neither"):
+        serve(folder, token, key=tmp_path / "key")
+    with pytest.raises(UserError, match="nowhere can't be used for TLS"):
+        serve(folder, token, key=tmp_path / "nowhere", certificate=tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"can't listen at 127.0.0.1, port \d+ \(.*in use.*\); give another"):
+        serve(folder, token, port=int(server[0].rsplit(":", 1)[1]))
+    assert token not in "".join(server[1])
+
+
+def test_without_the_packages_the_extra_is_named(folder, token, monkeypatch):
+    modules = __import__("sys").modules
+    monkeypatch.setitem(modules, "uvicorn", None)
+    with pytest.raises(UserError, match=r"needs uvicorn and starlette; run: pip install 'hsae\[serve\]'"):
+        serve(folder, token)
+    monkeypatch.delitem(modules, "hsae.cache.web", raising=False)
+    monkeypatch.setitem(modules, "aiohttp", None)
+    with pytest.raises(
+        StoreError, match=r"http://host/x: nothing installed reads http:// URLs; pip install 'hsae\[http\]'"
+    ):
+        _ = place("http://host/x").is_file()
