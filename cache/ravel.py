@@ -26,7 +26,7 @@ from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.files import write_atomically
 from hsae.cache.lm import LanguageModel
 from hsae.cache.probe import PART_TEXTS, Wanted, build_set, part_file, sets_folder, versions
-from hsae.cache.probe_config import content_key
+from hsae.cache.probe_config import content_key, probe_folder
 from hsae.cache.ravel_config import RAVEL_FORMAT, EntitiesConfig, RavelSpec
 from hsae.cache.remote import locked
 
@@ -207,7 +207,7 @@ def _answers(
     hook, most = spec.hooks[-1], spec.data.new_tokens
     labels = [one.label for one in asked]
     key = content_key({"texts": texts, "hook": hook, "labels": labels, "tokens": most, "rows": spec.data.batch_rows})
-    folder = Path(root).expanduser() / "probe" / "answers" / key
+    folder = probe_folder(root) / "answers" / key
     folder.mkdir(parents=True, exist_ok=True)
     found: list[tuple[str, int]] = []
     for number, first in enumerate(range(0, len(asked), PART_TEXTS)):

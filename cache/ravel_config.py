@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from hsae.cache.config import Config, ModelConfig
-from hsae.cache.probe_config import content_key, model_slug
+from hsae.cache.probe_config import content_key, model_slug, probe_folder
 
 RAVEL_FORMAT = 1
 
@@ -43,4 +43,4 @@ class RavelSpec(Config):
 
     def path(self, root: str | Path) -> Path:
         """The store's file in a cache folder."""
-        return Path(root).expanduser() / "probe" / "ravel" / f"{model_slug(self.model)}-{self.fingerprint}.json"
+        return probe_folder(root) / "ravel" / f"{model_slug(self.model)}-{self.fingerprint}.json"
