@@ -45,6 +45,7 @@ def auxiliary(
     reconstruction_BI: Tensor,
     dead_F: Tensor,
     latents: int,
+    workers: Workers = ALONE,
 ) -> Tensor:
     """AuxK (Gao et al. 2024, arXiv 2406.04093, A.2): dead latents reconstruct what the living left over.
 
@@ -57,7 +58,7 @@ def auxiliary(
     residual_BI = widened(target_BI - reconstruction_BI).detach()
     pre = (read_BI - bias_I) @ level.W_enc[:, indices] + level.b_enc[indices]
     acts = top_k(pre, min(latents, max(1, target_BI.shape[1] // 2), len(indices)))
-    variance = level.workers.mean(residual_BI.square().sum(-1).mean()).clamp_min(1e-12)
+    variance = workers.mean(residual_BI.square().sum(-1).mean()).clamp_min(1e-12)
     return fraction_unexplained(residual_BI, acts @ level.W_dec[indices], variance)
 
 

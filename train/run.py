@@ -151,7 +151,7 @@ class TrainingRun:
                 dead = self.tokens_since_fired[number - 1] >= config.dead_after_tokens
                 bias = self.model.bias(number)
                 parts[f"auxiliary{number}"] = config.aux_weight * auxiliary(
-                    module, level.read, bias, target, reconstruction, dead, config.aux_latents
+                    module, level.read, bias, target, reconstruction, dead, config.aux_latents, self.workers
                 )
         for number in range(2, config.levels + 1):
             if config.composition.mode != "none" and {number, number - 1} <= output.levels.keys():
