@@ -8,6 +8,7 @@ file's content. Metadata is put into the store, and everything is read, as train
 `hsae cache verify` does; the bytes of a chunk get a right checksum and are decoded. An error that is none of hsae's stops the run, and the input is kept in a file.
 """
 
+import copy
 import importlib.util
 import json
 import os
@@ -25,7 +26,7 @@ with atheris.instrument_imports(include=["hsae"]):
     from hsae.cache.layout import ArraySpec, every_array, read_header
     from hsae.cache.store import ActivationStore
     from hsae.cache.stream import TokenStream
-    from hsae.cache.transfer import copy
+    from hsae.cache.transfer import copy as copy_store
     from hsae.cache.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +47,7 @@ class Target:
         os.environ["HSAE_HOME"] = str(folder / "home")
         self.hook = module.HOOK
         mappable, _ = module.made(folder / "mappable")
-        self.roots = [mappable, module.made(folder / "compact")[0], copy(mappable, folder / "int8", codec="int8")]
+        self.roots = [mappable, module.made(folder / "compact")[0], copy_store(mappable, folder / "int8", codec="int8")]
         for root in self.roots:
             rows = read_header(root).spec.rows
             (root / "documents.json").write_text(json.dumps([[number // 2, None] for number in range(rows)]))
@@ -127,7 +128,7 @@ class Target:
                 elif chance.random() < 0.15:
                     node[key] = [node[key], node[key]]
                 else:
-                    node[key] = chance.choice(HOSTILE)
+                    node[key] = copy.deepcopy(chance.choice(HOSTILE))
             return (data[:2] + json.dumps(tree[0]).encode())[:most]
         return bytes(atheris.Mutate(data, most))
 
