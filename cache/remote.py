@@ -9,6 +9,7 @@ like configure any driver.
 
 import contextlib
 import errno
+import inspect
 import os
 import random
 import secrets
@@ -29,6 +30,7 @@ from hsae.cache.errors import StoreError
 PATIENCE = 300.0  # seconds for which one request is tried again
 LONGEST_PAUSE = 20.0
 IN_FLIGHT = 16  # requests at once
+LISTED_AT_ONCE = 10_000  # most numbers, nearly, in one part of a long listing
 PARTIAL = ".partial"
 LASTING = {errno.EINVAL, errno.ENOSYS, errno.EREMCHG}  # what s3fs makes of bad requests and redirects
 LASTING_NAMES = {
@@ -91,9 +93,9 @@ class RemotePath:
         """The whole object as UTF-8."""
         return self.read_bytes().decode()
 
-    def read_tail(self, size: int, count: int) -> bytes:
-        """The last `count` bytes of an object of `size` bytes."""
-        return bytes(self._patiently(lambda filesystem, path: filesystem.cat_file(path, start=size - count, end=size)))
+    def read_tail(self, count: int) -> bytes:
+        """The last `count` bytes of the object. Raises FileNotFoundError if there is none."""
+        return bytes(self._patiently(lambda filesystem, path: filesystem.cat_file(path, start=-count)))
 
     def write_bytes(self, data: bytes) -> None:
         """Make or replace the object; readers see the old one or all of the new one."""
@@ -122,12 +124,19 @@ class RemotePath:
         names = self._patiently(lambda filesystem, path: filesystem.ls(path, detail=False))
         return [self / name for name in sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in names})]
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every object below, by its path from here."""
+    @property
+    def lists_prefixes(self) -> bool:
+        """Whether the driver can list just the objects whose names begin alike, as those of S3, GCS and Azure can."""
+        return "prefix" in inspect.signature(self._driver[0].find).parameters
+
+    def sizes(self, begin: str = "") -> dict[str, int]:
+        """Bytes of every object below, by its path from here; with `lists_prefixes`, only of paths that begin so."""
+        only = {"prefix": begin} if begin else {}
 
         def found(filesystem: Any, path: str) -> dict[str, int]:
             start = len(path.rstrip("/")) + 1
-            return {name[start:]: int(told["size"]) for name, told in filesystem.find(path, detail=True).items()}
+            listed = filesystem.find(path, detail=True, **only)
+            return {name[start:]: int(told["size"]) for name, told in listed.items()}
 
         try:
             return dict(self._patiently(found))
@@ -141,6 +150,11 @@ class RemotePath:
         except FileNotFoundError:
             if not missing_ok:
                 raise
+
+    def remove(self) -> None:
+        """Delete every object below, many with one request where the driver can."""
+        with contextlib.suppress(FileNotFoundError):
+            self._patiently(lambda filesystem, path: filesystem.rm(path, recursive=True))
 
     def _patiently(self, request: Callable[[Any, str], ResultT]) -> ResultT:
         """Do it, and again while what goes wrong may pass. Raises RemoteError when patience ends or there is no point."""
@@ -211,6 +225,22 @@ def sizes(target: Place) -> dict[str, int]:
     return {path.relative_to(target).as_posix(): path.stat().st_size for path in files}
 
 
+def numbered(target: RemotePath, count: int) -> Iterator[tuple[str, int]]:
+    """(path from there, bytes) of every object below whose path begins with a number less than `count`, perhaps of others too.
+
+    A long listing is taken in parts, the numbers that begin with the same digits, several at once: one after the other, a
+    million objects would take a thousand requests in turn, and a gigabyte of memory for what is said of them.
+    """
+    digits = len(str(count - 1)) - len(str(LISTED_AT_ONCE)) + 1
+    if digits < 1 or not target.lists_prefixes:
+        yield from target.sizes().items()
+        return
+    least = 10 ** (digits - 1)
+    begins = [*(f"{number}/" for number in range(least)), *(str(number) for number in range(least, 10 * least))]
+    for part in many(target.sizes, begins):
+        yield from part.items()
+
+
 def size_of(target: Place) -> int | None:
     """Bytes of a file or object; None if there is none."""
     try:
@@ -247,8 +277,7 @@ def locked(target: Place, suffix: str = "") -> AbstractContextManager[object]:
 def remove(target: Place) -> None:
     """Delete everything below."""
     if isinstance(target, RemotePath):
-        for name in target.sizes():
-            (target / name).unlink(missing_ok=True)
+        target.remove()
     else:
         shutil.rmtree(target)
 

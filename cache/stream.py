@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hsae.cache.errors import StoreError
 from hsae.cache.store import ActivationStore
 
 PREFETCHED = 2
@@ -46,8 +47,7 @@ class TokenStream:
         self.window_tokens = window_tokens
         if not store.mapped_in_place(hook):
             self.window_tokens = min(window_tokens, max(1, WINDOW_BYTES // store.token_bytes))
-            store.prefetch("tokens", range(store.chunks))
-        self._counts = np.array([len(self._kept(index)) for index in range(store.chunks)], dtype=np.int64)
+        self._counts = store.kept
         self.tokens_per_epoch = int(self._counts.sum())
         if self.tokens_per_epoch == 0:
             raise ValueError(f"{store.url} holds special tokens only")
@@ -131,21 +131,29 @@ class TokenStream:
         _, groups, starts = self._bounds
         index = int(np.searchsorted(starts, place, side="right")) - 1
         if self._window is None or (self._window.epoch, self._window.index) != (epoch, index):
-            self.store.prefetch(f"acts/{self.hook}", self._needed(epoch, index))
+            self.store.prefetch(self._needed(epoch, index))
             self._window = None  # let the old order go before the new one is made
             order = np.concatenate(
                 [self._kept(int(chunk)) + int(chunk) * self._chunk_tokens for chunk in groups[index]]
             )
+            if len(order) != self._counts[groups[index]].sum():
+                raise StoreError(f"{self.store.url} has other tokens than it says; run `hsae cache verify`")
             np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 32) + index + 1])).shuffle(order)
             self._window = _Window(epoch, index, int(starts[index]), groups[index], order)
         return self._window
 
-    def _needed(self, epoch: int, index: int) -> list[int]:
-        """Chunks of a window in the order a batch gathers them, then those of the next window."""
+    def _needed(self, epoch: int, index: int) -> list[tuple[str, int]]:
+        """A window's tokens, which say its order, its chunks in the order a batch gathers them, and the same of the next window."""
         assert self._bounds is not None
         groups = self._bounds[1]
         following = groups[index + 1] if index + 1 < len(groups) else self._windows_of(epoch + 1)[0][0]
-        return list(dict.fromkeys([*sorted(groups[index].tolist()), *sorted(following.tolist())]))
+        needed = (
+            (path, chunk)
+            for group in (groups[index], following)
+            for path, chunks in (("tokens", group), (f"acts/{self.hook}", sorted(group.tolist())))
+            for chunk in map(int, chunks)
+        )
+        return list(dict.fromkeys(needed))
 
     def _windows_of(self, epoch: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
         """The epoch's permuted chunks cut into windows, and the position at which each window starts."""

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,10 +10,11 @@ from hypothesis import strategies as st
 
 from hsae.cache.codec import crc32c
 from hsae.cache.errors import StoreError
-from hsae.cache.layout import every_array, read_header
+from hsae.cache.layout import every_array, kept_array, read_header
+from hsae.cache.mapped import read_checks
 from hsae.cache.store import ActivationStore
 from hsae.cache.verify import repair, verify
-from hsae.cache.writer import write_header
+from hsae.cache.writer import seal, write_header, write_list
 
 HOOK = "blocks.3.hook_resid_post"
 MANY = settings(max_examples=80, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -105,6 +107,30 @@ def test_a_store_from_before_the_list_is_read_and_can_be_given_one(make_store, t
     assert torch.equal(ActivationStore.open(root).acts(HOOK, 0, 23), values[f"acts/{HOOK}"])
     assert verify(root) == [] and repair(root, []) == []
     assert read_header(root) == header
+
+
+def test_kept_tokens_are_written_down_checked_and_counted_again(make_store, tmp_path):
+    root, values = make_store(tmp_path)
+    old = ActivationStore.open(root)
+    wanted = [int((values["tokens"][first : first + 4] != 0).sum()) for first in range(0, 23, 4)]
+    assert old.header.kept_tokens is None and old.kept.tolist() == wanted  # made before they were written down
+    header = old.header.model_copy(update={"kept_tokens": sum(wanted)})
+    write_list(root, kept_array(header.spec, header.d_model), np.array(wanted))
+    write_header(root, header.model_copy(update={"checks": seal(root, every_array(header))}))
+    assert verify(root) == [] and ActivationStore.open(root).kept.tolist() == wanted
+    for index in range(6):
+        (root / f"tokens/c/{index}/0").rename(root / f"tokens/{index}")
+    assert ActivationStore.open(root).kept.tolist() == wanted  # no token is read
+    (root / "stats/kept/c/0").write_bytes((root / "stats/kept/c/0").read_bytes()[:-1])
+    with pytest.raises(StoreError, match="stats/kept/c/0 is 27 bytes long, not 28"):
+        _ = ActivationStore.open(root).kept
+    write_list(root, kept_array(header.spec, header.d_model), np.array([*wanted[1:], 1]))
+    write_header(
+        root,
+        header.model_copy(update={"checks": seal(root, every_array(header), read_checks(root, read_header(root)))}),
+    )
+    with pytest.raises(StoreError, match=f"the header tells of {sum(wanted)} kept tokens, the chunks of"):
+        _ = ActivationStore.open(root).kept
 
 
 def test_the_list_holds_the_crc32c_of_every_chunk(stores):
