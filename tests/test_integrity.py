@@ -125,10 +125,8 @@ def test_kept_tokens_are_written_down_checked_and_counted_again(make_store, tmp_
     with pytest.raises(StoreError, match="stats/kept/c/0 is 27 bytes long, not 28"):
         _ = ActivationStore.open(root).kept
     write_list(root, kept_array(header.spec, header.d_model), np.array([*wanted[1:], 1]))
-    write_header(
-        root,
-        header.model_copy(update={"checks": seal(root, every_array(header), read_checks(root, read_header(root)))}),
-    )
+    known = {path: listed for path, listed in read_checks(root, read_header(root)).items() if path != "stats/kept"}
+    write_header(root, header.model_copy(update={"checks": seal(root, every_array(header), known)}))
     with pytest.raises(StoreError, match=f"the header tells of {sum(wanted)} kept tokens, the chunks of"):
         _ = ActivationStore.open(root).kept
 

@@ -85,7 +85,7 @@ class UnlearningConfig(Config):
             prepend_bos=cache.prepend_bos,
             batch_rows=cache.batch_rows,
             chunk_mib=cache.chunk_mib,
-            codec=cache.codec,
+            codec=cache.stored_codec,
             rows=self.rows,
             clean_rows=self.tune_rows + self.test_rows,
             rows_per_document=self.rows_per_document,
