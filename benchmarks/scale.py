@@ -159,10 +159,10 @@ MEASURES: dict[str, Callable[[StoreSpec], Measured]] = {
     "finish": finish,
     "share": share,
     "list_empty": lambda spec: list_one(spec, "empty", lambda count: 0),
-    "list_full": lambda spec: list_one(spec, "full", lambda count: count),
-    "resume": resume,
     "tally_part": tally_part,
     "open": open_store,
+    "list_full": lambda spec: list_one(spec, "full", lambda count: count),
+    "resume": resume,
 }
 
 
@@ -235,9 +235,16 @@ def main() -> None:
     parser.add_argument("--measure", nargs="+", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    results = []
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    versions = {name: version(name) for name in ("s3fs", "fsspec", "aiobotocore", "numpy", "zarr", "torch")}
+    document: Measured = {"machine": machine, "versions": versions, "results": []}
     for tokens in arguments.tokens:
         found: Measured = {"store": sizes_of(tokens)}
+        document["results"].append(found)
         with served(spec_of(tokens)):
             for name in arguments.measure:
                 if tokens > LARGEST.get(name, tokens):
@@ -248,17 +255,9 @@ def main() -> None:
                     f"{told['seconds']:8.2f} s, {told['cpu_seconds']:7.2f} s of a processor, {told['peak_mb']:7.1f} MB"
                 )
                 print(f"{tokens:8.0e} {name:12} {figures}  {asked}", flush=True)
-        results.append(found)
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-    versions = {name: version(name) for name in ("s3fs", "fsspec", "aiobotocore", "numpy", "zarr", "torch")}
-    document = json.dumps({"machine": machine, "versions": versions, "results": results})
-    if arguments.out:
-        arguments.out.write_text(document + "\n")
-    print(document)
+                if arguments.out:
+                    arguments.out.write_text(json.dumps(document) + "\n")
+    print(json.dumps(document))
 
 
 if __name__ == "__main__":

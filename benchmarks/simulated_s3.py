@@ -178,6 +178,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
+    def handle_error(self, *_: object) -> None:
+        """A client that went away is none."""
+
 
 def main() -> None:
     told = json.loads(sys.argv[1])

@@ -9,7 +9,6 @@ like configure any driver.
 
 import contextlib
 import errno
-import inspect
 import os
 import random
 import secrets
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +72,8 @@ class RemotePath:
             raise StoreError(f"{self.url}: nothing installed reads {protocol}:// URLs; {extra}") from None
         except ValueError as error:
             raise StoreError(f"{self.url}: {error}; use a folder, or a URL such as s3://bucket/prefix") from None
+        if protocol in ("s3", "s3a") and filesystem.session is None:
+            filesystem.session = _session(filesystem.kwargs)
         return filesystem, path
 
     def __truediv__(self, name: str) -> "RemotePath":
@@ -125,21 +127,32 @@ class RemotePath:
         return [self / name for name in sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in names})]
 
     @property
-    def lists_prefixes(self) -> bool:
-        """Whether the driver can list just the objects whose names begin alike, as those of S3, GCS and Azure can."""
-        return "prefix" in inspect.signature(self._driver[0].find).parameters
+    def is_s3(self) -> bool:
+        """Whether it lies on S3, of which parts of a listing can be had."""
+        return hasattr(self._driver[0], "call_s3")
 
     def sizes(self, begin: str = "") -> dict[str, int]:
-        """Bytes of every object below, by its path from here; with `lists_prefixes`, only of paths that begin so."""
-        only = {"prefix": begin} if begin else {}
+        """Bytes of every object below, by its path from here; on S3 of those whose path begins so.
 
-        def found(filesystem: Any, path: str) -> dict[str, int]:
+        s3fs's own `find` takes a time that grows with the square of the number of chunks, each of which has a folder of its own.
+        """
+        if self.is_s3:
+            bucket, key, _ = self._driver[0].split_path(self._driver[1])
+            found: dict[str, int] = {}
+            asked = {"Bucket": bucket, "Prefix": f"{key}/{begin}", **self._driver[0].req_kw}
+            while True:
+                page = self._patiently(lambda filesystem, _: filesystem.call_s3("list_objects_v2", **asked))
+                found.update({item["Key"][len(key) + 1 :]: int(item["Size"]) for item in page.get("Contents", ())})
+                if not page.get("IsTruncated"):
+                    return found
+                asked["ContinuationToken"] = page["NextContinuationToken"]
+
+        def below(filesystem: Any, path: str) -> dict[str, int]:
             start = len(path.rstrip("/")) + 1
-            listed = filesystem.find(path, detail=True, **only)
-            return {name[start:]: int(told["size"]) for name, told in listed.items()}
+            return {name[start:]: int(told["size"]) for name, told in filesystem.find(path, detail=True).items()}
 
         try:
-            return dict(self._patiently(found))
+            return dict(self._patiently(below))
         except FileNotFoundError:
             return {}
 
@@ -182,6 +195,22 @@ def passes(error: Exception) -> bool:
     if isinstance(error, OSError | TimeoutError | EOFError):
         return error.errno not in LASTING if isinstance(error, OSError) else True
     return type(error).__module__.split(".")[0] in DRIVERS
+
+
+def _session(settings: dict[str, Any]) -> Any:
+    """An AWS session as s3fs makes it, but quick at reading dates: a date a key is four fifths of the work of a long listing."""
+    from aiobotocore.session import AioSession
+    from botocore.utils import parse_timestamp
+
+    def read(text: Any) -> datetime:
+        try:
+            return datetime.fromisoformat(text)
+        except (TypeError, ValueError):
+            return parse_timestamp(text)  # type: ignore[no-any-return]
+
+    session = AioSession(**settings)
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=read)
+    return session
 
 
 Place = Path | RemotePath
@@ -228,11 +257,11 @@ def sizes(target: Place) -> dict[str, int]:
 def numbered(target: RemotePath, count: int) -> Iterator[tuple[str, int]]:
     """(path from there, bytes) of every object below whose path begins with a number less than `count`, perhaps of others too.
 
-    A long listing is taken in parts, the numbers that begin with the same digits, several at once: one after the other, a
-    million objects would take a thousand requests in turn, and a gigabyte of memory for what is said of them.
+    On S3 a long listing is taken in parts, the numbers that begin with the same digits, several at once: a million objects would
+    take a thousand requests one after the other.
     """
     digits = len(str(count - 1)) - len(str(LISTED_AT_ONCE)) + 1
-    if digits < 1 or not target.lists_prefixes:
+    if digits < 1 or not target.is_s3:
         yield from target.sizes().items()
         return
     least = 10 ** (digits - 1)
