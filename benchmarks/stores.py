@@ -2,7 +2,7 @@
 
     python benchmarks/stores.py [--out docs/results/stores.json]
 
-Ceilings first (memcpy, `cat` of the files, s3fs alone), then hsae's batches: each place cold (nothing in the scratch folder, checksums tested) and warm.
+Ceilings first (memcpy, `cat` of the files, a bare gather, s3fs alone), then hsae's batches: each place cold (nothing in the scratch folder, checksums tested) and warm.
 Then the peak memory of building and of training on a small store and on one a hundred times as large; mapped pages, which the system takes back when it
 needs them, are told apart. Each measure runs in a process of its own. Prints a line a measure and, last, one JSON document.
 """
@@ -112,6 +112,17 @@ def cat(url: str) -> int:
     return size
 
 
+def gather(url: str) -> int:
+    """Shuffled rows of the mapped chunks, with neither stream nor threads: what a batch of random tokens costs at least."""
+    store = ActivationStore.open(url)
+    chunks = [store.acts_chunk(HOOK, index).view(-1, WIDTH) for index in range(store.chunks)]
+    order, batch = torch.randperm(len(chunks[0])), torch.empty(BATCH, WIDTH, dtype=torch.bfloat16)
+    for chunk in chunks:
+        for part in order.split(BATCH):
+            torch.index_select(chunk, 0, part, out=batch[: len(part)])
+    return sum(chunk.numel() * chunk.element_size() for chunk in chunks)
+
+
 def s3fs_alone(url: str) -> int:
     """Get the objects of the activations with s3fs, all at once."""
     filesystem, path = (place(url) / f"acts/{HOOK}/c")._driver  # type: ignore[union-attr]
@@ -122,6 +133,19 @@ def batches(url: str) -> int:
     """One epoch of shuffled batches."""
     stream = TokenStream(ActivationStore.open(url), HOOK, batch_tokens=BATCH, seed=0)
     return sum(batch.numel() * batch.element_size() for batch in stream.batches(0, stream.tokens_per_epoch // BATCH))
+
+
+def second_epoch(url: str) -> Measured:
+    """The second epoch of one process: chunks are mapped and tested."""
+    stream = TokenStream(ActivationStore.open(url), HOOK, batch_tokens=BATCH, seed=0)
+    steps = stream.tokens_per_epoch // BATCH
+    for step in range(steps):
+        stream.batch(step)
+
+    def work() -> int:
+        return sum(batch.numel() * batch.element_size() for batch in stream.batches(steps, 2 * steps))
+
+    return timed(work)
 
 
 def plan_of(folder: Path, rows: int) -> Plan:
@@ -223,9 +247,9 @@ def throughput(folder: Path) -> dict[str, Measured]:
     compact = str(apart(lambda: str(copy(near, folder / "other", codec="compact"))))
     found: dict[str, Measured] = {}
 
-    def tell(name: str, work: Callable[[str], int], url: str, home: str | None = None) -> None:
+    def tell(name: str, work: Callable[[str], Any], url: str, home: str | None = None) -> None:
         os.environ["HSAE_HOME"] = str(folder / (home or "none"))
-        found[name] = apart(lambda: timed(lambda: work(url)))
+        found[name] = apart(work, url) if work is second_epoch else apart(timed, lambda: work(url))
         print(
             f"{name:32} {found[name]['gb_per_s']:8.3f} GB/s {found[name]['gb_per_cpu_s']:8.3f} GB a processor second",
             flush=True,
@@ -235,12 +259,15 @@ def throughput(folder: Path) -> dict[str, Measured]:
         far, far_compact = (str(apart(lambda url=url: str(copy(url, "s3://bucket/stores")))) for url in (near, compact))
         tell("ceiling: memcpy", memcpy, near)
         tell("ceiling: cat of the files", cat, near)
+        tell("ceiling: gather of mapped rows", gather, near)
         tell("ceiling: s3fs alone", s3fs_alone, far)
         tell("disk, mapped, first epoch", batches, near)
+        tell("disk, mapped, second epoch", second_epoch, near)
         for name, url in (("disk, compact", compact), ("S3, mappable", far), ("S3, compact", far_compact)):
             home = name.replace(", ", "-")
             tell(f"{name}, cold scratch", batches, url, home)
             tell(f"{name}, warm scratch", batches, url, home)
+            tell(f"{name}, second epoch", second_epoch, url, home)
     return found
 
 
@@ -249,6 +276,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", choices=("throughput", "memory"))
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # so that processor seconds can be compared
     results: dict[str, Any] = {}
     with TemporaryDirectory() as temporary:
         if arguments.only != "memory":
