@@ -9,6 +9,7 @@ into the scratch folder, a window is also at most `WINDOW_BYTES`, whatever the f
 alone; its chunks and the next window's are fetched ahead, in the order in which they will be needed.
 """
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -58,15 +59,15 @@ class TokenStream:
     def batch(self, step: int) -> Tensor:
         """Batch `step`, [B, D] in the store's type."""
         addresses = np.concatenate(list(self._addresses(step * self.batch_tokens, (step + 1) * self.batch_tokens)))
-        chunks, places = np.divmod(addresses, self._chunk_tokens)
+        order = np.argsort(addresses)  # whole rows are copied chunk by chunk, then put in their places
+        chunks, places = np.divmod(addresses[order], self._chunk_tokens)
+        edges = [0, *(np.flatnonzero(np.diff(chunks)) + 1), len(chunks)]
         first = self.store.acts_chunk(self.hook, int(chunks[0]))
-        batch = torch.empty(len(addresses), first.shape[-1], dtype=first.dtype)
-        order = np.argsort(chunks, kind="stable")
-        edges = np.flatnonzero(np.diff(chunks[order])) + 1
-        for part in np.split(order, edges):
-            flat = self.store.acts_chunk(self.hook, int(chunks[part[0]])).view(-1, first.shape[-1])
-            batch[torch.from_numpy(part)] = flat[torch.from_numpy(places[part])]
-        return batch
+        gathered = torch.empty(len(chunks), first.shape[-1], dtype=first.dtype)
+        for start, stop in itertools.pairwise(edges):
+            flat = self.store.acts_chunk(self.hook, int(chunks[start])).view(-1, first.shape[-1])
+            torch.index_select(flat, 0, torch.from_numpy(places[start:stop]), out=gathered[start:stop])
+        return gathered.index_select(0, torch.from_numpy(np.argsort(order)))
 
     def batches(self, first_step: int, last_step: int, prefetch: int = PREFETCHED) -> Iterator[Tensor]:
         """Batches first_step to last_step - 1; a thread prepares the next ones while one is used, and passes its errors on."""
