@@ -16,17 +16,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from hsae.cache import losses, writer
+from hsae.cache import losses, tally, writer
+from hsae.cache.codec import DamagedChunkError, read_chunk
 from hsae.cache.config import FORMAT_VERSION, StoreSpec
 from hsae.cache.corpus import Corpus, Packer, open_corpus, tokenised
 from hsae.cache.errors import CorpusError, StoreError
-from hsae.cache.layout import ArraySpec, Header, HookSummary, arrays, chunk_rows, read_header, statistics_arrays
+from hsae.cache.layout import (
+    ArraySpec,
+    Header,
+    HookSummary,
+    arrays,
+    chunk_rows,
+    every_array,
+    kept_array,
+    read_header,
+    statistics_arrays,
+)
 from hsae.cache.lm import LanguageModel
 from hsae.cache.mapped import MappedArray
-from hsae.cache.remote import PARTIAL, Place, RemotePath, exists, locked, place, remove
+from hsae.cache.remote import IN_FLIGHT, PARTIAL, Place, RemotePath, exists, locked, many, place, remove
 from hsae.cache.share import Share
 from hsae.cache.statistics import summarise
 
@@ -37,6 +50,10 @@ Progress = Callable[[StoreSpec, Stage, int, int, int], None]
 SLICE_TOKENS = 128  # tokens unembedded at once: 64 MiB of bfloat16 logits at V = 262,144
 ALONE = Share()
 WAIT, POLL = 3600.0, 1.0  # seconds
+PACKING = "packing.json"
+PACKED_AT_ONCE = 64  # chunks of tokens between two states of the packing
+LOCAL_WRITERS = 2  # chunks written at once while the next one is computed
+ASKED_AHEAD = 4  # chunks whose tokens, and whose being there, are asked for ahead
 LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
 
 
@@ -84,6 +101,7 @@ def build(
             builder.prepare()
         for builder in builders:
             builder.write_activations()
+            tally.write_parts(builder.target, list(builder.specs.values()), model.special_ids, share)
             if share.rank == 0:
                 builder.finish()
     return targets
@@ -124,10 +142,10 @@ class Builder:
     def prepare(self) -> None:
         """Make the store if it isn't there, sweep up what a killed build left half-written, and pack the tokens.
 
-        Workers other than the first wait until that is done.
+        Workers other than the first wait for the store, and later for each chunk of tokens that they need.
         """
         if self.share.rank:
-            self._await_tokens()
+            self._await(lambda: exists(self.target))
             return self.check_same(read_header(self.target), self.header())
         every = {**self.specs, **statistics_arrays(self.spec, self.model.d_model)}
         if exists(self.target) or not writer.create(self.target, self.header(), every.values()):
@@ -137,17 +155,16 @@ class Builder:
                     leftover.unlink()
         self.write_tokens()
 
-    def _await_tokens(self) -> None:
-        """Wait until worker 0 has packed the tokens. Raises StoreError if there has been no new chunk of them for WAIT seconds."""
-        tokens, there, since = self.specs["tokens"], -1, time.monotonic()
-        while there < tokens.count:
-            found = len(tokens.written(self.target)) if exists(self.target) else 0
-            if found > there:
-                there, since = found, time.monotonic()
-            elif time.monotonic() - since > WAIT:
+    def _await(self, there: Callable[[], bool]) -> None:
+        """Wait for something that worker 0 makes. Raises StoreError if its packing has not gone on for WAIT seconds."""
+        told, since = "", time.monotonic()
+        while not there():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if (now := (self.target / PACKING).read_text()) != told:
+                    told, since = now, time.monotonic()
+            if time.monotonic() - since > WAIT:
                 raise StoreError(f"worker 0 has packed no tokens into {self.target} for {WAIT:.0f} s; is it running?")
-            else:
-                time.sleep(POLL)
+            time.sleep(POLL)
 
     def header(self) -> Header:
         """The header of the store while it is unfinished."""
@@ -196,10 +213,10 @@ class Builder:
     def write_tokens(self) -> None:
         """Pack the corpus into rows; the state of the packing lies beside the tokens until they are all there."""
         spec, array = self.spec, self.specs["tokens"]
-        state_file = self.target / "packing.json"
+        state_file = self.target / PACKING
         packer = Packer(spec.context, self.model.bos_id if spec.prepend_bos else None)
         first = 0
-        if len(array.written(self.target)) == array.count:
+        if array.written(self.target).all():
             state_file.unlink(missing_ok=True)
             return
         # without the state, or with a damaged one, the text is packed from its beginning: the same tokens
@@ -211,15 +228,24 @@ class Builder:
             packer.restore(state)
             first = begun
         rows = packer.pack(self._token_documents(packer.documents - 1 if packer.documents else 0))
-        for index in range(first, array.count):
-            wanted = min(self.step, spec.rows - index * self.step)
-            chunk = list(itertools.islice(rows, wanted))
-            if len(chunk) < wanted:
-                self._too_little_text(index * self.step + len(chunk))
-            writer.write_chunk(self.target, array, index, torch.tensor(chunk, dtype=torch.int32))
-            writer.write_json(state_file, {"chunks": index + 1, **packer.state()})
-            self.progress(self.spec, "tokens", index * self.step + wanted, spec.rows, 0)
+        for start in range(first, array.count, PACKED_AT_ONCE):
+            chunks = []
+            for index in range(start, min(start + PACKED_AT_ONCE, array.count)):
+                wanted = min(self.step, spec.rows - index * self.step)
+                chunk = list(itertools.islice(rows, wanted))
+                if len(chunk) < wanted:
+                    self._too_little_text(index * self.step + len(chunk))
+                chunks.append((array, index, torch.tensor(chunk, dtype=torch.int32)))
+                self.progress(self.spec, "tokens", index * self.step + wanted, spec.rows, 0)
+            self._publish(chunks)
+            writer.write_json(state_file, {"chunks": start + len(chunks), **packer.state()})
         state_file.unlink(missing_ok=True)
+
+    def _publish(self, chunks: Iterable[tuple[ArraySpec, int, Tensor]]) -> None:
+        """Write chunks while the next ones are being made; returns when they are all there."""
+        at_once = IN_FLIGHT if isinstance(self.target, RemotePath) else LOCAL_WRITERS
+        for _ in many(lambda chunk: writer.write_chunk(self.target, *chunk), chunks, at_once):
+            pass
 
     def _token_documents(self, first: int) -> Iterator[Sequence[int]]:
         if self.spec.rows_per_document is not None:
@@ -248,7 +274,7 @@ class Builder:
     def _too_little_text(self, rows: int) -> None:
         spec = self.spec
         last = "" if spec.corpus.last_document is None else f" to {spec.corpus.last_document - 1}"
-        if not any(array.written(self.target) for path, array in self.specs.items() if path.startswith("acts/")):
+        if not any(array.written(self.target).any() for path, array in self.specs.items() if path.startswith("acts/")):
             remove(self.target)  # tokens only: nothing that took long is lost
         names = {
             "train": "cache.train.rows",
@@ -264,25 +290,50 @@ class Builder:
     # --- activations --------------------------------------------------------------------------------------------
 
     def write_activations(self) -> None:
-        """Compute every chunk that is missing from any array of activations or losses."""
-        held = {path: array.written(self.target) for path, array in self.specs.items()}
-        for index in self.share.order(self.specs["tokens"].count):
-            missing = [array for array in self.row_arrays(index) if index not in held[array.path]]
-            if self.share.world > 1 or isinstance(self.target, RemotePath):  # another may have written it since
+        """Compute every chunk that is missing from any array of activations or losses: this worker's own, then what others have left."""
+        count = self.specs["tokens"].count
+        for mine in (self.share.own(count), self.share.others(count)):
+            if len(mine):
+                self._publish(self._computed(mine))
+
+    def _computed(self, indices: NDArray[np.int64]) -> Iterator[tuple[ArraySpec, int, Tensor]]:
+        """What is missing of these chunks, from one listing of each array; what the next ones need is asked for ahead."""
+        held = {path: array.written(self.target) for path, array in self.specs.items() if path != "tokens"}
+        unfinished = np.zeros(self.specs["tokens"].count, bool)
+        for mask in held.values():
+            unfinished[: len(mask)] |= ~mask
+
+        def ask(index: int) -> tuple[int, list[ArraySpec], Tensor | None]:
+            missing = [self.specs[path] for path, mask in held.items() if index < len(mask) and not mask[index]]
+            if self.share.world > 1 or isinstance(self.target, RemotePath):  # another worker may have written it since
                 missing = [array for array in missing if not array.is_written(self.target, index)]
+            try:
+                return index, missing, self.tokens(index)
+            except DamagedChunkError:
+                if self.share.rank == 0:
+                    raise
+                return index, missing, None  # not packed yet
+
+        for index, missing, tokens in many(ask, map(int, indices[unfinished[indices]]), ASKED_AHEAD):
             if missing:
                 self.progress(self.spec, "activations", index * self.step, self.spec.rows, self.row_bytes)
-                self.write_chunks(index, missing)
+                if tokens is None:
+                    self._await(lambda index=index: self.specs["tokens"].is_written(self.target, index))  # type: ignore[misc]
+                    tokens = self.tokens(index)
+                yield from self.compute(index, missing, tokens)
 
-    def row_arrays(self, index: int) -> list[ArraySpec]:
-        """The arrays besides the tokens that have a chunk `index`."""
-        return [array for path, array in self.specs.items() if path != "tokens" and index < array.count]
+    def tokens(self, index: int) -> Tensor:
+        """Chunk `index` of the tokens, [rows, T], without padding. Raises DamagedChunkError."""
+        array = self.specs["tokens"]
+        numbers = torch.frombuffer(bytearray(read_chunk(self.target, array, index)), dtype=torch.int32)
+        return numbers.view(array.chunks)[: self.spec.rows - index * self.step]
 
-    def write_chunks(self, index: int, wanted: Sequence[ArraySpec]) -> None:
-        """Compute chunk `index` of some arrays, always in the same batches, and write them."""
+    def compute(
+        self, index: int, wanted: Sequence[ArraySpec], tokens: Tensor
+    ) -> Iterator[tuple[ArraySpec, int, Tensor]]:
+        """Chunk `index` of some arrays, always computed in the same batches."""
         start = index * self.step
         stop = min(start + self.step, self.spec.rows)
-        tokens = MappedArray(self.target, self.specs["tokens"]).rows(start, stop)
         paths = {array.path for array in wanted}
         buffers = {array.path: torch.zeros(array.chunks, dtype=writer.TORCH_DTYPES[array.dtype]) for array in wanted}
         for first in range(0, stop - start, self.spec.batch_rows):
@@ -301,7 +352,7 @@ class Builder:
                         buffers[path][first:last] = values
             self.progress(self.spec, "activations", start + last, self.spec.rows, self.row_bytes)
         for array in wanted:
-            writer.write_chunk(self.target, array, index, buffers[array.path])
+            yield array, index, buffers.pop(array.path)
 
     def _refuse_non_finite(self, vectors: Tensor, hook: str, row: int) -> None:
         if not torch.isfinite(vectors).all():
@@ -349,12 +400,14 @@ class Builder:
     # --- statistics ---------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Write the statistics and the list of checksums and, last, that the store is complete."""
-        statistics = self.write_statistics()
-        every = [*self.specs.values(), *statistics_arrays(self.spec, self.model.d_model).values()]
-        checks = writer.seal(self.target, every)
-        update = {"statistics": statistics, "checks": checks, "complete": True}
-        writer.write_header(self.target, self.header().model_copy(update=update))
+        """Write the statistics, the lists of kept tokens and of checksums and, last, that the store is complete."""
+        kept, checks = tally.collected(self.target, list(self.specs.values()))
+        update = {"statistics": self.write_statistics(), "kept_tokens": int(kept.sum(dtype=np.int64)), "complete": True}
+        header = self.header().model_copy(update=update)
+        writer.write_list(self.target, kept_array(self.spec, self.model.d_model), kept)
+        header = header.model_copy(update={"checks": writer.seal(self.target, every_array(header), checks)})
+        tally.clear(self.target)
+        writer.write_header(self.target, header)
 
     def write_statistics(self) -> dict[str, HookSummary]:
         """Write the arrays of statistics and return the scalars of each hook."""

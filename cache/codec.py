@@ -49,15 +49,17 @@ def _blosc(item_bytes: int) -> Any:
 
 def encode_chunk(spec: ArraySpec, values: Tensor, mean_D: Tensor | None = None) -> bytes:
     """The bytes of a chunk's file, [rows, ...]; missing rows of the last chunk are padded with zeros. `int8` needs the mean [D]."""
-    padded = torch.zeros(spec.chunks, dtype=TORCH_DTYPES[spec.dtype])
-    padded[: len(values)] = values
-    body: bytes = padded.flatten().view(torch.uint8).numpy().tobytes()
+    padded = values.to(TORCH_DTYPES[spec.dtype]).contiguous()
+    if values.shape != spec.chunks:
+        padded = torch.zeros(spec.chunks, dtype=TORCH_DTYPES[spec.dtype])
+        padded[: len(values)] = values
+    body: Any = padded.flatten().view(torch.uint8).numpy().data  # no copy: a chunk is large
     if spec.codec == "int8":
         assert mean_D is not None
         body = quantise(padded.float().numpy(), mean_D.float().numpy())
     elif spec.codec == "compact":
-        body = bytes(_blosc(ITEM_BYTES[spec.dtype]).encode(body))
-    return body + crc32c(body).to_bytes(CRC_BYTES, "little")
+        body = _blosc(ITEM_BYTES[spec.dtype]).encode(body)
+    return b"".join((body, crc32c(body).to_bytes(CRC_BYTES, "little")))
 
 
 def check_sums(root: Place, path: Place, found: int, trailer: int, listed: int | None) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from hsae.cache.remote import RemotePath, place
+
 Split = Literal["train", "eval", "forget", "retain", "autointerp"]
 Codec = Literal["mappable", "compact", "int8"]
 HOOK_PATTERN = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
@@ -102,11 +104,18 @@ class CacheConfig(Config):
     """Rows of one forward pass, and SAEBench's batch_size_prompts: part of what the bits depend on."""
     chunk_mib: float = Field(default=32, gt=0)
     """Size of one chunk of activations; rounded to whole batches."""
-    codec: Codec = "mappable"
+    codec: Literal["auto"] | Codec = "auto"
     """mappable: raw bytes + crc32c. compact: blosc(lz4, bitshuffle) + crc32c, decoded into scratch when read.
-    int8: lossy, half the bytes; made from a finished store by `hsae cache recode`."""
+    int8: lossy, half the bytes; made from a finished store by `hsae cache recode`. auto: mappable in a folder, compact at a URL."""
     train: TrainCacheConfig
     eval: EvalCacheConfig
+
+    @property
+    def stored_codec(self) -> Codec:
+        """`codec`, with auto decided: chunks at a URL are fetched and decoded anyway, those in a folder are mapped where they lie."""
+        if self.codec == "auto":
+            return "compact" if isinstance(place(self.dir), RemotePath) else "mappable"
+        return self.codec
 
 
 class StoreSpec(Config):
@@ -161,7 +170,7 @@ def store_spec(split: Literal["train", "eval"], model: ModelConfig, hook: HookCo
         prepend_bos=cache.prepend_bos,
         batch_rows=cache.batch_rows,
         chunk_mib=cache.chunk_mib,
-        codec=cache.codec,
+        codec=cache.stored_codec,
         rows=rows,
         clean_rows=clean_rows,
     )

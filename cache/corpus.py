@@ -17,7 +17,7 @@ from hsae.cache.errors import CorpusError
 from hsae.cache.packaged import CORPORA, Document
 from hsae.cache.weights import files_digest
 
-TOKENISED_AT_ONCE = 16
+TOKENISED_AT_ONCE = 64  # documents: the tokenizer takes them on all cores
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 

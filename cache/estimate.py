@@ -111,9 +111,11 @@ def model_config(spec: StoreSpec) -> tuple[dict[str, Any], int | None]:
 
 def check_space(estimates: list[Estimate]) -> None:
     """Raise StoreError if the stores that are still to be written don't fit on the disk."""
-    needed = sum(item.bytes - _written(item.path) for item in estimates if item.state != "complete")
     free = min((item.free_bytes for item in estimates if item.free_bytes is not None), default=None)
-    if free is not None and needed + SPARE_BYTES > free:
+    if free is None:  # remote: there is no limit to compare with, and what is written already would take a long listing
+        return
+    needed = sum(item.bytes - _written(item.path) for item in estimates if item.state != "complete")
+    if needed + SPARE_BYTES > free:
         raise StoreError(
             f"not enough disk: {needed / 1e9:.2f} GB are to be written and {free / 1e9:.2f} GB are free at {estimates[0].path}; "
             "lower cache.train.rows, or build elsewhere with --set cache.dir=FOLDER"

@@ -9,6 +9,7 @@ A store is a directory holding a zarr v3 group, written with zarr-python and rea
     clean/final/                       dtype   [C, T, D]      evaluation stores: normed residual just before unembedding
     ablation/<hook>/loss/, .../kl/     float32 [C, T]         split `eval` only: loss, and KL(clean||ablated), with the residual zeroed
     stats/<hook>/mean/, .../geometric_median/  float64 [D]    over a sample of non-special tokens
+    stats/kept/                        uint32  [chunks]       non-special tokens of each chunk of `tokens`
     checks/                            uint32  [chunks]       finished stores: the crc32c that ends each chunk of the arrays above, array by
                                                               array in this order; the header holds the list's own crc32c
 
@@ -25,19 +26,23 @@ window and its topic (or null).
 
 Files are published by rename, so a chunk file is whole if it is there; its crc32c tells whether it is what was written, and the list of
 checksums whether it is in its own place. A store is finished
-when the header says `complete`. Nothing in it depends on when or in how many goes it was built.
+when the header says `complete`. While it is being made, `packing.json` says how far the tokens are, and `tally/` what will become `checks`
+and `stats/kept`. Nothing in it depends on when or in how many goes it was built.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from hsae.cache.config import FORMAT_VERSION, HOOK_PATTERN, Codec, Config, StoreSpec
 from hsae.cache.errors import StoreError
-from hsae.cache.remote import Place, size_of, sizes
+from hsae.cache.remote import Place, numbered, size_of
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int32": 4, "uint32": 4}
 CRC_BYTES = 4
@@ -71,6 +76,8 @@ class Header(Config):
     """Libraries that determine the content."""
     statistics: dict[str, HookSummary] = Field(default_factory=dict)
     """Per hook; empty until the store is complete."""
+    kept_tokens: int | None = Field(default=None, ge=0)
+    """Non-special tokens in all, the sum of `stats/kept`; None while unfinished, and in stores that were made before there was one."""
     checks: int | None = Field(default=None, ge=0, lt=1 << 32)
     """crc32c of the list of checksums; None while unfinished, and in stores that were made before there was one."""
     codec_error: dict[str, float] = Field(default_factory=dict)
@@ -107,16 +114,27 @@ class ArraySpec:
         names = {"mappable": ["bytes"], "compact": ["bytes", "blosc"], "int8": ["hsae.int8"]}
         return [{"name": name} for name in (*names[self.codec], "crc32c")]
 
-    def written(self, root: Place) -> set[int]:
-        """Chunks that are there and, where their length is known, whole. One listing."""
-        found = sizes(root / self.path / "c")
-        return {index for index in range(self.count) if self._whole(found.get(self.key(index)))}
+    def lengths(self, root: Place) -> NDArray[np.int64]:
+        """Bytes of each chunk's file or object, -1 where there is none: one listing, 8 bytes a chunk."""
+        folder = root / self.path / "c"
+        if isinstance(folder, Path):
+            found = (size_of(Path(f"{folder}/{self.key(index)}")) for index in range(self.count))
+            return np.fromiter((-1 if size is None else size for size in found), np.int64, self.count)
+        lengths = np.full(self.count, -1, np.int64)
+        for name, size in numbered(folder, self.count):
+            index = name.partition("/")[0]
+            if index.isdecimal() and int(index) < self.count and name == self.key(int(index)):
+                lengths[int(index)] = size
+        return lengths
+
+    def written(self, root: Place) -> NDArray[np.bool_]:
+        """For each chunk, whether it is there and, where its length is known, whole. One listing."""
+        lengths = self.lengths(root)
+        return lengths == self.chunk_bytes + CRC_BYTES if self.codec == "mappable" else lengths >= 0
 
     def is_written(self, root: Place, index: int) -> bool:
         """Whether chunk `index` is there, and, where its length is known, is whole."""
-        return self._whole(size_of(self.chunk_file(root, index)))
-
-    def _whole(self, size: int | None) -> bool:
+        size = size_of(self.chunk_file(root, index))
         return size is not None and (self.codec != "mappable" or size == self.chunk_bytes + CRC_BYTES)
 
     def key(self, index: int) -> str:
@@ -158,11 +176,19 @@ def statistics_arrays(spec: StoreSpec, d_model: int) -> dict[str, ArraySpec]:
     return {name: ArraySpec(name, (d_model,), "float64", (d_model,)) for name in names}
 
 
+def kept_array(spec: StoreSpec, d_model: int) -> ArraySpec:
+    """The list of the non-special tokens of each chunk."""
+    count = arrays(spec, d_model)["tokens"].count
+    return ArraySpec("stats/kept", (count,), "uint32", (count,))
+
+
 def every_array(header: Header) -> list[ArraySpec]:
     """The arrays whose chunks a store of this header has, in the order of the list of checksums."""
     found = list(arrays(header.spec, header.d_model).values())
     if header.complete:
         found.extend(statistics_arrays(header.spec, header.d_model).values())
+    if header.kept_tokens is not None:
+        found.append(kept_array(header.spec, header.d_model))
     return found
 
 
@@ -174,7 +200,7 @@ def checks_array(specs: Sequence[ArraySpec]) -> ArraySpec:
 
 def total_bytes(spec: StoreSpec, d_model: int) -> int:
     """Bytes of all chunk files of a finished mappable store (an upper bound for a compact one)."""
-    every = [*arrays(spec, d_model).values(), *statistics_arrays(spec, d_model).values()]
+    every = [*arrays(spec, d_model).values(), *statistics_arrays(spec, d_model).values(), kept_array(spec, d_model)]
     every.append(checks_array(every))
     return sum(array.count * (array.chunk_bytes + CRC_BYTES) for array in every)
 

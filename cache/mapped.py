@@ -6,6 +6,7 @@ from its decoded copy in the scratch folder.
 
 import mmap
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hsae.cache.codec import TORCH_DTYPES, DamagedChunkError, check_sums, crc32c, read_chunk
+from hsae.cache.codec import TORCH_DTYPES, DamagedChunkError, check_sums, crc32c, encoded_chunk, read_chunk
 from hsae.cache.layout import CRC_BYTES, ArraySpec, Header, check_array, checks_array, every_array
-from hsae.cache.remote import Place, RemotePath
+from hsae.cache.remote import Place, RemotePath, many
 from hsae.cache.scratch import Scratch, named_checksum, scratch
 
 MOST_MAPPED = 16384  # chunks one array keeps mapped; Linux allows a process about 65,000 maps
@@ -31,7 +32,8 @@ class MappedArray:
         self._chunks: OrderedDict[int, Tensor] = OrderedDict()
         self._files: dict[int, Path] = {}
         """Scratch files of the chunks in `_chunks`."""
-        self._checked: set[int] = set()
+        self._checked = bytearray(spec.count if self.in_place else 0)
+        """1 for each chunk whose checksums were tested."""
         self._fetched = 0
 
     def chunk(self, index: int) -> Tensor:
@@ -87,10 +89,10 @@ class MappedArray:
         return f"|{status.st_size}:{status.st_mtime_ns}"
 
     def _mapped(self, index: int) -> Tensor:
-        path, first = self.spec.chunk_file(self.root, index), index not in self._checked
+        path, first = self.spec.chunk_file(self.root, index), not self._checked[index]
         assert isinstance(path, Path)
         tensor = map_chunk(self.root, path, self.spec, check=first, listed=self._listed(index))
-        self._checked.add(index)
+        self._checked[index] = 1
         return tensor
 
     def _mapped_copy(self, index: int) -> Tensor:
@@ -118,6 +120,27 @@ class MappedArray:
             for index in [index for index, path in self._files.items() if not path.exists()]:
                 del self._files[index]
                 self._chunks.pop(index, None)
+
+
+def kept_tokens(
+    root: Place, spec: ArraySpec, index: int, special_ids: Sequence[int], listed: int | None = None
+) -> tuple[int, int]:
+    """(non-special tokens of chunk `index` of the tokens, its checksum). Raises DamagedChunkError."""
+    data = encoded_chunk(root, spec, index, listed)
+    rows = min(spec.chunks[0], spec.shape[0] - index * spec.chunks[0])
+    tokens = np.frombuffer(data, "<i4", rows * spec.chunks[1])
+    return int(np.isin(tokens, special_ids, invert=True).sum()), int.from_bytes(data[-CRC_BYTES:], "little")
+
+
+def count_kept(
+    root: Place, spec: ArraySpec, special_ids: Sequence[int], checks: NDArray[np.uint32] | None = None
+) -> NDArray[np.int64]:
+    """Non-special tokens of each chunk, by reading all tokens. Raises DamagedChunkError."""
+
+    def count(index: int) -> int:
+        return kept_tokens(root, spec, index, special_ids, None if checks is None else int(checks[index]))[0]
+
+    return np.fromiter(many(count, range(spec.count)), np.int64, spec.count)
 
 
 def read_checks(root: Place, header: Header) -> dict[str, NDArray[np.uint32]]:

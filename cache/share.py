@@ -3,6 +3,9 @@
 import os
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hsae.cache.errors import UserError
 
 LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
@@ -17,21 +20,21 @@ class Share:
     local_rank: int = 0
     """Number among the workers of this machine."""
 
-    def order(self, count: int) -> list[int]:
-        """Every chunk, in the order in which this worker looks after them: its own, then whatever the others may have left.
+    def own(self, count: int) -> NDArray[np.int64]:
+        """The chunks of `count` that are this worker's, in the order in which it does them."""
+        return np.arange(self.rank, count, self.world)
+
+    def others(self, count: int) -> NDArray[np.int64]:
+        """All other chunks, in the order in which this worker looks whether they were left.
 
         Owners go up and helpers come down, each beginning in another part of a share, so that the chunks of a slow or dead worker are
         divided among the rest; a few may be computed twice, to the same bytes.
         """
-        others = [index for index in range(count) if index % self.world != self.rank]
-        others.sort(
-            key=lambda index: (
-                (index // self.world - self.rank) % self.world,
-                -(index // self.world),
-                (index - self.rank) % self.world,
-            )
-        )
-        return [*range(self.rank, count, self.world), *others]
+        index = np.arange(count)
+        index = index[index % self.world != self.rank]
+        turn = index // self.world
+        order = np.lexsort(((index - self.rank) % self.world, -turn, (turn - self.rank) % self.world))
+        return np.take(index, order)
 
 
 def share() -> Share:

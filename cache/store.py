@@ -4,17 +4,19 @@ Shapes: R rows, T context length, D residual width.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hsae.cache.errors import StoreError
 from hsae.cache.layout import ITEM_BYTES, ArraySpec, check_array, chunk_rows, every_array, read_header
-from hsae.cache.mapped import MappedArray, read_checks
+from hsae.cache.mapped import MappedArray, count_kept, read_checks
 from hsae.cache.remote import Place, many, place
 from hsae.cache.scratch import Prefetcher
 
@@ -74,11 +76,24 @@ class ActivationStore:
         """Whether chunks are mapped where they lie; others are fetched into the scratch folder first."""
         return self._hooked(hook).in_place
 
-    def prefetch(self, path: str, chunks: Sequence[int]) -> None:
-        """Fetch these chunks of an array in the background, in this order, instead of what is left of the last such request."""
-        array = self._arrays[path]
-        if not array.in_place:
-            self._prefetcher.order([partial(array.fetch, int(index)) for index in chunks])
+    @cached_property
+    def kept(self) -> NDArray[np.int64]:
+        """Non-special tokens of each chunk [chunks]. Stores made before they were written down are counted, once, by reading their tokens."""
+        if self.header.kept_tokens is None:
+            tokens = self._arrays["tokens"]
+            return count_kept(self.root, tokens.spec, self.header.special_ids, tokens.checks)
+        found = self._arrays["stats/kept"].chunk(0).numpy().astype(np.int64)
+        if found.sum() != self.header.kept_tokens:
+            raise StoreError(
+                f"{self.url}: the header tells of {self.header.kept_tokens} kept tokens, the chunks of {found.sum()}; build it again"
+            )
+        return found
+
+    def prefetch(self, wanted: Iterable[tuple[str, int]]) -> None:
+        """Fetch these chunks, (array, number), in the background, in this order, instead of what is left of the last such request."""
+        self._prefetcher.order(
+            partial(self._arrays[path].fetch, index) for path, index in wanted if not self._arrays[path].in_place
+        )
 
     def documents(self) -> list[tuple[int, str | None]]:
         """For each row, the number of its document and its topic. Raises StoreError if the store's rows mix documents."""

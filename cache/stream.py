@@ -10,6 +10,7 @@ alone; its chunks and the next window's are fetched ahead, in the order in which
 positions s*B + r*B/W to s*B + (r+1)*B/W: together the same batch, whatever W is.
 """
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -58,8 +59,7 @@ class TokenStream:
         self.window_tokens = window_tokens
         if not store.mapped_in_place(hook):
             self.window_tokens = min(window_tokens, max(1, WINDOW_BYTES // store.token_bytes))
-            store.prefetch("tokens", range(store.chunks))
-        self._counts = np.array([len(self._kept(index)) for index in range(store.chunks)], dtype=np.int64)
+        self._counts = store.kept
         self.tokens_per_epoch = int(self._counts.sum())
         if self.tokens_per_epoch == 0:
             raise StoreError(f"{store.url} holds special tokens only; use another corpus")
@@ -71,15 +71,15 @@ class TokenStream:
         """Batch `step`, [B, D] in the store's type; of several workers, this one's share of it."""
         first = step * self.batch_tokens + self.share_first
         addresses = np.concatenate(list(self._addresses(first, first + self.share_tokens)))
-        chunks, places = np.divmod(addresses, self._chunk_tokens)
+        order = np.argsort(addresses)  # whole rows are copied chunk by chunk, then put in their places
+        chunks, places = np.divmod(addresses[order], self._chunk_tokens)
+        edges = [0, *(np.flatnonzero(np.diff(chunks)) + 1), len(chunks)]
         some = self.store.acts_chunk(self.hook, int(chunks[0]))
-        batch = torch.empty(len(addresses), some.shape[-1], dtype=some.dtype)
-        order = np.argsort(chunks, kind="stable")
-        edges = np.flatnonzero(np.diff(chunks[order])) + 1
-        for part in np.split(order, edges):
-            flat = self.store.acts_chunk(self.hook, int(chunks[part[0]])).view(-1, some.shape[-1])
-            batch[torch.from_numpy(part)] = flat[torch.from_numpy(places[part])]
-        return batch
+        gathered = torch.empty(len(chunks), some.shape[-1], dtype=some.dtype)
+        for start, stop in itertools.pairwise(edges):
+            flat = self.store.acts_chunk(self.hook, int(chunks[start])).view(-1, some.shape[-1])
+            torch.index_select(flat, 0, torch.from_numpy(places[start:stop]), out=gathered[start:stop])
+        return gathered.index_select(0, torch.from_numpy(np.argsort(order)))
 
     def batches(self, first_step: int, last_step: int, prefetch: int = PREFETCHED) -> Iterator[Tensor]:
         """Batches first_step to last_step - 1; a thread prepares the next ones while one is used, and passes its errors on."""
@@ -144,21 +144,29 @@ class TokenStream:
         _, groups, starts = self._bounds
         index = int(np.searchsorted(starts, place, side="right")) - 1
         if self._window is None or (self._window.epoch, self._window.index) != (epoch, index):
-            self.store.prefetch(f"acts/{self.hook}", self._needed(epoch, index))
+            self.store.prefetch(self._needed(epoch, index))
             self._window = None  # let the old order go before the new one is made
             order = np.concatenate(
                 [self._kept(int(chunk)) + int(chunk) * self._chunk_tokens for chunk in groups[index]]
             )
+            if len(order) != self._counts[groups[index]].sum():
+                raise StoreError(f"{self.store.url} has other tokens than it says; run `hsae cache verify`")
             np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 32) + index + 1])).shuffle(order)
             self._window = _Window(epoch, index, int(starts[index]), groups[index], order)
         return self._window
 
-    def _needed(self, epoch: int, index: int) -> list[int]:
-        """Chunks of a window in the order a batch gathers them, then those of the next window."""
+    def _needed(self, epoch: int, index: int) -> list[tuple[str, int]]:
+        """A window's tokens, which say its order, its chunks in the order a batch gathers them, and the same of the next window."""
         assert self._bounds is not None
         groups = self._bounds[1]
         following = groups[index + 1] if index + 1 < len(groups) else self._windows_of(epoch + 1)[0][0]
-        return list(dict.fromkeys([*sorted(groups[index].tolist()), *sorted(following.tolist())]))
+        needed = (
+            (path, chunk)
+            for group in (groups[index], following)
+            for path, chunks in (("tokens", group), (f"acts/{self.hook}", sorted(group.tolist())))
+            for chunk in map(int, chunks)
+        )
+        return list(dict.fromkeys(needed))
 
     def _windows_of(self, epoch: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
         """The epoch's permuted chunks cut into windows, and the position at which each window starts."""

@@ -25,7 +25,7 @@ from hsae.cache.layout import (
     statistics_arrays,
 )
 from hsae.cache.mapped import read_checks
-from hsae.cache.remote import Place, locked, many, place, publish, size_of, sizes
+from hsae.cache.remote import Place, locked, many, place, publish, size_of
 from hsae.cache.statistics import MOST_CHUNKS
 from hsae.cache.verify import verify
 
@@ -118,9 +118,9 @@ def _copy_chunks(
     total, done = sum(spec.count for spec, _ in pairs), 0
     for spec, other in pairs:
         listed = checks.get(spec.path)
-        lengths = sizes(root / spec.path / "c") if spec == other else {}
         mean = _mean(root, header, spec.path) if other.codec == "int8" and spec != other else None
-        there = sizes(target / spec.path / "c")
+        there = other.lengths(target)
+        whole = there == spec.lengths(root) if spec == other else there >= 0
 
         def transfer(
             index: int,
@@ -135,12 +135,8 @@ def _copy_chunks(
                 data = encode_chunk(other, _numbers(root, spec, index, data), mean)
             publish(other.chunk_file(target, index), data)
 
-        missing = [
-            index
-            for index in range(spec.count)
-            if (key := spec.key(index)) not in there or (spec == other and there[key] != lengths.get(key))
-        ]
+        missing = np.flatnonzero(~whole)
         done += spec.count - len(missing)
-        for _ in many(transfer, missing):
+        for _ in many(transfer, map(int, missing)):
             done += 1
             progress(done, total)

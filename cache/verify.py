@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from hsae.cache.codec import DamagedChunkError, read_chunk
 from hsae.cache.errors import StoreError
-from hsae.cache.layout import ArraySpec, Header, check_array, every_array, read_header
-from hsae.cache.mapped import map_chunk, read_checks
+from hsae.cache.layout import ArraySpec, Header, check_array, every_array, kept_array, read_header
+from hsae.cache.mapped import count_kept, map_chunk, read_checks
 from hsae.cache.remote import IN_FLIGHT, Place, RemotePath, locked, many, place
-from hsae.cache.writer import seal, write_header
+from hsae.cache.writer import seal, write_chunk, write_header, write_list
 
 LOCAL_READERS = 2
 
@@ -104,10 +104,14 @@ def _compute_again(
         if damage.array in builder.specs and damage.array != "tokens":
             by_index.setdefault(damage.index, []).append(builder.specs[damage.array])
     for number, (index, wanted) in enumerate(sorted(by_index.items()), 1):
-        builder.write_chunks(index, wanted)
+        for chunk in builder.compute(index, wanted, builder.tokens(index)):
+            write_chunk(root, *chunk)
         say(f"chunk {index} computed again ({number} of {len(by_index)})")
     if header.complete and any(damage.array.startswith("stats/") for damage in damages):
         builder.write_statistics()
+        if header.kept_tokens is not None:
+            kept = count_kept(root, builder.specs["tokens"], header.special_ids)
+            write_list(root, kept_array(header.spec, header.d_model), kept.astype(np.uint32))
 
 
 def seal_again(root: Place, header: Header) -> None:

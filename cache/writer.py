@@ -5,12 +5,13 @@ A chunk is never overwritten in part.
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import zarr
+from numpy.typing import NDArray
 from torch import Tensor
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
@@ -20,9 +21,19 @@ from hsae.cache.codec import TORCH_DTYPES, DamagedChunkError, encode_chunk
 from hsae.cache.dtype import NUMPY_BFLOAT16
 from hsae.cache.int8 import Int8Codec
 from hsae.cache.layout import CRC_BYTES, ITEM_BYTES, ArraySpec, Header, checks_array
-from hsae.cache.remote import Place, RemotePath, many, publish, sizes
+from hsae.cache.remote import Place, RemotePath, many, publish
 
-__all__ = ["TORCH_DTYPES", "create", "seal", "write_chunk", "write_header", "write_json", "write_metadata"]
+__all__ = [
+    "TORCH_DTYPES",
+    "create",
+    "seal",
+    "trailer",
+    "write_chunk",
+    "write_header",
+    "write_json",
+    "write_list",
+    "write_metadata",
+]
 
 
 def create(target: Place, header: Header, specs: Iterable[ArraySpec]) -> bool:
@@ -78,32 +89,42 @@ def write_chunk(target: Place, spec: ArraySpec, index: int, values: Tensor) -> N
     publish(spec.chunk_file(target, index), encode_chunk(spec, values))
 
 
-def seal(target: Place, specs: Sequence[ArraySpec]) -> int:
-    """Write the list of the checksums that end the chunks of `specs`, and return the list's own. Raises StoreError if a chunk is missing."""
-    spec = checks_array(specs)
-    listed: list[int] = []
-    for array in specs:
-        found = sizes(target / array.path / "c")
-        paths = [array.chunk_file(target, index) for index in range(array.count)]
-        keys = [array.key(index) for index in range(array.count)]
-        if missing := [path for path, key in zip(paths, keys, strict=True) if key not in found]:
-            raise DamagedChunkError(target, missing[0], "is missing")
-        listed.extend(many(lambda pair: _trailer(*pair), zip(paths, (found[key] for key in keys), strict=True)))
+def seal(target: Place, specs: Sequence[ArraySpec], known: Mapping[str, NDArray[np.uint32]] = {}) -> int:
+    """Write the list of the checksums that end the chunks of `specs`, and return the list's own.
+
+    Those of an array that `known` has are taken from there, others are read. Raises DamagedChunkError if a chunk is missing.
+    """
+    listed = []
+    for spec in specs:
+        found = known.get(spec.path)
+        if found is None:
+            read = many(lambda index, spec=spec: trailer(target, spec, index), range(spec.count))  # type: ignore[misc]
+            found = np.fromiter(read, np.uint32, spec.count)
+        listed.append(found)
+    return write_list(target, checks_array(specs), np.concatenate(listed))
+
+
+def write_list(target: Place, spec: ArraySpec, numbers: NDArray[np.uint32]) -> int:
+    """Write an array of one chunk, and its metadata; returns the chunk's checksum."""
     kept: dict[str, Buffer] = {}
-    group = zarr.create_group(MemoryStore(kept), zarr_format=3)
-    _create_array(group, spec)
-    publish(target / spec.path / "zarr.json", kept["checks/zarr.json"].to_bytes())
-    data = encode_chunk(spec, torch.tensor(listed, dtype=torch.int64).to(torch.uint32))
+    _create_array(zarr.create_group(MemoryStore(kept), zarr_format=3), spec)
+    publish(target / spec.path / "zarr.json", kept[f"{spec.path}/zarr.json"].to_bytes())
+    data = encode_chunk(spec, torch.from_numpy(numbers.astype(np.uint32)))
     publish(spec.chunk_file(target, 0), data)
     return int.from_bytes(data[-CRC_BYTES:], "little")
 
 
-def _trailer(path: Place, size: int) -> int:
-    if isinstance(path, RemotePath):
-        return int.from_bytes(path.read_tail(size, CRC_BYTES), "little")
-    with path.open("rb") as file:
-        file.seek(size - CRC_BYTES)
-        return int.from_bytes(file.read(CRC_BYTES), "little")
+def trailer(target: Place, spec: ArraySpec, index: int) -> int:
+    """The checksum that ends chunk `index`. Raises DamagedChunkError if the chunk is missing."""
+    path = spec.chunk_file(target, index)
+    try:
+        if isinstance(path, RemotePath):
+            return int.from_bytes(path.read_tail(CRC_BYTES), "little")
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - CRC_BYTES))
+            return int.from_bytes(file.read(CRC_BYTES), "little")
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedChunkError(target, path, "is missing") from None
 
 
 def write_header(target: Place, header: Header) -> None:

@@ -138,7 +138,7 @@ def test_statistics_are_the_moments_of_the_non_special_tokens(built):
     store = ActivationStore.open(built)
     vectors = store.acts(HOOK, 0, 43)[~store.special_mask(store.tokens(0, 43))].double()
     statistics = store.statistics(HOOK)
-    assert statistics.tokens == len(vectors)
+    assert statistics.tokens == len(vectors) == store.header.kept_tokens == store.kept.sum()
     torch.testing.assert_close(statistics.mean_D, vectors.mean(0))
     assert statistics.mean_square_norm == pytest.approx(vectors.square().sum(1).mean().item())
     distance = [
@@ -428,11 +428,11 @@ import json, sys
 from hsae.cache import build as module
 from hsae.cache.config import StoreSpec
 from hsae.cache.share import share
-real, computed = module.Builder.write_chunks, []
-def write_chunks(self, index, wanted):
+real, computed = module.Builder.compute, []
+def compute(self, index, wanted, tokens):
     computed.append(index)
-    real(self, index, wanted)
-module.Builder.write_chunks, module.POLL = write_chunks, 0.05
+    return real(self, index, wanted, tokens)
+module.Builder.compute, module.POLL = compute, 0.05
 module.build([StoreSpec.model_validate_json(sys.argv[1])], sys.argv[2], share=share())
 print(json.dumps(computed))
 """
@@ -464,11 +464,10 @@ def test_worker_0_alone_does_what_a_lost_worker_left_and_the_others_wait_for_its
 
 def test_shares_cover_every_chunk_and_impossible_ones_are_refused(monkeypatch):
     for world in (1, 2, 5, 9):
-        orders = [Share(rank, world).order(7) for rank in range(world)]
-        assert all(sorted(order) == list(range(7)) for order in orders)
-        own = [order[: len(range(rank, 7, world))] for rank, order in enumerate(orders)]
-        assert sorted(index for part in own for index in part) == list(range(7))
-    lost = [[index for index in Share(rank, 5).order(100) if index % 5 == 2][:4] for rank in (0, 1, 3, 4)]
+        shares = [Share(rank, world) for rank in range(world)]
+        assert all(sorted([*share.own(7), *share.others(7)]) == list(range(7)) for share in shares)
+        assert sorted(index for share in shares for index in share.own(7)) == list(range(7))
+    lost = [[index for index in Share(rank, 5).others(100) if index % 5 == 2][:4] for rank in (0, 1, 3, 4)]
     assert len({index for part in lost for index in part}) == 16  # helpers of worker 2 do not do the same work
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)

@@ -3,18 +3,22 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hsae.cache import tally
 from hsae.cache.codec import crc32c
 from hsae.cache.errors import StoreError
-from hsae.cache.layout import every_array, read_header
+from hsae.cache.layout import arrays, every_array, kept_array, read_header
+from hsae.cache.mapped import read_checks
+from hsae.cache.share import Share
 from hsae.cache.store import ActivationStore
 from hsae.cache.stream import TokenStream
 from hsae.cache.verify import repair, verify
-from hsae.cache.writer import write_header
+from hsae.cache.writer import seal, write_header, write_list
 
 HOOK = "blocks.3.hook_resid_post"
 MANY = settings(
@@ -113,6 +117,49 @@ def test_a_store_from_before_the_list_is_read_and_can_be_given_one(make_store, t
     assert torch.equal(ActivationStore.open(root).acts(HOOK, 0, 23), values[f"acts/{HOOK}"])
     assert verify(root) == [] and repair(root, []) == []
     assert read_header(root) == header
+
+
+def test_kept_tokens_are_written_down_checked_and_counted_again(make_store, tmp_path):
+    root, values = make_store(tmp_path)
+    old = ActivationStore.open(root)
+    wanted = [int((values["tokens"][first : first + 4] != 0).sum()) for first in range(0, 23, 4)]
+    assert old.header.kept_tokens is None and old.kept.tolist() == wanted  # made before they were written down
+    header = old.header.model_copy(update={"kept_tokens": sum(wanted)})
+    write_list(root, kept_array(header.spec, header.d_model), np.array(wanted))
+    write_header(root, header.model_copy(update={"checks": seal(root, every_array(header))}))
+    assert verify(root) == [] and ActivationStore.open(root).kept.tolist() == wanted
+    for index in range(6):
+        (root / f"tokens/c/{index}/0").rename(root / f"tokens/{index}")
+    assert ActivationStore.open(root).kept.tolist() == wanted  # no token is read
+    (root / "stats/kept/c/0").write_bytes((root / "stats/kept/c/0").read_bytes()[:-1])
+    with pytest.raises(StoreError, match="stats/kept/c/0 is 27 bytes long, not 28"):
+        _ = ActivationStore.open(root).kept
+    write_list(root, kept_array(header.spec, header.d_model), np.array([*wanted[1:], 1]))
+    known = {path: listed for path, listed in read_checks(root, read_header(root)).items() if path != "stats/kept"}
+    write_header(root, header.model_copy(update={"checks": seal(root, every_array(header), known)}))
+    with pytest.raises(StoreError, match=f"the header tells of {sum(wanted)} kept tokens, the chunks of"):
+        _ = ActivationStore.open(root).kept
+
+
+def test_workers_take_down_counts_and_checksums_in_parts(make_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(tally, "TALLIED", 2)
+    root, values = make_store(tmp_path)
+    header = read_header(root)
+    specs, wanted = list(arrays(header.spec, header.d_model).values()), read_checks(root, header)
+    write_header(root, header.model_copy(update={"complete": False}))
+    tally.write_parts(root, specs, (0,), Share(1, 3))
+    assert [path.name for path in (root / "tally").iterdir()] == ["1"]
+    tally.write_parts(root, specs, (0,), Share(0, 3))  # what worker 2 left as well
+    kept, checks = tally.collected(root, specs)
+    assert kept.tolist() == [int((values["tokens"][first : first + 4] != 0).sum()) for first in range(0, 23, 4)]
+    assert all(checks[spec.path].tolist() == wanted[spec.path].tolist() for spec in specs)
+    tally.clear(root)
+    write_header(root, header)
+    tally.write_parts(root, specs, (0,), Share(2, 3))  # too late
+    assert not any((root / "tally").iterdir())
+    specs[1].chunk_file(root, 3).unlink()
+    with pytest.raises(StoreError, match=f"acts/{HOOK}/c/3/0/0 is missing"):
+        tally.write_parts(root, specs, (0,), Share())
 
 
 def test_the_list_holds_the_crc32c_of_every_chunk(stores):

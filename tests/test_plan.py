@@ -125,6 +125,18 @@ def test_fingerprint_changes_with_everything_that_determines_the_content():
     assert load_plan("tiny", ["train.tokens=10_000"]).store("train").name in names
 
 
+def test_the_codec_is_mappable_in_a_folder_and_compact_at_a_url_unless_one_is_named():
+    for changes, wanted in (
+        ([], "mappable"),
+        (["cache.dir=file:///a/b"], "mappable"),
+        (["cache.dir=s3://bucket/a"], "compact"),
+        (["cache.dir=s3://bucket/a", "cache.codec=mappable"], "mappable"),
+        (["cache.codec=int8"], "int8"),
+    ):
+        plan = load_plan("tiny", changes)
+        assert {plan.store(split).codec for split in ("train", "eval", "forget")} == {wanted}
+
+
 def test_seeds_train_beside_each_other():
     plan = load_plan("tiny", ["train.seed=5", "train.dir=here"])
     assert plan.seeded(0) is plan

@@ -5,12 +5,14 @@ import threading
 import time
 import uuid
 
+import numpy as np
 import pytest
 import torch
 import zarr
 
 from hsae.cache import remote
 from hsae.cache.errors import StoreError
+from hsae.cache.layout import ArraySpec
 from hsae.cache.remote import RemoteError, RemotePath, children, place, publish, remove, sizes
 from hsae.cache.store import ActivationStore
 from hsae.cache.stream import TokenStream
@@ -78,6 +80,25 @@ def test_each_chunk_is_one_put_and_one_get_and_is_fetched_once(bucket, make_stor
     s3.requests.clear()
     again.acts(HOOK, 0, 23)
     assert s3.requests == {}
+
+
+@pytest.mark.parametrize("at_once", [10, 99, 10_000])
+def test_a_listing_in_parts_finds_every_chunk_and_nothing_else(bucket, s3, monkeypatch, at_once):
+    monkeypatch.setattr(remote, "LISTED_AT_ONCE", at_once)
+    array = ArraySpec("acts/x", (243, 3), "int32", (2, 3))
+    there = {0: 16, 1: 16, 7: 16, 9: 28, 10: 16, 12: 28, 70: 16, 99: 28, 100: 28, 119: 28, 120: 28, 121: 28}
+    target = place(bucket)
+    for index, size in there.items():
+        publish(array.chunk_file(target, index), bytes(size))
+    for name in ("122/0", "8/1", "13", "013/0", "x/0", "1300/0"):
+        publish(target / "acts/x/c" / name, bytes(28))
+    s3.requests.clear()
+    lengths = array.lengths(target)
+    assert {index: size for index, size in enumerate(lengths.tolist()) if size >= 0} == there
+    assert s3.requests["GET"] == {10: 100, 99: 100, 10_000: 1}[at_once]
+    assert np.flatnonzero(array.written(target)).tolist() == [index for index, size in there.items() if size == 28]
+    remove(target / "acts")
+    assert sizes(target) == {}
 
 
 def test_a_third_of_the_requests_fails_and_nothing_is_lost(bucket, make_store, tmp_path, s3, record_property):

@@ -25,9 +25,14 @@ class Rows:
     def mapped_in_place(self, hook):
         return True
 
-    def prefetch(self, path, chunks):
-        assert path == f"acts/{HOOK}"
-        self.ordered = chunks
+    @property
+    def kept(self):
+        return torch.stack([(self.ids[i * 4 : i * 4 + 4] != 0).sum() for i in range(6)]).numpy()
+
+    def prefetch(self, wanted):
+        chunks = {path: [chunk for name, chunk in wanted if name == path] for path in ("tokens", f"acts/{HOOK}")}
+        assert sorted(chunks["tokens"]) == sorted(chunks[f"acts/{HOOK}"])
+        self.ordered = chunks[f"acts/{HOOK}"]
 
     def special_mask(self, tokens):
         return tokens == 0

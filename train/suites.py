@@ -107,7 +107,7 @@ class UnlearningConfig(Config):
             prepend_bos=cache.prepend_bos,
             batch_rows=cache.batch_rows,
             chunk_mib=cache.chunk_mib,
-            codec=cache.codec,
+            codec=cache.stored_codec,
             rows=self.rows,
             clean_rows=self.tune_rows + self.test_rows,
             rows_per_document=self.rows_per_document,
@@ -193,7 +193,7 @@ class AutointerpConfig(Config):
             prepend_bos=cache.prepend_bos,
             batch_rows=cache.batch_rows,
             chunk_mib=cache.chunk_mib,
-            codec=cache.codec,
+            codec=cache.stored_codec,
             rows=-(-self.total_tokens // cache.context),
             clean_rows=0,
         )

@@ -89,7 +89,7 @@ def check(plan: Plan, runs: Sequence[RunConfig], store: ActivationStore, world: 
     hook = plan.hook.names[0]
     if hook not in store.spec.hooks:
         raise UserError(f"{store.url} holds {', '.join(store.spec.hooks)}, not {hook}; run `hsae cache build`")
-    available = TokenStream(store, hook, batch_tokens=1, seed=0).tokens_per_epoch
+    available = int(store.kept.sum())
     if plan.train.batch_tokens > available:
         raise UserError(
             f"train.batch_tokens is {plan.train.batch_tokens}, but the store has only {available} tokens in all"
