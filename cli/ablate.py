@@ -13,7 +13,7 @@ from rich.table import Table
 from hsae.cli.common import DeviceOption, PlanOption, RunOption, SetOption, console
 
 if TYPE_CHECKING:
-    from hsae.eval.ablation import Ablations
+    from hsae.eval.report.ablation import Ablations
 
 PARTS = ("core", "composition", "synthetic", "unlearning")
 
@@ -92,9 +92,9 @@ def ablate(
             console.rule(name)
             stage()
 
-    from hsae.eval import ablation
-    from hsae.eval.ablation_figure import ablation_png
-    from hsae.eval.tiers import read_results
+    from hsae.eval.report import ablation
+    from hsae.eval.report.ablation_figure import ablation_png
+    from hsae.eval.synthetic.tiers import read_results
     from hsae.train.files import write_atomically
 
     held = out / "synthetic" / "T2.json"
@@ -118,7 +118,7 @@ def _unlearn(unlearning: Any, cache: Any, runs: str, seeds: int, device: str, co
 
 
 def _print(table: "Ablations") -> None:
-    from hsae.eval.ablation import COLUMNS, shown_columns, text
+    from hsae.eval.report.ablation import COLUMNS, shown_columns, text
 
     shown = shown_columns(table)
     for kind in dict.fromkeys(column.kind for column in COLUMNS):

@@ -16,9 +16,9 @@ from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, Seed
 from hsae.cli.suite import ForceOption, OutOption, SaeOption
 
 if TYPE_CHECKING:
-    from hsae.eval.autointerp import Estimate
-    from hsae.eval.judge import Judge, Prices
-    from hsae.eval.suite import SuiteResult
+    from hsae.eval.autointerp.evaluation import Estimate
+    from hsae.eval.autointerp.judge import Judge, Prices
+    from hsae.eval.suite.evaluations import SuiteResult
 
 
 def autointerp(
@@ -88,9 +88,9 @@ def autointerp(
     from hsae.cache.remote import place
     from hsae.cache.store import ActivationStore
     from hsae.cli.eval import of_runs
-    from hsae.eval.autointerp import Autointerp, noise_note
-    from hsae.eval.judge import Judge, Prices
-    from hsae.eval.targets import folder_targets
+    from hsae.eval.autointerp.evaluation import Autointerp, noise_note
+    from hsae.eval.autointerp.judge import Judge, Prices
+    from hsae.eval.core.targets import folder_targets
 
     targets = (
         folder_targets(loaded, sae, out / "autointerp") if sae else of_runs(loaded, run, seeds, whole, "autointerp")
@@ -175,7 +175,7 @@ def _agree(estimate: "Estimate", judge: "Judge", prices: "Prices | None", max_co
 
 
 def _print(results: "list[SuiteResult]") -> None:
-    from hsae.eval.suite import HEADLINES
+    from hsae.eval.suite.evaluations import HEADLINES
 
     table = Table(
         title="autointerp; ± spans the 95 % interval over latents",

@@ -13,8 +13,8 @@ from hsae.cli import hierarchy, suite, synthetic
 from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
 
 if TYPE_CHECKING:
-    from hsae.eval.schema import CoreResult
-    from hsae.eval.targets import Evaluated, Target
+    from hsae.eval.core.schema import CoreResult
+    from hsae.eval.core.targets import Evaluated, Target
     from hsae.train.config import RunConfig
     from hsae.train.plan import Plan
 
@@ -81,9 +81,9 @@ def core(
     from hsae.cache.device import pick_device
     from hsae.cache.lm import LanguageModel
     from hsae.cache.store import ActivationStore
-    from hsae.eval.core import CoreOptions
-    from hsae.eval.schema import write_core
-    from hsae.eval.targets import evaluate_targets, folder_targets
+    from hsae.eval.core.evaluation import CoreOptions
+    from hsae.eval.core.schema import write_core
+    from hsae.eval.core.targets import evaluate_targets, folder_targets
 
     place = pick_device(device)
     targets = folder_targets(loaded, sae, out) if sae else of_runs(loaded, run, seeds, whole)
@@ -117,7 +117,7 @@ def core(
 
 def of_runs(plan: "Plan", run: str | None, seeds: int, whole: bool = False, evaluation: str = "core") -> "list[Target]":
     """Every view (or the whole alone) of the named runs, or of all that are trained, for each seed."""
-    from hsae.eval.targets import run_targets
+    from hsae.eval.core.targets import run_targets
 
     return [
         target
@@ -129,7 +129,7 @@ def of_runs(plan: "Plan", run: str | None, seeds: int, whole: bool = False, eval
 def trained_runs(plan: "Plan", run: str | None, seeds: int) -> "list[tuple[Plan, RunConfig]]":
     """The named runs, or all that are trained (those left out are said), for each seed. Raises UserError if there is none."""
     from hsae.cache.errors import UserError
-    from hsae.eval.targets import is_trained
+    from hsae.eval.core.targets import is_trained
 
     every = [plan.seeded(index) for index in range(seeds)]
     if run is not None:

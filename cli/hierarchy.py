@@ -10,10 +10,10 @@ from rich.table import Table
 from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
 
 if TYPE_CHECKING:
-    from hsae.eval.composition import CompositionResult, PairResult, Progress
-    from hsae.eval.hierarchy import RunComposition
-    from hsae.eval.measures import Estimate
-    from hsae.eval.stability import Agreement
+    from hsae.eval.hierarchy.composition import CompositionResult, PairResult, Progress
+    from hsae.eval.hierarchy.measures import Estimate
+    from hsae.eval.hierarchy.runs import RunComposition
+    from hsae.eval.hierarchy.stability import Agreement
 
 
 def composition(
@@ -51,7 +51,7 @@ def composition(
 
     from hsae.cache.device import pick_device
     from hsae.cli.eval import trained_runs
-    from hsae.eval.hierarchy import Sources, evaluate_runs
+    from hsae.eval.hierarchy.runs import Sources, evaluate_runs
 
     place = pick_device(device)
     runs = trained_runs(loaded, run, seeds)
@@ -171,7 +171,7 @@ def stability(
         raise UserError(f"stability compares two seeds or more, not --seeds {seeds}")
     selected = loaded.select(run)
 
-    from hsae.eval.hierarchy import stability_of
+    from hsae.eval.hierarchy.runs import stability_of
 
     for config in selected:
         with console.status(f"run {escape(loaded.label(config))}"):

@@ -28,8 +28,8 @@ def evaluate(
     from hsae.cache.lm import LanguageModel
     from hsae.cache.ravel import RavelStore
     from hsae.cli.suite import print_results, targets_of
-    from hsae.eval.ravel_runs import RavelBench, told
-    from hsae.eval.suite import evaluate_with
+    from hsae.eval.suite.evaluations import evaluate_with
+    from hsae.eval.suite.ravel_runs import RavelBench, told
 
     targets = targets_of(plan, "ravel", run, seeds, sae, out)
     store, place = RavelStore(plan.ravel_spec(), plan.cache.dir), pick_device(device)
@@ -52,7 +52,7 @@ def evaluate(
 
 
 def _print_passes(store: "RavelStore", blocks: list[dict[str, object]]) -> None:
-    from hsae.eval.ravel_runs import passes_of
+    from hsae.eval.suite.ravel_runs import passes_of
 
     spent = passes_of(blocks)
     console.print(
@@ -75,7 +75,7 @@ def check_store(plan: "Plan") -> None:
 def build(plan: "Plan", device: str) -> None:
     """Make RAVEL's store."""
     from hsae.cache.ravel import RavelStore, build_ravel
-    from hsae.eval.ravel_runs import told
+    from hsae.eval.suite.ravel_runs import told
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
     with Progress(*columns, console=console) as bars:

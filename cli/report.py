@@ -40,7 +40,7 @@ def report(
 
     from hsae.cache.lm import load_tokenizer
     from hsae.cache.store import ActivationStore
-    from hsae.eval.report import write_report
+    from hsae.eval.report.page import write_report
 
     store = tokenizer = None
     try:

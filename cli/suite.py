@@ -16,8 +16,8 @@ from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, Seed
 
 if TYPE_CHECKING:
     from hsae.cache.probe_config import Suite
-    from hsae.eval.suite import SuiteResult
-    from hsae.eval.targets import Target
+    from hsae.eval.core.targets import Target
+    from hsae.eval.suite.evaluations import SuiteResult
     from hsae.train.plan import Plan
 
 SaeOption = Annotated[
@@ -150,7 +150,7 @@ def _unlearning(
 ) -> None:
     from hsae.cache.errors import NotApplicable, StoreError
     from hsae.cli.unlearning import unlearning
-    from hsae.eval.unlearning_runs import open_texts
+    from hsae.eval.unlearning.runs import open_texts
 
     if sae:
         raise NotApplicable("unlearning compares the levels of trained runs; it takes no --sae")
@@ -183,8 +183,8 @@ def targets_of(
 ) -> "list[Target]":
     """The SAEs an evaluation is asked to evaluate."""
     from hsae.cli.eval import of_runs
-    from hsae.eval.suite import FOLDERS
-    from hsae.eval.targets import folder_targets
+    from hsae.eval.core.targets import folder_targets
+    from hsae.eval.suite.evaluations import FOLDERS
 
     if sae:
         return folder_targets(plan, sae, out / FOLDERS[suite])
@@ -204,7 +204,7 @@ def _evaluate(
 ) -> "list[SuiteResult]":
     from hsae.cache.device import pick_device
     from hsae.cache.probe import ProbeStore
-    from hsae.eval.suite import evaluate_suite
+    from hsae.eval.suite.evaluations import evaluate_suite
 
     targets = targets_of(plan, suite, run, seeds, sae, out)
     with console.status(f"{suite}: reading") as status:
@@ -222,7 +222,7 @@ def _evaluate(
 
 def print_results(results: "list[SuiteResult]", suite: str) -> None:
     """The table of measures, what is within noise, and where the files are."""
-    from hsae.eval.suite import noise_note
+    from hsae.eval.suite.evaluations import noise_note
 
     console.print(_table(results, suite))
     if note := noise_note(results, suite):
@@ -234,7 +234,7 @@ def print_results(results: "list[SuiteResult]", suite: str) -> None:
 
 
 def _table(results: "list[SuiteResult]", suite: str) -> Table:
-    from hsae.eval.suite import HEADLINES
+    from hsae.eval.suite.evaluations import HEADLINES
 
     table = Table(
         title=f"{suite}; ± spans the 95 % interval over draws", title_justify="left", box=SIMPLE_HEAD, pad_edge=False

@@ -61,7 +61,7 @@ def synthetic(
     arms = load_arms(tier, [*(overrides or ()), *length])
     selected = list(arms.runs.values()) if run is None else arms.select(run)
 
-    from hsae.eval.tiers import run_tier
+    from hsae.eval.synthetic.tiers import run_tier
 
     with _Screen(len(selected) * seeds) as screen:
         content = run_tier(

@@ -12,8 +12,8 @@ from hsae.cli.common import DeviceOption, PlanOption, RunOption, SeedsOption, Se
 from hsae.cli.eval import trained_runs
 
 if TYPE_CHECKING:
-    from hsae.eval.unlearning import Progress as Told
-    from hsae.eval.unlearning_runs import Unlearned
+    from hsae.eval.unlearning.runs import Unlearned
+    from hsae.eval.unlearning.sweep import Progress as Told
 
 
 def unlearning(
@@ -46,7 +46,7 @@ def unlearning(
 
     place = pick_device(device)
     if qa:
-        from hsae.eval import qa_runs
+        from hsae.eval.unlearning import qa_runs
 
         sets = qa_runs.check(loaded)
         runs = trained_runs(loaded, run, seeds)
@@ -61,7 +61,7 @@ def unlearning(
             )
         _print_scores(scored)
         return
-    from hsae.eval.unlearning_runs import evaluate_runs, open_texts
+    from hsae.eval.unlearning.runs import evaluate_runs, open_texts
 
     open_texts(loaded)
     chosen = trained_runs(loaded, run, seeds)

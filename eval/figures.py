@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hsae.cache.errors import UserError
-from hsae.eval.maps import edges, half_normal, participation_ratio
+from hsae.eval.hierarchy.maps import edges, half_normal, participation_ratio
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito: colour-blind safe
 GREY = "#7f7f7f"

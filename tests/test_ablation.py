@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hsae.eval.ablation import COLUMNS, Ablations, Cell, Component, Line, judge, markdown, text, z_score
+from hsae.eval.report.ablation import COLUMNS, Ablations, Cell, Component, Line, judge, markdown, text, z_score
 
 GOLDEN_MODEL = Path(__file__).parent / "golden" / "model"
 

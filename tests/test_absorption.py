@@ -10,8 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 from hsae.cache.errors import UserError
-from hsae.eval import absorption
-from hsae.eval.absorption import LETTERS, Letter, Settings, Sparse, Words, absorbed, check_letters, k_sparse, l1_probe
+from hsae.eval.suite import absorption
+from hsae.eval.suite.absorption import (
+    LETTERS,
+    Letter,
+    Settings,
+    Sparse,
+    Words,
+    absorbed,
+    check_letters,
+    k_sparse,
+    l1_probe,
+)
 from hsae.train.saelens import SAE, load
 
 GOLDEN = Path(os.environ.get("HSAE_GOLDEN", Path(__file__).parent / "golden")) / "absorption"

@@ -22,11 +22,11 @@ from hsae.cache.lm import LanguageModel, load_tokenizer
 from hsae.cache.store import ActivationStore
 from hsae.cli import common
 from hsae.cli.main import app
-from hsae.eval import explain, windows
-from hsae.eval.autointerp import noise_note
-from hsae.eval.suite import SuiteResult
-from hsae.eval.suite_schema import problems, read_suite
-from hsae.eval.windows import Sampler, written
+from hsae.eval.autointerp import explain, windows
+from hsae.eval.autointerp.evaluation import noise_note
+from hsae.eval.autointerp.windows import Sampler, written
+from hsae.eval.suite.evaluations import SuiteResult
+from hsae.eval.suite.schema import problems, read_suite
 from hsae.train import rundir, saelens
 from hsae.train.model import TrainedModel, save_model
 from hsae.train.plan import PlanError, load_plan

@@ -15,10 +15,10 @@ from hsae.cache.config import CorpusConfig, ModelConfig, StoreSpec
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.lm import LanguageModel
 from hsae.cache.store import ActivationStore
-from hsae.eval import corrected, reconstruction
-from hsae.eval.core import CoreOptions, evaluate
-from hsae.eval.metrics import weight_metrics
-from hsae.eval.schema import CURRENT, DETAILS
+from hsae.eval.core import corrected, reconstruction
+from hsae.eval.core.evaluation import CoreOptions, evaluate
+from hsae.eval.core.metrics import weight_metrics
+from hsae.eval.core.schema import CURRENT, DETAILS
 from hsae.train.saelens import SAE, load
 
 GOLDEN = Path(os.environ.get("HSAE_GOLDEN", Path(__file__).parent / "golden"))

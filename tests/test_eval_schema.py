@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hsae.cache.errors import UserError
-from hsae.eval import schema
+from hsae.eval.core import schema
 
 GOLDEN = Path(os.environ.get("HSAE_GOLDEN", Path(__file__).parent / "golden"))
 BASELINE = Path(__file__).parent / "golden" / "user_baseline_core.json"

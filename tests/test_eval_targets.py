@@ -11,9 +11,9 @@ from hsae.cache.errors import UserError
 from hsae.cache.lm import LanguageModel
 from hsae.cache.store import ActivationStore
 from hsae.cli.eval import app
-from hsae.eval import targets
-from hsae.eval.core import CoreOptions
-from hsae.eval.schema import read_core
+from hsae.eval.core import targets
+from hsae.eval.core.evaluation import CoreOptions
+from hsae.eval.core.schema import read_core
 from hsae.train import rundir, saelens
 from hsae.train.model import TrainedModel, save_model
 from hsae.train.plan import load_plan

@@ -13,10 +13,10 @@ from hsae.cache.build import build
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.store import ActivationStore
 from hsae.cli.eval import app
-from hsae.eval import hierarchy
-from hsae.eval.composition import CompositionResult, evaluate_composition
-from hsae.eval.failures import NAMES, failures
-from hsae.eval.measures import Estimate
+from hsae.eval.hierarchy import runs as hierarchy
+from hsae.eval.hierarchy.composition import CompositionResult, evaluate_composition
+from hsae.eval.hierarchy.failures import NAMES, failures
+from hsae.eval.hierarchy.measures import Estimate
 from hsae.train.config import RunConfig
 from hsae.train.model import CompositionMap, TrainedModel, load_model
 from hsae.train.plan import load_plan
@@ -204,7 +204,7 @@ def test_results_are_deterministic_and_survive_json(store, result):
 
 
 def test_batches_do_not_change_the_measures(store, result, monkeypatch):
-    monkeypatch.setattr("hsae.eval.composition.BATCH_TOKENS", 3 * T)
+    monkeypatch.setattr("hsae.eval.hierarchy.composition.BATCH_TOKENS", 3 * T)
     found = evaluate_composition(planted(2), store, HOOK)
     for name, entry in found.pairs[0].readings["learned"].measures.items():
         if name != "probe_top5":  # its sample of tokens is drawn batch by batch
@@ -230,7 +230,7 @@ def test_dead_levels_have_no_measures_and_break_nothing(store, dead):
 
 def test_rows_of_special_tokens_alone_add_nothing(store, result, monkeypatch):
     """A batch without a single kept token, among others."""
-    monkeypatch.setattr("hsae.eval.composition.BATCH_TOKENS", T)
+    monkeypatch.setattr("hsae.eval.hierarchy.composition.BATCH_TOKENS", T)
     short = Memory(store.x[160:190], clean_rows=10)
     wanted = evaluate_composition(planted(2), short, HOOK)
     longer = Memory(torch.cat([short.x[:10], torch.zeros(1, T, D), short.x[10:], torch.zeros(1, T, D)]), clean_rows=11)
@@ -355,9 +355,9 @@ class Quiet:
 @pytest.fixture
 def quick(monkeypatch):
     """Fewer resamples and shorter probes: runs are about files and words, not values."""
-    monkeypatch.setattr("hsae.eval.corrected.RESAMPLES", 20)
-    monkeypatch.setattr("hsae.eval.measures.RESAMPLES", 20)
-    monkeypatch.setattr("hsae.eval.probes.STEPS", 3)
+    monkeypatch.setattr("hsae.eval.core.corrected.RESAMPLES", 20)
+    monkeypatch.setattr("hsae.eval.hierarchy.measures.RESAMPLES", 20)
+    monkeypatch.setattr("hsae.eval.hierarchy.probes.STEPS", 3)
 
 
 @pytest.fixture(scope="module")
@@ -447,8 +447,8 @@ def test_ce_scores_come_from_core_results_of_this_very_model(trained, quick):
     (found,) = hierarchy.evaluate_runs([(plan, plan.runs[3])], hierarchy.Sources.of(plan))
     assert all(level.ce_loss_score.value is None for level in found.result.levels)
     from hsae.cache.lm import LanguageModel
-    from hsae.eval.core import CoreOptions
-    from hsae.eval.targets import evaluate_targets, run_targets
+    from hsae.eval.core.evaluation import CoreOptions
+    from hsae.eval.core.targets import evaluate_targets, run_targets
 
     store = ActivationStore.open(plan.store_path("eval"))
     done = evaluate_targets(

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from hsae.eval import maps, pairs
-from hsae.eval.corrected import Resampler
-from hsae.eval.fitted import CodeMoments, nonnegative
-from hsae.eval.maps import EDGE_SHARE, CodeScale, LevelMap
-from hsae.eval.measures import SIBLINGS, PairGeometry, UnitMean, matthews, measures
-from hsae.eval.pairs import CONTRIBUTES, MapSums, PairCounts
-from hsae.eval.probes import TOP, Probes, train_probes
+from hsae.eval.core.corrected import Resampler
+from hsae.eval.hierarchy import maps, pairs
+from hsae.eval.hierarchy.fitted import CodeMoments, nonnegative
+from hsae.eval.hierarchy.maps import EDGE_SHARE, CodeScale, LevelMap
+from hsae.eval.hierarchy.measures import SIBLINGS, PairGeometry, UnitMean, matthews, measures
+from hsae.eval.hierarchy.pairs import CONTRIBUTES, MapSums, PairCounts
+from hsae.eval.hierarchy.probes import TOP, Probes, train_probes
 
 N, F, G, D, ROWS = 211, 5, 13, 7, 17
 
@@ -181,7 +181,7 @@ def test_consistency_against_loops(counted, data, contributions):
 
 
 def test_only_the_strongest_siblings_are_compared(counted, data, contributions, monkeypatch):
-    monkeypatch.setattr("hsae.eval.measures.SIBLINGS", 2)
+    monkeypatch.setattr("hsae.eval.hierarchy.measures.SIBLINGS", 2)
     fine, found = data[0] > 0, values_of(counted)
     overlaps = []
     for i in range(F):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hsae.eval.schema import read_core
+from hsae.eval.core.schema import read_core
 
 pytestmark = pytest.mark.slow(minutes=10)
 COMMAND = [sys.executable, "-c", "from hsae.cli.main import main; main()", "quickstart"]

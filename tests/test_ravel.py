@@ -19,10 +19,10 @@ from hsae.cache.lm import LanguageModel
 from hsae.cache.ravel import Prompt, RavelStore, build_ravel
 from hsae.cache.ravel_config import EntitiesConfig
 from hsae.cli import common
-from hsae.eval import ravel
-from hsae.eval.ravel import Exchange, Pair
-from hsae.eval.ravel_runs import MEASURES, RavelBench
-from hsae.eval.suite_schema import problems, read_suite
+from hsae.eval.suite import ravel
+from hsae.eval.suite.ravel import Exchange, Pair
+from hsae.eval.suite.ravel_runs import MEASURES, RavelBench
+from hsae.eval.suite.schema import problems, read_suite
 from hsae.train import rundir, saelens
 from hsae.train.model import TrainedModel, save_model
 from hsae.train.plan import load_plan

@@ -15,11 +15,14 @@ from hsae.cache.build import build
 from hsae.cache.errors import UserError
 from hsae.cache.lm import LanguageModel, load_tokenizer
 from hsae.cache.store import ActivationStore
-from hsae.eval import contexts, figures, hierarchy, maps, tables
-from hsae.eval.core import CoreOptions
-from hsae.eval.report import write_report
-from hsae.eval.schema import read_core
-from hsae.eval.targets import evaluate_targets, run_targets
+from hsae.eval import contexts, figures
+from hsae.eval.core.evaluation import CoreOptions
+from hsae.eval.core.schema import read_core
+from hsae.eval.core.targets import evaluate_targets, run_targets
+from hsae.eval.hierarchy import maps
+from hsae.eval.hierarchy import runs as hierarchy
+from hsae.eval.report import tables
+from hsae.eval.report.page import write_report
 from hsae.train.model import load_model
 from hsae.train.plan import load_plan
 from hsae.train.trainer import train
@@ -188,8 +191,8 @@ def test_the_numbers_are_those_of_the_result_files(made, tmp_path):
 
 def test_hierarchy_measures_stand_beside_their_nulls(made, tmp_path, monkeypatch):
     """Run 3 measured: tables, failures, fitted maps; a result of another model is left out and named."""
-    monkeypatch.setattr("hsae.eval.corrected.RESAMPLES", 20)
-    monkeypatch.setattr("hsae.eval.probes.STEPS", 3)
+    monkeypatch.setattr("hsae.eval.core.corrected.RESAMPLES", 20)
+    monkeypatch.setattr("hsae.eval.hierarchy.probes.STEPS", 3)
     plan, run_dirs, *_ = made
     copied = load_plan("tiny", [f"cache.dir={plan.cache.dir!r}", f"train.dir={str(tmp_path / 'runs')!r}"])
     copied = dataclasses.replace(plan, train=copied.train)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hsae.eval import scr_tpp
-from hsae.eval.scr_tpp import Effects, Trained
-from hsae.eval.text_probes import Probe, Task, sum_latents, sum_texts
+from hsae.eval.suite import scr_tpp
+from hsae.eval.suite.scr_tpp import Effects, Trained
+from hsae.eval.suite.text_probes import Probe, Task, sum_latents, sum_texts
 from hsae.train.saelens import SAE, load
 
 GOLDEN = Path(os.environ.get("HSAE_GOLDEN", Path(__file__).parent / "golden"))

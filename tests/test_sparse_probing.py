@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hsae.eval import text_probes as probes
-from hsae.eval.sparse_probing import baselines, faithful, ideal
-from hsae.eval.text_probes import Task, balanced, sum_latents, sum_texts
+from hsae.eval.suite import text_probes as probes
+from hsae.eval.suite.sparse_probing import baselines, faithful, ideal
+from hsae.eval.suite.text_probes import Task, balanced, sum_latents, sum_texts
 from hsae.train.saelens import load
 
 GOLDEN = Path(os.environ.get("HSAE_GOLDEN", Path(__file__).parent / "golden")) / "sparse_probing"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hsae.cache.errors import UserError
-from hsae.eval.stability import jaccard, matching, stability
+from hsae.eval.hierarchy.stability import jaccard, matching, stability
 
 D, F1, F2, F3 = 41, 9, 5, 3
 

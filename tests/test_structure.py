@@ -19,7 +19,7 @@ HEAVY = ["torch", "transformers", "zarr", "numpy", "pandas", "plotly", "matplotl
 
 
 def modules():
-    return [path for package in RANK for path in sorted((ROOT / package).glob("*.py"))]
+    return [path for package in RANK for path in sorted((ROOT / package).rglob("*.py"))]
 
 
 def imports(path, *, everywhere=True):
@@ -40,12 +40,12 @@ def test_the_tests_run_against_this_checkout(package):
     assert Path(package.__file__).resolve().parent.parent == ROOT
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_arrows_go_one_way(path):
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == "hsae" and len(parts) > 1:
-            assert RANK[parts[1]] <= RANK[path.parent.name], f"{path} imports {name}"
+            assert RANK[parts[1]] <= RANK[path.relative_to(ROOT).parts[0]], f"{path} imports {name}"
         assert parts[0] not in RANK, f"{path} imports {name} without hsae."
 
 

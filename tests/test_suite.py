@@ -18,8 +18,8 @@ from hsae.cache.probe import PART_TEXTS, ProbeStore, TaskEntry, build_probe
 from hsae.cache.probe_config import SUITES
 from hsae.cli import common
 from hsae.cli.main import app
-from hsae.eval import suite as suites
-from hsae.eval.suite_schema import LAYOUTS, problems, read_suite
+from hsae.eval.suite import evaluations as suites
+from hsae.eval.suite.schema import LAYOUTS, problems, read_suite
 from hsae.train import rundir, saelens
 from hsae.train.model import TrainedModel, save_model
 from hsae.train.plan import load_plan

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from hsae.cache.errors import UserError
 from hsae.cli.main import app
-from hsae.eval import synthetic as scores
-from hsae.eval.tiers import fingerprint, read_results, run_tier
+from hsae.eval.synthetic import scores
+from hsae.eval.synthetic.tiers import fingerprint, read_results, run_tier
 from hsae.train.arms import load_arms, split_widths
 from hsae.train.model import CompositionMap, TrainedModel
 from hsae.train.saelens import SAE

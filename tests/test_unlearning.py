@@ -13,10 +13,12 @@ from hsae.cache.build import build
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.lm import LanguageModel
 from hsae.cli.main import app
-from hsae.eval import arms, pareto, qa, qa_runs, selection, unlearning, unlearning_runs
-from hsae.eval.intervention import Dictionary, Intervention, changed, of_means, of_model, of_view
-from hsae.eval.passes import LossMeter, Rows, Trial, split_rows
-from hsae.eval.questions import Question
+from hsae.eval.unlearning import arms, pareto, qa, qa_runs, selection
+from hsae.eval.unlearning import runs as unlearning_runs
+from hsae.eval.unlearning import sweep as unlearning
+from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed, of_means, of_model, of_view
+from hsae.eval.unlearning.passes import LossMeter, Rows, Trial, split_rows
+from hsae.eval.unlearning.questions import Question
 from hsae.train import rundir
 from hsae.train.model import CompositionMap, TrainedModel, save_model
 from hsae.train.plan import load_plan

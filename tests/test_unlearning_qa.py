@@ -10,9 +10,9 @@ from hsae.cache import weights
 from hsae.cache.config import ModelConfig
 from hsae.cache.errors import ModelError, UserError
 from hsae.cache.lm import LanguageModel, load_tokenizer
-from hsae.eval import qa, qa_runs, questions
-from hsae.eval.intervention import Dictionary, Intervention
-from hsae.eval.questions import Question
+from hsae.eval.unlearning import qa, qa_runs, questions
+from hsae.eval.unlearning.intervention import Dictionary, Intervention
+from hsae.eval.unlearning.questions import Question
 from hsae.train.plan import load_plan
 from hsae.train.suites import QAConfig
 

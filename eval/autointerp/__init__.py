@@ -1,0 +1,1 @@
+"""SAEBench's autointerp: a chat model explains latents and predicts from the explanations."""

@@ -1,0 +1,1 @@
+"""SAEBench's core evaluation, and hsae's own measures of reconstruction beside it."""

@@ -1,0 +1,125 @@
+"""The reconstruction phase of core: losses and KL with each SAE's reconstruction in the residual's place.
+
+Batches are the outer loop and SAEs the inner one: clean logits (one matrix product from the stored final vector) and the clean
+distribution are made once for all SAEs, a slice of tokens at a time, so that no [tokens, V] matrix of a whole batch exists.
+
+Shapes: B rows of a batch, T context, D residual width, N = B * T tokens of a batch, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hsae.cache import losses
+from hsae.cache.lm import LanguageModel
+from hsae.cache.store import ActivationStore
+from hsae.eval.core import corrected
+from hsae.eval.core.metrics import Mean
+from hsae.train.views import View
+
+SLICE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # of logits at a time
+
+
+class ReconstructionPhase:
+    """Means as SAEBench rounds them and hsae's own sums, over the store's first `clean_rows` rows."""
+
+    def __init__(
+        self,
+        views: Sequence[View],
+        store: ActivationStore,
+        model: LanguageModel,
+        hook: str,
+        *,
+        exclude_special_tokens: bool,
+        device: str,
+    ) -> None:
+        self.views, self.store, self.model, self.hook = views, store, model, hook
+        self.exclude_special_tokens, self.device = exclude_special_tokens, device
+        self.dtype = getattr(torch, store.spec.model.dtype)
+        self.shared_means = {name: Mean(self.dtype) for name in ("kl_ablation", "ce_ablation", "ce_clean")}
+        self.sae_means = [{name: Mean(self.dtype) for name in ("kl", "ce")} for _ in views]
+        resampler = corrected.Resampler(store.clean_rows, device)
+        self.shared_sums = corrected.Sums(resampler, len(corrected.RECONSTRUCTION_COLUMNS))
+        self.sae_sums = [corrected.Sums(resampler, len(corrected.SAE_COLUMNS)) for _ in views]
+        self.memory: tuple[losses.Distribution, losses.Distribution] | tuple[None, None] = (None, None)
+
+    def run(
+        self,
+        batches: Sequence[tuple[int, int]],
+        rows: Callable[[int, int], tuple[Tensor, Tensor, Tensor]],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Go through the batches, given as (first row, row after the last); `rows` reads tokens, residuals and mask."""
+        # A zero residual stays the same at every position and after every token, so one token stands for all.
+        zero_11D = torch.zeros(1, 1, self.store.header.d_model, dtype=self.dtype, device=self.device)
+        zero_logits_1V = self.model.unembed(self.model.suffix(self.hook, zero_11D)[0])
+        for done, (start, stop) in enumerate(batches, 1):
+            tokens_BT, x_BTD, mask_BT = rows(start, stop)
+            finals = [self._final(view, x_BTD, mask_BT) for view in self.views]
+            self._losses(start, stop, tokens_BT, mask_BT, finals, zero_logits_1V)
+            progress(done, len(batches))
+
+    def _final(self, view: View, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """Final vectors with the SAE's reconstruction in the residual's place."""
+        out_BTD = view.decode(view.encode(x_BTD)).to(x_BTD.dtype)
+        if self.exclude_special_tokens:
+            out_BTD = torch.where(mask_BT[..., None], out_BTD, x_BTD)
+        return self.model.suffix(self.hook, out_BTD)
+
+    def _losses(
+        self, start: int, stop: int, tokens_BT: Tensor, mask_BT: Tensor, finals: list[Tensor], zero_logits_1V: Tensor
+    ) -> None:
+        rows, context = tokens_BT.shape
+        final_ND = self.store.clean("final", start, stop).to(self.device).flatten(0, 1)
+        targets_N = tokens_BT.roll(-1, dims=1).flatten()
+        stable = {
+            name: torch.empty(rows * context, device=self.device) for name in ("clean", "ablation", "kl_ablation")
+        }
+        faithful = [torch.empty(2, rows * context, dtype=self.dtype, device=self.device) for _ in finals]
+        own = [torch.empty(2, rows * context, device=self.device) for _ in finals]
+        row_bytes = self.model.vocab_size * final_ND.element_size()
+        for part in losses.slices(rows * context, row_bytes, SLICE_BYTES[torch.device(self.device).type]):
+            targets = targets_N[part]
+            logits_NV = self.model.unembed(final_ND[part])
+            rounded = losses.distribution(logits_NV, self.memory[0])
+            exact = losses.stable_distribution(logits_NV, self.memory[1])
+            if self.memory[0] is None or len(rounded.probs) > len(self.memory[0].probs):
+                self.memory = (rounded, exact)
+            stable["clean"][part] = -exact.log_probs.gather(-1, targets.long()[:, None])[:, 0]
+            ablated_NV = zero_logits_1V.expand(len(targets), -1)
+            stable["ablation"][part], stable["kl_ablation"][part] = losses.stable_losses(exact, ablated_NV, targets)
+            for index, sae_final_BTD in enumerate(finals):
+                logits_NV = self.model.unembed(sae_final_BTD.flatten(0, 1)[part])
+                faithful[index][0, part] = losses.cross_entropy(logits_NV, targets)
+                faithful[index][1, part] = losses.kl_divergence(*rounded, logits_NV)
+                own[index][0, part], own[index][1, part] = losses.stable_losses(exact, logits_NV, targets)
+        loss_mask_BT = mask_BT.clone()
+        loss_mask_BT[:, -1] = False
+        stored = {
+            "ce_clean": self.store.clean("loss", start, stop),
+            "ce_ablation": self.store.ablation(self.hook, "loss", start, stop),
+            "kl_ablation": self.store.ablation(self.hook, "kl", start, stop),
+        }
+        for name, values_BT in stored.items():
+            selected = mask_BT if name == "kl_ablation" else loss_mask_BT
+            self.shared_means[name].add(values_BT.to(self.device)[selected])
+        ce, kl = _Selected(loss_mask_BT), _Selected(mask_BT)
+        columns = [ce.count, ce(stable["clean"]), ce(stable["ablation"]), kl.count, kl(stable["kl_ablation"])]
+        self.shared_sums.add(start, torch.stack(columns, 1))
+        for index in range(len(finals)):
+            self.sae_means[index]["ce"].add(faithful[index][0].view(rows, context)[loss_mask_BT])
+            self.sae_means[index]["kl"].add(faithful[index][1].view(rows, context)[mask_BT])
+            self.sae_sums[index].add(start, torch.stack([ce(own[index][0]), kl(own[index][1])], 1))
+
+
+class _Selected:
+    """Sums over the selected tokens of each row."""
+
+    def __init__(self, mask_BT: Tensor) -> None:
+        self.mask_BT = mask_BT
+        self.count = mask_BT.sum(1).double()
+
+    def __call__(self, values_N: Tensor) -> Tensor:
+        """[B] float64."""
+        return torch.where(self.mask_BT, values_N.view(self.mask_BT.shape).double(), 0.0).sum(1)

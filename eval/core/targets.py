@@ -1,0 +1,191 @@
+"""What `hsae eval core` is asked to evaluate, where each result goes, and whether it is there already."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hsae.cache.errors import UserError
+from hsae.cache.lm import LanguageModel
+from hsae.cache.store import ActivationStore
+from hsae.eval.core.evaluation import CoreOptions, Listener, check, evaluate
+from hsae.eval.core.schema import CoreResult, file_name, hsae_version, read_core, write_core
+from hsae.train import saelens
+from hsae.train.config import RunConfig
+from hsae.train.model import CONFIG_FILE, WEIGHTS_FILE, load_model
+from hsae.train.plan import Plan
+from hsae.train.rundir import is_complete, read_run
+from hsae.train.views import View
+
+RESULTS = Path("eval")  # in a run directory; each evaluation has a folder in it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One SAE to evaluate."""
+
+    view: View
+    hook: str
+    folder: Path
+    """Where the result goes."""
+    label: str
+    """Short name for people."""
+    release: str
+    sae_id: str
+    weights_digest: str
+    """SHA-256 of the files the SAE was read from."""
+
+    @property
+    def path(self) -> Path:
+        """The result file."""
+        return self.folder / file_name(self.release, self.sae_id)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What every result of this SAE depends on."""
+        return {"hsae": hsae_version(), "sae": self.weights_digest, "view": self.view.name, "hook": self.hook}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """A target and its result."""
+
+    target: Target
+    result: CoreResult
+    reused: bool
+    """Whether the result had been there."""
+
+
+def is_trained(plan: Plan, run: RunConfig) -> bool:
+    """Whether this very run of the plan has been trained to its end."""
+    return is_complete(plan, run, plan.store("train").name)
+
+
+def whole_view(run: RunConfig) -> str:
+    """The view that stands for a run: all levels together, or, in a stack, level 1 (what its other levels account for)."""
+    return "level1" if run.structure == "stacked" else "sae"
+
+
+def run_targets(plan: Plan, run: RunConfig, evaluation: str = "core", *, whole: bool = False) -> list[Target]:
+    """Every view of a trained run, or with `whole` the one that stands for it, for one evaluation.
+
+    Raises UserError if it has not been trained, or with another configuration.
+    """
+    run_dir = plan.run_dir(run)
+    if not is_trained(plan, run):
+        raise UserError(
+            f"run {run.number} ({run.name}) of plan {plan.name} has not been trained to its end in {run_dir}; "
+            f"train it with: hsae train --run {run.number}"
+        )
+    held = read_run(run_dir)
+    assert held is not None  # it is trained
+    model_dir = run_dir / "model"
+    return [
+        Target(
+            view=view,
+            hook=plan.hook.names[0],
+            folder=run_dir / RESULTS / evaluation,
+            label=f"{plan.label(run)} {name}",
+            release=f"hsae_{held['plan']}_{run.number}-{run.name}",
+            sae_id=name,
+            weights_digest=model_digest(model_dir),
+        )
+        for name, view in load_model(model_dir).views().items()
+        if not whole or name == whole_view(run)
+    ]
+
+
+def model_digest(model_dir: Path) -> str:
+    """SHA-256 of a trained model's files."""
+    return _digest(model_dir / CONFIG_FILE, model_dir / WEIGHTS_FILE)
+
+
+def folder_targets(plan: Plan, folders: Sequence[Path], out: Path) -> list[Target]:
+    """SAEs in SAELens folders; the results go to `out`. Raises UserError if a folder can't be read."""
+    targets = []
+    for folder in folders:
+        view = saelens.load(folder)
+        made_for = view.metadata.get("hook_name")
+        targets.append(
+            Target(
+                view=view,
+                hook=made_for if made_for in plan.hook.names else plan.hook.names[0],
+                folder=out,
+                label="/".join(folder.resolve().parts[-2:]),
+                release=folder.as_posix().strip("./") or folder.resolve().name,
+                sae_id="custom_sae",
+                weights_digest=_digest(folder / saelens.CONFIG_FILE, folder / saelens.WEIGHTS_FILE),
+            )
+        )
+    paths = [target.path for target in targets]
+    if doubled := [str(path) for path in paths if paths.count(path) > 1]:
+        raise UserError(f"two SAEs would write the same file {doubled[0]}; evaluate them with different --out folders")
+    return targets
+
+
+def evaluate_targets(
+    targets: Sequence[Target],
+    store: ActivationStore,
+    load: Callable[[], LanguageModel],
+    *,
+    options: CoreOptions,
+    force: bool = False,
+    listener: Listener | None = None,
+    device: str = "cpu",
+) -> list[Evaluated]:
+    """Evaluate the targets and write their results; results made of the same inputs are read back unless `force`.
+
+    The language model is loaded only if something has to be computed. Raises UserError before any compute.
+    """
+    for target in targets:
+        check([target.view], store, None, target.hook)
+    found = {id(target): _found(target, store, options) for target in targets if not force}
+    missing = [target for target in targets if found.get(id(target)) is None]
+    computed: dict[int, CoreResult] = {}
+    model = load() if missing else None
+    for hook in dict.fromkeys(target.hook for target in missing):
+        assert model is not None
+        group = [target for target in missing if target.hook == hook]
+        views = [target.view for target in group]
+        results = evaluate(views, store, model, hook=hook, options=options, listener=listener, device=device)
+        for target, result in zip(group, results, strict=True):
+            result = replace(result, hsae={**(result.hsae or {}), "inputs": _inputs(target, store, options)})
+            write_core(result, target.folder, release=target.release, sae_id=target.sae_id)
+            computed[id(target)] = result
+    evaluated = []
+    for target in targets:
+        held = computed.get(id(target)) or found[id(target)]
+        assert held is not None
+        evaluated.append(Evaluated(target=target, result=held, reused=id(target) not in computed))
+    return evaluated
+
+
+def _inputs(target: Target, store: ActivationStore, options: CoreOptions) -> dict[str, Any]:
+    """All that a result depends on."""
+    return {
+        **target.inputs,
+        "store": store.spec.fingerprint,
+        "model": store.header.model_digest,
+        "tokenizer": store.header.tokenizer_digest,
+        "corpus": store.header.corpus_digest,
+        "exclude_special_tokens": options.exclude_special_tokens,
+    }
+
+
+def _found(target: Target, store: ActivationStore, options: CoreOptions) -> CoreResult | None:
+    """The result that lies there, if it was made of the same inputs."""
+    if not target.path.is_file():
+        return None
+    try:
+        result = read_core(target.path)
+    except UserError:
+        return None  # damaged: made anew
+    return result if (result.hsae or {}).get("inputs") == _inputs(target, store, options) else None
+
+
+def _digest(*files: Path) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

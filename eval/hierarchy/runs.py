@@ -1,0 +1,295 @@
+"""Hierarchy measures of the runs of a plan: where results lie, when they are made anew, and what of them depends on other results.
+
+`eval/composition.json` in a run directory holds the result, the named failures and all that it depends on; `eval/composition.safetensors`
+the contributions [F_l, F_{l-1}] of every reading, `learned2`, `fitted2`, `fitted3`, ... Both are written atomically, the JSON last.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hsae.cache.errors import StoreError, UserError
+from hsae.cache.store import ActivationStore
+from hsae.eval.core.schema import CoreResult, hsae_version, read_core
+from hsae.eval.core.targets import is_trained, model_digest
+from hsae.eval.hierarchy.composition import SETTINGS, CompositionResult, LevelResult, Progress, evaluate_composition
+from hsae.eval.hierarchy.failures import Failure, Verdict, failures
+from hsae.eval.hierarchy.measures import Estimate
+from hsae.eval.hierarchy.stability import Agreement, Member, stability
+from hsae.train.config import RunConfig
+from hsae.train.files import write_atomically
+from hsae.train.model import TrainedModel, load_model
+from hsae.train.plan import Plan
+from hsae.train.rundir import read_metrics
+
+FORMAT = 1
+STABILITY_FILE = Path("eval") / "stability.json"
+FILE, MAPS_FILE = Path("eval") / "composition.json", Path("eval") / "composition.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunComposition:
+    """A run's hierarchy measures and failures."""
+
+    label: str
+    path: Path
+    result: CompositionResult
+    verdict: Verdict
+    compared: str | None
+    """The run that coarse-hurts-fine was judged against."""
+    reused: bool = True
+    """Whether the measures had been there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The stores of an evaluation; `fit` is the training store, where it is there."""
+
+    evaluation: ActivationStore
+    fit: ActivationStore | None
+    hook: str
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Sources":
+        """The plan's stores. Raises StoreError if there is no evaluation store."""
+        try:
+            fit = ActivationStore.open(plan.store_path("train"))
+        except StoreError:
+            fit = None
+        return cls(evaluation=ActivationStore.open(plan.store_path("eval")), fit=fit, hook=plan.hook.names[0])
+
+
+def evaluate_runs(
+    runs: Sequence[tuple[Plan, RunConfig]],
+    sources: Sources,
+    *,
+    compare: RunConfig | None = None,
+    force: bool = False,
+    device: str = "cpu",
+    progress: Callable[[str], Progress] | None = None,
+) -> list[RunComposition]:
+    """Measure trained runs, each given with its (seeded) plan, and write their results.
+
+    Measures made of the same inputs are read back unless `force`. `compare` is the flat run that a hierarchy must not fall behind; without it
+    the first trained flat run of the same activation. `progress` is given a run's label and hears of its passes. Raises UserError for a run
+    that has not been trained, before any compute.
+    """
+    for plan, config in (*runs, *((plan, compare) for plan, _ in runs if compare is not None)):
+        if not is_trained(plan, config):
+            raise UserError(
+                f"run {plan.label(config)} of plan {plan.name} has not been trained to its end in {plan.run_dir(config)}; "
+                f"train it with: hsae train --run {config.number}"
+            )
+    job = _Job(sources, force, device, progress or (lambda _label: lambda _name, _done, _total: None))
+    return [job.run(plan, config, compare) for plan, config in runs]
+
+
+class _Job:
+    """Measures that several runs need are made once."""
+
+    def __init__(self, sources: Sources, force: bool, device: str, progress: Callable[[str], Progress]) -> None:
+        self.sources, self.force, self.device, self.progress = sources, force, device, progress
+        self.done: dict[Path, tuple[CompositionResult, dict[str, Any], bool]] = {}
+
+    def run(self, plan: Plan, config: RunConfig, compare: RunConfig | None) -> RunComposition:
+        run_dir = plan.run_dir(config)
+        result, inputs, reused = self.measured(plan, config)
+        result = replace(result, levels=_with_core(result, run_dir, inputs["sae"]))
+        other = compare or _flat_like(plan, config)
+        comparison = None
+        if other is not None and len(result.levels) > 1:
+            comparison = plan.label(other), self.measured(plan, other)[0].levels[0].explained_variance
+        verdict = failures(result, config, read_metrics(run_dir), comparison)
+        content = {
+            "format": FORMAT,
+            "inputs": inputs,
+            "run": {"number": config.number, "name": config.name, "label": plan.label(config)},
+            "compared": comparison[0] if comparison else None,
+            "failures": [asdict(failure) for failure in verdict.failures],
+            "unchecked": verdict.unchecked,
+            "result": result.json(),
+        }
+        _write(run_dir / FILE, content)
+        return RunComposition(
+            label=plan.label(config),
+            path=run_dir / FILE,
+            result=result,
+            verdict=verdict,
+            compared=comparison[0] if comparison else None,
+            reused=reused,
+        )
+
+    def measured(self, plan: Plan, config: RunConfig) -> tuple[CompositionResult, dict[str, Any], bool]:
+        """(a run's measures, all that they depend on, whether they had been there)."""
+        run_dir = plan.run_dir(config)
+        if run_dir not in self.done:
+            wanted = [
+                _inputs(self.sources, run_dir, config, fit)
+                for fit in ([self.sources.fit] if self.sources.fit is not None else [plan, None])
+            ]
+            held = None if self.force else _held(run_dir, wanted)
+            self.done[run_dir] = (
+                (*held, True) if held is not None else (*self._compute(plan, config, wanted[-1]), False)
+            )
+        return self.done[run_dir]
+
+    def _compute(
+        self, plan: Plan, config: RunConfig, inputs: dict[str, Any]
+    ) -> tuple[CompositionResult, dict[str, Any]]:
+        run_dir = plan.run_dir(config)
+        result = evaluate_composition(
+            load_model(run_dir / "model"),
+            self.sources.evaluation,
+            self.sources.hook,
+            fit_store=self.sources.fit if config.levels > 1 else None,
+            device=self.device,
+            progress=self.progress(plan.label(config)),
+        )
+        (run_dir / FILE).parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{name}{pair.level}": reading.contributions.contiguous()
+            for pair in result.pairs
+            for name, reading in pair.readings.items()
+            if reading.contributions is not None
+        }
+        (run_dir / FILE).unlink(missing_ok=True)  # never beside maps of another model
+        write_atomically(run_dir / MAPS_FILE, lambda path: save_file(tensors, path))
+        _write(run_dir / FILE, {"format": FORMAT, "inputs": inputs, "result": result.json()})
+        return result, inputs
+
+
+def _inputs(sources: Sources, run_dir: Path, config: RunConfig, fit: ActivationStore | Plan | None) -> dict[str, Any]:
+    """All that measures depend on. A plan stands for its training store, of which only the name is known."""
+    store = sources.evaluation
+    read_from: Any = "reconstruction rows"
+    if config.levels == 1:
+        read_from = None
+    elif isinstance(fit, ActivationStore):
+        read_from = fit.spec.fingerprint
+    elif fit is not None:
+        read_from = fit.store("train").fingerprint
+    return {
+        "hsae": hsae_version(),
+        "sae": model_digest(run_dir / "model"),
+        "hook": sources.hook,
+        "store": store.spec.fingerprint,
+        "model": store.header.model_digest,
+        "tokenizer": store.header.tokenizer_digest,
+        "corpus": store.header.corpus_digest,
+        "read_from": read_from,
+        "settings": SETTINGS,
+    }
+
+
+def _held(run_dir: Path, wanted: Sequence[dict[str, Any]]) -> tuple[CompositionResult, dict[str, Any]] | None:
+    """The measures that lie there and their inputs, if those are among `wanted` and nothing is damaged."""
+    content = read_composition(run_dir)
+    if content is None or content["inputs"] not in wanted or read_maps(run_dir) is None:
+        return None
+    return content["parsed"], content["inputs"]
+
+
+def read_composition(run_dir: Path) -> dict[str, Any] | None:
+    """The content of composition.json with the result itself as `parsed`; None if there is none or it can't be understood."""
+    try:
+        content = json.loads((run_dir / FILE).read_text())
+        if content["format"] != FORMAT:
+            return None
+        return {**content, "inputs": content["inputs"], "parsed": CompositionResult.of_json(content["result"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def read_maps(run_dir: Path) -> dict[str, Tensor] | None:
+    """Contributions of every reading, `learned2`, `fitted2`, ...; None if there are none or the file is damaged."""
+    try:
+        return load_file(run_dir / MAPS_FILE)
+    except (OSError, SafetensorError):
+        return None
+
+
+def read_verdict(content: dict[str, Any]) -> Verdict | None:
+    """The failures in the content of composition.json; None while they have not been judged."""
+    if "failures" not in content:
+        return None
+    return Verdict([Failure(**entry) for entry in content["failures"]], content["unchecked"])
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON unless it is there already."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    if not path.is_file() or path.read_text() != text:
+        write_atomically(path, lambda partial: partial.write_text(text))
+
+
+def _flat_like(plan: Plan, config: RunConfig) -> RunConfig | None:
+    """The first trained run without levels and with the same activation."""
+    flat = (other for other in plan.runs.values() if other.levels == 1 and other.activation == config.activation)
+    return next((other for other in flat if is_trained(plan, other)), None)
+
+
+def _with_core(result: CompositionResult, run_dir: Path, digest: str) -> list[LevelResult]:
+    """The levels with the CE scores of core results of this very model, where a view reads exactly the levels >= l."""
+    found: dict[str, CoreResult] = {}
+    for path in sorted((run_dir / "eval" / "core").glob("*_eval_results.json")):
+        try:
+            core = read_core(path)
+        except UserError:
+            continue
+        if ((core.hsae or {}).get("inputs") or {}).get("sae") == digest:
+            found[core.name] = core
+    return [replace(level, ce_loss_score=_ce_score(found, result, level.level)) for level in result.levels]
+
+
+def _ce_score(found: dict[str, CoreResult], result: CompositionResult, level: int) -> Estimate:
+    alone = result.structure == "stacked" or level == len(result.levels) > 1
+    name = f"level{level}" if alone else "sae" if level == 1 else ""
+    measure = found[name].measure("ce_loss_score") if name in found else None
+    if measure is None:
+        return Estimate(None)
+    return Estimate(measure.value, measure.low, measure.high, "rows" if measure.low is not None else None)
+
+
+def readings_of(model: TrainedModel, run_dir: Path) -> dict[str, Tensor]:
+    """Contributions by reading and level, as in `read_maps`; without a composition.json of this very model only the learned ones, as trained."""
+    content, maps = read_composition(run_dir), read_maps(run_dir)
+    if content is not None and maps is not None and content["inputs"]["sae"] == model_digest(run_dir / "model"):
+        return maps
+    return {f"learned{part.level}": part.contributions for part in model.compositions}
+
+
+def stability_of(plan: Plan, config: RunConfig, seeds: int) -> tuple[Path, list[Agreement]]:
+    """Compare the first `seeds` seeds of a run and write `eval/stability.json` into the first one's directory.
+
+    Raises UserError if a seed has not been trained.
+    """
+    members: list[Member] = []
+    digests = []
+    for seeded in (plan.seeded(index) for index in range(seeds)):
+        run_dir = seeded.run_dir(config)
+        if not is_trained(seeded, config):
+            raise UserError(
+                f"run {seeded.label(config)} of plan {plan.name} has not been trained to its end in {run_dir}; "
+                f"train it with: hsae train --run {config.number} --seeds {seeds}"
+            )
+        model = load_model(run_dir / "model")
+        directions = [model.directions(level) for level in range(1, config.levels + 1)]
+        members.append((directions, readings_of(model, run_dir)))
+        digests.append(model_digest(run_dir / "model"))
+    found = stability(members)
+    path = plan.run_dir(config) / STABILITY_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": FORMAT,
+        "hsae": hsae_version(),
+        "models": digests,
+        "agreement": [asdict(agreement) for agreement in found],
+    }
+    _write(path, content)
+    return path, found

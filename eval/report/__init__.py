@@ -1,0 +1,1 @@
+"""The report, the ablation table, and what they show."""

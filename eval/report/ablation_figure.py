@@ -1,0 +1,40 @@
+"""The picture of an ablation table: one panel a number, a dot a seed, a bar at the mean, a hollow mark at the null."""
+
+from pathlib import Path
+
+from hsae.eval import figures
+from hsae.eval.report.ablation import Ablations, shown_columns
+from hsae.train.files import write_atomically
+
+PER_ROW = 4
+
+
+def ablation_png(table: Ablations, path: Path) -> None:
+    """Write the picture to `path`. Raises UserError if matplotlib is missing."""
+    pyplot = figures.pyplot()
+    columns = shown_columns(table)
+    names = [f"{line.number} {line.name}" for line in table.lines]
+    rows = -(-len(columns) // PER_ROW)
+    height = 0.22 * len(names) + 0.7
+    figure, axes = pyplot.subplots(
+        rows, PER_ROW, figsize=(3.1 * PER_ROW, height * rows), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis in axes.flat[len(columns) :]:
+        axis.set_visible(False)
+    for axis, column in zip(axes.flat, columns, strict=False):
+        for place, line in enumerate(table.lines):
+            cell = line.cells[column.key]
+            if cell.mean is None:
+                continue
+            axis.plot(cell.values, [place] * len(cell.values), "o", color="#2563a8", markersize=3.5, alpha=0.6)
+            axis.plot([cell.mean], [place], "|", color="#0b2540", markersize=11, markeredgewidth=1.6)
+            if cell.null is not None:
+                axis.plot([cell.null], [place], "D", color="#9a6a1f", markersize=4, fillstyle="none")
+        arrow = {1: " ↑", -1: " ↓", 0: ""}[column.better]
+        axis.set_title(f"{column.title}{arrow}" + (f" (◇ {column.null} map)" if column.null else ""), fontsize=9)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+    write_atomically(path, lambda partial: figure.savefig(partial, dpi=130, format="png", metadata={"Software": None}))
+    pyplot.close(figure)

@@ -1,0 +1,1 @@
+"""SAEBench's other evaluations, from probe stores."""

@@ -1,0 +1,1 @@
+"""Scores against worlds whose hierarchy is known."""

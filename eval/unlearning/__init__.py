@@ -1,0 +1,1 @@
+"""Hierarchical unlearning: latents clamped, every way of choosing them side by side."""

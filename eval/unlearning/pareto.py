@@ -1,0 +1,148 @@
+"""Trade-offs: the best setting within a budget, the curve of forgetting against harm, its area, and intervals over documents.
+
+Settings are chosen on tune documents and reported on test documents. Intervals are 95 % bootstrap intervals with whole documents as
+the unit, forget and retain drawn apart; every arm sees the same draws.
+
+Shapes: S resamples (the first is the data itself), K documents.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsae.eval import figures
+from hsae.eval.core import corrected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """How often each document is drawn in each resample, and which document each row is of."""
+
+    counts_SK: Tensor
+    document_R: Tensor
+
+    @classmethod
+    def of(cls, documents: Sequence[int], resamples: int, seed: int) -> "Draws":
+        """Draws for rows of these documents."""
+        numbers = {document: place for place, document in enumerate(dict.fromkeys(documents))}
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(numbers), (resamples, len(numbers)), generator=generator)
+        counts = torch.zeros(resamples, len(numbers), dtype=torch.float64)
+        counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+        return cls(
+            counts_SK=torch.cat([torch.ones(1, len(numbers), dtype=torch.float64), counts]),
+            document_R=torch.tensor([numbers[document] for document in documents]),
+        )
+
+    def mean(self, sums_R: Sequence[float], positions_R: Sequence[int]) -> Tensor:
+        """[S] sum over rows per position, of the data and of each resample."""
+        above_K, below_K = (
+            torch.zeros(self.counts_SK.shape[1], dtype=torch.float64).index_add_(
+                0, self.document_R, torch.tensor(values, dtype=torch.float64)
+            )
+            for values in (list(sums_R), list(positions_R))
+        )
+        return (self.counts_SK @ above_K) / (self.counts_SK @ below_K).clamp_min(1)
+
+
+def choose(retain: Sequence[float], forget: Sequence[float | None], budget: float) -> int | None:
+    """The setting with the largest loss on forget among those within the budget on retain; None if none beats doing nothing."""
+    best, place = 0.0, None
+    for index, (harm, gain) in enumerate(zip(retain, forget, strict=True)):
+        if gain is not None and harm <= budget and gain > best:
+            best, place = gain, index
+    return place
+
+
+def frontier(retain: Sequence[float], forget: Sequence[float | None]) -> list[int]:
+    """Settings that no other beats: less harm and more forgetting, and more forgetting than doing nothing; by harm."""
+    order = sorted(
+        (index for index, gain in enumerate(forget) if gain is not None), key=lambda i: (retain[i], -(forget[i] or 0))
+    )
+    kept, best = [], 0.0
+    for index in order:
+        gain = forget[index]
+        if gain is not None and gain > best:
+            kept.append(index)
+            best = gain
+    return kept
+
+
+def area(retain: Sequence[Tensor], forget: Sequence[Tensor], most: float) -> Tensor:
+    """[S] mean over budgets from 0 to `most` of the best forgetting within the budget, where doing nothing costs nothing."""
+    if not retain:
+        return torch.zeros(1, dtype=torch.float64)
+    harm_SP, gain_SP = torch.stack(list(retain), 1).clamp_min(0), torch.stack(list(forget), 1)
+    order_SP = torch.sort(harm_SP, dim=1, stable=True).indices
+    harm_SP, gain_SP = harm_SP.gather(1, order_SP), gain_SP.gather(1, order_SP)
+    best_SP = gain_SP.clamp_min(0).cummax(1).values
+    ends_SP = torch.cat([harm_SP[:, 1:], torch.full_like(harm_SP[:, :1], most)], 1).clamp_max(most)
+    return ((ends_SP - harm_SP.clamp_max(most)) * best_SP).sum(1) / most
+
+
+def interval(values_S: Tensor) -> dict[str, float | None]:
+    """Value with its 95 % interval."""
+    return corrected.measure(values_S)
+
+
+def draw(path: Path, arms: dict[str, Any], most: float, title: str) -> None:
+    """The Pareto figure: for each arm the settings measured on test documents, as steps with intervals on forget. PNG."""
+    figure, axis = figures.pyplot().subplots(figsize=(7.5, 4.6), facecolor="white")
+    _curves(axis, arms, most)
+    axis.set_title(title)
+    figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
+    figures.pyplot().close(figure)
+
+
+def picture(path: Path, weights: str | None) -> tuple[str | None, str | None]:
+    """(the Pareto figure of a result file as SVG, or None; what is wrong with the file, or None).
+
+    `weights` is the digest of the model that lies there: a result of another one is not shown.
+    """
+    if not path.is_file():
+        return None, None
+    try:
+        content = json.loads(path.read_text())
+        if weights is not None and content["inputs"]["sae"] != weights:
+            return None, f"{path.name} is of another model than the one here; run `hsae eval unlearning --force`"
+        arms, most = content["arms"], float(content["arms"]["none"]["area"]["up_to"])
+        figure, axis = figures.pyplot().subplots(figsize=(9, 4.2))
+        _curves(axis, arms, most)
+        return figures.svg(figure, "Loss added on forget text over loss added on retain text, for every arm"), None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"{path.name} is damaged ({error!r}); run `hsae eval unlearning --force`"
+
+
+def _curves(axis: Any, arms: dict[str, Any], most: float) -> None:
+    styles = ("-", "--", ":", "-.")
+    for number, (name, arm) in enumerate(arms.items()):
+        if name == "none":
+            continue
+        color = figures.PALETTE[number % len(figures.PALETTE)]
+        points = sorted(
+            (point["test"] for point in arm["pareto"] if point["test"] is not None),
+            key=lambda point: point["retain_dce"]["value"],
+        )
+        harm, gain, best = [0.0], [0.0], 0.0
+        for point in points:
+            retain, forget = point["retain_dce"]["value"], point["forget_dce"]
+            best = max(best, forget["value"])
+            harm.append(max(0.0, retain))
+            gain.append(best)
+            if forget["low"] is not None:
+                axis.plot([max(0.0, retain)] * 2, [forget["low"], forget["high"]], color=color, linewidth=1, alpha=0.5)
+            axis.plot([max(0.0, retain)], [forget["value"]], "o", color=color, markersize=4)
+        axis.plot(
+            [*harm, max(most, harm[-1])], [*gain, gain[-1]], drawstyle="steps-post", color=color,
+            linestyle=styles[number // len(figures.PALETTE) % 4], linewidth=1.4, label=name,
+        )  # fmt: skip
+    axis.set_xlim(left=0, right=1.15 * most)
+    axis.set_xlabel("loss added on retain text (nats a token)")
+    axis.set_ylabel("loss added on forget text (nats a token)")
+    axis.grid()
+    axis.legend(loc="upper left", fontsize=7)

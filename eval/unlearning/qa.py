@@ -1,0 +1,170 @@
+"""SAEBench's unlearning score: accuracy on questions to be forgotten, where accuracy on questions to be kept survives.
+
+    score = 1 - min over configurations of accuracy(forget), where configurations that keep less than 99 % of retain count as 1
+
+Accuracies are over the questions that the model answers under every tried order of the choices. Latents are chosen on text, by
+SAEBench's sparsity rule; an active one is set to minus a multiplier. A question on which nothing fires keeps its answer.
+
+Shapes: T tokens of a prompt, D residual width, F latents, A chosen latents, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsae.cache.errors import UserError
+from hsae.cache.lm import LanguageModel
+from hsae.eval.unlearning import questions, selection
+from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed
+from hsae.eval.unlearning.questions import Question
+from hsae.train.suites import SIDES, QAConfig, Side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A question the model answers as it is: its residuals at the hook."""
+
+    question: Question
+    resid_TD: Tensor
+
+
+@dataclass(kw_only=True)
+class Exam:
+    """Both sets of questions, put once to the unchanged model."""
+
+    language: LanguageModel
+    hook: str
+    asked: dict[Side, list[Asked]]
+    given: dict[Side, int]
+    letters: list[list[int]]
+    digest: str
+    """Of questions and answers: what the exam is."""
+    passes: int = 0
+    spared: int = 0
+
+    @classmethod
+    def set(
+        cls,
+        language: LanguageModel,
+        hook: str,
+        sets: dict[Side, list[Question]],
+        config: QAConfig,
+        progress: Callable[[str, int, int], None],
+    ) -> "Exam":
+        """Ask everything under every tried order and keep what is answered right each time. Raises UserError if nothing is."""
+        exam = cls(
+            language=language, hook=hook, asked={side: [] for side in SIDES},
+            given={side: len(sets[side]) for side in SIDES},
+            letters=questions.letter_tokens(language.tokenizer), digest=digest(sets),
+        )  # fmt: skip
+        for side in SIDES:
+            for done, question in enumerate(sets[side]):
+                progress(f"asking {side} questions", done, len(sets[side]))
+                if (resid_TD := exam._answers(question, config.permutations)) is not None:
+                    exam.asked[side].append(Asked(question=question, resid_TD=resid_TD))
+            progress(f"asking {side} questions", len(sets[side]), len(sets[side]))
+            if not exam.asked[side]:
+                raise UserError(
+                    f"the model answers none of the {len(sets[side])} {side} questions under all {config.permutations} orders of "
+                    "their choices, so there is nothing to measure; use a stronger model or easier questions, or lower the demand "
+                    "with --set unlearning.qa.permutations=1"
+                )
+        return exam
+
+    def _answers(self, question: Question, most: int) -> Tensor | None:
+        """The residuals of the question as given if the model is right under every order, else None."""
+        kept = None
+        for order in question.orders(most):
+            asked = question.permuted(order)
+            tokens_1T = torch.tensor([questions.prompt(asked, self.language.tokenizer)])
+            resid_TD = self.language.prefix(tokens_1T, [self.hook])[self.hook][0]
+            self.passes += 1
+            if self.answer(asked, resid_TD) != asked.answer:
+                return None
+            kept = resid_TD.cpu() if kept is None else kept
+        return kept
+
+    def answer(self, question: Question, resid_TD: Tensor) -> int:
+        """The choice the model takes from these residuals on."""
+        final_D = self.language.suffix(self.hook, resid_TD[None])[0, -1]
+        return questions.predicted(self.language.unembed(final_D[None])[0], self.letters, len(question.choices))
+
+    def accuracy(self, side: Side, dictionary: Dictionary, intervention: Intervention) -> float:
+        """Share of the questions that are still answered right."""
+        right = 0
+        for asked in self.asked[side]:
+            x_1TD = asked.resid_TD[None]
+            acts_1TA = dictionary.encode(x_1TD)[..., list(intervention.latents)]
+            fired_1TA = intervention.fired(acts_1TA, torch.ones(x_1TD.shape[:2], dtype=torch.bool))
+            if not fired_1TA.any():
+                self.spared += 1
+                right += 1
+                continue
+            after_1TD = changed(x_1TD, intervention.delta(acts_1TA, fired_1TA, dictionary.directions_FD), fired_1TA)
+            self.passes += 1
+            right += self.answer(asked.question, after_1TD[0]) == asked.question.answer
+        return right / len(self.asked[side])
+
+
+def digest(sets: dict[Side, list[Question]]) -> str:
+    """SHA-256 over all questions."""
+    text = repr([(side, question) for side in SIDES for question in sets[side]])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_sets(config: QAConfig) -> dict[Side, list[Question]]:
+    """Both sets of questions. Raises UserError if one can't be had."""
+    return {
+        side: [q for name in getattr(config, side) for q in questions.read_questions(name, config.revisions)]
+        for side in SIDES
+    }
+
+
+def score(configurations: Sequence[dict[str, Any]], least: float) -> float:
+    """1 - the smallest forget accuracy among configurations whose retain accuracy is at least `least`; others count as 1."""
+    kept = [entry["forget_accuracy"] if entry["retain_accuracy"] >= least else 1.0 for entry in configurations]
+    return 1.0 - min(kept, default=1.0)
+
+
+def evaluate(
+    dictionary: Dictionary,
+    among: Sequence[int],
+    densities: dict[Side, Tensor],
+    exam: Exam,
+    config: QAConfig,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """The score of the latents `among`, with every configuration behind it.
+
+    `densities` are the latents' on the two texts; as SAEBench keeps them, to six decimals.
+    """
+    density = {side: selection.rounded(values) for side, values in densities.items()}
+    entries: list[dict[str, Any]] = []
+    measured: dict[tuple[tuple[int, ...], float], dict[str, float]] = {}
+    total = len(config.retain_thresholds) * len(config.n_features) * len(config.multipliers)
+    for threshold in config.retain_thresholds:
+        ranked = selection.ranking(density["forget"], density["retain"], threshold, among)
+        for count in config.n_features:
+            for multiplier in config.multipliers:
+                progress(len(entries), total)
+                latents = tuple(ranked[:count])
+                if (latents, multiplier) not in measured:
+                    clamp = Intervention(latents=latents, values=(-multiplier,) * len(latents))
+                    measured[latents, multiplier] = {
+                        f"{side}_accuracy": exam.accuracy(side, dictionary, clamp) for side in SIDES
+                    }
+                entries.append(
+                    {
+                        "retain_threshold": threshold,
+                        "n_features": count,
+                        "clamped": len(latents),
+                        "multiplier": multiplier,
+                    }
+                    | measured[latents, multiplier]
+                )
+    progress(total, total)
+    return {"unlearning_score": score(entries, config.retain_accuracy), "configurations": entries}

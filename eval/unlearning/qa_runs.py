@@ -1,0 +1,88 @@
+"""`hsae eval unlearning --qa` for the runs of a plan: `runs/<N>/eval/unlearning_qa.json`, made anew when an input changes."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hsae.cache.lm import LanguageModel, load_tokenizer
+from hsae.eval.unlearning import qa, selection
+from hsae.eval.unlearning.intervention import of_model
+from hsae.eval.unlearning.passes import Rows
+from hsae.eval.unlearning.questions import Question, check_template
+from hsae.eval.unlearning.runs import Unlearned, check_trained, found_at, inputs_of, open_texts, versions
+from hsae.train.config import RunConfig
+from hsae.train.files import write_atomically
+from hsae.train.model import load_model
+from hsae.train.plan import Plan
+from hsae.train.suites import SIDES, Side
+
+FILE = "unlearning_qa.json"
+Progress = Callable[[str, int, int], None]
+
+
+def check(plan: Plan) -> dict[Side, list[Question]]:
+    """The questions, once everything that can be missing is there. Raises UserError before any compute."""
+    check_template(load_tokenizer(plan.model), plan.model.id)
+    sets = qa.read_sets(plan.unlearning.qa)
+    open_texts(plan)
+    return sets
+
+
+def evaluate_runs(
+    runs: Sequence[tuple[Plan, RunConfig]],
+    sets: dict[Side, list[Question]],
+    load: Callable[[], LanguageModel],
+    *,
+    force: bool = False,
+    device: str = "cpu",
+    progress: Progress = lambda what, done, total: None,
+) -> list[Unlearned]:
+    """The score of every level, and of all levels together, of each run. `sets` are from `check`."""
+    plan, config = runs[0][0], runs[0][0].unlearning.qa
+    check_trained(runs)
+    stores, hook = open_texts(plan), plan.hook.names[0]
+    done: list[Unlearned] = []
+    exam: qa.Exam | None = None
+    for seeded, run in runs:
+        folder = seeded.run_dir(run) / "eval"
+        asked = hashlib.sha256(config.model_dump_json(exclude={"forget", "retain", "revisions"}).encode()).hexdigest()[
+            :16
+        ]
+        inputs = {**inputs_of(seeded, run, stores), "config": asked, "questions": qa.digest(sets)}
+        result = None if force else found_at(folder / FILE, inputs)
+        reused = result is not None
+        if result is None:
+            if exam is None:
+                exam = qa.Exam.set(load(), hook, sets, config, progress)
+            model = load_model(seeded.run_dir(run) / "model")
+            dictionary = of_model(model, device)
+            density = {
+                side: selection.densities(dictionary, Rows.all_of(stores[side], hook).batches())[0] for side in SIDES
+            }
+            levels = range(1, len(dictionary.widths) + 1)
+            arms = {f"level{number}": list(dictionary.level(number)) for number in levels if len(levels) > 1}
+            if model.structure != "stacked":
+                arms = {"sae": list(range(sum(dictionary.widths))), **arms}
+            label = seeded.label(run)
+            scores: dict[str, Any] = {}
+            for name, among in arms.items():
+
+                def told(count: int, total: int, text: str = f"{label}: {name}") -> None:
+                    progress(text, count, total)
+
+                scores[name] = qa.evaluate(dictionary, among, density, exam, config, told)
+            result = {
+                "eval_type_id": "unlearning",
+                "run": {"plan": plan.name, "number": run.number, "name": run.name, "seed": seeded.train.seed},
+                "arms": scores,
+                "questions": {side: {"given": exam.given[side], "answered": len(exam.asked[side])} for side in SIDES},
+                "passes": {"run": exam.passes, "spared": exam.spared},
+                "inputs": inputs,
+                "versions": versions(),
+            }
+            text = json.dumps(result, indent=1)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / FILE, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
+        done.append(Unlearned(plan=seeded, run=run, result=result, reused=reused))
+    return done

@@ -1,0 +1,168 @@
+"""`hsae eval unlearning` for the runs of a plan: what must be there, where results go, and when they are made anew.
+
+A run's result is `runs/<N>/eval/unlearning.json`, with `unlearning.png` beside it where matplotlib is installed; while a sweep is under
+way, what was measured lies in `unlearning.partial.json`.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hsae.cache.errors import StoreError, UserError
+from hsae.cache.lm import LanguageModel
+from hsae.cache.store import ActivationStore
+from hsae.eval.core.schema import hsae_version
+from hsae.eval.core.targets import is_trained, model_digest
+from hsae.eval.unlearning import pareto
+from hsae.eval.unlearning.intervention import of_model
+from hsae.eval.unlearning.passes import Rows
+from hsae.eval.unlearning.sweep import Pieces, Progress, Texts, evaluate
+from hsae.train.config import RunConfig
+from hsae.train.files import write_atomically
+from hsae.train.model import load_model
+from hsae.train.plan import Plan
+from hsae.train.suites import SIDES, Side
+
+FILE, PARTIAL, FIGURE = "unlearning.json", "unlearning.partial.json", "unlearning.png"
+LIBRARIES = ("torch", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlearned:
+    """A run and its result."""
+
+    plan: Plan
+    run: RunConfig
+    result: dict[str, Any]
+    reused: bool
+    """Whether the result had been there."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the result lies."""
+        return self.plan.run_dir(self.run) / "eval"
+
+
+def open_texts(plan: Plan) -> dict[Side, ActivationStore]:
+    """The forget and the retain store. Raises UserError with what to run if they are missing or don't belong together."""
+    for side in SIDES:
+        if not (path := plan.store_path(side)).is_dir():
+            named = plan.source.removeprefix("packaged plan ")
+            raise StoreError(
+                f"no {side} store at {path}; make it with: hsae cache build --plan {named} --suite unlearning"
+            )
+    stores: dict[Side, ActivationStore] = {side: ActivationStore.open(plan.store_path(side)) for side in SIDES}
+    if stores["forget"].header.model_digest != stores["retain"].header.model_digest:
+        raise StoreError(
+            f"{stores['forget'].url} and {stores['retain'].url} were made with different weights; build them again"
+        )
+    return stores
+
+
+def check_trained(runs: Sequence[tuple[Plan, RunConfig]]) -> None:
+    """Raise UserError unless all runs have been trained."""
+    for seeded, run in runs:
+        if not is_trained(seeded, run):
+            raise UserError(
+                f"run {run.number} ({run.name}) of plan {seeded.name} has not been trained to its end in {seeded.run_dir(run)}; "
+                f"train it with: hsae train --run {run.number}"
+            )
+
+
+def evaluate_runs(
+    runs: Sequence[tuple[Plan, RunConfig]],
+    load: Callable[[ActivationStore], LanguageModel],
+    *,
+    force: bool = False,
+    device: str = "cpu",
+    progress: Callable[[str], Progress] = lambda label: lambda arm, done, total: None,
+) -> list[Unlearned]:
+    """Evaluate runs of one plan and write their results; what was made of the same inputs is read back unless `force`.
+
+    `load` gives the language model, and is called only if something has to be computed; `progress` makes a listener for a run.
+    Raises UserError before any compute.
+    """
+    plan = runs[0][0]
+    stores = open_texts(plan)
+    hook = plan.hook.names[0]
+    check_trained(runs)
+    done = []
+    language: LanguageModel | None = None
+    for seeded, run in runs:
+        folder = seeded.run_dir(run) / "eval"
+        inputs = inputs_of(seeded, run, stores)
+        result = None if force else found_at(folder / FILE, inputs)
+        if (reused := result is not None) is False:
+            if language is None:
+                language = load(stores["forget"])
+                if language.model_digest != stores["forget"].header.model_digest:
+                    raise StoreError(
+                        f"{stores['forget'].url} was made with other weights than those loaded now; build it again"
+                    )
+            if force:
+                (folder / PARTIAL).unlink(missing_ok=True)
+            rows = [Rows.all_of(stores[side], hook) for side in SIDES]
+            texts = Texts.of(rows[0], rows[1], language, seeded.unlearning)
+            model = load_model(seeded.run_dir(run) / "model")
+            pieces = Pieces(folder / PARTIAL, inputs)
+            found = evaluate(model, of_model(model, device), texts, pieces, progress=progress(seeded.label(run)))
+            result = {
+                "eval_type_id": "hsae_unlearning",
+                "run": {"plan": plan.name, "number": run.number, "name": run.name, "seed": seeded.train.seed},
+                **found,
+                "passes": {**asdict(texts.passes), "measured_before": pieces.found},
+                "inputs": inputs,
+                "versions": versions(),
+            }
+            _write(folder, result, seeded.label(run), max(seeded.unlearning.budgets))
+        assert result is not None
+        done.append(Unlearned(plan=seeded, run=run, result=result, reused=reused))
+    return done
+
+
+def _write(folder: Path, result: dict[str, Any], label: str, most: float) -> None:
+    text = json.dumps(result, indent=1)
+    write_atomically(folder / FILE, lambda path: path.write_text(text))
+    try:
+        write_atomically(
+            folder / FIGURE, lambda path: pareto.draw(path, result["arms"], most, f"unlearning, run {label}")
+        )
+    except UserError:
+        (folder / FIGURE).unlink(missing_ok=True)  # no matplotlib: numbers only, and no picture of another result
+    (folder / PARTIAL).unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """What a result was computed with."""
+    return {"hsae": hsae_version(), "python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def inputs_of(plan: Plan, run: RunConfig, stores: dict[Side, ActivationStore]) -> dict[str, Any]:
+    """All that a result depends on, by content."""
+    model_dir = plan.run_dir(run) / "model"
+    headers = {side: store.header for side, store in stores.items()}
+    config = plan.unlearning.model_dump(mode="json", exclude={"qa", *SIDES})
+    return {
+        "hsae": hsae_version(),
+        "sae": model_digest(model_dir),
+        "hook": plan.hook.names[0],
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+        "model": headers["forget"].model_digest,
+        "tokenizer": headers["forget"].tokenizer_digest,
+        **{f"{side}_store": store.spec.fingerprint for side, store in stores.items()},
+        **{f"{side}_corpus": header.corpus_digest for side, header in headers.items()},
+    }
+
+
+def found_at(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The result that lies there, if it was made of the same inputs."""
+    try:
+        content = json.loads(path.read_text())
+        return content if content["inputs"] == inputs and "arms" in content else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not there or damaged: made anew
