@@ -381,6 +381,7 @@ def test_a_damaged_state_of_packing_costs_packing_again_and_no_bytes(built, tmp_
         real(*arguments)
 
     monkeypatch.setattr(module.writer, "write_chunk", full)
+    monkeypatch.setattr(module, "PACKED_AT_ONCE", 1)
     with pytest.raises(OSError, match="No space left"):
         build([spec()], tmp_path)
     monkeypatch.undo()

@@ -129,8 +129,8 @@ def test_the_codec_is_mappable_in_a_folder_and_compact_at_a_url_unless_one_is_na
     for changes, wanted in (
         ([], "mappable"),
         (["cache.dir=file:///a/b"], "mappable"),
-        (["cache.dir=s3://bucket/a"], "compact"),
-        (["cache.dir=s3://bucket/a", "cache.codec=mappable"], "mappable"),
+        (["cache.dir=memory://bucket/a"], "compact"),
+        (["cache.dir=memory://bucket/a", "cache.codec=mappable"], "mappable"),
         (["cache.codec=int8"], "int8"),
     ):
         plan = load_plan("tiny", changes)
@@ -143,3 +143,15 @@ def test_seeds_train_beside_each_other():
     other = plan.seeded(2)
     assert (other.train.seed, other.run_dir(other.runs[3]).as_posix()) == (7, "here/seed2/3")
     assert other.store("train").name == plan.store("train").name and other.runs == plan.runs
+
+
+def test_with_codec_auto_a_store_in_the_other_codec_will_do(tmp_path):
+    plan = load_plan("tiny", [f'cache.dir="{tmp_path}"'])
+    mappable = plan.store("train")
+    compact = mappable.model_copy(update={"codec": "compact"})
+    assert mappable.codec == "mappable"
+    (tmp_path / compact.name).mkdir()
+    assert plan.store("train") == compact and plan.store_path("train") == tmp_path / compact.name
+    assert load_plan("tiny", [f'cache.dir="{tmp_path}"', "cache.codec=mappable"]).store("train") == mappable
+    (tmp_path / mappable.name).mkdir()
+    assert plan.store("train") == mappable and plan.store("eval").codec == "mappable"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_suite import an_sae, invoke, settings
+from commands import HOOK, D, an_sae, invoke, settings
 
 from hsae.cache.completion import Opened, Passes, complete
 from hsae.cache.config import ModelConfig
@@ -29,7 +29,7 @@ from hsae.train.plan import load_plan
 from hsae.train.suites import RavelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
-HOOK, LAYER, D = "blocks.2.hook_resid_post", 2, 48
+LAYER = 2
 WORDS = [
     "list",
     "string",

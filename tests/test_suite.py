@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import HOOK, D, an_sae, invoke, settings
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.listing import probe_stores
@@ -17,7 +17,6 @@ from hsae.cache.lm import LanguageModel
 from hsae.cache.probe import PART_TEXTS, ProbeStore, TaskEntry, build_probe
 from hsae.cache.probe_config import SUITES
 from hsae.cli import common
-from hsae.cli.main import app
 from hsae.eval.suite import evaluations as suites
 from hsae.eval.suite.schema import LAYOUTS, problems, read_suite
 from hsae.train import rundir, saelens
@@ -25,7 +24,6 @@ from hsae.train.model import TrainedModel, save_model
 from hsae.train.plan import load_plan
 
 GOLDEN = Path(__file__).parent / "golden"
-HOOK, D = "blocks.2.hook_resid_post", 48
 WORDS = {
     "lists": ["list", "item", "sequence", "index", "append"],
     "files": ["file", "path", "open", "read", "directory"],
@@ -87,27 +85,9 @@ def overrides(tmp_path_factory):
     return chosen
 
 
-def settings(overrides):
-    return ["--plan", "tiny", "--device", "cpu", *(part for value in overrides for part in ("--set", value))]
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "160"})
-
-
 @pytest.fixture(scope="module")
 def plan(overrides):
     return load_plan("tiny", overrides)
-
-
-def an_sae(latents, seed=0, **changes):
-    generator = torch.Generator().manual_seed(seed)
-    W = torch.randn(D, latents, generator=generator)
-    W /= W.norm(dim=0)
-    parts = {"W_enc": W, "W_dec": W.T.clone(), "b_enc": torch.zeros(latents), "b_dec": torch.zeros(D)}
-    return saelens.SAE(
-        **({"name": "sae", "architecture": "standard", "metadata": {"hook_name": HOOK}} | parts | changes)
-    )
 
 
 @pytest.fixture

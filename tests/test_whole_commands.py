@@ -21,7 +21,13 @@ VOLATILE = {"time", "eval_id", "datetime_epoch_millis", "dir"}
 
 def hsae(folder, command, **settings):
     """Run a command in this process; settings are keys of the plan."""
-    tables = {"model.id": str(GOLDEN / "model"), "train.dir": str(folder), "train.tokens": "2000", **settings}
+    tables = {
+        "model.id": str(GOLDEN / "model"),
+        "cache.codec": "mappable",
+        "train.dir": str(folder),
+        "train.tokens": "2000",
+        **settings,
+    }
     options = [part for key, value in tables.items() for part in ("--set", f"{key}={value}")]
     done = CliRunner().invoke(app, [*command.split(), "--plan", "tiny", *options])
     assert done.exit_code == 0, (command, done.output, done.exception)
@@ -109,6 +115,6 @@ def test_s3_goes_away_in_the_middle_of_training(local, s3, scratch_home, tmp_pat
 
 def test_over_http(local, serve, token, scratch_home, tmp_path):
     with serve(local[0]) as (url, process, printed):
-        commands(tmp_path / "runs", **{"cache.dir": url})
+        commands(tmp_path / "runs", **{"cache.dir": url, "cache.codec": "auto"})  # served as it was built in a folder
     same(results(tmp_path / "runs"), local[1])
     assert token not in "".join(printed) and process.returncode == 130

@@ -18,7 +18,7 @@ from hsae.cache.config import CacheConfig, Config, HookConfig, ModelConfig, Spli
 from hsae.cache.errors import UserError
 from hsae.cache.probe_config import ProbeSpec, Suite, SuiteConfig
 from hsae.cache.ravel_config import EntitiesConfig, RavelSpec
-from hsae.cache.remote import Place, place
+from hsae.cache.remote import Place, exists, place
 from hsae.train.config import RunConfig, StreamConfig
 from hsae.train.suites import AutointerpConfig, RavelConfig, UnlearningConfig
 
@@ -52,7 +52,16 @@ class Plan:
     """Which of several seeds of one plan this is."""
 
     def store(self, split: Split) -> StoreSpec:
-        """The activation store the plan asks for."""
+        """The activation store the plan asks for. With codec auto, one that is there in the other lossless codec will do."""
+        spec = self._spec(split)
+        if self.cache.codec == "auto":
+            other = spec.model_copy(update={"codec": "compact" if spec.codec == "mappable" else "mappable"})
+            home = place(self.cache.dir)
+            if not exists(home / spec.name) and exists(home / other.name):
+                return other
+        return spec
+
+    def _spec(self, split: Split) -> StoreSpec:
         if split == "forget" or split == "retain":  # written so that the type is narrowed
             return self.unlearning.spec(split, self.model, self.hook, self.cache)
         if split == "autointerp":
