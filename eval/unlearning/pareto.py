@@ -92,7 +92,7 @@ def interval(values_S: Tensor) -> dict[str, float | None]:
 
 def draw(path: Path, arms: dict[str, Any], most: float, title: str) -> None:
     """The Pareto figure: for each arm the settings measured on test documents, as steps with intervals on forget. PNG."""
-    figure, axis = figures.pyplot().subplots(figsize=(7.5, 4.6), facecolor="white")
+    figure, axis = figures.pyplot().subplots(figsize=(7.5, 4.2), facecolor="white", layout="constrained")
     _curves(axis, arms, most)
     axis.set_title(title)
     figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
@@ -111,7 +111,7 @@ def picture(path: Path, weights: str | None) -> tuple[str | None, str | None]:
         if weights is not None and content["inputs"]["sae"] != weights:
             return None, f"{path.name} is of another model than the one here; run `hsae eval unlearning --force`"
         arms, most = content["arms"], float(content["arms"]["none"]["area"]["up_to"])
-        figure, axis = figures.pyplot().subplots(figsize=(9, 4.2))
+        figure, axis = figures.pyplot().subplots(figsize=(9, 4.2), layout="constrained")
         _curves(axis, arms, most)
         return figures.svg(figure, "Loss added on forget text over loss added on retain text, for every arm"), None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -141,8 +141,8 @@ def _curves(axis: Any, arms: dict[str, Any], most: float) -> None:
             [*harm, max(most, harm[-1])], [*gain, gain[-1]], drawstyle="steps-post", color=color,
             linestyle=styles[number // len(figures.PALETTE) % 4], linewidth=1.4, label=name,
         )  # fmt: skip
-    axis.set_xlim(left=0, right=1.15 * most)
+    axis.set_xlim(left=-0.02 * most, right=1.15 * most)  # what does no harm at all is seen too
     axis.set_xlabel("loss added on retain text (nats a token)")
     axis.set_ylabel("loss added on forget text (nats a token)")
     axis.grid()
-    axis.legend(loc="upper left", fontsize=7)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=7)
