@@ -101,15 +101,15 @@ def _table(item: "Unlearned") -> Table:
         table.add_column(f"≤ {budget}", justify="right", no_wrap=True)
     table.add_column("area", justify="right", no_wrap=True)
     for name, arm in arms.items():
-        cells = [_cell({"value": entry["forget_dce"], **entry}) for entry in (arm["at_retain"][b] for b in budgets)]
-        table.add_row(name, *cells, _cell(arm["area"]))
+        cells = [_cell({"value": entry["forget_dce"], **entry}, 2) for entry in (arm["at_retain"][b] for b in budgets)]
+        table.add_row(name, *cells, _cell(arm["area"], 2))
     return table
 
 
-def _cell(entry: dict[str, float | None]) -> str:
+def _cell(entry: dict[str, float | None], digits: int = 3) -> str:
     if entry["value"] is None:
         return "undefined"
-    text, low, high = f"{entry['value']:.3f}", entry["low"], entry["high"]
+    text, low, high = f"{entry['value']:.{digits}f}", entry["low"], entry["high"]
     if entry["value"] and low is not None and high is not None:
         half = f"{max(high - entry['value'], entry['value'] - low):.2f}"
         text += f" [dim]±{half.removeprefix('0') or '0'}[/]"
