@@ -10,11 +10,16 @@ import hsae.eval
 import hsae.train
 from hsae.train.plan import load_plan, packaged_plans
 
+OF_EXTRAS = {"hsae.cache.web": "aiohttp"}  # modules that cannot be imported without the package of an extra
+
 assert "site-packages" in hsae.cache.__file__, hsae.cache.__file__
 count = 0
 for package in (hsae.cache, hsae.train, hsae.eval, hsae.cli):
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as missing:
+            assert OF_EXTRAS.get(module.name) == missing.name, (module.name, missing)
         count += 1
 plans = packaged_plans()
 assert "gemma-2-2b" in plans, plans
