@@ -161,10 +161,25 @@ def store_spec(split: Literal["train", "eval"], model: ModelConfig, hook: HookCo
         clean_rows = cache.eval.batches_reconstruction * cache.batch_rows
         rows = clean_rows + cache.eval.batches_variance * cache.batch_rows
     corpus = CorpusConfig(**{name: getattr(part, name) for name in CorpusConfig.model_fields})
+    return spec_of(split, model, hook.names, corpus, cache, rows=rows, clean_rows=clean_rows)
+
+
+def spec_of(
+    split: Split,
+    model: ModelConfig,
+    hooks: tuple[str, ...],
+    corpus: CorpusConfig,
+    cache: CacheConfig,
+    *,
+    rows: int,
+    clean_rows: int,
+    rows_per_document: int | None = None,
+) -> StoreSpec:
+    """A store of some text, in rows, batches, chunks and codec of `[cache]`."""
     return StoreSpec(
         split=split,
         model=model,
-        hooks=hook.names,
+        hooks=hooks,
         corpus=corpus,
         context=cache.context,
         prepend_bos=cache.prepend_bos,
@@ -173,4 +188,5 @@ def store_spec(split: Literal["train", "eval"], model: ModelConfig, hook: HookCo
         codec=cache.stored_codec,
         rows=rows,
         clean_rows=clean_rows,
+        rows_per_document=rows_per_document,
     )

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from hsae.cache.config import CacheConfig, Config, CorpusConfig, HookConfig, ModelConfig, StoreSpec, store_spec
+from hsae.cache.config import CacheConfig, Config, CorpusConfig, HookConfig, ModelConfig, StoreSpec, spec_of, store_spec
 from hsae.cache.ravel_config import EntitiesConfig
 
 Positive = Annotated[float, Field(gt=0, strict=False)]
@@ -98,16 +98,12 @@ class UnlearningConfig(Config):
 
     def spec(self, side: Side, model: ModelConfig, hook: HookConfig, cache: CacheConfig) -> StoreSpec:
         """The store of one side: tune and test rows first, with clean losses, then the rows that select."""
-        return StoreSpec(
-            split=side,
-            model=model,
-            hooks=hook.names[:1],
-            corpus=getattr(self, side),
-            context=cache.context,
-            prepend_bos=cache.prepend_bos,
-            batch_rows=cache.batch_rows,
-            chunk_mib=cache.chunk_mib,
-            codec=cache.stored_codec,
+        return spec_of(
+            side,
+            model,
+            hook.names[:1],
+            getattr(self, side),
+            cache,
             rows=self.rows,
             clean_rows=self.tune_rows + self.test_rows,
             rows_per_document=self.rows_per_document,
@@ -184,16 +180,5 @@ class AutointerpConfig(Config):
         """The store that is read."""
         if self.text is None:
             return store_spec("eval", model, hook, cache)
-        return StoreSpec(
-            split="autointerp",
-            model=model,
-            hooks=hook.names,
-            corpus=self.text,
-            context=cache.context,
-            prepend_bos=cache.prepend_bos,
-            batch_rows=cache.batch_rows,
-            chunk_mib=cache.chunk_mib,
-            codec=cache.stored_codec,
-            rows=-(-self.total_tokens // cache.context),
-            clean_rows=0,
-        )
+        rows = -(-self.total_tokens // cache.context)
+        return spec_of("autointerp", model, hook.names, self.text, cache, rows=rows, clean_rows=0)
