@@ -15,19 +15,18 @@ An empty cell means that the attribute is not asked of that entity; `Dutch, Fren
 """
 
 import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from hsae.cache.config import Config
 from hsae.cache.errors import CorpusError
 from hsae.cache.ravel_config import EntitiesConfig
-from hsae.cache.records import records, resolved_revision
+from hsae.cache.records import described, records, resolved_revision
 
 HUB = "adamkarvonen/ravel_prompts"
 HUB_ATTRIBUTES = {
@@ -128,17 +127,7 @@ def _local(path: Path) -> list[EntityType]:
             f"ravel.entities {str(path)!r}: no such file; give saebench, facts, a TOML file with [[entity]] tables, or a folder "
             "with RAVEL's JSON files"
         )
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        given = [LocalEntities(**table) for table in tables["entity"]]
-    except KeyError:
-        raise CorpusError(f"{path} has no [[entity]] table") from None
-    except tomllib.TOMLDecodeError as error:
-        raise CorpusError(f"{path} is not valid TOML: {error}") from None
-    except (ValidationError, TypeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        raise CorpusError(f"{path}: [[entity]] {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return [_checked(_of_file(table, path.parent)) for table in given]
+    return [_checked(_of_file(table, path.parent)) for table in described(path, "entity", LocalEntities)]
 
 
 def _of_file(table: LocalEntities, folder: Path) -> EntityType:

@@ -3,11 +3,30 @@
 import csv
 import importlib.util
 import json
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from hsae.cache.config import Config
 from hsae.cache.errors import CorpusError
+
+TableT = TypeVar("TableT", bound=Config)
+
+
+def described(path: Path, name: str, kind: type[TableT]) -> list[TableT]:
+    """The [[name]] tables of a TOML file that describes local files. Raises CorpusError naming what is wrong."""
+    try:
+        return [kind(**table) for table in tomllib.loads(path.read_text(encoding="utf-8"))[name]]
+    except KeyError:
+        raise CorpusError(f"{path} has no [[{name}]] table") from None
+    except tomllib.TOMLDecodeError as error:
+        raise CorpusError(f"{path} is not valid TOML: {error}") from None
+    except (ValidationError, TypeError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        raise CorpusError(f"{path}: [[{name}]] {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def records(file: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:

@@ -9,19 +9,18 @@ import hashlib
 import json
 import math
 import random
-import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from hsae.cache.config import Config
 from hsae.cache.errors import CorpusError
 from hsae.cache.probe_config import Suite, SuiteConfig
-from hsae.cache.records import open_data_set, records, resolved_revision
+from hsae.cache.records import described, open_data_set, records, resolved_revision
 
 Splits = tuple[str, str]
 SPLITS: Splits = ("train", "test")
@@ -303,17 +302,7 @@ def _local(path: Path) -> list[DataSet]:
         raise CorpusError(
             f"suite.tasks {str(path)!r}: no such file; give saebench, python, or a TOML file with [[task]] tables"
         )
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        given = [LocalTask(**table) for table in tables["task"]]
-    except KeyError:
-        raise CorpusError(f"{path} has no [[task]] table") from None
-    except tomllib.TOMLDecodeError as error:
-        raise CorpusError(f"{path} is not valid TOML: {error}") from None
-    except (ValidationError, TypeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        raise CorpusError(f"{path}: [[task]] {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return [_local_set(task, path.parent) for task in given]
+    return [_local_set(task, path.parent) for task in described(path, "task", LocalTask)]
 
 
 def _local_set(task: LocalTask, folder: Path) -> DataSet:
