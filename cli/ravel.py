@@ -57,7 +57,8 @@ def _print_passes(store: "RavelStore", blocks: list[dict[str, object]]) -> None:
     spent = passes_of(blocks)
     console.print(
         f"behind these results: {spent['suffix']:,} prompts through the suffix ({spent['backward']:,} of them back too), {spent['prefix']:,} through the prefix for "
-        f"further tokens, {spent['spared']:,} spared because no chosen latent differs"
+        f"further tokens, {spent['spared']:,} spared because no chosen latent differs",
+        soft_wrap=True,
     )
 
 
