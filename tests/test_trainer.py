@@ -178,8 +178,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(plan_in, tmp_path, stop_after):
 
 
 @pytest.mark.slow
-def test_kill_minus_nine_ten_times_then_resume_gives_the_same_bits(plan_in, tmp_path, activations):
+def test_kill_minus_nine_ten_times_then_resume_gives_the_same_bits(plan_in, tmp_path, activations, record_property):
     """Train in a process that is killed with SIGKILL at random moments, resume to the end, compare."""
+    record_property("injected", 10)
     generator = torch.Generator().manual_seed(1)
     overrides = ["train.tokens=60_000", "train.checkpoint_steps=7", "train.log_steps=3"]
     whole, broken = plan_in(tmp_path / "whole", *overrides), plan_in(tmp_path / "broken", *overrides)
