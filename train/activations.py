@@ -47,7 +47,8 @@ def batch_top_k(
     kept = values.detach().float()
     if others:
         own_1, kept = _among_all(kept[None], longest, count, workers, latents)
-        values, indices = values[: int(own_1)], indices[: int(own_1)]
+        own = int(own_1)
+        values, indices = values[:own], indices[:own]
     smallest = torch.where(kept > 0, kept, torch.inf).min()
     smallest = torch.where(torch.isfinite(smallest), smallest, 0.0)
     return torch.zeros_like(flat).scatter(0, indices, values).view_as(pre_BF), smallest
