@@ -166,6 +166,26 @@ def test_each_worker_holds_its_part_of_weights_and_adam():
     assert divided % 4 == 0 and whole < divided / 100
 
 
+def test_a_part_that_is_not_finite_and_biases_that_differ_are_seen_by_all():
+    config, x = configured(), torch.randn(BATCH, D)
+
+    def judged(workers):
+        run = run_of(config, workers)
+        run.step(x)
+        run.check_same()
+        sound = run.finite()
+        with torch.no_grad():
+            run.model.bias(1)[3] += 0.25 * workers.rank
+            run.model.level(2).W_enc[3, 1] = torch.nan if workers.rank == 1 else 0.0
+        try:
+            run.check_same()
+        except UserError as error:
+            return sound, run.finite(), str(error)
+
+    told = "the workers' copies of biases.0 have come to differ; use machines of one kind, and go on with --resume"
+    assert in_threads(3, judged) == [(True, False, told)] * 3
+
+
 def test_what_cannot_be_divided_is_refused_before_any_compute():
     plan, unread = load_plan("tiny"), None
     with pytest.raises(UserError, match=r"run 1 is stacked: its levels read whole codes, so .* use --divide batch"):
@@ -203,6 +223,10 @@ with joined(share(), "cpu") as workers:
     assert train(begun, begun.select("3"), Silent(), should_stop=wished, **options)[0].status == "stopped"
     ended = plan("ended by two")
     assert train(ended, ended.select("3"), Silent(), resume=True, **options)[0].status == "trained"
+    twice, calls = plan("begun and ended by two"), iter(range(99))
+    wished = lambda: next(calls) == 9
+    for status in ("stopped", "trained"):
+        assert train(twice, twice.select("3"), Silent(), resume=True, should_stop=wished, **options)[0].status == status
     shares, calls = plan("begun with shares"), iter(range(99))
     wished = lambda: next(calls) == 7
     train(shares, shares.select("3"), Silent(), should_stop=wished, device="cpu", workers=workers)
@@ -231,6 +255,10 @@ def test_two_workers_with_half_the_latents_train_what_one_does(overrides_in, tmp
         assert_same_training(tmp_path / "one" / str(number), tmp_path / "two" / str(number))
     for folder in ("begun by two", "ended by two", "begun with shares"):
         assert_same_training(tmp_path / "one/3", tmp_path / folder / "3")
+    bits = [
+        (tmp_path / folder / "3/model/model.safetensors").read_bytes() for folder in ("two", "begun and ended by two")
+    ]
+    assert bits[0] == bits[1]
     last = [line for line in rundir.read_metrics(tmp_path / "one/3") if line["kind"] == "metrics"][-1]
     assert last["parts"]["auxiliary1"] > 0 and last["composition_loss"] > 0
 
