@@ -3,7 +3,7 @@
 import contextlib
 import signal
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -15,6 +15,7 @@ from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, Seed
 if TYPE_CHECKING:
     from hsae.train.config import RunConfig
     from hsae.train.plan import Plan
+    from hsae.train.trainer import Divide
     from hsae.train.workers import Workers
 
 
@@ -27,6 +28,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from checkpoints where there are any.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what the run directories hold.")] = False,
     device: DeviceOption = "auto",
+    divide: Annotated[
+        Literal["batch", "latents"],
+        typer.Option("--divide", help="What several workers divide: every batch, or the latents of every level."),
+    ] = "batch",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the plan and the store, show the runs, and stop.")
     ] = False,
@@ -34,7 +39,7 @@ def train(
     """Train runs of the plan from the cached activations; the language model is never loaded.
 
     All selected runs train in one pass over the cache, each exactly as if alone; every further seed is a pass of its own. Under
-    torchrun or Slurm the workers share every batch.
+    torchrun or Slurm the workers share every batch or, for dictionaries that don't fit one device, the latents.
 
     Example: hsae train --run 3
     """
@@ -52,7 +57,7 @@ def train(
 
             workers = stack.enter_context(joined(own, device))
             console.quiet = not workers.leads
-        status = _train(run, seeds, plan, overrides, resume, restart, device, dry_run, workers)
+        status = _train(run, seeds, plan, overrides, resume, restart, device, divide, dry_run, workers)
     if status:
         raise typer.Exit(status)
 
@@ -65,6 +70,7 @@ def _train(
     resume: bool,
     restart: bool,
     device: str,
+    divide: "Divide",
     dry_run: bool,
     workers: "Workers | None",
 ) -> int:
@@ -82,7 +88,7 @@ def _train(
 
     workers = workers or ALONE
     store = ActivationStore.open(loaded.store_path("train"))
-    check(loaded, selected, store, workers.world)
+    check(loaded, selected, store, workers.world, divide)
     place = pick_device(device) if workers.world == 1 else f"{workers.world} workers, {pick_device(device)}"
     table = Table(
         title=f"plan {loaded.name}: {loaded.train.steps:,} steps of {loaded.train.batch_tokens:,} tokens on {place}"
@@ -116,6 +122,7 @@ def _train(
                     restart=restart,
                     should_stop=stop.wished,
                     workers=workers,
+                    divide=divide,
                 )
             for result in ended:
                 console.print(

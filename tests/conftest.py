@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 HOOK = "blocks.3.hook_resid_post"
+GOLDEN_MODEL = ROOT / "tests/golden/model"
 
 
 def pytest_collection_modifyitems(items):
@@ -62,6 +63,26 @@ def made(folder, *, rows=23, context=7, width=10, codec="mappable", clean=9, see
 @pytest.fixture(scope="session")
 def make_store():
     return made
+
+
+@pytest.fixture(scope="module")
+def activations(tmp_path_factory):
+    """The training store of the tiny plan, of the golden model."""
+    from hsae.cache.build import build
+    from hsae.train.plan import load_plan
+
+    folder = tmp_path_factory.mktemp("activations")
+    build([load_plan("tiny", [f"model.id={str(GOLDEN_MODEL)!r}"]).store("train")], folder)
+    return folder
+
+
+@pytest.fixture
+def overrides_in(activations):
+    def make(folder, *overrides):
+        places = [f"model.id={str(GOLDEN_MODEL)!r}", f"cache.dir={str(activations)!r}", f"train.dir={str(folder)!r}"]
+        return [*places, *overrides]
+
+    return make
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_gradients_of_the_auxiliary_loss_match_finite_differences():
     x, bias, dead = vectors(B, D), vectors(D, seed=2), torch.arange(F1) % 3 == 1
 
     def loss(W_enc, W_dec):
-        stand_in = SimpleNamespace(W_enc=W_enc, b_enc=level.b_enc, W_dec=W_dec)
+        stand_in = SimpleNamespace(W_enc=W_enc, b_enc=level.b_enc, W_dec=W_dec, latents=level.latents)
         return auxiliary(stand_in, x, bias, x, x * 0.3, dead, 2)
 
     inputs = tuple(tensor.detach().clone().requires_grad_() for tensor in (level.W_enc, level.W_dec))

@@ -4,8 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
@@ -13,10 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from many_workers import (
+    HARD,
+    HSAE,
+    TORCHRUN,
+    Silent,
+    assert_same_training,
+    in_threads,
+    launched,
+    numbers,
+    train_arguments,
+)
 
 import hsae.train.workers as workers_module
-from hsae.cache.build import build
 from hsae.cache.errors import UserError
 from hsae.cache.share import Share
 from hsae.cache.store import ActivationStore
@@ -27,114 +34,9 @@ from hsae.train.config import RunConfig
 from hsae.train.plan import load_plan
 from hsae.train.run import Scaling, TrainingRun
 from hsae.train.trainer import check, train
-from hsae.train.workers import ALONE, Workers, joined
+from hsae.train.workers import ALONE, joined
 
 GOLDEN_MODEL = Path(__file__).parent / "golden" / "model"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-HSAE = [sys.executable, "-c", "from hsae.cli.main import main; main()"]
-# many dead latents, levels above and below the size from which gradients are sparse, steps large enough that a wrong one shows
-HARD = (
-    "train.matched=false",
-    "train.widths=[1409, 131]",
-    "train.learning_rate=2e-3",
-    "train.dead_after_tokens=600",
-    "train.tokens=5_000",
-    "train.log_steps=1",
-    "train.checkpoint_steps=1000",
-)
-
-
-class Silent:
-    def started(self, run, step, steps):
-        pass
-
-    def metrics(self, run, metrics):
-        pass
-
-    def warning(self, run, message):
-        pass
-
-
-@pytest.fixture(scope="module")
-def activations(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("activations")
-    build([load_plan("tiny", [f"model.id={str(GOLDEN_MODEL)!r}"]).store("train")], folder)
-    return folder
-
-
-@pytest.fixture
-def overrides_in(activations):
-    def make(folder, *overrides):
-        places = [f"model.id={str(GOLDEN_MODEL)!r}", f"cache.dir={str(activations)!r}", f"train.dir={str(folder)!r}"]
-        return [*places, *overrides]
-
-    return make
-
-
-def numbers(value):
-    if isinstance(value, dict):
-        return [number for part in value.values() for number in numbers(part)]
-    if isinstance(value, list):
-        return [number for part in value for number in numbers(part)]
-    return [value] if isinstance(value, int | float) else []
-
-
-def assert_same_training(one, other, *, tolerance=1e-5):
-    """The log's numbers agree to `tolerance`, steps, stages and dead latents exactly; weights to ten times `tolerance`, because Adam
-    takes whole steps where a gradient is nothing but rounding."""
-    lines = [[line for line in rundir.read_metrics(place) if line["kind"] != "warning"] for place in (one, other)]
-    for mine, theirs in zip(*lines, strict=True):
-        for key in mine.keys() - {"time"}:
-            if key in ("kind", "step", "stage", "tokens", "dead"):
-                assert mine[key] == theirs[key], (mine["step"], key)
-            else:
-                assert numbers(theirs[key]) == pytest.approx(numbers(mine[key]), rel=tolerance, abs=tolerance), key
-    weights = [load_file(place / "model/model.safetensors") for place in (one, other)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, tensor in weights[0].items():
-        difference = (weights[1][name].double() - tensor.double()).norm()
-        assert difference <= 10 * tolerance * tensor.double().norm(), name
-
-
-class Threads(Workers):
-    """Workers as threads of one process."""
-
-    def __init__(self, rank, world, barrier, box):
-        super().__init__(Share(rank, world))
-        self.barrier, self.box = barrier, box
-
-    def gather(self, part):
-        self.box[self.rank] = part.detach().clone()
-        self.barrier.wait()
-        whole = torch.cat([self.box[rank] for rank in range(self.world)])
-        self.barrier.wait()
-        return whole
-
-    def total(self, part):
-        return self.gather(part[None]).sum(0)
-
-    def average_gradients(self, parameters):
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = self.mean(parameter.grad)
-
-
-def in_threads(world, work):
-    barrier, box, results = threading.Barrier(world, timeout=300), {}, {}
-
-    def run(rank):
-        try:
-            results[rank] = work(Threads(rank, world, barrier, box))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[rank] for rank in range(world)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -258,8 +160,11 @@ def test_what_workers_cannot_do_is_refused_before_any_compute(overrides_in, tmp_
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_workers import HARD, Silent, load_plan, train, joined
+from many_workers import HARD, Silent
 from hsae.cache.share import share
+from hsae.train.plan import load_plan
+from hsae.train.trainer import train
+from hsae.train.workers import joined
 
 places = sys.argv[3:]
 def plan(folder, *more):
@@ -310,25 +215,6 @@ def test_two_workers_train_what_one_does_and_take_each_others_places(overrides_i
     last = [line for line in rundir.read_metrics(tmp_path / "one/3") if line["kind"] == "metrics"][-1]
     assert last["parts"]["auxiliary1"] > 0 and last["composition_loss"] > 0
     assert rundir.read_run(tmp_path / "two/3")["hardware"].startswith("2 workers, each: ")
-
-
-def launched(world, arguments, **options):
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("environment", {})}
-    command = [*TORCHRUN, "--nproc-per-node", str(world), "--no-python", "--", *HSAE, *arguments]
-    return subprocess.Popen(
-        command,
-        env=settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
-
-
-def train_arguments(overrides, run="3"):
-    sets = [part for override in overrides for part in ("--set", override)]
-    return ["train", "--run", run, "--plan", "tiny", "--device", "cpu", *sets]
 
 
 @pytest.mark.slow

@@ -5,56 +5,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsae.train.latents import UNDIVIDED, Latents
 from hsae.train.workers import ALONE, Workers
 
 
-def top_k(pre_BF: Tensor, k: int) -> Tensor:
-    """Keep each vector's k largest positive pre-activations (Gao et al. 2024, arXiv 2406.04093)."""
-    values, indices = torch.topk(pre_BF, k, dim=-1, sorted=False)
-    return torch.zeros_like(pre_BF).scatter(-1, indices, values.relu())
+def top_k(pre_BF: Tensor, k: int, latents: Latents = UNDIVIDED) -> Tensor:
+    """Keep each vector's k largest positive pre-activations (Gao et al. 2024, arXiv 2406.04093), among all `latents`."""
+    others = latents.world > 1
+    values, indices = torch.topk(pre_BF, min(k, pre_BF.shape[1]), dim=-1, sorted=others)
+    values = values.relu()
+    if others:
+        own_B, _ = _among_all(values.detach().float(), k, k, ALONE, latents)
+        values = values.masked_fill(torch.arange(values.shape[1], device=values.device) >= own_B[:, None], 0)
+    return torch.zeros_like(pre_BF).scatter(-1, indices, values)
 
 
 def batch_top_k(
-    pre_BF: Tensor, l0: float, guess: Tensor | None = None, workers: Workers = ALONE
+    pre_BF: Tensor,
+    l0: float,
+    guess: Tensor | None = None,
+    workers: Workers = ALONE,
+    latents: Latents = UNDIVIDED,
 ) -> tuple[Tensor, Tensor]:
     """Keep the batch's round(B * l0) largest positive pre-activations (Bussmann et al. 2024, arXiv 2412.06410).
 
     Returns the code [B, F] and the smallest value kept, a scalar (0 if nothing is positive). `guess`, a scalar on the processor that
     is likely below the smallest, saves the search among values below it; the result is the same. The batch is that of all `workers`,
-    who tell each other their largest values: at most 4 * count bytes from each.
+    or of all workers' `latents`, who tell each other their largest values: at most 4 * count bytes from each.
     """
     count = round(pre_BF.shape[0] * workers.world * l0)
+    others = workers.world * latents.world > 1
     flat = pre_BF.relu().flatten()
     likely = (flat > guess).nonzero().squeeze(1) if guess is not None else None
-    candidates = workers.gather(torch.tensor([len(likely)])) if likely is not None else None
+    candidates = _every(torch.tensor([len(likely)]), workers, latents) if likely is not None else None
     if likely is not None and candidates is not None and int(candidates.sum()) >= count:
-        values, chosen = torch.topk(flat[likely], min(count, len(likely)), sorted=workers.world > 1)
+        values, chosen = torch.topk(flat[likely], min(count, len(likely)), sorted=others)
         indices, longest = likely[chosen], min(count, int(candidates.max()))
     else:
         longest = min(count, len(flat))
-        values, indices = torch.topk(flat, longest, sorted=workers.world > 1)
+        values, indices = torch.topk(flat, longest, sorted=others)
     kept = values.detach().float()
-    if workers.world > 1:
-        own, kept = _among_all(kept, longest, count, workers)
+    if others:
+        own_1, kept = _among_all(kept[None], longest, count, workers, latents)
+        own = int(own_1)
         values, indices = values[:own], indices[:own]
     smallest = torch.where(kept > 0, kept, torch.inf).min()
     smallest = torch.where(torch.isfinite(smallest), smallest, 0.0)
     return torch.zeros_like(flat).scatter(0, indices, values).view_as(pre_BF), smallest
 
 
-def _among_all(falling_N: Tensor, longest: int, count: int, workers: Workers) -> tuple[int, Tensor]:
-    """How many of this worker's values are among the `count` largest of all workers', and those [count].
+def _every(part: Tensor, workers: Workers, latents: Latents) -> Tensor:
+    """[W, ...] what every worker gives, whatever they divide among them."""
+    return workers.gather(latents.workers.gather(part[None]))
 
-    No worker has more than `longest` values. Of equal ones at the edge those of the first workers are kept.
+
+def _among_all(
+    falling_RN: Tensor, longest: int, count: int, workers: Workers, latents: Latents
+) -> tuple[Tensor, Tensor]:
+    """[R] how many of this worker's values in each row are among the `count` largest of all workers', and those [R, count].
+
+    No worker has more than `longest` values in a row. Of equal ones at the edge those of the first workers are kept.
     """
-    padded = falling_N.new_full((longest,), -1.0)
-    padded[: len(falling_N)] = falling_N.nan_to_num(torch.inf)
-    every_WN = workers.gather(padded).view(workers.world, longest)
-    kept = torch.topk(every_WN.flatten(), count, sorted=False).values
-    edge = kept.min()
-    above, equal = (every_WN > edge).sum(1).tolist(), (every_WN == edge).sum(1).tolist()
-    spare = count - sum(above) - sum(equal[: workers.rank])
-    return above[workers.rank] + max(0, min(equal[workers.rank], spare)), kept
+    rows, given = falling_RN.shape
+    padded = falling_RN.new_full((rows, longest), -1.0)
+    padded[:, :given] = falling_RN.nan_to_num(torch.inf)
+    every_WRN, rank = _every(padded, workers, latents), workers.rank * latents.world + latents.rank
+    kept = torch.topk(every_WRN.transpose(0, 1).flatten(1), count, sorted=False).values
+    edge_R1 = kept.amin(1, keepdim=True)
+    above_WR, equal_WR = (every_WRN > edge_R1).sum(-1), (every_WRN == edge_R1).sum(-1)
+    spare_R = count - above_WR.sum(0) - equal_WR[:rank].sum(0)
+    return above_WR[rank] + torch.minimum(equal_WR[rank], spare_R).clamp_min(0), kept
 
 
 def jump_relu(pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:

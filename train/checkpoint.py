@@ -6,25 +6,29 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from hsae.cache.errors import UserError
 from hsae.train.files import write_atomically
-from hsae.train.run import TrainingRun
 
 FILE = "checkpoint/state.safetensors"
 
 
-def save_checkpoint(run: TrainingRun, run_dir: Path, identity: str) -> None:
-    """Replace the run's checkpoint by its state now; `identity` names the configuration and data it belongs to."""
-    tensors, rest = run.state()
+State = tuple[dict[str, Tensor], dict[str, Any]]
+"""What `TrainingRun.state` gives."""
+
+
+def save_checkpoint(state: State, run_dir: Path, identity: str) -> None:
+    """Replace a run's checkpoint by `state`; `identity` names the configuration and data it belongs to."""
+    tensors, rest = {name: tensor.cpu().contiguous() for name, tensor in state[0].items()}, state[1]
     path = run_dir / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"state": json.dumps({**rest, "identity": identity})}
     write_atomically(path, lambda partial: save_file(tensors, partial, header))
 
 
-def load_checkpoint(run: TrainingRun, run_dir: Path, identity: str) -> None:
-    """Put a run back where its checkpoint left it. Raises UserError if the file is damaged or another configuration's."""
+def load_checkpoint(run_dir: Path, identity: str) -> State:
+    """The state in a run's checkpoint. Raises UserError if the file is damaged or another configuration's."""
     path = run_dir / FILE
     try:
         with safe_open(path, framework="pt") as file:
@@ -34,4 +38,4 @@ def load_checkpoint(run: TrainingRun, run_dir: Path, identity: str) -> None:
         raise UserError(f"{path} can't be read ({error}); train with --restart to begin again") from None
     if rest["identity"] != identity:
         raise UserError(f"{path} belongs to another configuration or store; train with --restart to begin again")
-    run.restore(tensors, rest)
+    return tensors, rest

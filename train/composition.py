@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hsae.train.config import CompositionConfig
+from hsae.train.latents import UNDIVIDED, Latents
 from hsae.train.losses import widened
 from hsae.train.sparse import Active, decode
 from hsae.train.workers import ALONE, Workers
@@ -21,7 +22,10 @@ RMS_FLOOR = 1e-8
 
 
 class Composition(nn.Module):
-    """The map W [F, G] between two neighbouring levels, with the running rms of both codes."""
+    """The map W [F, G] between two neighbouring levels, with the running rms of both codes.
+
+    Where latents are divided a worker's fine code [B, g], columns of W and rms of both codes are those of its own latents.
+    """
 
     workers: Workers = ALONE
     """Who holds the rest of a batch."""
@@ -30,16 +34,29 @@ class Composition(nn.Module):
     rms_fine: Tensor
     """[G] likewise of the fine code."""
 
-    def __init__(self, fine: int, coarse: int, config: CompositionConfig, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        fine: int,
+        coarse: int,
+        config: CompositionConfig,
+        generator: torch.Generator,
+        latents: Latents = UNDIVIDED,
+    ) -> None:
         super().__init__()
-        self.config = config
-        if config.mode == "frozen":  # half-normal entries, rows of unit norm: mixtures of independent codes have rms 1
-            rows = torch.randn(coarse, fine, generator=generator).abs()
-            self.W = nn.Parameter(rows / rows.norm(dim=1, keepdim=True), requires_grad=False)
-        else:
-            self.W = nn.Parameter(torch.rand(coarse, fine, generator=generator) * (2 / fine))
-        self.register_buffer("rms_coarse", torch.zeros(coarse))
-        self.register_buffer("rms_fine", torch.zeros(fine))
+        self.config, self.latents = config, latents
+
+        def random(rows: int) -> Tensor:
+            return torch.rand(rows, fine, generator=generator) * (2 / fine)
+
+        def frozen(rows: int) -> Tensor:
+            """Half-normal entries, rows of unit norm: mixtures of independent codes have rms 1."""
+            drawn = torch.randn(rows, fine, generator=generator).abs()
+            return drawn.div_(drawn.norm(dim=1, keepdim=True))
+
+        learns = config.mode != "frozen"
+        self.W = nn.Parameter(latents.drawn(random if learns else frozen, coarse, 1), requires_grad=learns)
+        self.register_buffer("rms_coarse", torch.zeros(latents.own(coarse)))
+        self.register_buffer("rms_fine", torch.zeros(latents.own(fine)))
 
     @torch.no_grad()
     def track(self, fine_BG: Tensor, coarse_BF: Tensor) -> None:
@@ -52,11 +69,11 @@ class Composition(nn.Module):
     def loss(self, fine_BG: Tensor, coarse_BF: Tensor, active: Active | None = None) -> Tensor:
         """The composition loss of one batch, a scalar; `track` it first. `active` is the fine code again, if it is known sparsely."""
         if self.config.mode == "literal":
-            difference = self._mixture(fine_BG, active) - coarse_BF
-            return widened(difference).square().sum(1).mean() + self.config.l1 * self.W.abs().sum()
+            difference = self._mixture(fine_BG, active) - self.latents.whole(coarse_BF)
+            return widened(difference).square().sum(1).mean() + self.config.l1 * self.latents.sum(self.W.abs().sum())
         probe = self.config.mode == "probe"
         scale = self.rms_fine.clamp_min(RMS_FLOOR)
-        coarse = coarse_BF / self.rms_coarse.clamp_min(RMS_FLOOR)
+        coarse = self.latents.whole(coarse_BF / self.rms_coarse.clamp_min(RMS_FLOOR))
         if active is not None:
             values = active.values.detach() if probe else active.values
             mixture = self._mixture(fine_BG, Active(active.at, values / scale[active.at.columns]))
@@ -69,7 +86,7 @@ class Composition(nn.Module):
 
     def _mixture(self, fine_BG: Tensor, active: Active | None) -> Tensor:
         """[B, F] W h of a fine code, through its active entries if they are given."""
-        return fine_BG @ self.W.T if active is None else decode(active.values, self.W.T, active.at)
+        return self.latents.sum(fine_BG @ self.W.T if active is None else decode(active.values, self.W.T, active.at))
 
     @torch.no_grad()
     def project(self, learning_rate: float, sparsify: bool) -> None:
@@ -80,10 +97,11 @@ class Composition(nn.Module):
     @torch.no_grad()
     def contributions(self) -> Tensor:
         """[F, G] share of coarse latent i's rms that fine latent j brings: w_ij rms_j / rms_i in the codes' own units."""
-        alive = (self.rms_coarse > RMS_FLOOR)[:, None] & (self.rms_fine > RMS_FLOOR)[None, :]
+        rms_coarse = self.latents.whole(self.rms_coarse)
+        alive = (rms_coarse > RMS_FLOOR)[:, None] & (self.rms_fine > RMS_FLOOR)[None, :]
         if self.config.mode != "literal":
             return self.W * alive
-        return self.W * alive * self.rms_fine[None, :] / self.rms_coarse[:, None].clamp_min(RMS_FLOOR)
+        return self.W * alive * self.rms_fine[None, :] / rms_coarse[:, None].clamp_min(RMS_FLOOR)
 
     @torch.no_grad()
     def weight(self) -> Tensor:
@@ -110,14 +128,15 @@ class Composition(nn.Module):
         else:
             fine = widened(fine_BG) / self.rms_fine.clamp_min(RMS_FLOOR)
             coarse = widened(coarse_BF) / self.rms_coarse.clamp_min(RMS_FLOOR)
-        missed = self.workers.total((fine @ self.W.T - coarse).square().sum())
+        coarse = self.latents.whole(coarse)
+        missed = self.workers.total((self._mixture(fine, None) - coarse).square().sum())
         unexplained = missed / self.workers.total(coarse.square().sum()).clamp_min(1e-12)
         shares = self.contributions().abs()
-        squares = shares.square().sum(1)
+        sums, squares = self.latents.sum(shares.sum(1)), self.latents.sum(shares.square().sum(1))
         counted = squares > 0
-        ratios = shares.sum(1).square()[counted] / squares[counted]
+        ratios = sums.square()[counted] / squares[counted]
         return {
             "unexplained": unexplained.item(),
-            "nonzero": (self.W != 0).float().mean().item(),
+            "nonzero": self.latents.workers.mean((self.W != 0).float().mean()).item(),
             "participation": ratios.median().item() if len(ratios) else 0.0,
         }

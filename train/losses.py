@@ -53,27 +53,29 @@ def auxiliary(
     left unexplained, and 0 while no latent is dead. k is `latents`, but at most half the width read.
     """
     indices = dead_F.nonzero().squeeze(1)
-    if len(indices) == 0:
+    dead = int(level.latents.workers.total(torch.tensor(len(indices))))
+    if dead == 0:
         return torch.zeros((), device=target_BI.device)
     residual_BI = widened(target_BI - reconstruction_BI).detach()
     pre = (read_BI - bias_I) @ level.W_enc[:, indices] + level.b_enc[indices]
-    acts = top_k(pre, min(latents, max(1, target_BI.shape[1] // 2), len(indices)))
+    acts = top_k(pre, min(latents, max(1, target_BI.shape[1] // 2), dead), level.latents)
     variance = workers.mean(residual_BI.square().sum(-1).mean()).clamp_min(1e-12)
-    return fraction_unexplained(residual_BI, acts @ level.W_dec[indices], variance)
+    return fraction_unexplained(residual_BI, level.latents.sum(acts @ level.W_dec[indices]), variance)
 
 
 def gated_auxiliary(level: Level, output: LevelOutput, target_BI: Tensor, bias_I: Tensor, variance: float) -> Tensor:
     """Loss of a gated SAE's gate alone (Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 8): ReLU of the gate's pre-activations
     decoded by weights that don't feel it, a fraction of variance unexplained."""
-    return fraction_unexplained(target_BI, output.pre.relu() @ level.W_dec.detach() + bias_I.detach(), variance)
+    decoded = level.latents.sum(output.pre.relu() @ level.W_dec.detach())
+    return fraction_unexplained(target_BI, decoded + bias_I.detach(), variance)
 
 
 def sparsity(level: Level, output: LevelOutput) -> Tensor:
     """What the controller's coefficient multiplies, a scalar: mean L1 of relu's code or of the gate, mean L0 of jumprelu's."""
     if level.activation == "jumprelu":
-        return step_count(output.pre, level.jump_threshold(output.pre), level.bandwidth)
+        return level.latents.sum(step_count(output.pre, level.jump_threshold(output.pre), level.bandwidth))
     penalised = output.pre.relu() if level.activation == "gated" else output.acts
-    return widened(penalised).sum(1).mean()
+    return level.latents.sum(widened(penalised).sum(1).mean())
 
 
 class SparsityController:

@@ -30,17 +30,20 @@ def resample(
     Decoder row: the drawn vector less the bias, with unit norm. Encoder column: the same, 0.2 times the mean norm of the living
     latents' columns (0.2 if none lives). Encoder bias 0; a threshold of jumprelu is set to the living ones' mean, a gated latent's magnitude to the gate's.
     """
-    dead = dead_F.nonzero().squeeze(1)
-    if len(dead) == 0:
+    latents = level.latents
+    every = latents.whole(dead_F)
+    count = int(every.sum())
+    if count == 0:
         return 0
     weights = widened(level.workers.gather(loss_B)).square().cpu().double()
     if not weights.sum() > 0:
         return 0
-    drawn = torch.multinomial(weights, len(dead), replacement=True, generator=generator).to(read_BI.device)
-    rows = widened(level.workers.rows(read_BI, drawn) - bias_I)
+    drawn = torch.multinomial(weights, count, replacement=True, generator=generator).to(read_BI.device)
+    dead, living, some = dead_F.nonzero().squeeze(1), ~dead_F, count < len(every)
+    before = int(every[: latents.rank * len(dead_F)].sum())
+    rows = widened(level.workers.rows(read_BI, drawn[before : before + len(dead)]) - bias_I)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    living = ~dead_F
-    norm = level.W_enc[:, living].norm(dim=0).mean() if living.any() else torch.ones((), device=rows.device)
+    norm = latents.mean(level.W_enc[:, living].norm(dim=0)) if some else torch.ones((), device=rows.device)
     level.W_dec[dead] = rows
     level.W_enc[:, dead] = (ENCODER_SHARE * norm * rows).T
     level.b_enc[dead] = 0
@@ -48,9 +51,9 @@ def resample(
         level.r_mag[dead] = 0
         level.b_mag[dead] = 0
     if level.activation == "jumprelu":
-        level.log_threshold[dead] = level.log_threshold[living].mean() if living.any() else 0.0
+        level.log_threshold[dead] = latents.mean(level.log_threshold[living]) if some else 0.0
     for name, parameter in level.named_parameters():
         for moment in ("exp_avg", "exp_avg_sq"):
             if (tensor := optimiser.state.get(parameter, {}).get(moment)) is not None:
                 (tensor.T if name == "W_enc" else tensor)[dead] = 0
-    return len(dead)
+    return count

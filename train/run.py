@@ -15,6 +15,7 @@ from hsae.cache.numerics import bfloat16_is_slow
 from hsae.train.composition import Composition
 from hsae.train.config import RunConfig
 from hsae.train.curriculum import Curriculum, Moment
+from hsae.train.latents import UNDIVIDED, Latents
 from hsae.train.losses import (
     SparsityController,
     auxiliary,
@@ -46,24 +47,35 @@ class Scaling:
 
 
 class TrainingRun:
-    """A run between its first and last step. Same configuration, stream, machine and number of workers: same bits."""
+    """A run between its first and last step. Same configuration, stream, machine and number of workers: same bits.
+
+    `workers` are those who share its batches, `latents` says how others share its latents.
+    """
 
     def __init__(
-        self, config: RunConfig, scaling: Scaling, *, steps: int, seed: int, device: str, workers: Workers = ALONE
+        self,
+        config: RunConfig,
+        scaling: Scaling,
+        *,
+        steps: int,
+        seed: int,
+        device: str,
+        workers: Workers = ALONE,
+        latents: Latents = UNDIVIDED,
     ) -> None:
         self.config, self.scaling, self.steps, self.seed, self.device = config, scaling, steps, seed, device
-        self.workers = workers
+        self.workers, self.latents = workers, latents
         slow = bfloat16_is_slow(torch.device(device).type)
         self.rounds = config.precision == "bfloat16" or (config.precision == "auto" and not slow)
         self.step_number = 0
         self.failure: str | None = None
         d_in = len(scaling.median)
-        self.model = HierarchicalSAE(config, d_in, seed=seed)
+        self.model = HierarchicalSAE(config, d_in, seed=seed, latents=latents)
         with torch.no_grad():
             self.model.bias(1).copy_(scaling.median)
         generator = torch.Generator().manual_seed(seed_of(seed, config.number, 1))
         pairs = pairwise(config.widths) if config.composition.mode != "none" else ()
-        maps = [Composition(fine, coarse, config.composition, generator) for fine, coarse in pairs]
+        maps = [Composition(fine, coarse, config.composition, generator, latents) for fine, coarse in pairs]
         self.compositions = nn.ModuleList(maps)
         self.model.to(device).train()
         if torch.device(device).type == "cpu" and not self.rounds:
@@ -75,7 +87,8 @@ class TrainingRun:
             module.workers = workers
         self.curriculum = Curriculum(config, steps)
         self.optimiser = make_optimiser(self.model, self.compositions, config)
-        self.tokens_since_fired = [torch.zeros(width, dtype=torch.int64, device=device) for width in config.widths]
+        owned = [latents.own(width) for width in config.widths]
+        self.tokens_since_fired = [torch.zeros(width, dtype=torch.int64, device=device) for width in owned]
         self.controllers = [SparsityController(l0, config.sparsity_start, steps // 2) for l0 in config.l0]
         self.warned: set[str] = set()
 
@@ -101,10 +114,11 @@ class TrainingRun:
         torch.autograd.backward(loss)
         parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
         self.workers.average_gradients(parameters)
+        self.latents.sum_gradients(self.model.biases)
         active = [self.model.level(number) for number in moment.stage.levels]
         for level in active:
             level.remove_parallel_gradient()
-        nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
+        self.latents.clip_gradients(parameters, self.model.biases, config.gradient_clip)
         self.optimiser.step()
         for level in active:
             level.normalise_decoder()
@@ -173,7 +187,7 @@ class TrainingRun:
             counter += len(fired) * self.workers.world
             counter[self.workers.either(fired.any(0))] = 0
             if self.config.activation in CONTROLLED and moment.stage.rates.get(number, 1.0) > 0:
-                self.controllers[number - 1].update(self.workers.mean(fired.sum(1).float().mean()).item())
+                self.controllers[number - 1].update(self._mean_l0(level))
 
     def _set_parents(self) -> None:
         """Let the maps W say which coarse latent gates each fine one."""
@@ -235,10 +249,14 @@ class TrainingRun:
 
     def _l0(self, output: Output, number: int) -> float | None:
         level = output.levels.get(number)
-        return None if level is None else self.workers.mean((level.acts > 0).sum(1).float().mean()).item()
+        return None if level is None else self._mean_l0(level)
+
+    def _mean_l0(self, level: LevelOutput) -> float:
+        return self.workers.mean(self.latents.sum((level.acts > 0).sum(1)).float().mean()).item()
 
     def _dead(self, number: int) -> float:
-        return (self.tokens_since_fired[number - 1] >= self.config.dead_after_tokens).float().mean().item()
+        dead = self.tokens_since_fired[number - 1] >= self.config.dead_after_tokens
+        return self.latents.whole(dead).float().mean().item()
 
     def complaints(self, metrics: dict[str, Any]) -> list[str]:
         """What is wrong with the step `metrics` tells of, each said once: dead levels, and maps W that went bad, by name."""
@@ -259,7 +277,13 @@ class TrainingRun:
     def finite(self) -> bool:
         """Whether every weight is finite."""
         tensors = [*self.model.parameters(), *self.compositions.parameters()]
-        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        return not self.latents.workers.any(not all(bool(torch.isfinite(tensor).all()) for tensor in tensors))
+
+    def check_same(self) -> None:
+        """Raise UserError if what several workers hold has come to differ between them."""
+        maps = {f"map {name}": tensor for name, tensor in self.compositions.named_parameters()}
+        self.workers.check_same({**dict(self.model.named_parameters()), **maps})
+        self.latents.workers.check_same(dict(self.model.biases.named_parameters("biases")))
 
     def _names(self) -> dict[nn.Parameter, str]:
         modules = {"model": self.model, "composition": self.compositions}
@@ -269,21 +293,25 @@ class TrainingRun:
             for name, parameter in module.named_parameters()
         }
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything a resumed run needs: tensors by name, and a JSON-ready rest."""
+    def state(self, *, moments: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a resumed run needs: tensors by name, Adam's `moments` among them, and a JSON-ready rest.
+
+        Where latents are divided all workers take part, and worker 0 alone is given tensors, which are whole.
+        """
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"composition.{name}": tensor for name, tensor in self.compositions.state_dict().items()}
         tensors |= {f"fired.{index}": counter for index, counter in enumerate(self.tokens_since_fired)}
-        tensors |= {f"adam/{name}": tensor for name, tensor in rename_state(self.optimiser, self._names()).items()}
+        adam = rename_state(self.optimiser, self._names()) if moments else {}
+        tensors |= {f"adam/{name}": tensor for name, tensor in adam.items()}
         rest = {
             "step": self.step_number,
             "controllers": [controller.state() for controller in self.controllers],
             "warned": sorted(self.warned),
         }
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, rest
+        return self.latents.collected({name: tensor.detach() for name, tensor in tensors.items()}), rest
 
     def share_state(self) -> None:
-        """Take over worker 0's state."""
+        """Take over the state of worker 0 of those who share batches."""
         if self.workers.world > 1:
             tensors, rest = self.state()
             self.restore(self.workers.copies(tensors), self.workers.lead(lambda: rest))
@@ -302,6 +330,17 @@ class TrainingRun:
         for controller, state in zip(self.controllers, rest["controllers"], strict=True):
             controller.restore(state)
         self.warned = set(rest["warned"])
+
+    def undivided(self) -> "TrainingRun":
+        """The run with whole levels, for its final model; where they are divided a copy, for worker 0 alone, on its processor."""
+        if self.latents.world == 1:
+            return self
+        tensors, rest = self.state(moments=False)
+        if not self.latents.workers.leads:
+            return self
+        whole = TrainingRun(self.config, self.scaling, steps=self.steps, seed=self.seed, device="cpu")
+        whole.restore(tensors, rest)
+        return whole
 
     def last_step_done(self) -> bool:
         """Whether all steps have been taken."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hsae.train import sparse
 from hsae.train.activations import batch_top_k, jump_relu, top_k
 from hsae.train.config import RunConfig
+from hsae.train.latents import UNDIVIDED, Latents
 from hsae.train.workers import ALONE, Workers
 
 THRESHOLD_DECAY = 0.99
@@ -61,17 +62,33 @@ def parent_fires(coarse_BF: Tensor, parents_G: Tensor) -> Tensor:
 
 
 class Level(nn.Module):
-    """One encoder and decoder: code = activation((read - bias) W_enc + b_enc), decoded = code W_dec."""
+    """One encoder and decoder: code = activation((read - bias) W_enc + b_enc), decoded = code W_dec.
+
+    Where latents are divided, weights, pre-activations and code are those of a worker's own, [B, f]; what is decoded is of all.
+    """
 
     workers: Workers = ALONE
     """Who holds the rest of a batch in training."""
     threshold: Tensor
     """Scalar: smallest pre-activation that counts at inference (batchtopk), an average over batches; NaN before the first batch."""
 
-    def __init__(self, width_in: int, width: int, run: RunConfig, l0: float, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        run: RunConfig,
+        l0: float,
+        generator: torch.Generator,
+        latents: Latents = UNDIVIDED,
+    ) -> None:
         super().__init__()
-        rows = torch.randn(width, width_in, generator=generator)
-        rows = rows / rows.norm(dim=1, keepdim=True)
+
+        def directions(count: int) -> Tensor:
+            drawn = torch.randn(count, width_in, generator=generator)
+            return drawn.div_(drawn.norm(dim=1, keepdim=True))
+
+        self.latents = latents
+        rows, width = latents.drawn(directions, width), latents.own(width)
         self.W_dec = nn.Parameter(rows)
         self.W_enc = nn.Parameter(rows.T.clone().contiguous())
         self.b_enc = nn.Parameter(torch.zeros(width))
@@ -106,25 +123,25 @@ class Level(nn.Module):
             if (at := sparse.pattern_of(acts_BF)) is not None:
                 values_N = sparse.encode(read_BI, bias_I, self.W_enc, self.b_enc, pre_BF, at)
                 acts_BF = torch.zeros_like(acts_BF).flatten().index_put((at.flat,), values_N).view_as(acts_BF)
-                decoded_BI = sparse.decode(values_N, self.W_dec, at)
+                decoded_BI = self.latents.sum(sparse.decode(values_N, self.W_dec, at))
                 return LevelOutput(read_BI, pre_BF, acts_BF, decoded_BI, sparse.Active(at, values_N))
             pre_BF = (read_BI - bias_I) @ self.W_enc + self.b_enc
             acts_BF = pre_BF * (acts_BF > 0)
-        return LevelOutput(read_BI, pre_BF, acts_BF, acts_BF @ self.W_dec)
+        return LevelOutput(read_BI, pre_BF, acts_BF, self.latents.sum(acts_BF @ self.W_dec))
 
     def activate(self, pre_BF: Tensor) -> Tensor:
         """The code [B, F]; in training mode batchtopk picks across the batch and tracks its threshold."""
         if self.activation == "relu":
             return torch.relu(pre_BF)
         if self.activation == "topk":
-            return top_k(pre_BF, int(self.l0))
+            return top_k(pre_BF, int(self.l0), self.latents)
         if self.activation == "jumprelu":
             return jump_relu(pre_BF, self.jump_threshold(pre_BF), self.bandwidth)
         if self.activation == "gated":
             return torch.relu((pre_BF - self.b_enc) * self.r_mag.exp() + self.b_mag) * (pre_BF > 0)
         if not self.training:
             return torch.relu(pre_BF) * (pre_BF > self.threshold)
-        acts_BF, smallest = batch_top_k(pre_BF, self.l0, self.guess(), self.workers)
+        acts_BF, smallest = batch_top_k(pre_BF, self.l0, self.guess(), self.workers, self.latents)
         self.track_threshold(smallest)
         return acts_BF
 
@@ -136,7 +153,7 @@ class Level(nn.Module):
         """jumprelu's thresholds [F]; they begin, all equal, where the first batch has the level's L0."""
         if self.training and torch.isnan(self.threshold):
             with torch.no_grad():
-                self.track_threshold(batch_top_k(pre_BF, self.l0, workers=self.workers)[1])
+                self.track_threshold(batch_top_k(pre_BF, self.l0, workers=self.workers, latents=self.latents)[1])
                 self.log_threshold.copy_(self.threshold.clamp_min(1e-3).log().expand_as(self.log_threshold))
         return self.log_threshold.exp().to(pre_BF.dtype)
 
@@ -161,19 +178,21 @@ class Level(nn.Module):
 class HierarchicalSAE(nn.Module):
     """Levels that read the residual (`flat`, `additive`: one shared bias) or each other (`stacked`: a bias each)."""
 
-    def __init__(self, run: RunConfig, d_in: int, *, seed: int = 0) -> None:
+    def __init__(self, run: RunConfig, d_in: int, *, seed: int = 0, latents: Latents = UNDIVIDED) -> None:
         super().__init__()
+        self.latents = latents
         self.structure, self.stop_gradient, self.selection = run.structure, run.stop_gradient, run.selection
         self.widths, self.d_in = run.widths, d_in
         generator = torch.Generator().manual_seed(seed_of(seed, run.number))
         reads = (d_in, *run.widths[:-1]) if run.structure == "stacked" else (d_in,) * run.levels
         self.levels = nn.ModuleList(
-            Level(read, width, run, l0, generator) for read, width, l0 in zip(reads, run.widths, run.l0, strict=True)
+            Level(read, width, run, l0, generator, latents)
+            for read, width, l0 in zip(reads, run.widths, run.l0, strict=True)
         )
         biases = reads if run.structure == "stacked" else reads[:1]
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in biases)
         for number in range(1, run.levels) if run.child_gate else ():
-            self.register_buffer(f"parents{number}", torch.full((run.widths[number - 1],), NO_PARENT))
+            self.register_buffer(f"parents{number}", torch.full((latents.own(run.widths[number - 1]),), NO_PARENT))
 
     def level(self, number: int) -> Level:
         """Level `number`, from 1 (finest)."""
@@ -211,7 +230,7 @@ class HierarchicalSAE(nn.Module):
             for number in numbers
         }
         reconstructions: dict[int, Tensor] = {}
-        total = self.bias(1).expand_as(x_BD)
+        total = self.latents.once(self.bias(1)).expand_as(x_BD)
         for number in reversed(numbers):  # coarsest first, so that each sum is the nested one
             total = total + outputs[number].decoded
             reconstructions[number] = total
@@ -222,7 +241,7 @@ class HierarchicalSAE(nn.Module):
         for number in sorted(pres, reverse=True):
             parents, pre_BF = self.parents(number), pres[number]
             if parents is not None and number + 1 in codes:
-                pre_BF = pre_BF * parent_fires(codes[number + 1], parents)
+                pre_BF = pre_BF * parent_fires(self.latents.whole(codes[number + 1]), parents)
             codes[number] = self.level(number).activate(pre_BF)
         return codes
 
@@ -230,7 +249,8 @@ class HierarchicalSAE(nn.Module):
         """One BatchTopK over all levels side by side; they share its threshold."""
         l0 = sum(self.level(number).l0 for number in pres)
         coarsest = self.level(max(pres))
-        code_BF, smallest = batch_top_k(torch.cat(list(pres.values()), 1), l0, coarsest.guess(), coarsest.workers)
+        side_by_side = torch.cat(list(pres.values()), 1)
+        code_BF, smallest = batch_top_k(side_by_side, l0, coarsest.guess(), coarsest.workers, self.latents)
         for number in pres:
             self.level(number).track_threshold(smallest)
         return dict(zip(pres, torch.split(code_BF, [pre.shape[1] for pre in pres.values()], 1), strict=True))

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +20,14 @@ from hsae.train.checkpoint import FILE as CHECKPOINT
 from hsae.train.checkpoint import load_checkpoint, save_checkpoint
 from hsae.train.config import RunConfig
 from hsae.train.curriculum import stages
+from hsae.train.latents import UNDIVIDED, Latents
 from hsae.train.model import folded, save_model
 from hsae.train.plan import Plan
 from hsae.train.run import Scaling, TrainingRun
 from hsae.train.workers import ALONE, Workers
+
+Divide = Literal["batch", "latents"]
+"""What the workers of a training divide among them."""
 
 
 class Listener(Protocol):
@@ -78,9 +82,13 @@ def scaling_of(store: ActivationStore, hook: str) -> Scaling:
     return Scaling(scale=scale, median=(statistics.geometric_median_D * scale).float(), variance=variance)
 
 
-def check(plan: Plan, runs: Sequence[RunConfig], store: ActivationStore, world: int = 1) -> None:
+def check(
+    plan: Plan, runs: Sequence[RunConfig], store: ActivationStore, world: int = 1, divide: Divide = "batch"
+) -> None:
     """Refuse what can't work, for `world` workers, before anything is computed. Raises UserError."""
-    if rest := plan.train.batch_tokens % world:
+    for run in runs if divide == "latents" else ():
+        _check_latents(run, world)
+    if divide == "batch" and (rest := plan.train.batch_tokens % world):
         near = [size for size in (plan.train.batch_tokens - rest, plan.train.batch_tokens - rest + world) if size]
         raise UserError(
             f"train.batch_tokens is {plan.train.batch_tokens}, which {world} workers can't share equally; "
@@ -104,6 +112,21 @@ def check(plan: Plan, runs: Sequence[RunConfig], store: ActivationStore, world: 
             )
 
 
+def _check_latents(run: RunConfig, world: int) -> None:
+    if run.structure == "stacked" and world > 1:
+        raise UserError(
+            f"run {run.number} is stacked: its levels read whole codes, so its latents can't be divided among workers; "
+            "use --divide batch"
+        )
+    for level, width in enumerate(run.widths, 1):
+        if rest := width % world:
+            near = [size for size in (width - rest, width - rest + world) if size]
+            raise UserError(
+                f"run {run.number}: level {level} has {width} latents, which {world} workers can't divide equally; "
+                f"use a multiple of {world}, such as {' or '.join(map(str, near))}, another number of workers, or --divide batch"
+            )
+
+
 def train(
     plan: Plan,
     runs: Sequence[RunConfig],
@@ -114,16 +137,17 @@ def train(
     restart: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     workers: Workers = ALONE,
+    divide: Divide = "batch",
 ) -> list[Result]:
     """Train `runs` of `plan` in one pass over its training store; finished ones are left alone unless `restart`.
 
     Each result is bit-identical to training that run alone, and a resumed run to an uninterrupted one, on one machine. Several
-    `workers` call this alike, each computes its share of every batch, and the first writes the results.
+    `workers` call this alike, divide every batch or the latents of every level among them, and the first writes the results.
     Raises UserError before any compute if something can't work; a run whose loss stops being finite is stopped, keeps its
     last checkpoint, and the others go on.
     """
     with contextlib.ExitStack() as locks:
-        return _train(plan, runs, listener, pick_device(device), resume, restart, should_stop, workers, locks)
+        return _train(plan, runs, listener, pick_device(device), resume, restart, should_stop, workers, divide, locks)
 
 
 def _train(
@@ -135,10 +159,12 @@ def _train(
     restart: bool,
     should_stop: Callable[[], bool],
     workers: Workers,
+    divide: Divide,
     locks: contextlib.ExitStack,
 ) -> list[Result]:
     store = ActivationStore.open(plan.store_path("train"))
-    check(plan, runs, store, workers.world)
+    check(plan, runs, store, workers.world, divide)
+    batch, latents = (workers, UNDIVIDED) if divide == "batch" else (ALONE, Latents(workers))
     scaling, name, hook = scaling_of(store, plan.hook.names[0]), plan.store("train").name, plan.hook.names[0]
 
     # --- which runs are there to train, and where do they begin -------------------------------------------------
@@ -151,24 +177,26 @@ def _train(
             results[config.number] = Result(run=config, status="already trained")
             continue
         steps, seed = plan.train.steps, plan.train.seed
-        run = TrainingRun(config, scaling, steps=steps, seed=seed, device=device, workers=workers)
+        run = TrainingRun(config, scaling, steps=steps, seed=seed, device=device, workers=batch, latents=latents)
         identity = rundir.identity(plan, config, name)
-        if state == "unfinished" and workers.leads:
-            load_checkpoint(run, plan.run_dir(config), identity)
-        run.share_state()
+        if state == "unfinished":
+            tensors, rest = load_checkpoint(plan.run_dir(config), identity) if workers.leads else ({}, {})
+            run.restore(workers.copies(tensors, latents.along), workers.lead(functools.partial(dict, rest)))
+        else:
+            run.share_state()
         log = rundir.MetricsLog(plan.run_dir(config), run.step_number) if workers.leads else None
         trainees.append(Trainee(run, log, identity))
         listener.started(config, run.step_number, run.steps)
 
     # --- one pass over the stream ------------------------------------------------------------------------------
     batch_tokens = plan.train.batch_tokens
-    stream = TokenStream(store, hook, batch_tokens=batch_tokens, seed=plan.train.seed, share=workers.share)
+    stream = TokenStream(store, hook, batch_tokens=batch_tokens, seed=plan.train.seed, share=batch.share)
     first = min((trainee.run.step_number for trainee in trainees), default=plan.train.steps)
     clock = _Clock(batch_tokens)
     x_BD: Tensor | None = None
-    for step, batch in enumerate(stream.batches(first, plan.train.steps), first):
+    for step, vectors in enumerate(stream.batches(first, plan.train.steps), first):
         clock.loaded()
-        x_BD = batch.to(device, non_blocking=True).float() * scaling.scale
+        x_BD = vectors.to(device, non_blocking=True).float() * scaling.scale
         for trainee in trainees:
             if trainee.run.failure is None and trainee.run.step_number == step:
                 _step(plan, trainee, x_BD, clock, listener)
@@ -186,9 +214,9 @@ def _train(
             results[config.number] = Result(run=config, status="failed", detail=trainee.run.failure)
         elif config.number not in results:
             assert x_BD is not None  # a checkpoint is never of the last step, so there was a step to take
-            sample_BD = workers.gather(x_BD)
+            sample_BD, whole = batch.gather(x_BD), trainee.run.undivided()
             if workers.leads:
-                _finish(plan, store, trainee, sample_BD)
+                _finish(plan, store, whole, sample_BD)
             results[config.number] = Result(run=config, status="trained")
     return [results[config.number] for config in runs]
 
@@ -286,17 +314,16 @@ def _stop(plan: Plan, trainees: list[Trainee], results: dict[int, Result]) -> No
 
 
 def _save(plan: Plan, trainee: Trainee) -> None:
-    """Write a checkpoint, of which every worker would write the same."""
-    run, workers = trainee.run, trainee.run.workers
-    maps = {f"map {name}": tensor for name, tensor in run.compositions.named_parameters()}
-    workers.check_same({**dict(run.model.named_parameters()), **maps})
-    if workers.leads:
-        save_checkpoint(run, plan.run_dir(run.config), trainee.identity)
+    """Write a checkpoint, which is the same whoever and however many train."""
+    trainee.run.check_same()
+    state = trainee.run.state()
+    if trainee.log is not None:
+        save_checkpoint(state, plan.run_dir(trainee.run.config), trainee.identity)
 
 
-def _finish(plan: Plan, store: ActivationStore, trainee: Trainee, x_BD: Tensor) -> None:
+def _finish(plan: Plan, store: ActivationStore, run: TrainingRun, x_BD: Tensor) -> None:
     """Write the folded model, the SAELens folders and, last, that the run is complete."""
-    run_dir = plan.run_dir(trainee.run.config)
+    run_dir = plan.run_dir(run.config)
     metadata = {
         "model_name": plan.model.id,
         "hook_name": plan.hook.names[0],
@@ -306,7 +333,7 @@ def _finish(plan: Plan, store: ActivationStore, trainee: Trainee, x_BD: Tensor) 
         "dataset_path": store.spec.corpus.corpus,
         "exclude_special_tokens": True,
     }
-    model = folded(trainee.run, metadata, x_BD)
+    model = folded(run, metadata, x_BD)
     save_model(model, run_dir / "model")
     for name, sae in model.one_layer().items():
         saelens.save(sae, run_dir / "saelens" / name)

@@ -1,7 +1,8 @@
 """Workers that train together. Each takes its share of every batch; what is meant of the whole batch is made whole here.
 
-Every worker holds the whole model. Replicas start from worker 0's state and take the same steps, because gradients and whatever else
-a step computes from its batch are added up over all workers first. Alone, every method gives back what it was given, untouched.
+Every worker holds the whole model (unless they divide its latents: `hsae.train.latents`). Replicas start from worker 0's state and take
+the same steps, because gradients and whatever else a step computes from its batch are added up over all workers first. Alone, every
+method gives back what it was given, untouched.
 
 Shapes: B vectors of the whole batch, b = B / world of a worker's share: worker r's are rows r*b to (r+1)*b.
 """
@@ -111,15 +112,36 @@ class Workers:
         _done(lambda: dist.broadcast(data, 0))
         return json.loads(bytes(data.tolist()))
 
-    def copies(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Worker 0's tensors (on the processor), for all."""
+    def copies(
+        self, tensors: Mapping[str, Tensor], along: Callable[[str], int | None] = lambda name: None
+    ) -> dict[str, Tensor]:
+        """Worker 0's tensors, on the processor, for all; where `along` names a dimension, each worker gets its part."""
+        if self.world == 1:
+            return dict(tensors)
         described = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
         copied = {}
         for name, (dtype, *shape) in self.lead(lambda: described).items():
-            empty = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
-            copied[name] = tensors[name] if self.leads else empty
-            _done(functools.partial(dist.broadcast, copied[name], 0))
+            dimension = along(name)
+            if dimension is not None:
+                shape[dimension] //= self.world
+            mine = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+            if dimension is not None:
+                parts = (
+                    [part.contiguous() for part in tensors[name].chunk(self.world, dimension)] if self.leads else None
+                )
+                _done(functools.partial(dist.scatter, mine, parts, 0))
+            else:
+                mine = tensors[name].cpu().contiguous() if self.leads else mine
+                _done(functools.partial(dist.broadcast, mine, 0))
+            copied[name] = mine
         return copied
+
+    def collect(self, part: Tensor) -> list[Tensor]:
+        """Every worker's part, of equal shapes and on the processor, for worker 0; nothing elsewhere."""
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        parts = parts if self.leads else []
+        _done(lambda: dist.gather(part.contiguous(), parts or None, 0))
+        return parts
 
     def check_same(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise UserError if the workers' tensors (of 4 or 8 bytes a number) are not equal bit for bit, by a sum of their bits."""
