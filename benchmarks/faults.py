@@ -1,9 +1,10 @@
 """Injects every fault of the table in docs/stores.md by running its tests, and prints the table with what was counted.
 
-    python benchmarks/faults.py [--examples 80] [--outage 60] [--fast] [--out docs/results/faults]
+    python benchmarks/faults.py [--examples 80] [--outage 60] [--fast] [--report report.xml] [--out docs/results/faults]
 
 Needs hsae[dev]. `--examples` is how many random cases each property gets, `--outage` for how many seconds S3 is gone in the middle of a
-training; `--fast` leaves out tests marked slow. Prints Markdown and, last, one JSON document; with `--out` also writes both. Status 1 if a test failed.
+training; `--fast` leaves out tests marked slow. `--report` takes what pytest wrote with `--junit-xml` (and HSAE_EXAMPLES and HSAE_OUTAGE set to
+the same) and runs nothing. Prints Markdown and, last, one JSON document; with `--out` also writes both. Status 1 if a test failed.
 """
 
 import argparse
@@ -52,17 +53,18 @@ def rows() -> list[Row]:
     return found
 
 
-def measured(table: list[Row], examples: int, outage: float, fast: bool) -> None:
-    """Run the tests of all rows, and count."""
+def run(table: list[Row], examples: int, outage: float, fast: bool, report: Path) -> None:
+    """Run the tests of all rows; pytest writes `report`."""
     names = sorted({name for row in table for name in row.tests})
     settings = {**os.environ, "HSAE_EXAMPLES": str(examples), "HSAE_OUTAGE": str(outage)}
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junit-xml={report}", *(("-m", "not slow") if fast else ())]
-        subprocess.run([*command, *names], cwd=ROOT, env=settings)
-        cases = list(ElementTree.parse(report).iter("testcase"))
+    command = [sys.executable, "-m", "pytest", "-q", f"--junit-xml={report}", *(("-m", "not slow") if fast else ())]
+    subprocess.run([*command, *names], cwd=ROOT, env=settings)
+
+
+def count(table: list[Row], report: Path, fast: bool) -> None:
+    """Add up what pytest reported."""
     by_name = defaultdict(list)
-    for case in cases:
+    for case in ElementTree.parse(report).iter("testcase"):
         module, name = case.attrib["classname"].replace(".", "/"), case.attrib["name"].partition("[")[0]
         by_name[f"{module}.py::{name}"].append(case)
     for row in table:
@@ -70,14 +72,10 @@ def measured(table: list[Row], examples: int, outage: float, fast: bool) -> None
             if not by_name[name] and not fast:
                 row.failed += 1
             for case in by_name[name]:
-                counts = [
-                    int(float(found.attrib["value"]))
-                    for found in case.iter("property")
-                    if found.attrib["name"] == "injected"
-                ]
+                found = [item.attrib for item in case.iter("property") if item.attrib["name"] == "injected"]
                 good = all(case.find(kind) is None for kind in ("failure", "error", "skipped"))
                 row.passed, row.failed = row.passed + good, row.failed + (not good)
-                row.injected += sum(counts) if counts else 1
+                row.injected += sum(int(float(item["value"])) for item in found) if found else 1
                 row.seconds += float(case.attrib["time"])
 
 
@@ -103,10 +101,15 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=80)
     parser.add_argument("--outage", type=float, default=60.0)
     parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--report", type=Path)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     table = rows()
-    measured(table, arguments.examples, arguments.outage, arguments.fast)
+    with tempfile.TemporaryDirectory() as folder:
+        report = arguments.report or Path(folder) / "report.xml"
+        if not arguments.report:
+            run(table, arguments.examples, arguments.outage, arguments.fast, report)
+        count(table, report, arguments.fast)
     about = {
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": f"{platform.machine()}, {os.cpu_count()} threads",

@@ -548,7 +548,10 @@ def test_all_leaves_out_what_lacks_its_store_or_means_nothing(overrides, plan, t
 
 @pytest.mark.slow
 def test_gemma_knows_the_packaged_facts_and_carries_them_until_the_middle(tmp_path):
-    packaged, countries = GOLDEN.parents[1] / "cache", tmp_path / "countries.toml"  # half of them: the whole takes minutes
+    packaged, countries = (
+        GOLDEN.parents[1] / "cache",
+        tmp_path / "countries.toml",
+    )  # half of them: the whole takes minutes
     countries.write_text((packaged / "facts.toml").read_text().rpartition("[[entity]]")[0])
     lines = (packaged / "countries.csv").read_text().splitlines(keepends=True)
     (tmp_path / "countries.csv").write_text("".join(lines[:1] + lines[1::2]))
