@@ -189,8 +189,8 @@ def verify(
     with Progress(
         TextColumn("checking"), BarColumn(), TextColumn("{task.completed}/{task.total} chunks"), console=console
     ) as bars:
-        task = bars.add_task("", total=None)
-        damages = verify_store(store, lambda done, total: bars.update(task, completed=done, total=total))
+        task = bars.add_task("", total=None, visible=False)
+        damages = verify_store(store, lambda done, total: bars.update(task, completed=done, total=total, visible=True))
     for damage in damages:
         console.print(f"[red]damaged[/] {escape(str(damage.path))} {damage.problem}", soft_wrap=True)
     if damages and repair:

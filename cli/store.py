@@ -72,8 +72,11 @@ def _transfer(source: str, folder: str, codec: Literal["mappable", "compact", "i
 
     columns = (TextColumn("copying"), BarColumn(), TextColumn("{task.completed}/{task.total} chunks"))
     with Progress(*columns, TimeRemainingColumn(compact=True), console=console) as bars:
-        task = bars.add_task("", total=None)
+        task = bars.add_task("", total=None, visible=False)
         target = copy_store(
-            source, folder, codec=codec, progress=lambda done, total: bars.update(task, completed=done, total=total)
+            source,
+            folder,
+            codec=codec,
+            progress=lambda done, total: bars.update(task, completed=done, total=total, visible=True),
         )
     console.print(f"copied and checked: [bold]{escape(str(target))}[/]", soft_wrap=True)
