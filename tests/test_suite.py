@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.listing import probe_stores
 from hsae.cache.lm import LanguageModel
-from hsae.cache.probe import PART_TEXTS, ProbeStore, TaskEntry, build_probe
+from hsae.cache.parts import PART_TEXTS
+from hsae.cache.probe import ProbeStore, TaskEntry, build_probe
 from hsae.cache.probe_config import SUITES
 from hsae.cli import common
 from hsae.eval.suite import evaluations as suites
