@@ -30,6 +30,7 @@ from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.lm import LanguageModel
 from hsae.cache.parts import (
     PART_TEXTS,
+    WITHIN,
     Part,
     Parts,
     SuiteHeader,
@@ -233,7 +234,9 @@ def _residuals(
 
 
 def _of_format_1(data: bytes, lengths: Tensor, hooks: Sequence[str]) -> dict[str, Tensor] | None:
-    """The tensors of a part without a checksum, if they are of these texts."""
+    """The tensors of a part without metadata, if they are of these texts."""
+    if b"__metadata__" in data[:WITHIN]:
+        return None
     try:
         tensors = load(data)
     except SafetensorError:
