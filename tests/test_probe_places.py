@@ -191,6 +191,19 @@ def test_each_part_is_one_put_and_one_get_and_is_fetched_once(near, plan, s3, sc
         assert s3.requests["GET"] == gets and set(s3.requests) <= {"GET"}
 
 
+def test_a_third_of_the_requests_fails_and_no_part_is_lost(near, plan, s3, scratch_home, counting, record_property):
+    home = place(f"s3://bucket/{uuid.uuid4().hex}")
+    s3.faults.clear()
+    s3.rate = 0.3
+    built(plan, "absorption", home, counting)
+    for here, there in zip(read_all(plan, "absorption", near), read_all(plan, "absorption", home), strict=True):
+        assert torch.equal(here, there)
+    s3.rate = 0.0
+    assert s3.faults.total() > 2
+    record_property("injected", s3.faults.total())
+    assert contents(home).items() <= contents(near).items()
+
+
 def test_over_http_stores_are_read_and_nothing_else_is_shown(given, near, plan, serve, token, scratch_home, language, results, monkeypatch):  # fmt: skip
     monkeypatch.setattr(console, "width", 300)
     monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("the model was loaded"))
