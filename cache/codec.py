@@ -35,9 +35,9 @@ class DamagedChunkError(StoreError):
         self.path, self.problem = path, problem
 
 
-def crc32c(data: bytes | memoryview) -> int:
-    """The crc32c checksum of some bytes."""
-    return int(google_crc32c.value(np.frombuffer(data, dtype=np.uint8)))
+def crc32c(data: bytes | memoryview, before: int = 0) -> int:
+    """The crc32c checksum of some bytes, or of them and those before, whose checksum is given."""
+    return int(google_crc32c.extend(before, np.frombuffer(data, dtype=np.uint8)))
 
 
 @cache

@@ -1,16 +1,16 @@
-"""What evaluation stores lie in a cache folder, whichever suite they are of."""
+"""What evaluation stores lie in a folder or at a URL of stores, whichever suite they are of."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
-from pydantic import ValidationError
-
-from hsae.cache.probe import PART_TEXTS, ProbeHeader, part_file
+from hsae.cache.errors import StoreError
+from hsae.cache.parts import part_name, read_header
+from hsae.cache.probe import ProbeHeader
+from hsae.cache.probe_config import SUITES
 from hsae.cache.ravel import RavelHeader
-from hsae.cache.remote import Place
+from hsae.cache.remote import Place, children, sizes
 
-FOLDER, SETS = "probe", ("texts", "answers")
+FOLDER, SETS = "probe", "texts"
+HEADERS: dict[str, type[ProbeHeader] | type[RavelHeader]] = {**dict.fromkeys(SUITES, ProbeHeader), "ravel": RavelHeader}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Listed:
     """One suite's store."""
 
     name: str
-    """Relative to the cache folder."""
+    """Relative to the folder or URL."""
     model: str = ""
     hooks: tuple[str, ...] = ()
     texts: int = 0
@@ -28,37 +28,43 @@ class Listed:
 
 
 def probe_stores(home: Place) -> list[Listed]:
-    """The stores in a local cache folder, by suite (they are never remote)."""
-    if not isinstance(home, Path) or not (home / FOLDER).is_dir():
-        return []
-    suites = sorted(path for path in (home / FOLDER).iterdir() if path.is_dir() and path.name not in SETS)
-    return [_listed(home, file) for suite in suites for file in sorted(suite.glob("*.json"))]
+    """The stores in a folder or at a URL, by suite."""
+    found: list[Listed] = []
+    lengths: dict[str, dict[str, int]] = {}
+    for suite in sorted(HEADERS):
+        try:
+            files = children(home / FOLDER / suite)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        shown = (file for file in files if file.name.endswith(".json") and not file.name.startswith("."))
+        found += [_listed(home, suite, file, lengths) for file in shown]
+    return found
 
 
-def _listed(home: Path, file: Path) -> Listed:
-    name = str(file.relative_to(home))
+def _listed(home: Place, suite: str, file: Place, lengths: dict[str, dict[str, int]]) -> Listed:
+    """One store; `lengths` are those of the parts of the sets that were looked at."""
+    name = f"{FOLDER}/{suite}/{file.name}"
     try:
-        content = json.loads(file.read_text())
-        header = RavelHeader(**content) if file.parent.name == "ravel" else ProbeHeader(**content)
-    except (ValidationError, ValueError, TypeError, OSError) as error:
-        return Listed(name=name, problem=f"damaged ({str(error).splitlines()[0]}); delete it and build it again")
-    if isinstance(header, RavelHeader):
-        sets = {header.texts: header.count}
-    else:
-        sets = {task.texts: task.count for task in header.tasks}
-    parts = [
-        part_file(home / FOLDER / "texts" / texts, number)
-        for texts, count in sets.items()
-        for number in range(-(-count // PART_TEXTS))
-    ]
-    missing = [part for part in parts if not part.is_file()]
+        header: ProbeHeader | RavelHeader = read_header(file, HEADERS[suite], suite)
+    except (StoreError, OSError) as error:
+        return Listed(name=name, problem=str(error).removeprefix(f"{file} "))
+    held, problem = 0, None
+    for texts, parts in header.parts.items():
+        if texts not in lengths:
+            lengths[texts] = sizes(home / FOLDER / SETS / texts)
+        for number, part in enumerate(parts):
+            size = lengths[texts].get(part_name(number))
+            held += size or 0
+            if size != part.bytes and problem is None:
+                wrong = "is missing" if size is None else f"is {size} bytes long, not {part.bytes}"
+                problem = (
+                    f"{FOLDER}/{SETS}/{texts}/{part_name(number)} {wrong}; go on with: hsae cache build --suite {suite}"
+                )
     return Listed(
         name=name,
         model=header.spec.model.id,
         hooks=header.spec.hooks,
-        texts=sum(sets.values()),
-        bytes=sum(part.stat().st_size for part in parts if part not in missing),
-        problem=f"{missing[0].relative_to(home)} is missing; go on with: hsae cache build --suite {file.parent.name}"
-        if missing
-        else None,
+        texts=sum(header.sets.values()),
+        bytes=held,
+        problem=problem,
     )

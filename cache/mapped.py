@@ -6,7 +6,8 @@ from its decoded copy in the scratch folder.
 
 import mmap
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,21 +98,8 @@ class MappedArray:
 
     def _mapped_copy(self, index: int) -> Tensor:
         self._forget_evicted()
-        for _ in range(8):
-            path = self.fetch(index)
-            try:
-                pages = mapped_pages(path, self.spec.chunk_bytes + CRC_BYTES)
-            except (FileNotFoundError, ValueError):  # evicted between the two, or cut short
-                path.unlink(missing_ok=True)
-                continue
-            view, size = memoryview(pages), self.spec.chunk_bytes
-            if named_checksum(crc32c(view[:size]), path) == int.from_bytes(view[size:], "little"):
-                self._files[index] = path
-                return tensor_of(pages, self.spec)
-            path.unlink(missing_ok=True)  # damaged: fetched again
-        raise OSError(
-            f"the scratch folder {path.parent} does not keep what is written to it; is its disk full or failing?"
-        )
+        pages, self._files[index] = scratch_pages(partial(self.fetch, index), self.spec.chunk_bytes)
+        return tensor_of(pages, self.spec)
 
     def _forget_evicted(self) -> None:
         """Unmap chunks whose scratch files are gone: a mapped file takes room on the disk though it has no name any more."""
@@ -167,6 +155,22 @@ def mapped_pages(path: Path, size: int) -> mmap.mmap:
     if len(pages) != size:
         raise ValueError(f"{path} is {len(pages)} bytes long, not {size}")
     return pages
+
+
+def scratch_pages(fetch: Callable[[], Path], size: int) -> tuple[mmap.mmap, Path]:
+    """The pages of a scratch file with `size` bytes of numbers, and the file, which is fetched again if it is damaged."""
+    for _ in range(8):
+        path = fetch()
+        try:
+            pages = mapped_pages(path, size + CRC_BYTES)
+        except (FileNotFoundError, ValueError):  # evicted between the two, or cut short
+            path.unlink(missing_ok=True)
+            continue
+        view = memoryview(pages)
+        if named_checksum(crc32c(view[:size]), path) == int.from_bytes(view[size:], "little"):
+            return pages, path
+        path.unlink(missing_ok=True)  # damaged: fetched again
+    raise OSError(f"the scratch folder {path.parent} does not keep what is written to it; is its disk full or failing?")
 
 
 def tensor_of(pages: mmap.mmap, spec: ArraySpec) -> Tensor:

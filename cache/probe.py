@@ -1,11 +1,11 @@
 """Probe stores: residuals of labelled texts and of words, computed once for every SAE that will be evaluated on them.
 
-    <cache.dir>/probe/<suite>/<model>-<fingerprint>.json    what a suite is made of: its tasks, and the set of residuals each uses
+    <cache.dir>/probe/<suite>/<model>-<fingerprint>.json    what a suite is made of: its tasks, the set of residuals each uses, and sums
     <cache.dir>/probe/texts/<model>-<key>/part-00000.safetensors, ...    a set: `<hook>` [n, D] in the model's type, `lengths` [texts] int64
 
 A set holds the residuals of some tokens of each text (all that are not special, or the one at a word), without padding. Its key is
 that of the token ids themselves, the weights and all else that the numbers depend on, so suites share it and nothing stale is found.
-Parts are published by rename and kept when a build is interrupted; the suite's file is written last.
+Parts appear whole and are kept when a build is interrupted; the suite's file is written last. Checksums: see `parts`.
 
 Shapes: D residual width, N tokens of a part.
 """
@@ -17,24 +17,35 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Protocol
 
 import torch
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from hsae.cache.config import Config, ModelConfig
 from hsae.cache.errors import CorpusError, StoreError
-from hsae.cache.files import write_atomically
 from hsae.cache.lm import LanguageModel
-from hsae.cache.probe_config import PROBE_FORMAT, ProbeSpec, content_key, model_slug, probe_folder
-from hsae.cache.remote import locked
+from hsae.cache.parts import (
+    PART_TEXTS,
+    WITHIN,
+    Part,
+    Parts,
+    SuiteHeader,
+    is_sealed,
+    kept,
+    listed,
+    part_bytes,
+    part_name,
+    read_header,
+    write_header,
+)
+from hsae.cache.probe_config import SET_FORMAT, ProbeSpec, content_key, model_slug, probe_folder
+from hsae.cache.remote import Place, check_writable, locked, publish
 from hsae.cache.tasks import after_the_word, text_tasks, word_task
 
-PART_TEXTS = 256
 LIBRARIES = ("torch", "transformers", "tokenizers")
 Progress = Callable[[str, int, int], None]
 """Told the set, how many of its texts are done, and how many there are."""
@@ -55,20 +66,18 @@ class TaskEntry(Config):
     """Split -> class -> rows of the set. For absorption: of each split the letter (0-25) of each word, as list `letters`."""
 
 
-class ProbeHeader(Config):
+class ProbeHeader(SuiteHeader):
     """The suite's file."""
 
-    format: int
     spec: ProbeSpec
-    d_model: int = Field(ge=1)
-    model_digest: str
-    tokenizer_digest: str
-    versions: dict[str, str]
     tasks: list[TaskEntry]
     prompt_token_pos: int | None = None
     """absorption: where the word is, counted from the end of a prompt."""
-    passes: int
-    """Prefix passes (texts) that the sets took."""
+
+    @property
+    def sets(self) -> dict[str, int]:
+        """Set of residuals -> its texts."""
+        return {task.texts: task.count for task in self.tasks}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +90,16 @@ class Wanted:
 
 def build_probe(
     spec: ProbeSpec,
-    root: str | Path,
+    root: str | Place,
     *,
     device: str = "cpu",
     progress: Progress = lambda name, done, total: None,
     say: Callable[[str], None] = lambda text: None,
     model: LanguageModel | None = None,
-) -> Path:
-    """Make a suite's probe store, or finish it, and return its file. Raises UserError if it can't be made; parts stay."""
+) -> Place:
+    """Make a suite's probe store, or finish or mend it, and return its file. Raises UserError if it can't be made; parts stay."""
     path = spec.path(root)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(probe_folder(root) / spec.suite)
     with locked(path):
         if model is None:
             say(f"loading {spec.model.id}")
@@ -98,24 +107,26 @@ def build_probe(
         model.check_hooks(spec.hooks)
         say(f"reading the texts of {spec.suite}")
         described, sets, position = _described(spec, model)
-        entries, passes = [], 0
+        entries: list[TaskEntry] = []
+        parts: dict[str, list[Part]] = {}
+        passes = 0
         for entry, wanted in zip(described, sets, strict=True):
-            name = build_set(root, wanted, spec, spec.tasks.batch_rows, model, partial(progress, entry.name))
+            name, parts_of = build_set(root, wanted, spec, spec.tasks.batch_rows, model, partial(progress, entry.name))
+            parts[name] = parts_of
             entries.append(entry.model_copy(update={"texts": name}))
             passes += len(wanted.ids)
         header = ProbeHeader(
-            format=PROBE_FORMAT,
             spec=spec,
             d_model=model.d_model,
             model_digest=model.model_digest,
             tokenizer_digest=model.tokenizer_digest,
             versions=versions(model),
+            parts=parts,
             tasks=entries,
             prompt_token_pos=position,
             passes=passes,
         )
-        text = header.model_dump_json()
-        write_atomically(path, lambda file: file.write_text(text))
+        write_header(path, header)
     return path
 
 
@@ -164,42 +175,75 @@ class OfModel(Protocol):
 
 
 def build_set(
-    root: str | Path,
+    root: str | Place,
     wanted: Wanted,
     spec: OfModel,
     batch_rows: int,
     model: LanguageModel,
     progress: Callable[[int, int], None],
-) -> str:
-    """Compute every part of a set that is missing, and return the set's name.
+) -> tuple[str, list[Part]]:
+    """Compute every part of a set that is missing or damaged, and return the set's name and parts.
 
     Batches never cross parts, so parts do not depend on when they were made.
     """
     name = f"{model_slug(spec.model)}-{_set_key(spec, batch_rows, model, wanted)}"
-    folder = sets_folder(root) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    total = len(wanted.ids)
+    total, parts = len(wanted.ids), []
     for number, first in enumerate(range(0, total, PART_TEXTS)):
-        file, last = part_file(folder, number), min(first + PART_TEXTS, total)
-        if not file.is_file():
-            vectors: dict[str, list[Tensor]] = {hook: [] for hook in spec.hooks}
-            for start in range(first, last, batch_rows):
-                stop = min(start + batch_rows, last)
-                resid = model.prefix(padded(wanted.ids[start:stop], model), spec.hooks)
-                for hook, batch in resid.items():
-                    places = enumerate(wanted.kept[start:stop])
-                    vectors[hook].append(torch.cat([batch[row, kept].cpu() for row, kept in places]))
-                progress(stop, total)
-            tensors = {hook: torch.cat(parts).contiguous() for hook, parts in vectors.items()}
-            for hook, tensor in tensors.items():
-                if not torch.isfinite(tensor).all():
-                    raise StoreError(
-                        f"activations at {hook} are not finite in {spec.model.dtype}; use --set model.dtype=float32, or another model"
-                    )
-            tensors["lengths"] = torch.tensor([len(kept) for kept in wanted.kept[first:last]])
-            write_atomically(file, partial(save_file, tensors))
+        last = min(first + PART_TEXTS, total)
+        inner = f"{name}/{part_name(number)}"
+        file = sets_folder(root) / name / part_name(number)
+        lengths = torch.tensor([len(places) for places in wanted.kept[first:last]])
+        data = kept(file, inner)
+        if data is None or not is_sealed(data):
+            tensors = None if data is None else _of_format_1(data, lengths, spec.hooks)
+            if tensors is None:
+                rows = range(first, last)
+                tensors = _residuals(wanted, rows, spec, batch_rows, model, lambda done: progress(done, total))
+                tensors["lengths"] = lengths
+            data = part_bytes(tensors, inner)
+            publish(file, data)
+        parts.append(listed(data))
         progress(last, total)
-    return name
+    return name, parts
+
+
+def _residuals(
+    wanted: Wanted,
+    rows: range,
+    spec: OfModel,
+    batch_rows: int,
+    model: LanguageModel,
+    progress: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """Each hook's [N, D] of some texts."""
+    vectors: dict[str, list[Tensor]] = {hook: [] for hook in spec.hooks}
+    for start in range(rows.start, rows.stop, batch_rows):
+        stop = min(start + batch_rows, rows.stop)
+        resid = model.prefix(padded(wanted.ids[start:stop], model), spec.hooks)
+        for hook, batch in resid.items():
+            places = enumerate(wanted.kept[start:stop])
+            vectors[hook].append(torch.cat([batch[row, held].cpu() for row, held in places]))
+        progress(stop)
+    tensors = {hook: torch.cat(batches).contiguous() for hook, batches in vectors.items()}
+    for hook, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise StoreError(
+                f"activations at {hook} are not finite in {spec.model.dtype}; use --set model.dtype=float32, or another model"
+            )
+    return tensors
+
+
+def _of_format_1(data: bytes, lengths: Tensor, hooks: Sequence[str]) -> dict[str, Tensor] | None:
+    """The tensors of a part without metadata, if they are of these texts."""
+    if b"__metadata__" in data[:WITHIN]:
+        return None
+    try:
+        tensors = load(data)
+    except SafetensorError:
+        return None
+    if set(tensors) != {*hooks, "lengths"} or not torch.equal(tensors["lengths"], lengths):
+        return None
+    return tensors if all(len(tensors[hook]) == lengths.sum() for hook in hooks) else None
 
 
 def padded(rows: Sequence[list[int]], model: LanguageModel) -> Tensor:
@@ -217,18 +261,13 @@ def versions(model: LanguageModel) -> dict[str, str]:
 def _set_key(spec: OfModel, batch_rows: int, model: LanguageModel, wanted: Wanted) -> str:
     tokens = hashlib.sha256(json.dumps([wanted.ids, wanted.kept]).encode()).hexdigest()
     described = spec.model.model_dump(mode="json", include={"dtype", "attention"})
-    held = {"format": PROBE_FORMAT, "model": model.model_digest, **described, "hooks": spec.hooks}
+    held = {"format": SET_FORMAT, "model": model.model_digest, **described, "hooks": spec.hooks}
     return content_key({**held, "batch": batch_rows, "tokens": tokens, "versions": versions(model)})
 
 
-def sets_folder(root: str | Path) -> Path:
-    """Where the sets of a cache folder lie."""
+def sets_folder(root: str | Place) -> Place:
+    """Where the sets of a folder or URL of stores lie."""
     return probe_folder(root) / "texts"
-
-
-def part_file(folder: Path, number: int) -> Path:
-    """One part of a set."""
-    return folder / f"part-{number:05}.safetensors"
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------------
@@ -237,27 +276,12 @@ def part_file(folder: Path, number: int) -> Path:
 class ProbeStore:
     """A finished probe store. Raises StoreError if it is missing, unfinished or not to be trusted."""
 
-    def __init__(self, spec: ProbeSpec, root: str | Path) -> None:
-        self.path = spec.path(root)
-        if not self.path.is_file():
-            raise StoreError(
-                f"there is no probe store {self.path}; make it with: hsae cache build --suite {spec.suite}"
-            )
-        try:
-            self.header = ProbeHeader(**json.loads(self.path.read_text()))
-        except (ValidationError, ValueError, TypeError) as error:
-            raise StoreError(
-                f"{self.path} is damaged ({str(error).splitlines()[0]}); delete it and build it again"
-            ) from None
-        if self.header.format != PROBE_FORMAT or self.header.spec != spec:
+    def __init__(self, spec: ProbeSpec, root: str | Place) -> None:
+        self.path, self.spec, self.folder = spec.path(root), spec, sets_folder(root)
+        self.header = read_header(self.path, ProbeHeader, spec.suite)
+        if self.header.spec != spec:
             raise StoreError(f"{self.path} was made for another configuration; delete it and build it again")
-        self.spec, self.folder = spec, sets_folder(root)
-        self._parts: dict[str, list[Path]] = {}
-        for task in self.header.tasks:
-            parts = [part_file(self.folder / task.texts, n) for n in range(-(-task.count // PART_TEXTS))]
-            if missing := [part for part in parts if not part.is_file()]:
-                raise StoreError(f"{missing[0]} is missing; go on with: hsae cache build --suite {spec.suite}")
-            self._parts[task.texts] = parts
+        self._parts = {name: Parts(self.folder / name, parts, spec.suite) for name, parts in self.header.parts.items()}
 
     @property
     def digest(self) -> str:
@@ -266,21 +290,15 @@ class ProbeStore:
 
     def lengths(self, task: TaskEntry) -> Tensor:
         """Kept tokens of each text, int64."""
-        return torch.cat([self._read(part, "lengths") for part in self._parts[task.texts]])
+        return torch.cat([part["lengths"] for part in self._opened(task)])
 
     def ragged(self, task: TaskEntry, hook: str) -> Iterator[tuple[Tensor, list[int]]]:
         """Part by part the vectors [N, D] of the kept tokens, and how many each text has."""
         if hook not in self.spec.hooks:
             raise StoreError(f"{self.path} holds {', '.join(self.spec.hooks)}, not {hook}")
-        for part in self._parts[task.texts]:
-            yield self._read(part, hook), self._read(part, "lengths").tolist()
+        for part in self._opened(task):
+            yield part[hook], part["lengths"].tolist()
 
-    def _read(self, part: Path, name: str) -> Tensor:
-        try:
-            with safe_open(part, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as error:
-            raise StoreError(
-                f"{part} is damaged ({error}); delete it and run: hsae cache build --suite {self.spec.suite}"
-            ) from None
+    def _opened(self, task: TaskEntry) -> Iterator[dict[str, Tensor]]:
+        parts = self._parts[task.texts]
+        return (parts.open(number) for number in range(len(parts)))

@@ -3,16 +3,15 @@
 import hashlib
 import json
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from hsae.cache.config import Config, ModelConfig
-from hsae.cache.errors import StoreError
-from hsae.cache.remote import place
+from hsae.cache.remote import Place, place
 
-PROBE_FORMAT = 1
+PROBE_FORMAT = 2  # of the suites' files
+SET_FORMAT = 1  # of which residuals a set has: part of the names of sets and suites' files
 Suite = Literal["sparse-probing", "scr", "tpp", "absorption"]
 SUITES: tuple[Suite, ...] = ("sparse-probing", "scr", "tpp", "absorption")
 
@@ -55,20 +54,17 @@ class ProbeSpec(Config):
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits over every field and the format version."""
-        return content_key({"format": PROBE_FORMAT, **self.model_dump(mode="json")})
+        """Sixteen hex digits over every field and the format of the sets."""
+        return content_key({"format": SET_FORMAT, **self.model_dump(mode="json")})
 
-    def path(self, root: str | Path) -> Path:
-        """The suite's file in a cache folder."""
+    def path(self, root: str | Place) -> Place:
+        """The suite's file in a folder or at a URL of stores."""
         return probe_folder(root) / self.suite / f"{model_slug(self.model)}-{self.fingerprint}.json"
 
 
-def probe_folder(root: str | Path) -> Path:
-    """Where the probe stores of a cache folder lie. Raises StoreError for a URL: they are read from local disks only."""
-    folder = place(root)
-    if not isinstance(folder, Path):
-        raise StoreError(f"{folder}: the suites' texts and words lie in local folders only; use --set cache.dir=FOLDER")
-    return folder / "probe"
+def probe_folder(root: str | Place) -> Place:
+    """Where the probe stores lie in a folder or at a URL of stores. Raises StoreError for a URL that can't be a store's."""
+    return place(root) / "probe"
 
 
 def content_key(content: dict[str, Any]) -> str:

@@ -4,32 +4,31 @@
     <cache.dir>/probe/texts/<model>-<key>/part-*.safetensors     residuals of every prompt asked, each token of it
     <cache.dir>/probe/answers/<key>/part-*.json     what the model wrote after each prompt
 
-A build that is interrupted goes on where it was. Shapes: T tokens of a prompt, D residual width.
+A build that is interrupted goes on where it was. Checksums: see `parts`. Shapes: T tokens of a prompt, D residual width.
 """
 
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from functools import lru_cache, partial
 
 import torch
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
 from torch import Tensor
 
 from hsae.cache.completion import Opened, Passes, complete
 from hsae.cache.config import Config
 from hsae.cache.entities import EntityType, counted, covering, entity_span, read_entities, verdict
 from hsae.cache.errors import CorpusError, StoreError
-from hsae.cache.files import write_atomically
 from hsae.cache.lm import LanguageModel
-from hsae.cache.probe import PART_TEXTS, Wanted, build_set, part_file, sets_folder, versions
+from hsae.cache.parts import PART_TEXTS, ZEROS, Parts, SuiteHeader, is_sealed, kept, read_header, seal, write_header
+from hsae.cache.probe import Wanted, build_set, sets_folder, versions
 from hsae.cache.probe_config import content_key, probe_folder
-from hsae.cache.ravel_config import RAVEL_FORMAT, EntitiesConfig, RavelSpec
-from hsae.cache.remote import locked
+from hsae.cache.ravel_config import EntitiesConfig, RavelSpec
+from hsae.cache.remote import Place, check_writable, locked, publish
 
+MOST_OPEN = 64  # parts that stay mapped
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many prompts are done, and how many there are."""
 
@@ -51,15 +50,10 @@ class Prompt(Config):
     """The first token of the model's answer."""
 
 
-class RavelHeader(Config):
+class RavelHeader(SuiteHeader):
     """The store's file."""
 
-    format: int
     spec: RavelSpec
-    d_model: int = Field(ge=1)
-    model_digest: str
-    tokenizer_digest: str
-    versions: dict[str, str]
     sources: dict[str, str]
     """Entity type -> where it is from."""
     texts: str
@@ -72,8 +66,11 @@ class RavelHeader(Config):
     """Entity type -> attribute -> prompts answered right."""
     prompts: list[Prompt]
     """Those answered right that are used: of the attributes with enough of them, and of the entities with the most."""
-    passes: int
-    """Prefix passes the set took."""
+
+    @property
+    def sets(self) -> dict[str, int]:
+        """Set of residuals -> its texts."""
+        return {self.texts: self.count}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,20 +102,21 @@ def questions(kinds: Sequence[EntityType]) -> list[Question]:
 
 def build_ravel(
     spec: RavelSpec,
-    root: str | Path,
+    root: str | Place,
     *,
     device: str = "cpu",
     progress: Progress = lambda name, done, total: None,
     say: Callable[[str], None] = lambda text: None,
     model: LanguageModel | None = None,
-) -> Path:
+) -> Place:
     """Ask everything, keep what is answered right, and return the store's file.
 
     Raises UserError if the entities can't be had (before any compute) or too little is answered right; what was computed stays.
     """
-    kinds, path = read_entities(spec.data), spec.path(root)
+    path = spec.path(root)
+    check_writable(probe_folder(root) / "ravel")
+    kinds = read_entities(spec.data)
     asked = questions(kinds)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
         if model is None:
             say(f"loading {spec.model.id}")
@@ -128,8 +126,8 @@ def build_ravel(
         ids = [list(row) for row in coded.input_ids]
         places = [covering(list(offsets), one.end) for offsets, one in zip(coded.offset_mapping, asked, strict=True)]
         wanted = Wanted(ids=ids, kept=[list(range(len(row))) for row in ids])
-        texts = build_set(root, wanted, spec, spec.data.batch_rows, model, partial(progress, "residuals"))
-        held = Residuals(sets_folder(root) / texts, len(ids))
+        texts, parts = build_set(root, wanted, spec, spec.data.batch_rows, model, partial(progress, "residuals"))
+        held = Residuals(Parts(sets_folder(root) / texts, parts, "ravel"))
         answers = _answers(root, texts, asked, ids, held, spec, model, partial(progress, "answers"))
         right = [
             Prompt(
@@ -139,24 +137,23 @@ def build_ravel(
             for row, (one, place) in enumerate(zip(asked, places, strict=True))
             if place is not None and verdict(answers[row][0], one.label, final=True)
         ]  # fmt: skip
-        kept = usable(right, asked, spec.data)
+        chosen = usable(right, asked, spec.data)
         header = RavelHeader(
-            format=RAVEL_FORMAT,
             spec=spec,
             d_model=model.d_model,
             model_digest=model.model_digest,
             tokenizer_digest=model.tokenizer_digest,
             versions=versions(model),
+            parts={texts: parts},
             sources={kind.name: kind.source for kind in kinds},
             texts=texts,
             count=len(ids),
             asked=tally(asked),
             right=tally(right),
-            prompts=kept,
+            prompts=chosen,
             passes=len(ids),
         )
-        text = header.model_dump_json()
-        write_atomically(path, lambda file: file.write_text(text))
+        write_header(path, header)
     return path
 
 
@@ -194,7 +191,7 @@ def usable(right: Sequence[Prompt], asked: Sequence[Question], config: EntitiesC
 
 
 def _answers(
-    root: str | Path,
+    root: str | Place,
     texts: str,
     asked: Sequence[Question],
     ids: list[list[int]],
@@ -207,25 +204,31 @@ def _answers(
     hook, most = spec.hooks[-1], spec.data.new_tokens
     labels = [one.label for one in asked]
     key = content_key({"texts": texts, "hook": hook, "labels": labels, "tokens": most, "rows": spec.data.batch_rows})
-    folder = probe_folder(root) / "answers" / key
-    folder.mkdir(parents=True, exist_ok=True)
     found: list[tuple[str, int]] = []
     for number, first in enumerate(range(0, len(asked), PART_TEXTS)):
         rows = range(first, min(first + PART_TEXTS, len(asked)))
-        file = folder / f"part-{number:05}.json"
-        if not file.is_file():
+        name = f"part-{number:05}.json"
+        file = probe_folder(root) / "answers" / key / name
+        answers = _answered(kept(file, f"{key}/{name}"), len(rows))
+        if answers is None:
             opened = [
                 Opened(ids=ids[row], resid_TD=held.of(row, hook), decided=decided_for(labels[row])) for row in rows
             ]
             written = complete(model, hook, opened, most, spec.data.batch_rows, Passes())
-            text = json.dumps([[said, item.written[0]] for said, item in zip(written, opened, strict=True)])
-            write_atomically(file, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
-        try:
-            found += [(str(said), int(token)) for said, token in json.loads(file.read_text())]
-        except (ValueError, TypeError):
-            raise StoreError(f"{file} is damaged; delete it and run: hsae cache build --suite ravel") from None
+            answers = [(said, item.written[0]) for said, item in zip(written, opened, strict=True)]
+            text = json.dumps({"crc32c": ZEROS, "answers": answers}, separators=(",", ":"))
+            publish(file, seal(text.encode(), f"{key}/{name}"))
+        found += answers
         progress(rows.stop, len(asked))
     return found
+
+
+def _answered(data: bytes | None, count: int) -> list[tuple[str, int]] | None:
+    """The answers in a part, if it is there and has so many; those without a checksum are asked for again."""
+    if data is None or not is_sealed(data):
+        return None
+    answers = [(str(said), int(token)) for said, token in json.loads(data)["answers"]]
+    return answers if len(answers) == count else None
 
 
 def decided_for(label: str) -> Callable[[str], bool]:
@@ -237,39 +240,33 @@ def decided_for(label: str) -> Callable[[str], bool]:
 
 
 class Residuals:
-    """A set's residuals, text by text, from mapped files."""
+    """A set's residuals, text by text."""
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self.parts = [part_file(folder, number) for number in range(-(-count // PART_TEXTS))]
-        if missing := [part for part in self.parts if not part.is_file()]:
-            raise StoreError(f"{missing[0]} is missing; go on with: hsae cache build --suite ravel")
-        try:
-            self._files = [safe_open(part, framework="pt") for part in self.parts]
-            self._ends = [file.get_tensor("lengths").cumsum(0).tolist() for file in self._files]  # type: ignore[no-untyped-call]
-        except (SafetensorError, OSError) as error:
-            raise StoreError(
-                f"{folder} is damaged ({error}); delete it and run: hsae cache build --suite ravel"
-            ) from None
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._opened = lru_cache(MOST_OPEN)(self._open)
 
     def of(self, row: int, hook: str) -> Tensor:
         """[T, D] of one text."""
         part, place = divmod(row, PART_TEXTS)
-        start = self._ends[part][place - 1] if place else 0
-        tensor: Tensor = self._files[part].get_slice(hook)[start : self._ends[part][place]]  # type: ignore[no-untyped-call]
-        return tensor
+        tensors, ends = self._opened(part)
+        return tensors[hook][ends[place - 1] if place else 0 : ends[place]].clone()
+
+    def _open(self, part: int) -> tuple[dict[str, Tensor], list[int]]:
+        tensors = self._parts.open(part)
+        return tensors, tensors["lengths"].cumsum(0).tolist()
 
 
 class RavelStore:
     """A finished store. Raises StoreError if it is missing, unfinished or not to be trusted."""
 
-    def __init__(self, spec: RavelSpec, root: str | Path) -> None:
+    def __init__(self, spec: RavelSpec, root: str | Place) -> None:
         self.path, self.spec = spec.path(root), spec
-        if not self.path.is_file():
-            raise StoreError(f"there is no probe store {self.path}; make it with: hsae cache build --suite ravel")
-        self.header = read_header(self.path)
-        if self.header.format != RAVEL_FORMAT or self.header.spec != spec:
+        self.header = read_header(self.path, RavelHeader, "ravel")
+        if self.header.spec != spec:
             raise StoreError(f"{self.path} was made for another configuration; delete it and build it again")
-        self._residuals = Residuals(sets_folder(root) / self.header.texts, self.header.count)
+        texts = self.header.texts
+        self._residuals = Residuals(Parts(sets_folder(root) / texts, self.header.parts[texts], "ravel"))
 
     @property
     def digest(self) -> str:
@@ -293,11 +290,3 @@ class RavelStore:
     def entity(self, prompts: Sequence[Prompt], hook: str) -> Tensor:
         """[prompts, D] residuals at the entities' last tokens."""
         return torch.stack([self.resid(prompt, hook)[prompt.position] for prompt in prompts])
-
-
-def read_header(path: Path) -> RavelHeader:
-    """A store's file. Raises StoreError if it is damaged."""
-    try:
-        return RavelHeader(**json.loads(path.read_text()))
-    except (ValidationError, ValueError, TypeError) as error:
-        raise StoreError(f"{path} is damaged ({str(error).splitlines()[0]}); delete it and build it again") from None

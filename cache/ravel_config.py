@@ -1,14 +1,12 @@
 """What determines the store of RAVEL: entities whose attributes a language model is asked for. Frozen models, checked when they are made."""
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from hsae.cache.config import Config, ModelConfig
-from hsae.cache.probe_config import content_key, model_slug, probe_folder
-
-RAVEL_FORMAT = 1
+from hsae.cache.probe_config import SET_FORMAT, content_key, model_slug, probe_folder
+from hsae.cache.remote import Place
 
 
 class EntitiesConfig(Config):
@@ -38,9 +36,9 @@ class RavelSpec(Config):
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits over every field and the format version."""
-        return content_key({"format": RAVEL_FORMAT, **self.model_dump(mode="json")})
+        """Sixteen hex digits over every field and the format of the sets."""
+        return content_key({"format": SET_FORMAT, **self.model_dump(mode="json")})
 
-    def path(self, root: str | Path) -> Path:
-        """The store's file in a cache folder."""
+    def path(self, root: str | Place) -> Place:
+        """The store's file in a folder or at a URL of stores."""
         return probe_folder(root) / "ravel" / f"{model_slug(self.model)}-{self.fingerprint}.json"

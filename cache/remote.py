@@ -406,8 +406,7 @@ def locked(target: Place, suffix: str = "") -> AbstractContextManager[object]:
     Raises StoreError if another process builds or mends it, or if nothing can be written there.
     """
     if isinstance(target, RemotePath):
-        if target.read_only:
-            raise StoreError(f"{target}: stores at {target.protocol}:// can only be read; write where they lie")
+        _refuse_read_only(target)
         return contextlib.nullcontext()
     try:
         return FileLock(target.with_name(f".{target.name}{suffix}.lock")).acquire(timeout=0)
@@ -415,6 +414,27 @@ def locked(target: Place, suffix: str = "") -> AbstractContextManager[object]:
         raise StoreError(f"another process is building {target}; wait for it, or stop it") from None
     except OSError as error:
         raise StoreError(f"nothing can be written in {target.parent} ({error.strerror}); use another folder") from None
+
+
+def check_writable(folder: Place) -> None:
+    """Write something there, and delete it. Raises StoreError or OSError if that can't be done, so before anything is computed."""
+    if isinstance(folder, RemotePath):
+        _refuse_read_only(folder)
+    trial = folder / f".{secrets.token_hex(4)}{PARTIAL}"
+    try:
+        publish(trial, b"")
+        trial.unlink()
+    except RemoteError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"nothing can be written in {folder} ({error.strerror or error}); use another folder"
+        ) from None
+
+
+def _refuse_read_only(target: RemotePath) -> None:
+    if target.read_only:
+        raise StoreError(f"{target}: stores at {target.protocol}:// can only be read; write where they lie")
 
 
 def remove(target: Place) -> None:

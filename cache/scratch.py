@@ -1,4 +1,4 @@
-"""Chunks that can't be mapped where they lie (remote or compact), fetched and decoded once into `$HSAE_HOME/scratch`.
+"""Chunks (and parts of the suites' stores) that can't be mapped where they lie (remote or compact), fetched and decoded once into `$HSAE_HOME/scratch`.
 
 A scratch file is named by a digest of what it holds (store, array, chunk, checksum), so that a stale one is never asked for, and ends with
 a crc32c over its numbers and its name, so that a damaged or foreign one is made again. Many processes may share the folder: a file lock

@@ -1,4 +1,5 @@
-"""Stores over HTTP, for reading only: whole files, ranges and listings of what lies in `*.zarr` folders, to who has the token.
+"""Stores over HTTP, for reading only: whole files, ranges and listings of what lies in `*.zarr` folders, and of the .json and .safetensors
+files in the folder `probe`, to who has the token.
 
 Nothing else is shown: no other file of the folder, no name that begins with a dot (partial files and locks do), nothing that a link leads
 to outside, and no method but GET and HEAD. The token is compared in constant time before a request's path is looked at.
@@ -18,17 +19,20 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 SUFFIX = ".zarr"
+PROBE, PROBE_FILES = "probe", (".json", ".safetensors")
 PIECE_BYTES = 1 << 20  # read and sent at once
 KEEP_ALIVE = 75  # seconds
 SHORTEST_TOKEN = 16
 
 
 def served(path: Path) -> tuple[Path, str | None, list[str]]:
-    """For a store: its folder, its name, its name again; for a folder of stores: the folder, None, their names. Raises StoreError."""
+    """For a store: its folder, its name, its name again; for a folder of stores: the folder, None, their names, `probe` too. Raises StoreError."""
     path = path.expanduser().resolve()
     if path.name.endswith(SUFFIX) and (path / "zarr.json").is_file():
         return path.parent, path.name, [path.name]
     names = sorted(found.name for found in path.glob(f"*{SUFFIX}") if (found / "zarr.json").is_file())
+    if (path / PROBE).is_dir():
+        names.append(PROBE)
     if not names:
         raise StoreError(f"{path} is no store and holds none; stores are made by `hsae cache build`")
     return path, None, names
@@ -59,9 +63,15 @@ def find(root: Path, only: str | None, name: str) -> Path | None:
     real = target.relative_to(root).parts
     if any(part.startswith(".") for part in real):
         return None
-    if real and not (real[0].endswith(SUFFIX) and (root / real[0]).is_dir() and only in (None, real[0])):
+    if real and not ((root / real[0]).is_dir() and only in (None, real[0]) and _is_of_a_store(real, target)):
         return None
     return target if target.is_file() or target.is_dir() else None
+
+
+def _is_of_a_store(real: tuple[str, ...], target: Path) -> bool:
+    if real[0] == PROBE:
+        return target.is_dir() or target.name.endswith(PROBE_FILES)
+    return real[0].endswith(SUFFIX)
 
 
 def application(root: Path, only: str | None, token: str) -> "ASGIApp":

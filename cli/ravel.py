@@ -66,11 +66,15 @@ def check_store(plan: "Plan") -> None:
     """Raise NotApplicable if RAVEL's store has not been built."""
     from hsae.cache.errors import NotApplicable, StoreError
     from hsae.cache.ravel import RavelStore
+    from hsae.cache.remote import size_of
 
+    spec = plan.ravel_spec()
     try:
-        RavelStore(plan.ravel_spec(), plan.cache.dir)
+        RavelStore(spec, plan.cache.dir)
     except StoreError as error:
-        raise NotApplicable(str(error)) from None
+        if size_of(spec.path(plan.cache.dir)) is None:
+            raise NotApplicable(str(error)) from None
+        raise
 
 
 def build(plan: "Plan", device: str) -> None:

@@ -267,9 +267,11 @@ def build(plan: "Plan", suite: str, device: str, *, dry_run: bool) -> None:
     """Make the probe store of one suite, or of all (`hsae cache build --suite`)."""
     from hsae.cache.lm import LanguageModel
     from hsae.cache.probe import build_probe
-    from hsae.cache.probe_config import SUITES
+    from hsae.cache.probe_config import SUITES, probe_folder
+    from hsae.cache.remote import check_writable
 
     _no_dry_run(dry_run)
+    check_writable(probe_folder(plan.cache.dir))
     model = LanguageModel.load(plan.model, device=device, say=lambda text: console.print(escape(text)))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("texts"))
     for name in SUITES if suite == "all" else (_suite(suite),):

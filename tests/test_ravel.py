@@ -1,6 +1,5 @@
 """RAVEL: entities and answers, the exchange against full forward passes with a hook, a planted attribute, and the commands."""
 
-import csv
 import json
 import random
 from dataclasses import replace
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import HOOK, D, an_sae, invoke, settings
+from commands import HOOK, LAYER, TEMPLATES, D, an_sae, greedy, invoke, settings, write_entities
 
 from hsae.cache.completion import Opened, Passes, complete
 from hsae.cache.config import ModelConfig
@@ -29,30 +28,6 @@ from hsae.train.plan import load_plan
 from hsae.train.suites import RavelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
-LAYER = 2
-WORDS = [
-    "list",
-    "string",
-    "file",
-    "module",
-    "class",
-    "method",
-    "object",
-    "value",
-    "integer",
-    "number",
-    "type",
-    "name",
-    "error",
-    "path",
-    "thread",
-    "socket",
-    "tuple",
-    "dict",
-    "code",
-    "event",
-]
-TEMPLATES = {"Base": "class {entity}(", "Place": "the {entity} to the", "Sort": "The {entity} is a"}
 
 
 # ---- entities and answers -----------------------------------------------------------------------------------------------
@@ -325,41 +300,11 @@ def language():
     return LanguageModel.load(ModelConfig(id=str(GOLDEN / "model"), dtype="float32"))
 
 
-def greedy(language, ids, count, change=None):
-    """Tokens by full forward passes, each with a hook that changes the residual after the layer."""
-    ids, layer = list(ids), language.model.get_decoder().layers[LAYER]
-    handle = layer.register_forward_hook(lambda module, args, output: change(output)) if change else None
-    try:
-        for _ in range(count):
-            ids.append(int(language.logits(torch.tensor([ids]))[0, -1].argmax()))
-    finally:
-        if handle:
-            handle.remove()
-    return ids[-count:]
-
-
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory, language):
     """Overrides of the tiny plan whose entities' labels are what the model says, but for one that is wrong; the store is built by the command."""
     folder = tmp_path_factory.mktemp("ravel")
-    rows = []
-    for word in WORDS:
-        row = {"word": word}
-        for attribute, template in TEMPLATES.items():
-            ids = language.tokenizer(template.format(entity=word)).input_ids
-            said = language.tokenizer.decode(greedy(language, ids, 4)).strip().split()
-            row[attribute] = said[0] if said and '"' not in said[0] else ""
-        rows.append(row)
-    assert rows[2]["Place"]
-    rows[2]["Place"] = "nothing like it"
-    with (folder / "words.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["word", *TEMPLATES])
-        writer.writeheader()
-        writer.writerows(rows)
-    prompts = "\n".join(f"{key} = {json.dumps([text])}" for key, text in TEMPLATES.items())
-    (folder / "words.toml").write_text(
-        f'[[entity]]\nname = "word"\nfile = "words.csv"\ncolumn = "word"\n[entity.prompts]\n{prompts}\n'
-    )
+    write_entities(folder, language)
     values = {
         "model.id": str(GOLDEN / "model"),
         "cache.dir": str(folder / "activations"),

@@ -1,20 +1,20 @@
 """The suite from its probe stores: what is stored, what is shared, what is made anew, and what the commands print."""
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import HOOK, D, an_sae, invoke, settings
-from safetensors.torch import load_file, save_file
+from commands import HOOK, D, an_sae, invoke, settings, write_texts
+from safetensors.torch import load_file
 
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.listing import probe_stores
 from hsae.cache.lm import LanguageModel
-from hsae.cache.probe import PART_TEXTS, ProbeStore, TaskEntry, build_probe
+from hsae.cache.parts import PART_TEXTS, listed, part_bytes, part_name, write_header
+from hsae.cache.probe import ProbeStore, TaskEntry, build_probe
 from hsae.cache.probe_config import SUITES
 from hsae.cli import common
 from hsae.eval.suite import evaluations as suites
@@ -24,40 +24,6 @@ from hsae.train.model import TrainedModel, save_model
 from hsae.train.plan import load_plan
 
 GOLDEN = Path(__file__).parent / "golden"
-WORDS = {
-    "lists": ["list", "item", "sequence", "index", "append"],
-    "files": ["file", "path", "open", "read", "directory"],
-}
-TASKS = """
-[[task]]
-name = "topic"
-train = "train.jsonl"
-test = "test.jsonl"
-text = "body"
-label = "topic"
-attribute = "form"
-attribute_values = ["call", "sentence"]
-pairs = [["lists", "files"]]
-classes = ["lists", "files", "numbers"]
-"""
-
-
-def write_texts(folder):
-    """Three topics in two forms: 12 training and 7 test texts of each combination."""
-    mixed = random.Random(5)
-    words = {**WORDS, "numbers": ["integer", "float", "sum", "number", "complex"]}
-    for split, count in (("train", 12), ("test", 7)):
-        lines = []
-        for number in range(count):
-            for topic, held in words.items():
-                one, two = mixed.sample(held, 2)
-                forms = {
-                    "call": f"{one}.{two}({number}) = {one}",
-                    "sentence": f"The {one} and the {two} {number} are there.",
-                }
-                lines += [{"body": text, "topic": topic, "form": form} for form, text in forms.items()]
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (folder / "tasks.toml").write_text(TASKS)
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +147,10 @@ def test_a_missing_or_damaged_store_is_said(plan, tmp_path):
         f"there is no probe store {spec.path(tmp_path)}; make it with: hsae cache build --suite tpp"
     )
     spec.path(tmp_path).parent.mkdir(parents=True)
-    spec.path(tmp_path).write_text('{"format": 1}')
-    with pytest.raises(StoreError, match="is damaged"):
-        ProbeStore(spec, tmp_path)
+    for content in ('{"format":2}', "[", "[]", "", '{"crc32c":"00000000","format":2}'):
+        spec.path(tmp_path).write_text(content)
+        with pytest.raises(StoreError, match=r"is damaged .* make it again with: hsae cache build --suite tpp"):
+            ProbeStore(spec, tmp_path)
 
 
 def test_probe_stores_are_listed_with_the_others(overrides, plan, tmp_path):
@@ -203,11 +170,12 @@ def test_probe_stores_are_listed_with_the_others(overrides, plan, tmp_path):
     (home / "probe" / "scr").mkdir(parents=True)
     (home / "probe" / "scr" / "x.json").write_text(spec.path(plan.cache.dir).read_text())
     (home / "probe" / "tpp").mkdir()
-    (home / "probe" / "tpp" / "y.json").write_text("{}")
+    (home / "probe" / "tpp" / "y.json").write_text("[")
     scr, tpp = probe_stores(home)
     part = f"probe/texts/{header.tasks[0].texts}/part-00000.safetensors"
     assert scr.problem == f"{part} is missing; go on with: hsae cache build --suite scr"
-    assert tpp.problem.startswith("damaged (") and tpp.problem.endswith("delete it and build it again")
+    assert tpp.problem.startswith("is damaged (")
+    assert tpp.problem.endswith("make it again with: hsae cache build --suite tpp")
 
 
 # ---- evaluating ---------------------------------------------------------------------------------------------------------
@@ -264,18 +232,20 @@ def test_absorption_from_a_store_of_words_for_a_hierarchy_and_one_of_its_levels(
     spec = plan.probe("absorption")
     spec = spec.model_copy(update={"tasks": spec.tasks.model_copy(update={"min_letters": 20})})
     held = ProbeStore(plan.probe("absorption"), plan.cache.dir).header
-    tasks = []
+    tasks, written = [], {name: [] for name in parts}
     for name, (rows, letters) in parts.items():
         folder = tmp_path / "probe" / "texts" / name
         folder.mkdir(parents=True)
         for number, part in enumerate(torch.split(rows, PART_TEXTS)):
             tensors = {HOOK: part.contiguous(), "lengths": torch.ones(len(part), dtype=torch.int64)}
-            save_file(tensors, folder / f"part-{number:05}.safetensors")
+            data = part_bytes(tensors, f"{name}/{part_name(number)}")
+            (folder / part_name(number)).write_bytes(data)
+            written[name].append(listed(data))
         lists = {name: {"letters": letters.tolist()}}
         tasks.append(TaskEntry(name=name, source="reference", texts=name, count=len(rows), lists=lists))
     spec.path(tmp_path).parent.mkdir(parents=True)
-    header = held.model_copy(update={"spec": spec, "tasks": tasks, "d_model": 40})
-    spec.path(tmp_path).write_text(header.model_dump_json())
+    header = held.model_copy(update={"spec": spec, "tasks": tasks, "parts": written, "d_model": 40})
+    write_header(spec.path(tmp_path), header)
     bench = suites.Bench(ProbeStore(spec, tmp_path), HOOK, seeds=1)
     view = saelens.load(GOLDEN / "absorption" / "saes" / "standard")
     view.metadata["hook_name"] = HOOK

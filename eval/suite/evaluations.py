@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hsae.cache.errors import UserError
-from hsae.cache.probe import PART_TEXTS, ProbeStore, TaskEntry
+from hsae.cache.parts import PART_TEXTS
+from hsae.cache.probe import ProbeStore, TaskEntry
 from hsae.eval.core.schema import envelope, hsae_version, write_result
 from hsae.eval.core.targets import Target
 from hsae.eval.suite import absorption, scr_tpp, sparse_probing
