@@ -3,7 +3,7 @@
 A file has eight hex digits behind its first `"crc32c":"`, which is the first key of a JSON file and in the metadata of a safetensors
 file: the crc32c of all its bytes, with zeros for the digits, and of its name below `probe/texts` or `probe/answers` (a suite's file: of no
 name). So a part that is flipped, cut or in another's place is known while nothing lists it yet. A suite's file lists the bytes and the
-crc32c of every part that it needs, which are compared when a part is first opened. Parts of format 1 have no digits.
+crc32c of every part that it needs, which are compared when a part is first opened.
 
 Shapes: D residual width, N tokens of a part.
 """
@@ -79,13 +79,10 @@ def seal(data: bytes, name: str = "") -> bytes:
     return b"".join((memoryview(data)[:at], digits, memoryview(data)[at + len(digits) :]))
 
 
-def is_sealed(data: bytes | memoryview) -> bool:
-    """Whether there are digits."""
-    return MARK in bytes(data[:WITHIN])
-
-
 def is_whole(data: bytes | memoryview, name: str = "") -> bool:
-    """Whether a sealed file is what was written under this name."""
+    """Whether a file is what was written under this name."""
+    if MARK not in bytes(data[:WITHIN]):
+        return False
     at, digits = _digits(data, name)
     return data[at : at + len(digits)] == digits
 
@@ -99,12 +96,12 @@ def _digits(data: bytes | memoryview, name: str) -> tuple[int, bytes]:
 
 
 def kept(file: Place, name: str) -> bytes | None:
-    """The bytes of a file that is there and, as far as it has digits, whole; else None."""
+    """The bytes of a file that is there and whole; else None."""
     try:
         data = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return data if not is_sealed(data) or is_whole(data, name) else None
+    return data if is_whole(data, name) else None
 
 
 def write_header(path: Place, header: SuiteHeader) -> None:
@@ -123,9 +120,9 @@ def read_header(path: Place, kind: type[HeaderT], suite: str) -> HeaderT:
         content = json.loads(data)
         if isinstance(content, dict) and content.get("format") != PROBE_FORMAT:
             raise StoreError(
-                f"{path} has format {content.get('format')!r}, not {PROBE_FORMAT}; go on with: {build} (residuals that are there are kept)"
+                f"{path} has format {content.get('format')!r}, not {PROBE_FORMAT}; make it again with: {build}"
             )
-        if not is_sealed(data) or not is_whole(data):
+        if not is_whole(data):
             raise ValueError("it fails its checksum")
         return kind(**content)
     except StoreError:
@@ -188,7 +185,10 @@ class Parts:
             pages, _ = scratch_pages(
                 partial(scratch().fetch, key, part.bytes, partial(self._fetched, number)), part.bytes
             )
-        return _tensors(pages)
+        try:
+            return _tensors(pages)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+            raise self._damaged(number, "is no safetensors file of residuals") from None
 
     def _fetched(self, number: int) -> bytes:
         try:
@@ -206,7 +206,7 @@ class Parts:
             return
         if any(found == part.crc32c for part in self.parts):
             problem = "is another part, put in this one's place"
-        elif is_sealed(data) and is_whole(data, f"{self.folder.name}/{name}"):
+        elif is_whole(data, f"{self.folder.name}/{name}"):
             problem = "was made anew, with other numbers than those that the store was made with"
         else:
             problem = "fails its checksum"

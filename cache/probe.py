@@ -21,8 +21,6 @@ from typing import Annotated, Protocol
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from hsae.cache.config import Config, ModelConfig
@@ -30,11 +28,9 @@ from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.lm import LanguageModel
 from hsae.cache.parts import (
     PART_TEXTS,
-    WITHIN,
     Part,
     Parts,
     SuiteHeader,
-    is_sealed,
     kept,
     listed,
     part_bytes,
@@ -42,7 +38,7 @@ from hsae.cache.parts import (
     read_header,
     write_header,
 )
-from hsae.cache.probe_config import SET_FORMAT, ProbeSpec, content_key, model_slug, probe_folder
+from hsae.cache.probe_config import PROBE_FORMAT, ProbeSpec, content_key, model_slug, probe_folder
 from hsae.cache.remote import Place, check_writable, locked, publish
 from hsae.cache.tasks import after_the_word, text_tasks, word_task
 
@@ -192,14 +188,11 @@ def build_set(
         last = min(first + PART_TEXTS, total)
         inner = f"{name}/{part_name(number)}"
         file = sets_folder(root) / name / part_name(number)
-        lengths = torch.tensor([len(places) for places in wanted.kept[first:last]])
         data = kept(file, inner)
-        if data is None or not is_sealed(data):
-            tensors = None if data is None else _of_format_1(data, lengths, spec.hooks)
-            if tensors is None:
-                rows = range(first, last)
-                tensors = _residuals(wanted, rows, spec, batch_rows, model, lambda done: progress(done, total))
-                tensors["lengths"] = lengths
+        if data is None:
+            rows = range(first, last)
+            tensors = _residuals(wanted, rows, spec, batch_rows, model, lambda done: progress(done, total))
+            tensors["lengths"] = torch.tensor([len(places) for places in wanted.kept[first:last]])
             data = part_bytes(tensors, inner)
             publish(file, data)
         parts.append(listed(data))
@@ -233,19 +226,6 @@ def _residuals(
     return tensors
 
 
-def _of_format_1(data: bytes, lengths: Tensor, hooks: Sequence[str]) -> dict[str, Tensor] | None:
-    """The tensors of a part without metadata, if they are of these texts."""
-    if b"__metadata__" in data[:WITHIN]:
-        return None
-    try:
-        tensors = load(data)
-    except SafetensorError:
-        return None
-    if set(tensors) != {*hooks, "lengths"} or not torch.equal(tensors["lengths"], lengths):
-        return None
-    return tensors if all(len(tensors[hook]) == lengths.sum() for hook in hooks) else None
-
-
 def padded(rows: Sequence[list[int]], model: LanguageModel) -> Tensor:
     """Token ids with padding behind, which causal attention never sees."""
     width = max(map(len, rows))
@@ -261,7 +241,7 @@ def versions(model: LanguageModel) -> dict[str, str]:
 def _set_key(spec: OfModel, batch_rows: int, model: LanguageModel, wanted: Wanted) -> str:
     tokens = hashlib.sha256(json.dumps([wanted.ids, wanted.kept]).encode()).hexdigest()
     described = spec.model.model_dump(mode="json", include={"dtype", "attention"})
-    held = {"format": SET_FORMAT, "model": model.model_digest, **described, "hooks": spec.hooks}
+    held = {"format": PROBE_FORMAT, "model": model.model_digest, **described, "hooks": spec.hooks}
     return content_key({**held, "batch": batch_rows, "tokens": tokens, "versions": versions(model)})
 
 

@@ -10,8 +10,7 @@ from pydantic import Field
 from hsae.cache.config import Config, ModelConfig
 from hsae.cache.remote import Place, place
 
-PROBE_FORMAT = 2  # of the suites' files
-SET_FORMAT = 1  # of which residuals a set has: part of the names of sets and suites' files
+PROBE_FORMAT = 2
 Suite = Literal["sparse-probing", "scr", "tpp", "absorption"]
 SUITES: tuple[Suite, ...] = ("sparse-probing", "scr", "tpp", "absorption")
 
@@ -55,7 +54,7 @@ class ProbeSpec(Config):
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits over every field and the format of the sets."""
-        return content_key({"format": SET_FORMAT, **self.model_dump(mode="json")})
+        return content_key({"format": PROBE_FORMAT, **self.model_dump(mode="json")})
 
     def path(self, root: str | Place) -> Place:
         """The suite's file in a folder or at a URL of stores."""

@@ -22,7 +22,7 @@ from hsae.cache.config import Config
 from hsae.cache.entities import EntityType, counted, covering, entity_span, read_entities, verdict
 from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.lm import LanguageModel
-from hsae.cache.parts import PART_TEXTS, ZEROS, Parts, SuiteHeader, is_sealed, kept, read_header, seal, write_header
+from hsae.cache.parts import PART_TEXTS, ZEROS, Parts, SuiteHeader, kept, read_header, seal, write_header
 from hsae.cache.probe import Wanted, build_set, sets_folder, versions
 from hsae.cache.probe_config import content_key, probe_folder
 from hsae.cache.ravel_config import EntitiesConfig, RavelSpec
@@ -224,8 +224,8 @@ def _answers(
 
 
 def _answered(data: bytes | None, count: int) -> list[tuple[str, int]] | None:
-    """The answers in a part, if it is there and has so many; those without a checksum are asked for again."""
-    if data is None or not is_sealed(data):
+    """The answers in a part, if it is there and has so many."""
+    if data is None:
         return None
     answers = [(str(said), int(token)) for said, token in json.loads(data)["answers"]]
     return answers if len(answers) == count else None

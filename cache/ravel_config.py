@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from hsae.cache.config import Config, ModelConfig
-from hsae.cache.probe_config import SET_FORMAT, content_key, model_slug, probe_folder
+from hsae.cache.probe_config import PROBE_FORMAT, content_key, model_slug, probe_folder
 from hsae.cache.remote import Place
 
 
@@ -37,7 +37,7 @@ class RavelSpec(Config):
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits over every field and the format of the sets."""
-        return content_key({"format": SET_FORMAT, **self.model_dump(mode="json")})
+        return content_key({"format": PROBE_FORMAT, **self.model_dump(mode="json")})
 
     def path(self, root: str | Place) -> Place:
         """The store's file in a folder or at a URL of stores."""
