@@ -83,7 +83,7 @@ def _handler(behaviour: Behaviour) -> type[BaseHTTPRequestHandler]:
                 said = f"fault {status} for {self.headers.get('Authorization')}"
                 return self._send(int(status), {"error": {"message": said}}, {"Retry-After": wait} if wait else {})
             if fault == "hang":
-                time.sleep(2)
+                time.sleep(6)
             if fault == "garbage":
                 return self._send(200, b'{"choices": [')
             text = behaviour.answer(body["messages"][1]["content"])

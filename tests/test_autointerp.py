@@ -404,7 +404,7 @@ def test_which_saes_are_apart():
 def test_faults_of_the_server_change_nothing(work, server):
     faults = {0: "429, 1", 1: "500", 2: "503, 0.01", 3: "hang", 4: "garbage", 5: "empty", 6: "429"}
     server.fault = faults.get
-    patience = ["autointerp.judge.timeout_s=4", "autointerp.judge.attempts=3"]  # one latent may get both bad replies
+    patience = ["autointerp.judge.timeout_s=3", "autointerp.judge.attempts=3"]  # one latent may get both bad replies
     sets = [*patience, "autointerp.judge.concurrency=7", "autointerp.n_latents=7"]
     done = invoke(work, server, "--yes", sets=sets)
     assert done.exit_code == 0, (done.output, done.exception)
