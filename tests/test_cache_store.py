@@ -321,8 +321,9 @@ def test_kill_minus_nine_ten_times_then_build_again_gives_the_same_bytes(built, 
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
-        process.stdout.readline()  # it has begun to write, or ended
-        time.sleep(0.3 * torch.rand((), generator=generator).item())
+        for _ in range(int(torch.randint(1, 6, (), generator=generator))):
+            process.stdout.readline()  # it begins to write a chunk, or has ended
+        time.sleep(0.03 * torch.rand((), generator=generator).item())
         if process.poll() is not None:
             assert process.returncode == 0, process.communicate()[1].decode()
             process.communicate()

@@ -196,7 +196,7 @@ def test_scratch_files_from_the_future_go_first_and_the_others_in_their_order(tm
         path = held.fetch(f"key {number}", 96, lambda number=number: bytes([number]) * 96)
         when = now + 1e8 + number if number in (3, 5) else now - 100 + number
         os.utime(path, (when, when))
-        record_property("injected", number in (3, 5))
+        record_property("injected", int(number in (3, 5)))
     held.fetch("key 9", 96, lambda: bytes(96))
     made = []
     for number in (8, 7, 6, 4, 2, 1):  # of nine, 900 bytes hold eight with the new one: 3 and 5 went, and nobody else
