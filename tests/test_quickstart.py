@@ -10,6 +10,7 @@ from hsae.eval.core.schema import read_core
 
 pytestmark = pytest.mark.slow(minutes=10)
 COMMAND = [sys.executable, "-c", "from hsae.cli.main import main; main()", "quickstart"]
+COMMAND += ["--set", "cache.eval.batches_variance=8"]  # half the rows of evaluation, to save minutes
 
 
 @pytest.fixture(scope="module")
