@@ -88,8 +88,9 @@ def decode_chunk(root: Place, path: Place, data: bytes, spec: ArraySpec, listed:
         if vectors.numel() * ITEM_BYTES[spec.dtype] != spec.chunk_bytes:
             raise DamagedChunkError(root, path, "does not decode to a chunk of this array")
         return bytes(vectors.flatten().view(torch.uint8).numpy().tobytes())
-    # the header of a blosc chunk states the decoded size; a hostile one must not make us allocate more
-    if len(body) < 16 or int.from_bytes(body[4:8], "little") != spec.chunk_bytes:
+    # the header of a blosc chunk states both sizes, and blosc believes it: a hostile one must not make it allocate more or read beyond the end
+    decoded, encoded = int.from_bytes(body[4:8], "little"), int.from_bytes(body[12:16], "little")
+    if (decoded, encoded) != (spec.chunk_bytes, len(body)):
         raise DamagedChunkError(root, path, "does not decode to a chunk of this array")
     try:
         return bytes(_blosc(ITEM_BYTES[spec.dtype]).decode(body))

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hsae.cache import tally
-from hsae.cache.codec import crc32c
+from hsae.cache.codec import DamagedChunkError, crc32c, decode_chunk
 from hsae.cache.errors import StoreError
 from hsae.cache.layout import arrays, every_array, kept_array, read_header
 from hsae.cache.mapped import read_checks
@@ -294,3 +294,18 @@ def test_a_store_of_special_tokens_only_is_refused_in_a_sentence(stores, scratch
     document["attributes"]["hsae"]["special_ids"] = list(range(100))
     with pytest.raises(StoreError, match="holds special tokens only; use another corpus"):
         refused_or_read(stores[0], "zarr.json", json.dumps(document).encode())
+
+
+@pytest.mark.parametrize("claimed", [0, 15, 34_013_184, 2**32 - 1])
+def test_a_compact_chunk_that_claims_another_length_is_damaged(make_store, tmp_path, claimed):
+    """blosc reads as many bytes as its header says, beyond the end too."""
+    root, _ = make_store(tmp_path, codec="compact")
+    spec = next(spec for spec in every_array(read_header(root)) if spec.codec == "compact")
+    body = bytearray(spec.chunk_file(root, 0).read_bytes()[:-4])
+    assert (
+        len(decode_chunk(root, root / "chunk", bytes(body) + crc32c(body).to_bytes(4, "little"), spec))
+        == spec.chunk_bytes
+    )
+    body[12:16] = claimed.to_bytes(4, "little")
+    with pytest.raises(DamagedChunkError, match="does not decode to a chunk of this array"):
+        decode_chunk(root, root / "chunk", bytes(body) + crc32c(body).to_bytes(4, "little"), spec)
