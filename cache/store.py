@@ -113,7 +113,8 @@ class ActivationStore:
     def statistics(self, hook: str) -> HookStatistics:
         """Mean, mean square norm and geometric median of the residual at a hook."""
         self._hooked(hook)
-        summary = self.header.statistics[hook]
+        if (summary := self.header.statistics.get(hook)) is None:
+            raise StoreError(f"{self.url} has no statistics of {hook}; finish it with `hsae cache build`")
         return HookStatistics(
             mean_D=self._arrays[f"stats/{hook}/mean"].chunk(0).clone(),
             mean_square_norm=summary.mean_square_norm,

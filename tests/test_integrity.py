@@ -309,3 +309,10 @@ def test_a_compact_chunk_that_claims_another_length_is_damaged(make_store, tmp_p
     body[12:16] = claimed.to_bytes(4, "little")
     with pytest.raises(DamagedChunkError, match="does not decode to a chunk of this array"):
         decode_chunk(root, root / "chunk", bytes(body) + crc32c(body).to_bytes(4, "little"), spec)
+
+
+def test_a_store_without_statistics_says_so(make_store, tmp_path):
+    root, _ = make_store(tmp_path)
+    write_header(root, read_header(root).model_copy(update={"statistics": {}, "complete": False, "checks": None}))
+    with pytest.raises(StoreError, match=r"has no statistics of .*; finish it with `hsae cache build`"):
+        ActivationStore.open(root, require_complete=False).statistics(HOOK)
