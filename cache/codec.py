@@ -90,7 +90,7 @@ def decode_chunk(root: Place, path: Place, data: bytes, spec: ArraySpec, listed:
         return bytes(vectors.flatten().view(torch.uint8).numpy().tobytes())
     # the header of a blosc chunk states both sizes, and blosc believes it: a hostile one must not make it allocate more or read beyond the end
     decoded, encoded = int.from_bytes(body[4:8], "little"), int.from_bytes(body[12:16], "little")
-    if (decoded, encoded) != (spec.chunk_bytes, len(body)):
+    if len(body) < 16 or (decoded, encoded) != (spec.chunk_bytes, len(body)):
         raise DamagedChunkError(root, path, "does not decode to a chunk of this array")
     try:
         return bytes(_blosc(ITEM_BYTES[spec.dtype]).decode(body))

@@ -309,6 +309,9 @@ def test_a_compact_chunk_that_claims_another_length_is_damaged(make_store, tmp_p
     body[12:16] = claimed.to_bytes(4, "little")
     with pytest.raises(DamagedChunkError, match="does not decode to a chunk of this array"):
         decode_chunk(root, root / "chunk", bytes(body) + crc32c(body).to_bytes(4, "little"), spec)
+    short = bytes(body[:12]) + bytes([13])  # no whole header, and the length that it claims
+    with pytest.raises(DamagedChunkError, match="does not decode to a chunk of this array"):
+        decode_chunk(root, root / "chunk", short + crc32c(short).to_bytes(4, "little"), spec)
 
 
 def test_a_store_without_statistics_says_so(make_store, tmp_path):
