@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from many_workers import Silent
 
 from hsae.cache.build import build
 from hsae.cache.errors import UserError
@@ -31,17 +32,6 @@ GOLDEN = Path(__file__).parent / "golden"
 USER_BASELINE = GOLDEN / "user_baseline_core.json"
 
 
-class Quiet:
-    def started(self, run, step, steps):
-        pass
-
-    def metrics(self, run, metrics):
-        pass
-
-    def warning(self, run, message):
-        pass
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Runs 0, 1 and 3 of the tiny plan, trained and evaluated; text with markup in it."""
@@ -61,7 +51,7 @@ def made(tmp_path_factory):
     plan = load_plan("tiny", [*places, "cache.eval.last_document=30", "cache.train.first_document=30"])
     build([plan.store("eval"), plan.store("train")], plan.cache.dir)
     runs = plan.select("0,1,3")
-    train(plan, runs, Quiet(), device="cpu")
+    train(plan, runs, Silent(), device="cpu")
     store = ActivationStore.open(plan.store_path("eval"))
     targets = [target for run in runs for target in run_targets(plan, run)]
     evaluate_targets(targets, store, lambda: LanguageModel.load(plan.model), options=CoreOptions())

@@ -41,18 +41,10 @@ class Recorder:
         self.warnings.append((run.number, message))
 
 
-@pytest.fixture(scope="module")
-def activations(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("activations")
-    build([load_plan("tiny", [f"model.id={str(GOLDEN_MODEL)!r}"]).store("train")], folder)
-    return folder
-
-
 @pytest.fixture
-def plan_in(activations):
+def plan_in(overrides_in):
     def make(folder, *overrides):
-        places = [f"model.id={str(GOLDEN_MODEL)!r}", f"cache.dir={str(activations)!r}", f"train.dir={str(folder)!r}"]
-        return load_plan("tiny", [*places, *overrides])
+        return load_plan("tiny", overrides_in(folder, *overrides))
 
     return make
 
