@@ -26,6 +26,7 @@ from hsae.cache.codec import DamagedChunkError, read_chunk
 from hsae.cache.config import FORMAT_VERSION, StoreSpec
 from hsae.cache.corpus import Corpus, Packer, open_corpus, tokenised
 from hsae.cache.errors import CorpusError, StoreError
+from hsae.cache.files import sweep
 from hsae.cache.layout import (
     ArraySpec,
     Header,
@@ -39,7 +40,7 @@ from hsae.cache.layout import (
 )
 from hsae.cache.lm import LanguageModel
 from hsae.cache.mapped import MappedArray
-from hsae.cache.remote import IN_FLIGHT, PARTIAL, Place, RemotePath, exists, locked, many, place, remove
+from hsae.cache.remote import IN_FLIGHT, Place, RemotePath, exists, locked, many, place, remove
 from hsae.cache.share import Share
 from hsae.cache.statistics import summarise
 
@@ -151,8 +152,7 @@ class Builder:
         if exists(self.target) or not writer.create(self.target, self.header(), every.values()):
             self.check_same(read_header(self.target), self.header())
             if isinstance(self.target, Path) and self.share.world == 1:
-                for leftover in self.target.rglob(f"*{PARTIAL}"):
-                    leftover.unlink()
+                sweep(self.target)
         self.write_tokens()
 
     def _await(self, there: Callable[[], bool]) -> None:

@@ -1,20 +1,117 @@
-"""Atomic file writes."""
+"""Files that are never seen in part, and JSON that tells whether it is what was written.
 
+A file is written under a partial name of its own, synced, renamed into place, and the rename is synced too. A sealed JSON object has a key
+`checksum`: a digest of everything else in it, so that one changed digit is noticed whichever digit it is.
+"""
+
+import contextlib
+import hashlib
+import json
 import os
-from collections.abc import Callable
+import secrets
+import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"  # suffix of a file that is being written
+CHECKSUM = "checksum"
+
+
+def partial_name(path: Path) -> Path:
+    """A name beside `path` that no other writer has, on this machine or on another that shares the folder."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a partial file beside `path`, then rename it into place; a failure leaves `path` as it was."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    """Let `write` fill a partial file beside `path`, then rename it into place; a failure leaves `path` as it was.
+
+    The file has the mode that any new file gets, and lasts once this returns. An OSError names `path`.
+    """
+    partial = partial_name(path)
     try:
+        with partial.open("xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
         write(partial)
         with partial.open("rb") as file:
+            os.fchmod(file.fileno(), mode)  # safetensors makes files that only their owner may read
             os.fsync(file.fileno())
         partial.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(partial)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_bytes_atomically(path: Path, data: bytes) -> None:
+    """Make or replace a file with these bytes; see `write_atomically`."""
+    write_atomically(path, lambda partial: partial.write_bytes(data))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder last, where the system can: some network file systems refuse to open a folder."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def sweep(folder: Path) -> int:
+    """Delete what killed writers left half-written below a folder, whose lock the caller holds; returns how many files that were."""
+    left = [path for path in folder.rglob(f"*{PARTIAL}") if path.is_file()]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return len(left)
+
+
+# ---- JSON and TOML --------------------------------------------------------------------------------------------------
+
+
+def parse_json(data: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for whatever is wrong with it: depth, length of numbers and encoding too."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_toml(data: str | bytes) -> dict[str, Any]:
+    """The tables of a TOML text in UTF-8, with or without a byte order mark. Raises ValueError for whatever is wrong with it."""
+    try:
+        return tomllib.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def content_digest(content: Mapping[str, Any]) -> str:
+    """Sixteen hex digits over a JSON object but for its checksum; the order of keys and the spacing don't matter."""
+    kept = {key: value for key, value in content.items() if key != CHECKSUM}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The same JSON object with its checksum, of what a reader of the file will see."""
+    return {**content, CHECKSUM: content_digest(parse_json(json.dumps(content)))}
+
+
+def check_seal(content: Mapping[str, Any], *, required: bool = True) -> None:
+    """Raise ValueError unless a JSON object is what was sealed; one without a checksum passes if it is not `required` (older files)."""
+    if CHECKSUM not in content:
+        if required:
+            raise ValueError("it has no checksum")
+    elif content[CHECKSUM] != content_digest(content):
+        raise ValueError("it fails its checksum")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, read anew each time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,6 @@ like configure any driver. Stores at `http://` and `https://` URLs can only be r
 import contextlib
 import errno
 import logging
-import os
 import random
 import secrets
 import shutil
@@ -29,13 +28,13 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from hsae.cache.errors import StoreError
+from hsae.cache.files import PARTIAL, write_bytes_atomically
 
 PATIENCE = 300.0  # seconds for which one request is tried again
 LONGEST_PAUSE = 20.0
 SILENCE, BETWEEN = 10.0, 60.0  # seconds of trying again before that is logged, and from one such line to the next
 IN_FLIGHT = 16  # requests at once
 LISTED_AT_ONCE = 10_000  # most numbers, nearly, in one part of a long listing
-PARTIAL = ".partial"
 LASTING = {errno.EINVAL, errno.ENOSYS, errno.EREMCHG}  # what s3fs makes of bad requests and redirects
 LASTING_NAMES = {
     "NoCredentialsError",
@@ -345,15 +344,7 @@ def publish(target: Place, data: bytes) -> None:
     if isinstance(target, RemotePath):
         return target.write_bytes(data)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes_atomically(target, data)
 
 
 def sizes(target: Place) -> dict[str, int]:

@@ -23,8 +23,9 @@ from filelock import FileLock
 
 from hsae.cache.codec import crc32c
 from hsae.cache.errors import UserError
+from hsae.cache.files import PARTIAL
 from hsae.cache.layout import CRC_BYTES
-from hsae.cache.remote import IN_FLIGHT, PARTIAL
+from hsae.cache.remote import IN_FLIGHT
 from hsae.cache.weights import home
 
 DEFAULT_GIB = 64.0

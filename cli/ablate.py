@@ -92,10 +92,10 @@ def ablate(
             console.rule(name)
             stage()
 
+    from hsae.cache.files import write_atomically
     from hsae.eval.report import ablation
     from hsae.eval.report.ablation_figure import ablation_png
     from hsae.eval.synthetic.tiers import read_results
-    from hsae.train.files import write_atomically
 
     held = out / "synthetic" / "T2.json"
     table = ablation.collect(loaded, selected, seeds, read_results(held) if held.is_file() else None)

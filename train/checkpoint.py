@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsae.cache.errors import UserError
-from hsae.train.files import write_atomically
+from hsae.cache.files import write_atomically
 
 FILE = "checkpoint/state.safetensors"
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsae.cache.errors import UserError
+from hsae.cache.files import write_atomically
 from hsae.cache.numerics import product
 from hsae.train import saelens
-from hsae.train.files import write_atomically
 from hsae.train.run import TrainingRun
 from hsae.train.sae import Level, parent_fires
 from hsae.train.saelens import SAE

@@ -17,10 +17,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from hsae.cache.errors import UserError
+from hsae.cache.files import sweep, write_atomically
 from hsae.cache.store import ActivationStore
 from hsae.train.checkpoint import FILE as CHECKPOINT
 from hsae.train.config import RunConfig
-from hsae.train.files import PARTIAL, write_atomically
 from hsae.train.plan import Plan
 
 CONTENTS = ("run.json", "metrics.jsonl", "checkpoint", "model", "saelens", "eval")
@@ -83,8 +83,7 @@ def prepare(
     mine = identity(plan, config, store.spec.name)
     if restart:
         _clear(run_dir)
-    for leftover in run_dir.rglob(f"*{PARTIAL}"):  # of a process that was killed while writing
-        leftover.unlink()
+    sweep(run_dir)
     if (held := read_run(run_dir)) is not None:
         if held.get("identity") != mine:
             raise UserError(

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hsae.cache.errors import UserError
-from hsae.train.files import write_atomically
+from hsae.cache.files import write_atomically
 
 Layout = Literal["current", "legacy"]
 CURRENT: dict[str, tuple[str, ...]] = {

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsae.cache.errors import StoreError, UserError
+from hsae.cache.files import write_atomically
 from hsae.cache.store import ActivationStore
 from hsae.eval.core.schema import CoreResult, hsae_version, read_core
 from hsae.eval.core.targets import is_trained, model_digest
@@ -23,7 +24,6 @@ from hsae.eval.hierarchy.failures import Failure, Verdict, failures
 from hsae.eval.hierarchy.measures import Estimate
 from hsae.eval.hierarchy.stability import Agreement, Member, stability
 from hsae.train.config import RunConfig
-from hsae.train.files import write_atomically
 from hsae.train.model import TrainedModel, load_model
 from hsae.train.plan import Plan
 from hsae.train.rundir import read_metrics

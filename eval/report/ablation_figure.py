@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from hsae.cache.files import write_atomically
 from hsae.eval import figures
 from hsae.eval.report.ablation import Ablations, shown_columns
-from hsae.train.files import write_atomically
 
 PER_ROW = 4
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hsae.cache.errors import UserError
+from hsae.cache.files import write_atomically
 from hsae.cache.store import ActivationStore
 from hsae.eval import figures
 from hsae.eval.core.schema import read_core
@@ -21,7 +22,6 @@ from hsae.eval.report.composed import Composed, composed_of
 from hsae.eval.report.composed import markdown as composed_markdown
 from hsae.eval.report.tables import LevelLine, Row
 from hsae.eval.unlearning import pareto
-from hsae.train.files import write_atomically
 from hsae.train.model import CONFIG_FILE, WEIGHTS_FILE, TrainedModel, load_model
 from hsae.train.rundir import read_metrics, read_run
 

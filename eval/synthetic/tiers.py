@@ -17,10 +17,10 @@ from filelock import FileLock, Timeout
 
 from hsae.cache.device import pick_device
 from hsae.cache.errors import UserError
+from hsae.cache.files import write_atomically
 from hsae.eval.core.schema import hsae_version
 from hsae.eval.synthetic import scores as synthetic
 from hsae.train.config import RunConfig, StreamConfig
-from hsae.train.files import write_atomically
 from hsae.train.model import TrainedModel, folded
 from hsae.train.run import TrainingRun
 from hsae.train.synthetic import Tier, World

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hsae.cache.files import write_atomically
 from hsae.cache.lm import LanguageModel, load_tokenizer
 from hsae.eval.unlearning import qa, selection
 from hsae.eval.unlearning.intervention import of_model
@@ -12,7 +13,6 @@ from hsae.eval.unlearning.passes import Rows
 from hsae.eval.unlearning.questions import Question, check_template
 from hsae.eval.unlearning.runs import Unlearned, check_trained, found_at, inputs_of, open_texts, versions
 from hsae.train.config import RunConfig
-from hsae.train.files import write_atomically
 from hsae.train.model import load_model
 from hsae.train.plan import Plan
 from hsae.train.suites import SIDES, Side

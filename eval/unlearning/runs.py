@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hsae.cache.errors import StoreError, UserError
+from hsae.cache.files import write_atomically
 from hsae.cache.lm import LanguageModel
 from hsae.cache.store import ActivationStore
 from hsae.eval.core.schema import hsae_version
@@ -23,7 +24,6 @@ from hsae.eval.unlearning.intervention import of_model
 from hsae.eval.unlearning.passes import Rows
 from hsae.eval.unlearning.sweep import Pieces, Progress, Texts, evaluate
 from hsae.train.config import RunConfig
-from hsae.train.files import write_atomically
 from hsae.train.model import load_model
 from hsae.train.plan import Plan
 from hsae.train.suites import SIDES, Side

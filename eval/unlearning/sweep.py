@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
+from hsae.cache.files import write_atomically
 from hsae.cache.lm import LanguageModel
 from hsae.eval.unlearning import pareto, selection
 from hsae.eval.unlearning.arms import Arm, Setting, moved, rate_threshold, sae_arms, settings, shared_arms
 from hsae.eval.unlearning.intervention import Dictionary, Intervention
 from hsae.eval.unlearning.passes import Change, LossMeter, Passes, Rows, Trial, split_rows
-from hsae.train.files import write_atomically
 from hsae.train.model import TrainedModel
 from hsae.train.suites import SIDES, Side, UnlearningConfig
 
