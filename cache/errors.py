@@ -1,5 +1,7 @@
 """Errors a user can cause; the command line prints their text and exits with status 2."""
 
+from importlib.util import find_spec
+
 
 class UserError(ValueError):
     """A request that can't be met: the text says what was given, what is allowed and what to do next."""
@@ -19,3 +21,9 @@ class CorpusError(UserError):
 
 class NotApplicable(UserError):
     """An evaluation lacks what it needs here, or would mean nothing: it is left out, and others go on."""
+
+
+def need(why: str, package: str, extra: str, module: str | None = None) -> None:
+    """Raise UserError naming the extra to install, unless `package` is there; `module` is what it is imported as."""
+    if find_spec(module or package) is None:
+        raise UserError(f"{why}: this needs the package {package}; run: pip install 'hsae[{extra}]'")

@@ -41,11 +41,13 @@ def ablate(
     """Does the hierarchy help, and which component is responsible? Trains and evaluates what is missing of the plan, and answers.
 
     One table of all runs over several seeds, each hierarchy number beside its null, and a plain sentence for every component:
-    helps, hurts, or no evidence at 3 standard errors. A stopped command goes on where it was.
+    helps, hurts, or no evidence and how many seeds it would take (Welch's t test, corrected for the number of comparisons; three seeds
+    or more). A stopped command goes on where it was.
 
     Example: hsae ablate --plan study --run 0-13
     """
-    from hsae.cache.errors import UserError
+    from hsae.cache.errors import UserError, need
+    from hsae.eval.report.ablation_tests import MIN_SEEDS
     from hsae.train.plan import load_plan
 
     left_out = set(without or ())
@@ -59,6 +61,9 @@ def ablate(
         raise UserError(
             f"none of the runs {unlearning_run} is among those selected; name others with --unlearning-run, or leave it out with --without unlearning"
         )
+    if max(seeds, unlearning_seeds or 0) >= MIN_SEEDS:
+        need("the tests behind ablate's verdicts", "scipy", "eval")
+    need("ablations.png", "matplotlib", "report")
 
     from hsae.cli import cache, hierarchy, synthetic, train, unlearning
     from hsae.cli import eval as eval_commands
@@ -118,7 +123,7 @@ def _unlearn(unlearning: Any, cache: Any, runs: str, seeds: int, device: str, co
 
 
 def _print(table: "Ablations") -> None:
-    from hsae.eval.report.ablation import COLUMNS, shown_columns, text
+    from hsae.eval.report.ablation import COLUMNS, method, shown_columns, text
 
     shown = shown_columns(table)
     for kind in dict.fromkeys(column.kind for column in COLUMNS):
@@ -139,5 +144,6 @@ def _print(table: "Ablations") -> None:
     )
     for judgement in table.judgements:
         console.print(f"• {escape(judgement.sentence)}")
+    console.print(f"\n{escape(method(table))}")
     if table.missing:
         console.print(f"[yellow]not there: {escape(', '.join(table.missing))}[/]")

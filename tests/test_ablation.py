@@ -1,4 +1,4 @@
-"""The ablation table: judged on numbers whose answer is known, and collected from what evaluations wrote."""
+"""The ablation table: judged on numbers whose answer is known, and collected from what evaluations wrote. FIX A11: one seed gives no verdict."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hsae.eval.report.ablation import COLUMNS, Ablations, Cell, Component, Line, judge, markdown, text, z_score
+from hsae.eval.report.ablation import COLUMNS, Ablations, Cell, Component, Line, judge, markdown, method, text
+from hsae.eval.report.ablation_tests import compare
 
 GOLDEN_MODEL = Path(__file__).parent / "golden" / "model"
 
 
 def line(number, name, **cells):
     every = {column.key: Cell() for column in COLUMNS}
-    given = {key: Cell(values=tuple(values)) for key, values in cells.items()}
+    given = {key: Cell(values=tuple(values), seeds=tuple(range(len(values)))) for key, values in cells.items()}
     return Line(number=number, name=name, cells=every | given, compared=every | given)
 
 
@@ -25,19 +26,45 @@ LINES = {
 }  # fmt: skip
 
 
-def test_z_is_the_difference_of_means_in_standard_errors():
-    one, other = Cell(values=(1.0, 2.0, 3.0)), Cell(values=(4.0, 4.0, 7.0))
-    assert z_score(one, other) == pytest.approx((2.0 - 5.0) / ((1.0 + 3.0) / 3) ** 0.5)
-    assert z_score(one, Cell(values=(4.0,))) is None
-    assert z_score(Cell(values=(1.0, 1.0)), Cell(values=(1.0, 1.0))) is None
+def sample(*values):
+    return dict(enumerate(values))
+
+
+def test_tests_are_scipys_and_corrected_by_holm():
+    stats = pytest.importorskip("scipy.stats")
+    one, other, far = [1.0, 2.0, 4.0], [4.0, 4.5, 7.0], [41.0, 42.5, 40.0, 43.0]
+    found = compare({"near": (sample(*one), sample(*other)), "far": (sample(*one), sample(*far))})
+    near, beyond = found["near"], found["far"]
+    welch = stats.ttest_ind(one, other, equal_var=False)
+    assert (near.welch.t, near.welch.df, near.welch.p) == pytest.approx((welch.statistic, welch.df, welch.pvalue))
+    assert beyond.welch.p == pytest.approx(2 * stats.ttest_ind(one, far, equal_var=False).pvalue)
+    paired = stats.ttest_rel(one, other)
+    assert (near.paired.t, near.paired.df, near.paired.p) == pytest.approx((paired.statistic, 2, paired.pvalue))
+    assert beyond.paired is None  # other seeds
+    assert near.difference == pytest.approx(sum(one) / 3 - sum(other) / 3)
+
+
+def test_needed_seeds_find_the_seen_difference_four_times_of_five():
+    stats = pytest.importorskip("scipy.stats")
+    one, other = [0.0, 1.0, 2.0], [1.5, 2.5, 3.5]
+    needs = compare({"one": (sample(*one), sample(*other))})["one"].needs
+
+    def power(n):  # of a t test of two samples of n with variance 1
+        df, shift = 2 * n - 2, 1.5 * (n / 2) ** 0.5
+        return stats.nct.sf(stats.t.isf(0.025, df), df, shift)
+
+    assert power(needs) >= 0.79 > power(needs - 2)
+    assert compare({"one": (sample(*one), sample(*one))})["one"].needs is None
 
 
 def test_a_component_helps_hurts_or_there_is_no_evidence():
-    judged = judge(Component(name="composition loss", present="full", absent="no-composition"), LINES)
+    (judged,), tests = judge([Component(name="composition loss", present="full", absent="no-composition")], LINES)
     verdicts = {effect.column: effect.verdict for effect in judged.effects}
     assert verdicts == {"explained_variance": "hurts", "or_agreement": "helps", "composition_fvu": "no evidence"}
+    assert tests == 3
     assert judged.sentence == (
-        "Composition loss (run 3 full against 5 no-composition): helps OR (+0.300, 36.7 σ); hurts EV (-0.050, 6.1 σ); no evidence on FVU."
+        "Composition loss (run 3 full against 5 no-composition): helps OR (+0.300, t 36.7, df 4.0, p < 0.0001); "
+        "hurts EV (-0.050, t -6.1, df 4.0, p 0.0072); no evidence on FVU (needs 183 seeds)."
     )
 
 
@@ -45,22 +72,45 @@ def test_nothing_is_claimed_that_does_not_beat_the_controls():
     component = Component(
         name="composition loss", present="full", absent="no-composition", controls=("frozen-w", "probe-w")
     )
-    judged = judge(component, LINES)
+    (judged,), tests = judge([component], LINES)
     effect = next(effect for effect in judged.effects if effect.column == "or_agreement")
-    assert (effect.verdict, effect.unproven) == ("no evidence", ("probe-w",))
-    assert judged.sentence == (
-        "Composition loss (run 3 full against 5 no-composition): hurts EV (-0.050, 6.1 σ); "
-        "is no better than probe-w on OR, so nothing is claimed there; no evidence on FVU."
-    )
+    assert (effect.verdict, effect.unproven, tests) == ("no evidence", ("probe-w",), 5)
+    assert "is no better than probe-w on OR, so nothing is claimed there; no evidence on FVU" in judged.sentence
 
 
-def test_one_seed_is_no_evidence():
+@pytest.mark.parametrize(("seeds", "said"), [(1, "one seed: no interval"), (2, "2 seeds")])
+def test_fewer_than_three_seeds_give_no_verdict(seeds, said):
     lines = {
-        name: line(n, name, explained_variance=[value])
+        name: line(n, name, explained_variance=[value + 0.01 * seed for seed in range(seeds)])
         for n, (name, value) in enumerate([("full", 0.9), ("batchtopk", 0.1)])
     }
-    judged = judge(Component(name="hierarchy", present="full", absent="batchtopk"), lines)
-    assert judged.sentence == "Hierarchy (run 0 full against 1 batchtopk): no evidence at 3 σ for any effect (EV)."
+    judgements, tests = judge([Component(name="hierarchy", present="full", absent="batchtopk")], lines)
+    assert judgements[0].sentence == (
+        f"Hierarchy (run 0 full against 1 batchtopk): no verdict on EV ({said}; needs 3 seeds or more)."
+    )
+    table = Ablations(plan="p", seeds=seeds, lines=[], judgements=judgements, comparisons=tests)
+    assert method(table) == "No test was made: a verdict needs 3 seeds or more."
+    assert "no evidence" not in markdown(table)
+
+
+def test_numbers_that_never_vary_are_not_tested():
+    lines = {
+        name: line(n, name, explained_variance=[value] * 3) for n, (name, value) in enumerate([("a", 0.9), ("b", 0.1)])
+    }
+    (judged,), _ = judge([Component(name="hierarchy", present="a", absent="b")], lines)
+    assert judged.sentence.endswith("no verdict on EV (no test: neither run varies over seeds).")
+
+
+def test_ablate_says_before_compute_that_verdicts_need_scipy(tmp_path, monkeypatch):
+    from hsae.cache import errors
+    from hsae.cli.main import app
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "scipy" else name)
+    result = CliRunner().invoke(app, ["ablate", "--plan", "tiny", "--without", "unlearning"])
+    assert isinstance(result.exception, errors.UserError)
+    assert "the package scipy; run: pip install 'hsae[eval]'" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_cells_show_spread_null_and_whether_the_map_was_fitted():
@@ -85,7 +135,7 @@ def test_ablate_trains_and_evaluates_what_is_missing_and_answers(tmp_path, monke
         "--run",
         "0,3,5",
         "--seeds",
-        "2",
+        "1",
         "--without",
         "unlearning",
         "--without",
@@ -96,12 +146,14 @@ def test_ablate_trains_and_evaluates_what_is_missing_and_answers(tmp_path, monke
     assert first.exit_code == 0, first.output
     found = json.loads((tmp_path / "ablations" / "ablations.json").read_text())
     assert [(run["number"], len(run["measures"]["explained_variance"]["values"])) for run in found["runs"]] == [
-        (0, 2), (3, 2), (5, 2),
+        (0, 1), (3, 1), (5, 1),
     ]  # fmt: skip
     full = found["runs"][1]["measures"]
     assert full["composition_fvu"]["null"] is not None and full["composition_fvu"]["fitted"] is False
     assert found["runs"][2]["measures"]["composition_fvu"]["fitted"] is True
     assert found["missing"] == []
+    assert "one seed: no interval; needs 3 seeds or more" in " ".join(first.output.split())
+    assert "no evidence" not in first.output
     assert (
         "Composition loss (run 3 full against 5 no-composition):"
         in (tmp_path / "ablations" / "ablations.md").read_text()

@@ -2,13 +2,11 @@
 
 Nothing is computed here: results of core, composition, unlearning and of a synthetic tier are read from where those evaluations wrote them.
 
-A component is judged by two runs that differ in nothing else. z = (difference of the means over seeds) / its standard error; beyond 3 the
-component helps or hurts, else there is no evidence. With three seeds the standard errors are themselves rough: |z| > 3 happens by
-chance in about 4 % of comparisons (t with 4 degrees of freedom), so a single one of many is a hint and no more.
+A component is judged by two runs that differ in nothing else: it helps or hurts if Welch's t test of their means over seeds says so,
+corrected for all comparisons of the table (`ablation_tests`). Below three seeds there is no verdict.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,10 +17,10 @@ from hsae.cache.errors import UserError
 from hsae.eval.core.schema import read_core
 from hsae.eval.core.targets import RESULTS, is_trained, model_digest, whole_view
 from hsae.eval.hierarchy.runs import read_composition
+from hsae.eval.report.ablation_tests import LEVEL, MANY, MIN_SEEDS, POWER, Comparison, compare
 from hsae.train.config import RunConfig
 from hsae.train.plan import Plan
 
-SIGMA = 3.0
 BUDGET = "0.01"
 """Loss on retain, in nats a token, at which unlearning is compared."""
 Kind = Literal["core", "composition", "synthetic", "unlearning"]
@@ -90,9 +88,16 @@ class Cell:
     """One number of one run over seeds."""
 
     values: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+    """Which seed each value is of."""
     nulls: tuple[float, ...] = ()
     fitted: bool = False
     """Read off a map fitted to the codes, because the run learned none."""
+
+    @property
+    def sample(self) -> dict[int, float]:
+        """The value of each seed."""
+        return dict(zip(self.seeds, self.values, strict=True))
 
     @property
     def mean(self) -> float | None:
@@ -121,15 +126,16 @@ class Line:
     """What runs are compared by: as `cells`, but hierarchy numbers always of the fitted map, which every run has."""
 
 
+Verdict = Literal["helps", "hurts", "no evidence", "no verdict"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Effect:
     """A component's effect on one number."""
 
     column: str
-    difference: float
-    z: float | None
-    """None if neither run varies over seeds."""
-    verdict: Literal["helps", "hurts", "no evidence"]
+    comparison: Comparison
+    verdict: Verdict
     unproven: tuple[str, ...] = ()
     """Controls that the run with the component does not beat, though it beats the one without."""
 
@@ -151,16 +157,18 @@ class Ablations:
     seeds: int
     lines: list[Line]
     judgements: list[Judgement]
+    comparisons: int = 0
+    """How many tests were made, which each is corrected for."""
     missing: list[str] = field(default_factory=list)
     """Results that are not there."""
 
     def json(self) -> dict[str, Any]:
         """JSON-ready content."""
         return {
-            "format": 1,
+            "format": 2,
             "plan": self.plan,
             "seeds": self.seeds,
-            "sigma": SIGMA,
+            "test": {"verdict": "welch", "level": LEVEL, "correction": "holm", "comparisons": self.comparisons},
             "runs": [
                 {
                     "number": line.number,
@@ -187,15 +195,15 @@ def collect(plan: Plan, runs: Sequence[RunConfig], seeds: int, synthetic: Mappin
     missing: list[str] = []
     lines = [_line(plan, config, seeds, synthetic, missing) for config in runs]
     by_name = {line.name: line for line in lines}
-    judged = [
-        judge(component, by_name) for component in COMPONENTS if {component.present, component.absent} <= by_name.keys()
-    ]
-    return Ablations(plan=plan.name, seeds=seeds, lines=lines, judgements=judged, missing=missing)
+    judged, comparisons = judge(COMPONENTS, by_name)
+    return Ablations(
+        plan=plan.name, seeds=seeds, lines=lines, judgements=judged, comparisons=comparisons, missing=missing
+    )
 
 
 def _line(plan: Plan, config: RunConfig, seeds: int, synthetic: Mapping[str, Any] | None, missing: list[str]) -> Line:
-    cells: dict[str, list[tuple[float, float | None, bool]]] = {column.key: [] for column in COLUMNS}
-    compared: dict[str, list[tuple[float, float | None, bool]]] = {column.key: [] for column in COLUMNS}
+    cells: dict[str, dict[int, Entry]] = {column.key: {} for column in COLUMNS}
+    compared: dict[str, dict[int, Entry]] = {column.key: {} for column in COLUMNS}
     for seeded in (plan.seeded(index) for index in range(seeds)):
         run_dir = seeded.run_dir(config)
         if not is_trained(seeded, config):
@@ -213,11 +221,12 @@ def _line(plan: Plan, config: RunConfig, seeds: int, synthetic: Mapping[str, Any
                     missing.append(f"{kind} of {seeded.label(config)}")
                 continue
             for key, shown, fitted in found:
-                cells[key] += [shown] if shown is not None else []
-                compared[key] += [fitted] if fitted is not None else []
-    for key, entry in _synthetic(synthetic, config.name):
-        cells[key].append(entry)
-        compared[key].append(entry)
+                if shown is not None:
+                    cells[key][seeded.seed_index] = shown
+                if fitted is not None:
+                    compared[key][seeded.seed_index] = fitted
+    for key, seed, entry in _synthetic(synthetic, config.name):
+        cells[key][seed] = compared[key][seed] = entry
     return Line(
         number=config.number,
         name=config.name,
@@ -227,13 +236,15 @@ def _line(plan: Plan, config: RunConfig, seeds: int, synthetic: Mapping[str, Any
 
 
 Entry = tuple[float, float | None, bool]
+"""A value, its null, and whether it is of a fitted map."""
 
 
-def _cell(entries: Sequence[Entry]) -> Cell:
+def _cell(entries: Mapping[int, Entry]) -> Cell:
     return Cell(
-        values=tuple(value for value, _, _ in entries),
-        nulls=tuple(null for _, null, _ in entries if null is not None),
-        fitted=any(fitted for _, _, fitted in entries),
+        values=tuple(value for value, _, _ in entries.values()),
+        seeds=tuple(entries),
+        nulls=tuple(null for _, null, _ in entries.values() if null is not None),
+        fitted=any(fitted for _, _, fitted in entries.values()),
     )
 
 
@@ -291,89 +302,129 @@ def _unlearning(run_dir: Path) -> Found | None:
     return [("forget_dce", entry, entry)]
 
 
-def _synthetic(content: Mapping[str, Any] | None, name: str) -> list[tuple[str, Entry]]:
+def _synthetic(content: Mapping[str, Any] | None, name: str) -> list[tuple[str, int, Entry]]:
     rows = (content or {}).get("arms", {}).get(name, {}).get("seeds", ())
     found = []
     for row in rows:
         for column in COLUMNS:
             if column.kind == "synthetic" and isinstance(value := row.get(column.key), float | int):
                 null = row.get(f"{column.key}_{column.null}") if column.null else None
-                found.append((column.key, (float(value), null, False)))
+                found.append((column.key, int(row["seed"]), (float(value), null, False)))
     return found
 
 
 # --- judging --------------------------------------------------------------------------------------------------------
 
 
-def z_score(one: Cell, other: Cell) -> float | None:
-    """Difference of two means in standard errors; None below two seeds each, or if neither varies."""
-    if one.mean is None or other.mean is None or one.sd is None or other.sd is None:
-        return None
-    error = math.sqrt(one.sd**2 / len(one.values) + other.sd**2 / len(other.values))
-    return (one.mean - other.mean) / error if error > 0 else None
+def judge(components: Sequence[Component], lines: Mapping[str, Line]) -> tuple[list[Judgement], int]:
+    """What each component whose two runs are there does to every number that has a better direction; and how many tests that took.
+
+    Raises ModuleNotFoundError without scipy if a run has MIN_SEEDS or more.
+    """
+    there = [component for component in components if {component.present, component.absent} <= lines.keys()]
+    pairs = {}
+    for component in there:
+        for other in (component.absent, *component.controls):
+            for column in COLUMNS:
+                if column.better and other in lines:
+                    one, two = (lines[name].compared[column.key] for name in (component.present, other))
+                    if one.values and two.values:
+                        pairs[component.present, other, column.key] = one.sample, two.sample
+    compared = compare(pairs)
+    tests = sum(comparison.welch is not None for comparison in compared.values())
+    return [_judgement(component, lines, compared) for component in there], tests
 
 
-def judge(component: Component, lines: Mapping[str, Line]) -> Judgement:
-    """What the component does to every number that has a better direction."""
-    present, absent = lines[component.present], lines[component.absent]
+def _judgement(
+    component: Component, lines: Mapping[str, Line], compared: Mapping[tuple[str, str, str], Comparison]
+) -> Judgement:
     effects = []
     for column in COLUMNS:
-        one, other = present.compared[column.key], absent.compared[column.key]
-        if column.better == 0 or one.mean is None or other.mean is None:
+        comparison = compared.get((component.present, component.absent, column.key))
+        if comparison is None:
             continue
-        z = z_score(one, other)
-        verdict: Literal["helps", "hurts", "no evidence"] = "no evidence"
-        if z is not None and abs(z) > SIGMA:
-            verdict = "helps" if z * column.better > 0 else "hurts"
+        verdict = _verdict(comparison, column)
         unproven: tuple[str, ...] = ()
         if verdict == "helps":
             unproven = tuple(
                 name
                 for name in component.controls
-                if name in lines and not _beats(one, lines[name].compared[column.key], column.better)
+                if name in lines
+                and (
+                    (control := compared.get((component.present, name, column.key))) is None
+                    or _verdict(control, column) != "helps"
+                )
             )
-            verdict = "no evidence" if unproven else "helps"
         effects.append(
-            Effect(column=column.key, difference=one.mean - other.mean, z=z, verdict=verdict, unproven=unproven)
+            Effect(
+                column=column.key,
+                comparison=comparison,
+                verdict="no evidence" if unproven else verdict,
+                unproven=unproven,
+            )
         )
-    return Judgement(
-        component=component, effects=tuple(effects), sentence=_sentence(component, present, absent, effects)
-    )
+    sentence = _sentence(component, lines[component.present], lines[component.absent], effects)
+    return Judgement(component=component, effects=tuple(effects), sentence=sentence)
 
 
-def _beats(one: Cell, other: Cell, better: int) -> bool:
-    z = z_score(one, other)
-    return z is not None and z * better > SIGMA
+def _verdict(comparison: Comparison, column: Column) -> Verdict:
+    if comparison.welch is None:
+        return "no verdict"
+    if comparison.welch.p >= LEVEL:
+        return "no evidence"
+    return "helps" if comparison.difference * column.better > 0 else "hurts"
 
 
 def _sentence(component: Component, present: Line, absent: Line, effects: Sequence[Effect]) -> str:
     titles = {column.key: column for column in COLUMNS}
-
-    def listed(verdict: str) -> str:
-        parts = []
-        for effect in effects:
-            if effect.verdict == verdict:
-                column = titles[effect.column]
-                parts.append(f"{column.title} ({effect.difference:+.{column.digits}f}, {abs(effect.z or 0):.1f} σ)")
-        return ", ".join(parts)
-
     name = component.name[0].upper() + component.name[1:]
     start = f"{name} (run {present.number} {present.name} against {absent.number} {absent.name})"
     if not effects:
         return f"{start}: nothing to compare."
-    clauses = [f"{verdict} {text}" for verdict in ("helps", "hurts") if (text := listed(verdict))]
-    unproven = [effect for effect in effects if effect.unproven]
-    for effect in unproven:
-        clauses.append(
-            f"is no better than {' and '.join(effect.unproven)} on {titles[effect.column].title}, so nothing is claimed there"
-        )
-    rest = [
-        titles[effect.column].title for effect in effects if effect.verdict == "no evidence" and not effect.unproven
-    ]
-    if not clauses:
-        return f"{start}: no evidence at {SIGMA:g} σ for any effect ({', '.join(rest)})."
-    tail = f"; no evidence on {', '.join(rest)}" if rest else ""
-    return f"{start}: {'; '.join(clauses)}{tail}."
+    clauses = []
+    for verdict in ("helps", "hurts"):
+        if found := [_found(effect, titles[effect.column]) for effect in effects if effect.verdict == verdict]:
+            clauses.append(f"{verdict} {', '.join(found)}")
+    for effect in effects:
+        if effect.unproven:
+            column = titles[effect.column].title
+            clauses.append(
+                f"is no better than {' and '.join(effect.unproven)} on {column}, so nothing is claimed there"
+            )
+    open_ = [effect for effect in effects if effect.verdict == "no evidence" and not effect.unproven]
+    if open_:
+        rest = ", ".join(f"{titles[effect.column].title} (needs {_needed(effect.comparison)})" for effect in open_)
+        clauses.append(f"no evidence on {rest}")
+    untested: dict[str, list[str]] = {}
+    for effect in effects:
+        if effect.verdict == "no verdict":
+            untested.setdefault(_untested(effect.comparison), []).append(titles[effect.column].title)
+    clauses += [f"no verdict on {', '.join(names)} ({reason})" for reason, names in untested.items()]
+    return f"{start}: {'; '.join(clauses)}."
+
+
+def _found(effect: Effect, column: Column) -> str:
+    welch, paired = effect.comparison.welch, effect.comparison.paired
+    assert welch is not None
+    told = f"{effect.comparison.difference:+.{column.digits}f}, t {welch.t:.1f}, df {welch.df:.1f}, {_p(welch.p)}"
+    if paired is not None:
+        told += f"; paired t {paired.t:.1f}, df {paired.df:.0f}, {_p(paired.p)}"
+    return f"{column.title} ({told})"
+
+
+def _p(value: float) -> str:
+    return "p < 0.0001" if value < 1e-4 else f"p {value:.2g}"
+
+
+def _needed(comparison: Comparison) -> str:
+    return f"more than {MANY:,} seeds" if comparison.needs is None else f"{comparison.needs} seeds"
+
+
+def _untested(comparison: Comparison) -> str:
+    if comparison.seeds >= MIN_SEEDS:
+        return "no test: neither run varies over seeds"
+    number = "one seed: no interval" if comparison.seeds == 1 else f"{comparison.seeds} seeds"
+    return f"{number}; needs {MIN_SEEDS} seeds or more"
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -396,6 +447,18 @@ def text(cell: Cell, column: Column) -> str:
     return parts + ("*" if cell.fitted and column.kind == "composition" else "")
 
 
+def method(table: Ablations) -> str:
+    """How the sentences were come by."""
+    if not table.comparisons:
+        return f"No test was made: a verdict needs {MIN_SEEDS} seeds or more."
+    return (
+        "Helps and hurts: Welch's t test of the difference between two runs' means over seeds (variances unequal, two-sided; df: its degrees of "
+        f"freedom), p below {LEVEL:g}, and below it against every control too. Where both runs have the same seeds, the t test of the differences "
+        f"seed by seed (paired) stands beside it. p is corrected by Holm's method for all {table.comparisons} comparisons. needs N seeds: with the "
+        f"difference and the variances seen here, N seeds a run would find it with a chance of {POWER:.0%}."
+    )
+
+
 def markdown(table: Ablations) -> str:
     """The table and a sentence per component."""
     columns = shown_columns(table)
@@ -412,6 +475,8 @@ def markdown(table: Ablations) -> str:
         "map without structure; * of a map fitted to the codes, since the run learned none. Components are compared on fitted maps.",
         "",
         *(f"* {judgement.sentence}" for judgement in table.judgements),
+        "",
+        method(table),
         "",
     ]
     if table.missing:
