@@ -2,7 +2,8 @@
 files in the folder `probe`, to who has the token.
 
 Nothing else is shown: no other file of the folder, no name that begins with a dot (partial files and locks do), nothing that a link leads
-to outside, and no method but GET and HEAD. The token is compared in constant time before a request's path is looked at.
+to outside, and no method but GET and HEAD. The token is compared in constant time before a request's path is looked at, and who has
+none keeps no reader out (see `connections`).
 """
 
 import hmac
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 SUFFIX = ".zarr"
 PROBE, PROBE_FILES = "probe", (".json", ".safetensors")
 PIECE_BYTES = 1 << 20  # read and sent at once
-KEEP_ALIVE = 75  # seconds
 SHORTEST_TOKEN = 16
 
 
@@ -100,6 +100,8 @@ def application(root: Path, only: str | None, token: str) -> "ASGIApp":
             return PlainTextResponse("not found", status_code=404)
         except PermissionError:
             return PlainTextResponse("the server may not read this", status_code=403)
+        except OSError:  # it has no descriptor or memory left, or its disk fails
+            return PlainTextResponse("the server can't read this now", status_code=503)
         names = [child.name + "/" * held.is_dir() for child, held in entries if held is not None]
         links = (f'<a href="{quote(entry)}">{escape(entry)}</a><br>' for entry in names)
         return HTMLResponse(f"<!doctype html>{''.join(links)}")
@@ -125,9 +127,8 @@ class Bearer:
         if hmac.compare_digest(token.strip(), self._token) and scheme.lower() == b"bearer":
             return await self.app(scope, receive, send)
         if scope["type"] == "http":
-            refusal = PlainTextResponse(
-                "the token is missing or wrong", status_code=401, headers={"WWW-Authenticate": "Bearer"}
-            )
+            headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
+            refusal = PlainTextResponse("the token is missing or wrong", status_code=401, headers=headers)
             await refusal(scope, receive, send)
 
 
@@ -144,25 +145,24 @@ def serve(
     """Serve a store or a folder of stores until interrupted; `started` is told the URL and the stores. Raises UserError."""
     try:
         import starlette  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
+
+        from hsae.cache.connections import Limits, most_connections, server
     except ImportError:
         raise UserError("serving stores needs uvicorn and starlette; run: pip install 'hsae[serve]'") from None
     root, only, names = served(path)
     if (certificate is None) != (key is None):
         raise UserError("TLS needs both --certificate and --key, or neither")
     app = application(root, only, checked_token(token))
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", ws="none", proxy_headers=False, server_header=False,
-        timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=5, ssl_certfile=certificate, ssl_keyfile=key,
-    )  # fmt: skip
-    try:
-        config.load()
-    except OSError as error:  # of which ssl's errors are
-        raise UserError(f"{certificate} and {key} can't be used for TLS: {error}") from None
-    listener = _listener(host, port)
-    at = f"[{host}]" if ":" in host else host
-    started(f"http{'s' * (key is not None)}://{at}:{listener.getsockname()[1]}", names)
-    uvicorn.Server(config).run(sockets=[listener])
+    with _listener(host, port) as listener:
+        limits = Limits(connections=most_connections(Limits.connections))
+        try:
+            running = server(app, listener, limits, certificate, key)
+        except OSError as error:  # of which ssl's errors are
+            raise UserError(f"{certificate} and {key} can't be used for TLS: {error}") from None
+        at = f"[{host}]" if ":" in host else host
+        started(f"http{'s' * (key is not None)}://{at}:{listener.getsockname()[1]}", names)
+        running.run()
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -1,10 +1,16 @@
-"""Stores over HTTP: what `hsae cache serve` shows and refuses, and a real server process read as any other store."""
+"""Stores over HTTP: what `hsae cache serve` shows and refuses, and a real server process read as any other store.
 
+FIX D3: connections that ask for nothing are closed, make room for readers, and fill no log.
+"""
+
+import errno
 import http.client
 import os
+import socket
 import ssl
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 import pytest
@@ -260,6 +266,194 @@ def test_a_file_the_server_may_not_read_is_refused_at_once(make_store, token, tm
         pytest.raises(RemoteError, match=r"zarr.json is refused \(403 Forbidden\)"),
     ):
         verify(f"http://127.0.0.1:{port}/{near.name}")
+
+
+# ---- FIX D3: who has no token keeps no reader out -------------------------------------------------------------------
+
+LONG = {"request": 1e6, "stalled": 1e6, "idle": 10**6}  # seconds: no test waits for these
+
+
+@contextmanager
+def limited(folder, token, listener=None, tls=(None, None), **limits):
+    """(a server in a thread of this process, what opens connections to it and sends something)."""
+    from hsae.cache.connections import Limits, server
+
+    listener = listener or socket.create_server(("127.0.0.1", 0))
+    address, connections = listener.getsockname(), []
+    running = server(application(folder, None, token), listener, Limits(**{**LONG, **limits}), *tls)
+    thread = threading.Thread(target=running.run, daemon=True)
+
+    def opened(sent=b"", count=1):
+        made = [socket.create_connection(address, timeout=60) for _ in range(count)]
+        connections.extend(made)
+        for connection in made:
+            connection.sendall(sent)
+        return made
+
+    thread.start()
+    try:
+        yield running, opened
+    finally:
+        for connection in connections:
+            connection.close()
+        running.should_exit = running.force_exit = True
+        thread.join()
+
+
+def closed(connection):
+    """Whether the server closes it, sooner or later; what it still sends is read."""
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        return True
+    return True
+
+
+def asked(token, path="/", more=""):
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n{more}\r\n".encode()
+
+
+def answered(connection):
+    """The status of the next answer, whose body is read."""
+    with http.client.HTTPResponse(connection) as answer:
+        answer.begin()
+        answer.read()
+        return answer.status
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"G", b"GET / HTTP/1.1\r\nHost: x\r\n", b"GET / HTTP/1.1\r\nX: " + b"x" * 5000, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01"]
+)  # fmt: skip
+def test_a_connection_without_a_whole_request_is_closed(folder, token, sent):
+    with limited(folder, token, request=0.1) as (_, opened):
+        assert all(closed(connection) for connection in opened(sent, 3))
+
+
+def test_a_further_request_must_come_whole_as_well_and_one_that_waits_is_closed_later(folder, token):
+    with limited(folder, token, request=0.1) as (_, opened):
+        (connection,) = opened(asked(token))
+        assert answered(connection) == 200
+        connection.sendall(b"GET ")
+        assert closed(connection)
+        (connection,) = opened(asked(token, more="Content-Length: 9\r\n") + b"1")  # a body that does not end
+        assert answered(connection) == 200
+        connection.sendall(b"2")
+        assert closed(connection)
+    with limited(folder, token, idle=0) as (_, opened):
+        (connection,) = opened(asked(token))
+        assert answered(connection) == 200 and closed(connection)
+
+
+def test_a_tls_handshake_must_end(folder, token, tmp_path):
+    with limited(folder, token, request=0.1, tls=self_signed(tmp_path)) as (_, opened):
+        assert all(closed(connection) for connection in opened(b"", 3))
+        assert all(closed(connection) for connection in opened(b"\x16\x03\x01\x00", 3))
+
+
+def test_who_takes_nothing_of_an_answer_is_cut_off(tmp_path, token):
+    store = tmp_path / "large.zarr"
+    store.mkdir()
+    (store / "zarr.json").touch()
+    with (store / "zarr.json").open("r+b") as file:
+        file.truncate(1 << 28)
+    with limited(tmp_path, token, stalled=0.1) as (running, opened):
+        connections = opened(asked(token, "/large.zarr/zarr.json"), 2)
+        assert connections[0].recv(15) == b"HTTP/1.1 200 OK"
+        wait_for(lambda: not running.open)
+        assert all(closed(connection) for connection in connections)
+
+
+def wait_for(condition):
+    ends = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("over_tls", [False, True])
+def test_silent_connections_make_room_for_readers(folder, token, tmp_path, over_tls):
+    tls = self_signed(tmp_path) if over_tls else (None, None)
+    with limited(folder, token, connections=4, tls=tls) as (running, opened), ExitStack() as stack:
+        silent = opened(b"" if over_tls else b"GET / HTTP/1.1\r\n", 12)
+        wait_for(lambda: len(running.open) == 4)
+        readers = opened(count=3)
+        if over_tls:
+            context = ssl.create_default_context(cafile=tls[0])
+            readers = [
+                stack.enter_context(context.wrap_socket(reader, server_hostname="127.0.0.1")) for reader in readers
+            ]
+        for reader in readers:
+            reader.sendall(asked(token))
+            assert answered(reader) == 200
+        more = opened(count=5)  # they push out each other, not those that showed the token
+        for reader in readers:
+            reader.sendall(asked(token))
+            assert answered(reader) == 200
+        assert all(closed(connection) for connection in silent + more[:-1])
+
+
+def test_with_all_connections_busy_a_further_one_waits(tmp_path, token):
+    store = tmp_path / "large.zarr"
+    store.mkdir()
+    with (store / "zarr.json").open("wb") as file:
+        file.truncate(1 << 28)
+    with limited(tmp_path, token, connections=2) as (running, opened):
+        busy = opened(asked(token, "/large.zarr/zarr.json"), 2)
+        assert all(connection.recv(15) == b"HTTP/1.1 200 OK" for connection in busy)
+        (reader,) = opened(asked(token))
+        reader.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            reader.recv(1)
+        reader.settimeout(60)
+        busy[0].close()
+        assert answered(reader) == 200 and len(running.open) == 2
+
+
+class Failing(socket.socket):
+    """A listener that accepts nothing at first: no descriptor is left."""
+
+    left = 3
+
+    def accept(self):
+        if self.left:
+            self.left -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().accept()
+
+
+def test_without_descriptors_it_goes_on_later_and_says_nothing(folder, token, caplog):
+    listener = Failing()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    with limited(folder, token, listener, pause=0.01) as (_, opened):
+        (connection,) = opened(asked(token))
+        assert answered(connection) == 200 and listener.left == 0
+    assert caplog.text == ""
+
+
+def test_what_strangers_send_fills_no_log(folder, token, caplog):
+    garbage = [
+        b"garbage\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n", b"\xff" * 70000,
+        b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\ngarbage\r\n", b"GET \xff HTTP/1.1\r\nHost: x\r\n\r\n",
+    ]  # fmt: skip
+    with limited(folder, token) as (_, opened):
+        for sent in garbage:
+            assert all(closed(connection) for connection in opened(sent, 4))
+    assert len([record for record in caplog.records if record.name in ("uvicorn.error", "asyncio")]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "wanted", "most"), [((256, 256), 1024, 96), ((256, 4096), 1024, 1024), ((65, 65), 9, 1)]
+)
+def test_there_are_fewer_connections_than_descriptors(monkeypatch, limit, wanted, most):
+    import resource
+
+    from hsae.cache.connections import most_connections
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limit)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, raised: None)
+    assert most_connections(wanted) == most
 
 
 def test_over_tls_with_a_certificate_of_ones_own(folder, serve, token, tmp_path):
