@@ -15,6 +15,7 @@ from hsae.cli.common import DeviceOption, PlanOption, RunOption, SetOption, cons
 if TYPE_CHECKING:
     from hsae.eval.report.ablation import Ablations
 
+FORGETTING = (0, 3, 5, 11, 12)
 PARTS = ("core", "composition", "synthetic", "unlearning")
 
 
@@ -28,8 +29,13 @@ def ablate(
         typer.Option("--without", metavar="PART", help=f"Leave out {', '.join(PARTS)}. Repeatable."),
     ] = None,
     unlearning_run: Annotated[
-        str, typer.Option("--unlearning-run", metavar="RUNS", help="The runs that unlearning is measured on.")
-    ] = "0,3,5,11,12",
+        str | None,
+        typer.Option(
+            "--unlearning-run",
+            metavar="RUNS",
+            help="The runs that unlearning is measured on; default 0, 3, 5, 11 and 12 where they are among them.",
+        ),
+    ] = None,
     unlearning_seeds: Annotated[
         int | None, typer.Option("--unlearning-seeds", min=1, metavar="N", help="Their seeds; default all.")
     ] = None,
@@ -56,11 +62,22 @@ def ablate(
     loaded = load_plan(plan, overrides or ())
     selected = loaded.select(run) if run is not None else list(loaded.runs.values())
     numbers = ",".join(str(config.number) for config in selected)
-    forgetting = [config for config in loaded.select(unlearning_run) if config in selected]
-    if "unlearning" not in left_out and not forgetting:
+    forgetting = loaded.select(unlearning_run) if unlearning_run is not None else []
+    if unlearning_run is None and "unlearning" not in left_out:
+        forgetting = [config for config in selected if config.number in FORGETTING]
+        if not forgetting:
+            raise UserError(
+                f"none of the runs {', '.join(map(str, FORGETTING))} is among those selected; name others with --unlearning-run, "
+                "or leave it out with --without unlearning"
+            )
+    if strange := [f"{config.number} {config.name}" for config in forgetting if config not in selected]:
         raise UserError(
-            f"none of the runs {unlearning_run} is among those selected; name others with --unlearning-run, or leave it out with --without unlearning"
+            f"--unlearning-run {unlearning_run}: run {strange[0]} is not among those selected with --run {run}"
         )
+    if "unlearning" in left_out and (unlearning_run is not None or unlearning_seeds is not None):
+        raise UserError("--unlearning-run and --unlearning-seeds don't go with --without unlearning")
+    if unlearning_seeds is not None and unlearning_seeds > seeds:
+        raise UserError(f"--unlearning-seeds {unlearning_seeds} is more than --seeds {seeds}")
     if max(seeds, unlearning_seeds or 0) >= MIN_SEEDS:
         need("the tests behind ablate's verdicts", "scipy", "eval")
     need("ablations.png", "matplotlib", "report")

@@ -73,6 +73,18 @@ def test_overrides_are_toml_values_or_bare_words():
         ("runs.3.curriculum=[{name='a',until=1.0,levels=[1,1,2]}]", "names a level twice"),
         ("runs.3.curriculum=[{name='a',until=1.0,levels=[1,2],rates={1=0,2=0}}]", "no level learns: every rate is 0"),
         ("runs.3.curriculum=[{name='a',until=1.0,levels=[1]}]", "the last curriculum stage must train all 2 levels"),
+        # FIX B: tables set to a value, values to a table, numbers and depth beyond reason
+        ("suite=x", "suite is a table, not a value (given: 'x')"),
+        ("autointerp=x", "autointerp is a table, not a value (given: 'x')"),
+        ("runs=x", "runs is a table, not a value (given: 'x')"),
+        ("model=3", "model is a table, not a value (given: 3)"),
+        ("model.id.x=3", "'id' is a value, not a table"),
+        ("train.dir.x=1", "train.dir: Input should be a valid string (given: {'x': 1})"),
+        ("train.tokens=1\nname='q'", "train.tokens: Input should be a valid integer"),
+        ("train.seed=" + "9" * 30, f"train.seed: whole numbers go to {2**62}"),
+        ("train.seed=" + "9" * 5000, "(5,002 characters)"),
+        ("train.seed=" + "[" * 5000, "(5,002 characters)"),
+        ("name=''", "name must be a line of 1 to 100 characters"),
     ],
 )
 def test_mistakes_name_the_key_the_value_and_what_is_allowed(override, message):
@@ -87,12 +99,71 @@ def test_unreadable_plans_are_named(tmp_path):
     for text, message in [
         ("x = ", "is not valid TOML"),
         ("[modle]", "unknown table 'modle'; allowed: autointerp, cache, extends"),
-        (f"extends = '{path}'", "not in a circle"),
+        (f"extends = '{path}'", "plans extend each other in a circle"),
         ("name = 'a'", r"table \[model\] is missing"),
     ]:
         path.write_text(text)
         with pytest.raises(PlanError, match=message):
             load_plan(str(path))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ('extends = "tiny"\nname = "é"'.encode("latin-1"), "it is not UTF-8 (invalid continuation byte at byte 25)"),
+        ('extends = "tiny"'.encode("utf-16"), "it is not UTF-8"),
+        (b"x = " + b"[" * 100_000, "it is nested too deeply"),
+        (b"[train]\nseed = " + b"9" * 5000, "is not valid TOML"),
+        (b'extends = "tiny"\nsuite = 3', "suite is a table, not a value (given: 3)"),
+        (b'extends = "tiny"\nruns = [1]', "runs is a table, not a value (given: [1])"),
+        (b'extends = "tiny"\nname = ["a"]', "name must be a line of 1 to 100 characters"),
+        (b'extends = "tiny"\n[runs.03]\nname = "x"', "[runs.03]: runs are tables with a number"),
+        (b'extends = ["tiny"]', "it must name a packaged plan or a file"),
+    ],
+    ids=range(9),
+)
+def test_odd_plan_files_end_in_one_line(tmp_path, data, message):
+    """FIX B: other encodings, deep TOML, huge numbers, tables that are none."""
+    path = tmp_path / "plan.toml"
+    path.write_bytes(data)
+    with pytest.raises(PlanError, match=re.escape(message)) as caught:
+        load_plan(str(path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_odd_plan_paths_end_in_one_line(tmp_path):
+    """FIX B: a folder, a name that no file can have, a circle of two; and a byte order mark, which is no mistake."""
+    (tmp_path / "one.toml").write_text(f"extends = '{tmp_path}/two.toml'")
+    (tmp_path / "two.toml").write_text(f"extends = '{tmp_path}/one.toml'")
+    for plan, message in [
+        (tmp_path, "is a folder; name a TOML file in it"),
+        ("", "is a folder"),
+        ("a" * 5000, "can't be read: File name too long"),
+        (tmp_path / "one.toml" / "x", "no plan"),
+        (tmp_path / "one.toml", "plans extend each other in a circle"),
+    ]:
+        with pytest.raises(PlanError, match=message):
+            load_plan(str(plan))
+    marked = tmp_path / "marked.toml"
+    marked.write_bytes(b'\xef\xbb\xbfextends = "tiny"')
+    assert load_plan(str(marked)).source == str(marked)
+
+
+def test_ranges_are_not_cut_to_the_runs_there_are():
+    """FIX B: `--run 0-20` of a plan with fewer."""
+    plan = load_plan("tiny")
+    last = max(plan.runs)
+    for text, missing in [
+        (f"0-{last + 3}", f"no run '{last + 1}-{last + 3}' (--run 0-{last + 3})"),
+        (f"{last}-{last + 1}", f"no run '{last + 1}' (--run"),
+        ("3-1", "no run '3-1' in"),
+        ("0-999999999999", "no run '0-999999999999' in"),
+        ("", "no run '' in"),
+        ("٣", "no run '٣' in"),
+        ("9" * 5000, "no run '9999"),
+    ]:
+        with pytest.raises(PlanError, match=re.escape(missing)):
+            plan.select(text)
 
 
 def test_select_by_number_name_range_and_list():

@@ -5,10 +5,10 @@ Tables `[model] [hook] [cache] [cache.train] [cache.eval] [train]`, if need be `
 begin with `extends = "NAME"` and state only what differs.
 """
 
-import tomllib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from hsae.cache.config import CacheConfig, Config, HookConfig, ModelConfig, Split, StoreSpec, store_spec
 from hsae.cache.errors import UserError
+from hsae.cache.files import parse_toml
 from hsae.cache.probe_config import ProbeSpec, Suite, SuiteConfig
 from hsae.cache.ravel_config import EntitiesConfig, RavelSpec
 from hsae.cache.remote import Place, exists, place
@@ -24,6 +25,11 @@ from hsae.train.suites import AutointerpConfig, RavelConfig, UnlearningConfig
 
 DEFAULT_PLAN = "gemma-2-2b"
 LOCAL_PLAN = "hsae.toml"
+SHOWN = 100
+"""Characters of a wrong value that an error shows."""
+LARGEST = 2**62
+DEEPEST = 100
+"""Plans that may extend each other."""
 ConfigT = TypeVar("ConfigT", bound=Config)
 TABLES = {"extends", "name", "model", "hook", "cache", "train", "suite", "runs", "unlearning", "ravel", "autointerp"}
 
@@ -102,24 +108,35 @@ class Plan:
 
 
 def select_runs(runs: dict[int, RunConfig], text: str, where: str) -> list[RunConfig]:
-    """The runs that `text` names, as `Plan.select` says. Raises PlanError naming `where` they come from."""
+    """The runs that `text` names, as `Plan.select` says. Raises PlanError naming `where` they come from and which are not there."""
     chosen: set[int] = set()
     named = {run.name: number for number, run in runs.items()}
     for part in (piece.strip() for piece in text.split(",")):
         first, dash, last = part.partition("-")
+        numbers: list[int] = []
+        missing = [] if part in named else [_short(part)]
         if part in named:
             numbers = [named[part]]
-        elif part.isdecimal():
-            numbers = [int(part)]
-        elif dash and first.isdecimal() and last.isdecimal():
-            numbers = [number for number in runs if int(first) <= number <= int(last)]
-        else:
-            numbers = []
-        if not numbers or any(number not in runs for number in numbers):
+        elif _is_number(first) and _is_number(last if dash else first):
+            low, high = int(first), int(last if dash else first)
+            numbers = [number for number in runs if low <= number <= high]
+            missing = _gaps([low - 1, *numbers, high + 1]) if low <= high else missing
+        if missing:
             have = ", ".join(f"{number} ({run.name})" for number, run in runs.items())
-            raise PlanError(f"no run {part!r} in {where}; it has {have}")
+            named_by = f" (--run {part})" if dash and numbers else ""
+            raise PlanError(f"no run {', '.join(missing)}{named_by} in {where}; it has {have}")
         chosen.update(numbers)
     return [runs[number] for number in sorted(chosen)]
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
+def _gaps(numbers: list[int]) -> list[str]:
+    """The runs of whole numbers between sorted ones, such as `6-20`."""
+    between = [(low + 1, high - 1) for low, high in pairwise(numbers) if low + 1 < high]
+    return [repr(str(low)) if low == high else repr(f"{low}-{high}") for low, high in between]
 
 
 def packaged_plans() -> list[str]:
@@ -143,27 +160,41 @@ def load_plan(plan: str | None = None, overrides: Sequence[str] = ()) -> Plan:
 
 def read_tables(plan: str, chain: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
     """Where a plan comes from and its tables, with those it extends merged in, unchecked. Raises PlanError."""
-    if plan in packaged_plans():
-        source, text = f"packaged plan {plan}", resources.files("hsae.train.plans").joinpath(f"{plan}.toml").read_text()
-    elif Path(plan).is_file():
-        source, text = plan, Path(plan).read_text()
-    else:
-        raise PlanError(f"no plan {plan!r}: neither a file nor one of {', '.join(packaged_plans())}")
+    packaged = plan in packaged_plans()
+    source = f"packaged plan {plan}" if packaged else plan
+    file = resources.files("hsae.train.plans").joinpath(f"{plan}.toml") if packaged else Path(plan)
     try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        tables = parse_toml(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise PlanError(f"no plan {plan!r}: neither a file nor one of {', '.join(packaged_plans())}") from None
+    except IsADirectoryError:
+        raise PlanError(
+            f"plan {plan!r} is a folder; name a TOML file in it, or one of {', '.join(packaged_plans())}"
+        ) from None
+    except OSError as error:
+        raise PlanError(f"plan {_short(plan)} can't be read: {error.strerror}") from None
+    except ValueError as error:
         raise PlanError(f"{source} is not valid TOML: {error}") from None
     if unknown := tables.keys() - TABLES:
         raise PlanError(f"{source}: unknown table {sorted(unknown)[0]!r}; allowed: {', '.join(sorted(TABLES))}")
     base = tables.pop("extends", None)
     if base is not None:
-        if not isinstance(base, str) or base in chain:
+        if not isinstance(base, str):
+            raise PlanError(f"{source}: extends = {_short(base)}; it must name a packaged plan or a file")
+        if base in (*chain, plan) or len(chain) > DEEPEST:
             raise PlanError(
-                f"{source}: extends = {base!r}; it must name a packaged plan or a file, and not in a circle"
+                f"{source}: plans extend each other in a circle: {' -> '.join((*chain, plan, base)[-5:])}; "
+                "one of them must not extend another"
             )
         tables = _merged(read_tables(base, (*chain, plan))[1], tables)
     tables.setdefault("name", Path(plan).stem)
     return source, tables
+
+
+def _short(value: Any) -> str:
+    """A value as it is shown in an error."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters)"
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -179,28 +210,32 @@ def apply_override(tables: dict[str, Any], override: str, allowed: Collection[st
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path) or path[0] not in allowed:
-        raise PlanError(f"--set {override!r}: write it as table.key=value, for example --set cache.train.rows=2000")
+        raise PlanError(
+            f"--set {_short(override)}: write it as table.key=value, for example --set cache.train.rows=2000; "
+            f"tables: {', '.join(sorted(allowed))}"
+        )
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
+        parsed = parse_toml(f"value = {text}")
+    except ValueError:
+        parsed = {}
     place = tables
     for part in path[:-1]:
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
-            raise PlanError(f"--set {override!r}: {part!r} is a value, not a table")
-    place[path[-1]] = value
+            raise PlanError(f"--set {_short(override)}: {part!r} is a value, not a table")
+    place[path[-1]] = parsed["value"] if parsed.keys() == {"value"} else text  # a bare word is a string
 
 
 def _checked(source: str, tables: dict[str, Any]) -> Plan:
-    tables.setdefault("unlearning", {})
-    tables.setdefault("ravel", {})
-    for table in ("model", "hook", "cache", "train", "runs", "unlearning", "ravel"):
-        if not isinstance(tables.get(table), dict):
+    for table in ("model", "hook", "cache", "train", "runs"):
+        if table not in tables:
             raise PlanError(f"{source}: table [{table}] is missing")
+    name = tables["name"]
+    if not isinstance(name, str) or not 0 < len(name) <= SHOWN or not name.isprintable():
+        raise PlanError(f"{source}: name must be a line of 1 to {SHOWN} characters (given: {_short(name)})")
     stream, runs = checked_runs(source, tables["train"], tables["runs"])
     return Plan(
-        name=str(tables["name"]),
+        name=name,
         source=source,
         model=_table(source, "model", ModelConfig, tables["model"]),
         hook=_table(source, "hook", HookConfig, tables["hook"]),
@@ -208,8 +243,8 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
         train=stream,
         runs=runs,
         suite=_table(source, "suite", SuiteConfig, tables.get("suite", {})),
-        unlearning=_table(source, "unlearning", UnlearningConfig, tables["unlearning"]),
-        ravel=_table(source, "ravel", RavelConfig, tables["ravel"]),
+        unlearning=_table(source, "unlearning", UnlearningConfig, tables.get("unlearning", {})),
+        ravel=_table(source, "ravel", RavelConfig, tables.get("ravel", {})),
         autointerp=_table(source, "autointerp", AutointerpConfig, tables.get("autointerp", {})),
     )
 
@@ -218,6 +253,8 @@ def checked_runs(
     source: str, train: dict[str, Any], tables: dict[str, Any]
 ) -> tuple[StreamConfig, dict[int, RunConfig]]:
     """What `[train]` and the tables `[runs.N]` say, checked and matched; runs in the order of their numbers."""
+    for name, table in (("train", train), ("runs", tables)):
+        _need_table(source, name, table)
     shared = {key: value for key, value in train.items() if key in StreamConfig.model_fields}
     defaults = {key: value for key, value in train.items() if key not in StreamConfig.model_fields}
     for key in defaults:
@@ -226,7 +263,7 @@ def checked_runs(
             raise PlanError(f"{source}: [train] has no key {key!r}; allowed: {', '.join(allowed)}")
     runs: dict[int, RunConfig] = {}
     for key, table in tables.items():
-        if not str(key).isdecimal() or not isinstance(table, dict):
+        if not _is_number(key) or key != str(int(key)) or not isinstance(table, dict):
             raise PlanError(f"{source}: [runs.{key}]: runs are tables with a number, such as [runs.3]")
         if fixed := table.keys() & {*StreamConfig.model_fields}:
             raise PlanError(
@@ -242,7 +279,18 @@ def checked_runs(
     return stream, runs
 
 
-def _table(source: str, table: str, kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+def _need_table(source: str, table: str, values: Any) -> None:
+    if not isinstance(values, dict):
+        raise PlanError(f"{source}: {table} is a table, not a value (given: {_short(values)}); set its keys one by one")
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _need_table(source, f"{table}.{key}", value)
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            raise PlanError(f"{source}: {table}.{key}: whole numbers go to {LARGEST} (given: {_short(value)})")
+
+
+def _table(source: str, table: str, kind: type[ConfigT], values: Any) -> ConfigT:
+    _need_table(source, table, values)
     try:
         return kind(**values)
     except ValidationError as error:
@@ -250,7 +298,7 @@ def _table(source: str, table: str, kind: type[ConfigT], values: dict[str, Any])
         key = ".".join([table, *(str(part) for part in first["loc"])])
         if first["type"] == "extra_forbidden":
             raise PlanError(f"{source}: unknown key {key}; allowed: {', '.join(sorted(kind.model_fields))}") from None
-        given = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
+        given = "" if first["type"] in ("missing", "value_error") else f" (given: {_short(first['input'])})"
         raise PlanError(f"{source}: {key}: {first['msg'].removeprefix('Value error, ')}{given}") from None
 
 
