@@ -87,14 +87,11 @@ def autointerp(
     from hsae.cache.lm import load_tokenizer
     from hsae.cache.remote import place
     from hsae.cache.store import ActivationStore
-    from hsae.cli.eval import of_runs
+    from hsae.cli.eval import of_folders, of_runs
     from hsae.eval.autointerp.evaluation import Autointerp, noise_note
     from hsae.eval.autointerp.judge import Judge, Prices
-    from hsae.eval.core.targets import folder_targets
 
-    targets = (
-        folder_targets(loaded, sae, out / "autointerp") if sae else of_runs(loaded, run, seeds, whole, "autointerp")
-    )
+    targets = of_folders(loaded, sae, out / "autointerp") if sae else of_runs(loaded, run, seeds, whole, "autointerp")
     store = ActivationStore.open(loaded.store_path("autointerp"))
     tokenizer = load_tokenizer(loaded.model)
     prices = Prices(input=price_in, output=price_out) if price_in is not None and price_out is not None else None

@@ -83,10 +83,10 @@ def core(
     from hsae.cache.store import ActivationStore
     from hsae.eval.core.evaluation import CoreOptions
     from hsae.eval.core.schema import write_core
-    from hsae.eval.core.targets import evaluate_targets, folder_targets
+    from hsae.eval.core.targets import evaluate_targets
 
     place = pick_device(device)
-    targets = folder_targets(loaded, sae, out) if sae else of_runs(loaded, run, seeds, whole)
+    targets = of_folders(loaded, sae, out) if sae else of_runs(loaded, run, seeds, whole)
     store = ActivationStore.open(loaded.store_path("eval"))
     with _Screen() as screen:
         evaluated = evaluate_targets(
@@ -124,6 +124,17 @@ def of_runs(plan: "Plan", run: str | None, seeds: int, whole: bool = False, eval
         for seeded, config in trained_runs(plan, run, seeds)
         for target in run_targets(seeded, config, evaluation, whole=whole)
     ]
+
+
+def of_folders(plan: "Plan", folders: list[Path], out: Path) -> "list[Target]":
+    """The SAEs of SAELens folders; what is doubtful about them is printed."""
+    from hsae.eval.core.targets import folder_targets
+
+    targets = folder_targets(plan, folders, out)
+    for target in targets:
+        for doubt in target.doubts:
+            console.print(f"[yellow]{escape(target.label)}: {escape(doubt)}[/]", soft_wrap=True)
+    return targets
 
 
 def trained_runs(plan: "Plan", run: str | None, seeds: int) -> "list[tuple[Plan, RunConfig]]":

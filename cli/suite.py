@@ -182,12 +182,11 @@ def targets_of(
     plan: "Plan", suite: str, run: str | None, seeds: int, sae: list[Path] | None, out: Path
 ) -> "list[Target]":
     """The SAEs an evaluation is asked to evaluate."""
-    from hsae.cli.eval import of_runs
-    from hsae.eval.core.targets import folder_targets
+    from hsae.cli.eval import of_folders, of_runs
     from hsae.eval.suite.evaluations import FOLDERS
 
     if sae:
-        return folder_targets(plan, sae, out / FOLDERS[suite])
+        return of_folders(plan, sae, out / FOLDERS[suite])
     return of_runs(plan, run, seeds, evaluation=FOLDERS[suite])
 
 

@@ -202,7 +202,7 @@ def test_damaged_models_are_refused_by_name(tmp_path):
         ({"architecture": "crosscoder"}, "architecture 'crosscoder'; hsae reads standard, topk, jumprelu, gated"),
         (
             {"normalize_activations": "layer_norm"},
-            "normalize_activations is 'layer_norm'; fold it into the weights first",
+            "normalize_activations is 'layer_norm': hsae does not compute it; only 'none'",
         ),
         ({"d_sae": 99}, "cfg.json says d_in=7, d_sae=99"),
         ({"architecture": "gated"}, "tensors missing for architecture 'gated': b_gate, b_mag, r_mag"),

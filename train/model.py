@@ -20,10 +20,10 @@ from torch import Tensor
 from hsae.cache.errors import UserError
 from hsae.cache.files import write_atomically
 from hsae.cache.numerics import product
-from hsae.train import saelens
 from hsae.train.run import TrainingRun
 from hsae.train.sae import Level, parent_fires
 from hsae.train.saelens import SAE
+from hsae.train.saelens_config import EXTRA_WEIGHTS
 from hsae.train.views import View
 
 CONFIG_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"
@@ -447,7 +447,7 @@ def _level(described: dict[str, Any], number: int, tensors: dict[str, Tensor]) -
         architecture=described["architecture"],
         k=described["k"],
         metadata=described["metadata"],
-        extra={name: part[name] for name in saelens.EXTRA_WEIGHTS[described["architecture"]]},
+        extra={name: part[name] for name in EXTRA_WEIGHTS[described["architecture"]]},
         W_enc=part["W_enc"],
         W_dec=part["W_dec"],
         b_enc=part["b_enc"],

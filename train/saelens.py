@@ -1,4 +1,4 @@
-"""Ordinary one-layer SAEs in the folder format of SAELens 6: `cfg.json` + `sae_weights.safetensors`.
+"""Ordinary one-layer SAEs in the folder format of SAELens: `cfg.json` + `sae_weights.safetensors`, written as version 6 does.
 
 The arithmetic follows SAELens, so that a folder gives the same outputs here and there. Shapes: D input width, F latents.
 """
@@ -6,7 +6,7 @@ The arithmetic follows SAELens, so that a folder gives the same outputs here and
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,11 +16,11 @@ from torch import Tensor
 from hsae.cache.errors import UserError
 from hsae.cache.files import write_atomically
 from hsae.cache.numerics import product
+from hsae.train.saelens_config import DTYPES, EXTRA_WEIGHTS, Described, read_config
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 SAELENS_VERSION = "6.54.12"  # the version whose format is written; its loader migrates anything below 6
-EXTRA_WEIGHTS = {"standard": (), "topk": (), "jumprelu": ("threshold",), "gated": ("b_gate", "b_mag", "r_mag")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,8 @@ class SAE:
     rescale_acts_by_decoder_norm: bool = False
     apply_b_dec_to_input: bool = True
     metadata: dict[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    """What was ignored when it was read, for people."""
 
     def __post_init__(self) -> None:
         d_in, d_sae = self.W_enc.shape
@@ -135,26 +137,18 @@ def save(sae: SAE, folder: Path) -> None:
 
 
 def load(folder: Path, name: str | None = None) -> SAE:
-    """Read a SAELens 6 folder. Raises UserError if it is no such folder or uses something hsae can't evaluate."""
+    """Read a SAELens folder. Raises UserError if it is no such folder or uses something hsae can't evaluate."""
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     for path in (config_path, weights_path):
         if not path.is_file():
-            raise UserError(
-                f"{folder} is not a SAELens folder: {path.name} is missing (wanted: cfg.json and sae_weights.safetensors)"
-            )
+            raise UserError(f"{folder} is not a SAELens folder: {_why_not(folder, path.name)}")
+    config = read_config(config_path)
+    architecture = config.architecture
     try:
-        config = cast(dict[str, Any], json.loads(config_path.read_text()))
         tensors = load_file(weights_path)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise UserError(f"{folder} can't be read: {error}") from None
-    architecture = config.get("architecture") if isinstance(config, dict) else None
-    if architecture not in EXTRA_WEIGHTS:
-        raise UserError(f"{config_path}: architecture {architecture!r}; hsae reads {', '.join(EXTRA_WEIGHTS)}")
-    for key, allowed in (("normalize_activations", "none"), ("reshape_activations", "none")):
-        if config.get(key, allowed) != allowed:
-            raise UserError(
-                f"{config_path}: {key} is {config[key]!r}; fold it into the weights first (only {allowed!r} can be read)"
-            )
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{weights_path} can't be read: {error}") from None
+    scale = _scaling(weights_path, tensors, config)
     needed = {"W_enc", "W_dec", "b_dec", *EXTRA_WEIGHTS[architecture]} | (
         {"b_enc"} if architecture != "gated" else set()
     )
@@ -162,23 +156,59 @@ def load(folder: Path, name: str | None = None) -> SAE:
         raise UserError(
             f"{weights_path}: tensors missing for architecture {architecture!r}: {', '.join(sorted(missing))}"
         )
-    W_enc = tensors["W_enc"]
-    if W_enc.ndim != 2 or (W_enc.shape[0], W_enc.shape[1]) != (config.get("d_in"), config.get("d_sae")):
+    if unknown := tensors.keys() - needed:
         raise UserError(
-            f"{folder}: W_enc has shape {tuple(W_enc.shape)}, cfg.json says d_in={config.get('d_in')}, d_sae={config.get('d_sae')}"
+            f"{weights_path}: tensors that architecture {architecture!r} has no use for: {', '.join(sorted(unknown))}"
         )
+    if odd := [key for key, tensor in tensors.items() if str(tensor.dtype).removeprefix("torch.") not in DTYPES]:
+        raise UserError(f"{weights_path}: {odd[0]} is of type {tensors[odd[0]].dtype}; allowed: {', '.join(DTYPES)}")
+    W_enc = tensors["W_enc"]
+    if tuple(W_enc.shape) != (config.d_in, config.d_sae):
+        raise UserError(
+            f"{folder}: W_enc has shape {tuple(W_enc.shape)}, cfg.json says d_in={config.d_in}, d_sae={config.d_sae}"
+        )
+    dtype = getattr(torch, config.dtype) if config.dtype is not None else W_enc.dtype
+    tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     if any(not torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise UserError(f"{weights_path} has NaN or infinite weights")
     return SAE(
         name=name or folder.name,
         architecture=architecture,
-        W_enc=W_enc,
-        W_dec=tensors["W_dec"],
-        b_enc=tensors.get("b_enc", torch.zeros_like(W_enc[0])),
+        W_enc=tensors["W_enc"],
+        W_dec=tensors["W_dec"] if scale is None else tensors["W_dec"] * scale.to(dtype)[:, None],
+        b_enc=tensors.get("b_enc", torch.zeros_like(tensors["W_enc"][0])),
         b_dec=tensors["b_dec"],
         extra={key: tensors[key] for key in EXTRA_WEIGHTS[architecture]},
-        k=config.get("k"),
-        rescale_acts_by_decoder_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
-        apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", True)),
-        metadata=dict(config.get("metadata") or {}),
+        k=config.k,
+        rescale_acts_by_decoder_norm=config.rescale_acts_by_decoder_norm,
+        apply_b_dec_to_input=config.apply_b_dec_to_input,
+        metadata=config.metadata,
+        remarks=config.remarks,
     )
+
+
+def _why_not(folder: Path, missing: str) -> str:
+    """What a folder without SAE is, and what to give instead."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if (folder / "run.json").is_file():
+        return "it is a run of hsae; evaluate it with --run, or give a folder in its saelens/"
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+    if inner:
+        return f"SAEs lie in folders in it ({', '.join(inner[:5])}); give one of those"
+    return f"{missing} is missing (wanted: {CONFIG_FILE} and {WEIGHTS_FILE})"
+
+
+def _scaling(path: Path, tensors: dict[str, Tensor], config: Described) -> Tensor | None:
+    """Take the factors [F] of the latents out of the tensors; None where they are all 1, which SAELens takes for none."""
+    names = [key for key in ("scaling_factor", "finetuning_scaling_factor") if key in tensors]
+    scales = [tensors.pop(key) for key in names]
+    if not scales or torch.equal(scales[0], torch.ones_like(scales[0])):
+        return None
+    if not config.scaled:
+        raise UserError(f"{path} has a {names[0]} that is not 1, but cfg.json has no finetuning_scaling_factor true")
+    if len(scales) > 1 or tuple(scales[0].shape) != (config.d_sae,) or not torch.isfinite(scales[0]).all():
+        raise UserError(f"{path}: scaling_factor must be one tensor of shape {(config.d_sae,)} with finite numbers")
+    if config.rescale_acts_by_decoder_norm:
+        raise UserError(f"{path}: scaling_factor does not go with rescale_acts_by_decoder_norm")
+    return scales[0]

@@ -19,6 +19,7 @@ from hsae.cache.errors import StoreError, UserError
 from hsae.cache.lm import LanguageModel
 from hsae.cache.store import ActivationStore
 from hsae.eval.core import corrected
+from hsae.eval.core.fits import check_fits
 from hsae.eval.core.metrics import (
     InputMetrics,
     LatentMetrics,
@@ -86,13 +87,7 @@ def check_views(views: Sequence[View], store: ActivationStore, hook: str) -> Non
     if hook not in store.spec.hooks:
         raise StoreError(f"{store.url} has no activations of {hook}; it has {', '.join(store.spec.hooks)}")
     for view in views:
-        if view.d_in != store.header.d_model:
-            raise UserError(
-                f"SAE {view.name!r} reads vectors of width {view.d_in}; {hook} of {store.spec.model.id} has width {store.header.d_model}"
-            )
-        made_for = view.metadata.get("hook_name")
-        if made_for is not None and made_for != hook:
-            raise UserError(f"SAE {view.name!r} was made for {made_for}; this evaluation is of {hook}")
+        check_fits(view, hook, store.header.d_model, store.spec.model.id)
 
 
 @torch.no_grad()

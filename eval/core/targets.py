@@ -10,6 +10,7 @@ from hsae.cache.errors import UserError
 from hsae.cache.lm import LanguageModel
 from hsae.cache.store import ActivationStore
 from hsae.eval.core.evaluation import CoreOptions, Listener, check, evaluate
+from hsae.eval.core.fits import doubts, same_hook
 from hsae.eval.core.schema import CoreResult, file_name, hsae_version, read_core, write_core
 from hsae.train import saelens
 from hsae.train.config import RunConfig
@@ -35,6 +36,8 @@ class Target:
     sae_id: str
     weights_digest: str
     """SHA-256 of the files the SAE was read from."""
+    doubts: tuple[str, ...] = ()
+    """What a person should know of the SAE before its numbers are believed."""
 
     @property
     def path(self) -> Path:
@@ -104,18 +107,22 @@ def model_digest(model_dir: Path) -> str:
 def folder_targets(plan: Plan, folders: Sequence[Path], out: Path) -> list[Target]:
     """SAEs in SAELens folders; the results go to `out`. Raises UserError if a folder can't be read."""
     targets = []
-    for folder in folders:
+    short = ["/".join(folder.resolve().parts[-2:]) for folder in folders]
+    for folder, label in zip(folders, short, strict=True):
         view = saelens.load(folder)
         made_for = view.metadata.get("hook_name")
+        hook = next((hook for hook in plan.hook.names if made_for and same_hook(made_for, hook)), plan.hook.names[0])
+        named = folder.resolve() if ".." in folder.parts else folder
         targets.append(
             Target(
                 view=view,
-                hook=made_for if made_for in plan.hook.names else plan.hook.names[0],
+                hook=hook,
                 folder=out,
-                label="/".join(folder.resolve().parts[-2:]),
-                release=folder.as_posix().strip("./") or folder.resolve().name,
+                label=label if short.count(label) == 1 else folder.as_posix(),
+                release=named.as_posix().strip("./") or folder.resolve().name,
                 sae_id="custom_sae",
                 weights_digest=_digest(folder / saelens.CONFIG_FILE, folder / saelens.WEIGHTS_FILE),
+                doubts=(*view.remarks, *doubts(view, hook, plan.model.id)),
             )
         )
     paths = [target.path for target in targets]

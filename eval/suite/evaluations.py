@@ -15,6 +15,7 @@ from torch import Tensor
 from hsae.cache.errors import UserError
 from hsae.cache.parts import PART_TEXTS
 from hsae.cache.probe import ProbeStore, TaskEntry
+from hsae.eval.core.fits import check_fits
 from hsae.eval.core.schema import envelope, hsae_version, write_result
 from hsae.eval.core.targets import Target
 from hsae.eval.suite import absorption, scr_tpp, sparse_probing
@@ -71,15 +72,6 @@ class Evaluator(Protocol):
 
     def content(self, target: Target) -> dict[str, Any]:
         """A target's result as JSON."""
-
-
-def check_fits(view: View, hook: str, d_model: int, model: str) -> None:
-    """Refuse an SAE that does not belong to a hook. Raises UserError."""
-    if view.d_in != d_model:
-        raise UserError(f"SAE {view.name!r} reads vectors of width {view.d_in}; {hook} of {model} has width {d_model}")
-    made_for = view.metadata.get("hook_name")
-    if made_for is not None and made_for != hook:
-        raise UserError(f"SAE {view.name!r} was made for {made_for}; this evaluation is of {hook}")
 
 
 class Bench:

@@ -15,9 +15,9 @@ from hsae.cache.entities import counted
 from hsae.cache.errors import NotApplicable, StoreError
 from hsae.cache.lm import LanguageModel
 from hsae.cache.ravel import RavelStore
+from hsae.eval.core.fits import check_fits
 from hsae.eval.core.schema import envelope, hsae_version
 from hsae.eval.core.targets import Target
-from hsae.eval.suite.evaluations import check_fits
 from hsae.eval.suite.ravel import (
     Attributes,
     Exchange,
