@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
-from hsae.cli.common import DeviceOption, PlanOption, RunOption, SetOption, console
+from hsae.cli.common import DeviceOption, PlanOption, RunOption, SetOption, console, say
 
 if TYPE_CHECKING:
     from hsae.eval.report.ablation import Ablations
@@ -129,9 +128,7 @@ def ablate(
     ablation_png(table, out / "ablations.png")
     console.rule("ablations")
     _print(table)
-    console.print(
-        f"results in [bold]{escape(str(out))}[/]: ablations.md, ablations.json, ablations.png", soft_wrap=True
-    )
+    say("results in ", (str(out), "bold"), ": ablations.md, ablations.json, ablations.png")
 
 
 def _unlearn(unlearning: Any, cache: Any, runs: str, seeds: int, device: str, common: dict[str, Any]) -> None:
@@ -152,15 +149,15 @@ def _print(table: "Ablations") -> None:
         for column in columns:
             drawn.add_column(column.title, justify="right")
         for line in table.lines:
-            cells = [escape(text(line.cells[column.key], column)) for column in columns]
+            cells = [text(line.cells[column.key], column) for column in columns]
             if any(cells):
-                drawn.add_row(f"{line.number} {escape(line.name)}", *cells)
+                drawn.add_row(f"{line.number} {line.name}", *cells)
         console.print(drawn)
     console.print(
-        f"mean ± standard deviation over {table.seeds} seeds, \\[the same of a map without structure], * of a map fitted to the codes\n"
+        f"mean ± standard deviation over {table.seeds} seeds, [the same of a map without structure], * of a map fitted to the codes\n"
     )
     for judgement in table.judgements:
-        console.print(f"• {escape(judgement.sentence)}")
-    console.print(f"\n{escape(method(table))}")
+        console.print(f"• {judgement.sentence}")
+    console.print(f"\n{method(table)}")
     if table.missing:
-        console.print(f"[yellow]not there: {escape(', '.join(table.missing))}[/]")
+        say(f"not there: {', '.join(table.missing)}", style="yellow")

@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
+from hsae.cli.common import (
+    AllOption,
+    DeviceOption,
+    PlanOption,
+    RunOption,
+    SeedsOption,
+    SetOption,
+    console,
+    plus_minus,
+    progress_bars,
+    say,
+    waiting,
+)
 from hsae.cli.suite import ForceOption, OutOption, SaeOption
 
 if TYPE_CHECKING:
@@ -107,22 +119,22 @@ def autointerp(
             bench.check(target)
         results = {id(target): bench.found(target) for target in targets if not force}
         missing = [target for target in targets if results.get(id(target)) is None]
-        with console.status("autointerp: reading") as status:
+        with waiting("autointerp: reading") as tell:
             prepared = []
             for target in missing:
-                status.update(escape(f"autointerp: {target.label}: drawing windows"))
+                tell(f"autointerp: {target.label}: drawing windows")
                 prepared.append(bench.prepare(target))
             estimate = bench.estimate(prepared)
         if prepared:
-            console.print(_estimate(estimate, asked, prices), soft_wrap=True)
+            say(_estimate(estimate, asked, prices))
         if dry_run:
             return
         if estimate.requests:
             _agree(estimate, asked, prices, max_cost, yes)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("latents"))
-        with Progress(*columns, TimeRemainingColumn(compact=True), console=console) as bars:
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "latents")
+        with progress_bars(*columns, TimeRemainingColumn(compact=True)) as bars:
             for item in prepared:
-                task = bars.add_task(escape(item.target.label), total=len(item.cases))
+                task = bars.add_task(item.target.label, total=len(item.cases))
                 results[id(item.target)] = bench.evaluate(item, partial(_move, bars, task))
     done = [result for target in targets if (result := results[id(target)]) is not None]
     _print(done)
@@ -131,9 +143,9 @@ def autointerp(
         unread = f", {asked.unread} replies held no answer" if asked.unread else ""
         console.print(f"{asked.requests:,} requests sent{unread}{spent}")
     if note := noise_note(done):
-        console.print(escape(note), soft_wrap=True)
+        say(note)
     for folder in dict.fromkeys(result.target.folder for result in done):
-        console.print(f"results in [bold]{escape(str(folder))}[/]", soft_wrap=True)
+        say("results in ", (str(folder), "bold"))
     if reused := sum(result.reused for result in done):
         console.print(f"{reused} of {len(done)} were there already; --force scores them anew")
 
@@ -149,7 +161,7 @@ def _estimate(estimate: "Estimate", judge: "Judge", prices: "Prices | None") -> 
     )
     if prices is not None:
         text += f"; at most {estimate.cost(prices):.4f} (more only for answers that are not of the form asked for)"
-    return escape(text)
+    return text
 
 
 def _agree(estimate: "Estimate", judge: "Judge", prices: "Prices | None", max_cost: float | None, yes: bool) -> None:
@@ -187,7 +199,7 @@ def _print(results: "list[SuiteResult]") -> None:
         score = result.metric("autointerp_score")
         cells = [_cell(result.measures[name]) for name in HEADLINES["autointerp"]]
         count = str(result.content["hsae"]["latents"]["scored"])
-        table.add_row(escape(result.target.label), "undefined" if score is None else f"{score:.3f}", *cells, count)
+        table.add_row(result.target.label, "undefined" if score is None else f"{score:.3f}", *cells, count)
     console.print(table)
     for result in results:
         latents, judge = result.content["hsae"]["latents"], result.content["hsae"]["judge"]
@@ -198,11 +210,13 @@ def _print(results: "list[SuiteResult]") -> None:
             told.append(
                 f"{judge['malformed_answers']} answers not as asked, {len(latents['malformed'])} latents left out for it"
             )
-        console.print(escape(f"{result.target.label}: {'; '.join(told)}"), soft_wrap=True)
+        say(f"{result.target.label}: {'; '.join(told)}")
 
 
-def _cell(measure: "dict[str, float | None]") -> str:
+def _cell(measure: "dict[str, float | None]") -> str | Text:
     value, low, high = measure["value"], measure["low"], measure["high"]
     if value is None:
         return "undefined"
-    return f"{value:.3f}" + ("" if low is None or high is None else f" [dim]±{max(high - value, value - low):.3f}[/]")
+    if low is None or high is None:
+        return f"{value:.3f}"
+    return plus_minus(f"{value:.3f}", f"{max(high - value, value - low):.3f}")

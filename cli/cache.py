@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from hsae.cli import suite as suite_commands
-from hsae.cli.common import DeviceOption, PlanOption, SetOption, console
+from hsae.cli.common import DeviceOption, PlanOption, SetOption, console, progress_bars, say
 
 if TYPE_CHECKING:
     from hsae.cache.build import Progress as BuildProgress
@@ -71,16 +71,16 @@ def build(
             loaded.cache.dir,
             device=chosen,
             progress=progress,
-            say=lambda text: console.print(escape(text)),
+            say=say,
             share=share(),
         )
     for spec, path in zip(specs, paths, strict=True):
-        console.print(f"{spec.split} store: [bold]{escape(str(path))}[/]", soft_wrap=True)
+        say(f"{spec.split} store: ", (str(path), "bold"))
 
 
 def _sizes(estimates: "list[Estimate]", plan: str, device: str) -> Table:
     model = estimates[0].spec.model
-    table = Table(title=escape(f"plan {plan}, {model.id} in {model.dtype} on {device}"))
+    table = Table(title=f"plan {plan}, {model.id} in {model.dtype} on {device}")
     for column in ("store", "state", "rows", "tokens", "on disk", "free", "model", "time, about"):
         table.add_column(column, justify="left" if column in ("store", "state") else "right")
     for item in estimates:
@@ -117,10 +117,8 @@ def _duration(seconds: float | None) -> str:
 @contextmanager
 def _progress() -> "Iterator[BuildProgress]":
     """A progress bar a store and stage, with tokens/s and GB/s of activations."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"))
-    with Progress(
-        *columns, TimeRemainingColumn(compact=True), TextColumn("{task.fields[text]}"), console=console
-    ) as bars:
+    columns = ("{task.description}", BarColumn(), "{task.completed:,.0f}/{task.total:,.0f}")
+    with progress_bars(*columns, TimeRemainingColumn(compact=True), "{task.fields[text]}") as bars:
         tasks = {}
         began: dict[str, tuple[float, int]] = {}
 
@@ -150,7 +148,7 @@ def info(store: StoreArgument) -> None:
 
     opened = ActivationStore.open(store, require_complete=False)
     header, spec = opened.header, opened.spec
-    table = Table(title=escape(str(store)), show_header=False)
+    table = Table(title=str(store), show_header=False)
     corpus = spec.corpus
     last = "the last" if corpus.last_document is None else str(corpus.last_document - 1)
     rows = {
@@ -168,7 +166,7 @@ def info(store: StoreArgument) -> None:
             f"root mean square {summary.mean_square_norm**0.5:,.4g} over {summary.tokens:,} tokens"
         )
     for key, value in rows.items():
-        table.add_row(key, escape(value))
+        table.add_row(key, value)
     console.print(table)
 
 
@@ -186,21 +184,17 @@ def verify(
     from hsae.cache.verify import repair as repair_store
     from hsae.cache.verify import verify as verify_store
 
-    with Progress(
-        TextColumn("checking"), BarColumn(), TextColumn("{task.completed}/{task.total} chunks"), console=console
-    ) as bars:
+    with progress_bars("checking", BarColumn(), "{task.completed}/{task.total} chunks") as bars:
         task = bars.add_task("", total=None, visible=False)
         damages = verify_store(store, lambda done, total: bars.update(task, completed=done, total=total, visible=True))
     for damage in damages:
-        console.print(f"[red]damaged[/] {escape(str(damage.path))} {damage.problem}", soft_wrap=True)
+        say(("damaged", "red"), f" {damage.path} {damage.problem}")
     if damages and repair:
-        left = repair_store(store, damages, device=pick_device(device), say=lambda text: console.print(escape(text)))
+        left = repair_store(store, damages, device=pick_device(device), say=say)
         console.print(f"{len(damages) - len(left)} of {len(damages)} damaged chunks repaired")
         damages = left
     elif damages:
-        console.print(
-            f"{len(damages)} damaged; mend with: hsae cache verify {store} --repair", soft_wrap=True, markup=False
-        )
+        say(f"{len(damages)} damaged; mend with: hsae cache verify {store} --repair")
     else:
         console.print("all chunks are whole")
     if damages:
@@ -228,7 +222,7 @@ def list_stores(
     home = place(folder or load_plan(plan, overrides or ()).cache.dir)
     if not home.is_dir():
         raise StoreError(f"there is no folder {home}; stores are made by `hsae cache build`")
-    table = Table(title=escape(str(home)))
+    table = Table(title=str(home))
     for column in ("store", "state", "model", "hooks", "rows or texts", "size"):
         table.add_column(column, overflow="fold")
     for path in children(home):
@@ -237,13 +231,15 @@ def list_stores(
         try:
             header = read_header(path)
         except StoreError as error:
-            table.add_row(path.name, f"[red]{escape(str(error))}[/]", "", "", "", "")
+            table.add_row(path.name, Text(str(error), "red"), "", "", "", "")
             continue
         spec, state = header.spec, "complete" if header.complete else "not finished"
         size = _gb(total_bytes(spec, header.d_model))
         table.add_row(path.name, state, spec.model.id, ", ".join(spec.hooks), f"{spec.rows:,}", size)
     for found in probe_stores(home):
-        state = f"[red]{escape(found.problem)}[/]" if found.problem else "complete"
-        cells = (found.model, ", ".join(found.hooks), f"{found.texts:,}", _gb(found.bytes))
-        table.add_row(found.name, state, *(("", "", "", "") if found.problem else cells))
+        if found.problem:
+            table.add_row(found.name, Text(found.problem, "red"), "", "", "", "")
+        else:
+            cells = (found.model, ", ".join(found.hooks), f"{found.texts:,}", _gb(found.bytes))
+            table.add_row(found.name, "complete", *cells)
     console.print(table)

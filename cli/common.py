@@ -1,12 +1,80 @@
-"""Options that several commands share, and the console they print to."""
+"""Options that several commands share, and all that they print with: text is printed as it is, square brackets included.
 
+Styles are given beside the text, never in it. Nothing else here reads rich's markup, so a name can't vanish or break a table.
+"""
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, ProgressColumn, TextColumn
+from rich.text import Text
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+Part = str | Text | tuple[str, str]
+"""Text, or text and its style."""
+
+
+def say(*parts: Part, style: str = "") -> None:
+    """Print one line, however long it is."""
+    console.print(Text.assemble(*parts, style=style), soft_wrap=True)
+
+
+def plus_minus(value: str, half: str) -> Text:
+    """A number and half its interval."""
+    return Text.assemble(value, " ", (f"±{half}", "dim"))
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with a text, and what changes the text."""
+    with console.status(Text(text)) as status:
+        yield lambda text: status.update(Text(text))
+
+
+def one_line(error: BaseException) -> str | None:
+    """What ended a command, if that is the user's, the machine's or the network's doing; None for a bug, which keeps its traceback."""
+    from hsae.cache.errors import UserError
+
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return _failed_call(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+        return "the GPU is out of memory; lower train.batch_tokens, or train fewer runs at once"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        return f"the machine is out of memory; lower train.batch_tokens, or train fewer runs at once ({_first_line(error)})"
+    return None
+
+
+def _failed_call(error: OSError) -> str:
+    """The file if it is known, and else what to look at."""
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    said = f"{' -> '.join(names)}: {error.strerror}" if names else _first_line(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{said}; too many files are open at once: raise the limit with `ulimit -n 65536`"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = "" if names else "; of cache.dir, train.dir, --out, $HSAE_HOME and the temporary folder one is full"
+        return f"{said}{where}; make room (`df -h` shows where), and the same command goes on"
+    if not names and error.errno is not None:
+        return f"{said} (the system names no file; `ulimit -a` and `df -h` show common causes)"
+    return said
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def progress_bars(*columns: str | ProgressColumn) -> Progress:
+    """Progress bars; columns given as text are formats such as `{task.description}`."""
+    made = [TextColumn(column, markup=False) if isinstance(column, str) else column for column in columns]
+    return Progress(*made, console=console)
+
 
 PlanOption = Annotated[
     str | None,

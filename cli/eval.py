@@ -5,12 +5,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from hsae.cli import hierarchy, suite, synthetic
-from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
+from hsae.cli.common import (
+    AllOption,
+    DeviceOption,
+    PlanOption,
+    RunOption,
+    SeedsOption,
+    SetOption,
+    console,
+    plus_minus,
+    progress_bars,
+    say,
+)
 
 if TYPE_CHECKING:
     from hsae.eval.core.schema import CoreResult
@@ -108,9 +119,9 @@ def core(
     for item in evaluated:
         if item.result.dead:
             text = " ".join(item.result.notes)
-            console.print(f"[yellow]{escape(item.target.label)}: {escape(text)}[/]")
+            say(f"{item.target.label}: {text}", style="yellow")
     for folder in dict.fromkeys(item.target.folder for item in evaluated):
-        console.print(f"results in [bold]{escape(str(folder))}[/]", soft_wrap=True)
+        say("results in ", (str(folder), "bold"))
     if reused := sum(item.reused for item in evaluated):
         console.print(f"{reused} of {len(evaluated)} were there already; --force computes them anew")
 
@@ -152,7 +163,7 @@ def trained_runs(plan: "Plan", run: str | None, seeds: int) -> "list[tuple[Plan,
         )
     for seeded in every:
         if left_out := [str(config.number) for config in plan.runs.values() if (seeded, config) not in chosen]:
-            console.print(f"not trained yet, left out: run {', '.join(left_out)} in {escape(seeded.train.dir)}")
+            say(f"not trained yet, left out: run {', '.join(left_out)} in {seeded.train.dir}")
     return chosen
 
 
@@ -174,11 +185,11 @@ def _table(evaluated: "list[Evaluated]", faithful: bool) -> Table:
             _cell(result, name, digits, faithful)
             for name, digits in (("ce_loss_score", 3), ("kl_div_score", 3), ("explained_variance", 3), ("l0", 1))
         ]
-        table.add_row(escape(item.target.label), *cells, alive, style="yellow" if result.dead else None)
+        table.add_row(item.target.label, *cells, alive, style="yellow" if result.dead else None)
     return table
 
 
-def _cell(result: "CoreResult", name: str, digits: int, faithful: bool) -> str:
+def _cell(result: "CoreResult", name: str, digits: int, faithful: bool) -> str | Text:
     if faithful:
         value = result.metric(name)
         return "NaN" if value is None else f"{value:.{digits}f}"
@@ -188,7 +199,7 @@ def _cell(result: "CoreResult", name: str, digits: int, faithful: bool) -> str:
     text = f"{measure.value:.{digits}f}"
     if measure.low is not None and measure.high is not None:
         half = f"{max(measure.high - measure.value, measure.value - measure.low):.{digits}f}"
-        text += f" [dim]±{half.removeprefix('0') or '0'}[/]"
+        return plus_minus(text, half.removeprefix("0") or "0")
     return text
 
 
@@ -196,13 +207,12 @@ class _Screen:
     """A progress bar for each phase, and warnings above them."""
 
     def __init__(self) -> None:
-        self.bars = Progress(
-            TextColumn("{task.description}"),
+        self.bars = progress_bars(
+            "{task.description}",
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("batches"),
+            "batches",
             TimeRemainingColumn(compact=True),
-            console=console,
         )
         self.tasks: dict[str, TaskID] = {}
 
@@ -221,4 +231,4 @@ class _Screen:
 
     def warning(self, view: str, message: str) -> None:
         """Print above the bars."""
-        self.bars.console.print(f"[yellow]{escape(view)}: {escape(message)}[/]")
+        say(f"{view}: {message}", style="yellow")

@@ -4,10 +4,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
+from hsae.cli.common import (
+    AllOption,
+    DeviceOption,
+    PlanOption,
+    RunOption,
+    SeedsOption,
+    SetOption,
+    console,
+    plus_minus,
+    say,
+    waiting,
+)
 
 if TYPE_CHECKING:
     from hsae.eval.hierarchy.composition import CompositionResult, PairResult, Progress
@@ -56,16 +67,16 @@ def composition(
     place = pick_device(device)
     runs = trained_runs(loaded, run, seeds)
     sources = Sources.of(loaded)
-    with console.status("composition") as status:
+    with waiting("composition") as tell:
 
         def progress(label: str) -> "Progress":
-            return lambda name, done, total: status.update(f"{escape(label)}: {name}, batch {done} of {total}")
+            return lambda name, done, total: tell(f"{label}: {name}, batch {done} of {total}")
 
         done = evaluate_runs(
             runs, sources, compare=flat[0] if flat else None, force=force, device=place, progress=progress
         )
     if sources.fit is None and any(len(item.result.levels) > 1 for item in done):
-        console.print("[dim]no training store here: maps are read on the evaluation store's reconstruction rows[/]")
+        say("no training store here: maps are read on the evaluation store's reconstruction rows", style="dim")
     for item in done:
         _print(item)
     if reused := sum(item.reused for item in done):
@@ -73,26 +84,26 @@ def composition(
 
 
 def _print(item: "RunComposition") -> None:
-    console.print(f"\n[bold]run {escape(item.label)}[/]  [dim]{escape(str(item.path))}[/]")
+    say("\n", (f"run {item.label}", "bold"), "  ", (str(item.path), "dim"))
     console.print(_level_table(item.result))
     for pair in item.result.pairs:
         for name, reason in pair.reasons.items():
-            console.print(f"[dim]{name} map of level {pair.level}: none, {escape(reason)}[/]")
+            say(f"{name} map of level {pair.level}: none, {reason}", style="dim")
         for name, reading in pair.readings.items():
             console.print(_pair_table(pair, name))
             for key, entry in reading.measures.items():
                 if entry.reason is not None:
-                    console.print(f"[dim]{key.replace('_', ' ')} is undefined: {escape(entry.reason)}[/]")
+                    say(f"{key.replace('_', ' ')} is undefined: {entry.reason}", style="dim")
     for failure in item.verdict.failures:
-        console.print(f"[yellow]{escape(failure.text)}[/]")
+        say(failure.text, style="yellow")
     if len(item.result.levels) > 1 and not item.verdict.failures:
         console.print("no known failure")
     if len(item.result.levels) == 1:
-        console.print("[dim]one level: there is nothing to compose[/]")
+        say("one level: there is nothing to compose", style="dim")
         return
     for reason in dict.fromkeys(item.verdict.unchecked.values()):
         names = [name for name, why in item.verdict.unchecked.items() if why == reason]
-        console.print(f"[dim]not looked for: {', '.join(names)} ({escape(reason)})[/]")
+        say(f"not looked for: {', '.join(names)} ({reason})", style="dim")
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
@@ -124,7 +135,7 @@ def _pair_table(pair: "PairResult", name: str) -> Table:
     title = f"level {pair.level} ({pair.coarse}) of level {pair.level - 1} ({pair.alive_fine} of {pair.fine} alive), {name} map"
     table = _table(title, "measure", "value", "permuted", "z", "random", "z")
     for key, entry in pair.readings[name].measures.items():
-        cells = []
+        cells: list[str | Text] = []
         for null in (entry.nulls.get("permuted"), entry.nulls.get("random")):
             cells += (
                 ["", ""] if null is None else [_spread(null.mean, null.sd), "" if null.z is None else f"{null.z:+.1f}"]
@@ -134,21 +145,21 @@ def _pair_table(pair: "PairResult", name: str) -> Table:
     return table
 
 
-def _shown(estimate: "Estimate") -> str:
+def _shown(estimate: "Estimate") -> str | Text:
     if estimate.value is None:
         return "undefined"
     return _interval(estimate.value, estimate.low, estimate.high)
 
 
-def _interval(value: float, low: float | None, high: float | None) -> str:
+def _interval(value: float, low: float | None, high: float | None) -> str | Text:
     return _spread(value, None if low is None or high is None else max(high - value, value - low))
 
 
-def _spread(value: float, half: float | None) -> str:
+def _spread(value: float, half: float | None) -> str | Text:
     """A number with as many digits as are worth reading, and half its interval or its spread in the same."""
     digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     text = f"{value:.{digits}f}"
-    return text if half is None else text + f" [dim]±{f'{half:.{digits}f}'.removeprefix('0') or '0'}[/]"
+    return text if half is None else plus_minus(text, f"{half:.{digits}f}".removeprefix("0") or "0")
 
 
 def stability(
@@ -174,17 +185,23 @@ def stability(
     from hsae.eval.hierarchy.runs import stability_of
 
     for config in selected:
-        with console.status(f"run {escape(loaded.label(config))}"):
+        with waiting(f"run {loaded.label(config)}"):
             path, found = stability_of(loaded, config, seeds)
-        console.print(_stability_table(f"run {escape(loaded.label(config))}, {seeds} seeds", found))
-        console.print(f"[dim]{escape(str(path))}[/]")
+        console.print(_stability_table(f"run {loaded.label(config)}, {seeds} seeds", found))
+        say(str(path), style="dim")
 
 
 def _stability_table(title: str, found: "list[Agreement]") -> Table:
     table = _table(title, "measure", "level", "value", "sd over pairs", "chance")
     for item in found:
-        z = "" if item.null.z is None else f" [dim]z {item.null.z:+.1f}[/]"
+        z = "" if item.null.z is None else f" z {item.null.z:+.1f}"
         sd = "" if item.sd is None else f"{item.sd:.3f}"
         name = item.name.replace("_", " ")
-        table.add_row(name, str(item.level), f"{item.value:.3f}", sd, f"{item.null.mean:.3f} ±{item.null.sd:.3f}{z}")
+        table.add_row(
+            name,
+            str(item.level),
+            f"{item.value:.3f}",
+            sd,
+            Text.assemble(f"{item.null.mean:.3f} ±{item.null.sd:.3f}", (z, "dim")),
+        )
     return table

@@ -1,18 +1,21 @@
 """The `hsae` command."""
 
+import io
 import sys
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from hsae.cli import ablate, autointerp, cache, quickstart, report, store, train, unlearning
 from hsae.cli import eval as eval_commands
-from hsae.cli.common import errors
+from hsae.cli.common import errors, one_line
 
 app = typer.Typer(
     help="Hierarchical sparse autoencoders: cache a language model's activations once, then train and evaluate at will.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # which takes [table] and [/] in help for what they are
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cache.app.command("copy")(store.copy)
@@ -46,30 +49,23 @@ def _options(
 
 
 def main() -> None:
-    """Run a command; a mistake of the user's ends with one clear line and status 2, a failing machine with status 1."""
+    """Run a command. Status 2: the user can mend it; 1: the machine or the network failed; 130: interrupted. A bug shows its traceback."""
     from hsae.cache.errors import UserError
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # names of files may hold anything, and the terminal's encoding may lack it
     try:
         app()
-    except UserError as error:
-        errors.print(f"[bold red]Error:[/] {_escaped(error)}", soft_wrap=True)
-        sys.exit(2)
-    except OSError as error:
-        errors.print(f"[bold red]Error:[/] {_escaped(error)}", soft_wrap=True)
-        sys.exit(1)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+    except SystemExit as ended:
+        if ended.code == 130:
+            errors.print("Interrupted.")
+        raise
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
             raise
-        errors.print(
-            "[bold red]Error:[/] the GPU is out of memory; lower train.batch_tokens, or train fewer runs at once"
-        )
-        sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("Interrupted.")
-        sys.exit(130)
-
-
-def _escaped(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
+        errors.print(Text.assemble(("Error:", "bold red"), f" {line}"), soft_wrap=True)
+        sys.exit(2 if isinstance(error, UserError) else 1)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from hsae.cli.common import SetOption, console
+from hsae.cli.common import SetOption, console, say
 
 PLAN, RUNS = "gemma-3-270m", "0-5"
 
@@ -43,4 +42,4 @@ def quickstart(
     console.print(
         "  ".join(f"{name} {value:.0f} s" for name, value in seconds.items()) + f"  total {sum(seconds.values()):.0f} s"
     )
-    console.print(f"Look at [bold]{escape(str((out / 'report' / 'index.html').resolve()))}[/]", soft_wrap=True)
+    say("Look at ", (str((out / "report" / "index.html").resolve()), "bold"))

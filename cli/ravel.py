@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID
 
-from hsae.cli.common import console
+from hsae.cli.common import progress_bars, say, waiting
 
 if TYPE_CHECKING:
     from hsae.cache.ravel import RavelStore
@@ -33,32 +32,27 @@ def evaluate(
 
     targets = targets_of(plan, "ravel", run, seeds, sae, out)
     store, place = RavelStore(plan.ravel_spec(), plan.cache.dir), pick_device(device)
-    with console.status("ravel: reading") as status:
-
-        def say(text: str) -> None:
-            status.update(escape(text))
-
+    with waiting("ravel: reading") as tell:
         results = evaluate_with(
             lambda hook: RavelBench(
-                store, hook, draws, plan.ravel, lambda: LanguageModel.load(plan.model, device=place), place, say
+                store, hook, draws, plan.ravel, lambda: LanguageModel.load(plan.model, device=place), place, tell
             ),
             targets,
             force=force,
-            say=say,
+            say=tell,
         )
     print_results(results, "ravel")
     _print_passes(store, [result.content["hsae"] for result in results])
-    console.print(escape(told(store)), soft_wrap=True)
+    say(told(store))
 
 
 def _print_passes(store: "RavelStore", blocks: list[dict[str, object]]) -> None:
     from hsae.eval.suite.ravel_runs import passes_of
 
     spent = passes_of(blocks)
-    console.print(
+    say(
         f"behind these results: {spent['suffix']:,} prompts through the suffix ({spent['backward']:,} of them back too), {spent['prefix']:,} through the prefix for "
-        f"further tokens, {spent['spared']:,} spared because no chosen latent differs",
-        soft_wrap=True,
+        f"further tokens, {spent['spared']:,} spared because no chosen latent differs"
     )
 
 
@@ -82,8 +76,8 @@ def build(plan: "Plan", device: str) -> None:
     from hsae.cache.ravel import RavelStore, build_ravel
     from hsae.eval.suite.ravel_runs import told
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"))
-    with Progress(*columns, console=console) as bars:
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "prompts")
+    with progress_bars(*columns) as bars:
         shown: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
@@ -96,7 +90,7 @@ def build(plan: "Plan", device: str) -> None:
             plan.cache.dir,
             device=device,
             progress=progress,
-            say=lambda text: console.print(escape(text)),
+            say=say,
         )
-    console.print(escape(told(RavelStore(plan.ravel_spec(), plan.cache.dir))), soft_wrap=True)
-    console.print(f"ravel store: [bold]{escape(str(path))}[/]", soft_wrap=True)
+    say(told(RavelStore(plan.ravel_spec(), plan.cache.dir)))
+    say("ravel store: ", (str(path), "bold"))

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from hsae.cli.common import AllOption, PlanOption, RunOption, SetOption, console
+from hsae.cli.common import AllOption, PlanOption, RunOption, SetOption, say, waiting
 
 
 def report(
@@ -47,17 +46,15 @@ def report(
         store = ActivationStore.open(loaded.store_path("eval"))
         tokenizer = load_tokenizer(loaded.model)
     except (StoreError, ModelError) as error:
-        console.print(f"[yellow]no contexts in this report: {escape(str(error))}[/]")
+        say(f"no contexts in this report: {error}", style="yellow")
     run_dirs = [loaded.run_dir(config) for config in selected]
-    with console.status("report") as status:
+    with waiting("report") as tell:
         path = write_report(
             run_dirs,
             out,
             compare=compare or (),
             store=store,
             tokenizer=tokenizer,
-            progress=lambda text: status.update(f"report: {escape(text)}"),
+            progress=lambda text: tell(f"report: {text}"),
         )
-    console.print(
-        f"report: [bold]{escape(str(path))}[/], table: {escape(str(path.with_name('report.md')))}", soft_wrap=True
-    )
+    say("report: ", (str(path), "bold"), f", table: {path.with_name('report.md')}")

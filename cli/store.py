@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TimeRemainingColumn
 
-from hsae.cli.common import console
+from hsae.cli.common import progress_bars, say
 
 SourceArgument = Annotated[str, typer.Argument(metavar="STORE", help="Directory or URL of a complete store.")]
 FolderArgument = Annotated[
@@ -56,11 +55,11 @@ def serve(
     from hsae.cache.serve import serve as serve_stores
 
     def started(url: str, names: list[str]) -> None:
-        console.print(f"serving at [bold]{escape(url)}[/], for reading only:", soft_wrap=True)
+        say("serving at ", (url, "bold"), ", for reading only:")
         for name in names:
-            console.print(f"  {escape(name)}", soft_wrap=True)
+            say(f"  {name}")
         if key is None and host not in ("127.0.0.1", "::1", "localhost"):
-            console.print("[yellow]without --certificate and --key the token crosses the network in the clear[/]")
+            say("without --certificate and --key the token crosses the network in the clear", style="yellow")
 
     serve_stores(
         path, os.environ.get("HSAE_TOKEN"), host=host, port=port, certificate=certificate, key=key, started=started
@@ -70,8 +69,8 @@ def serve(
 def _transfer(source: str, folder: str, codec: Literal["mappable", "compact", "int8"] | None) -> None:
     from hsae.cache.transfer import copy as copy_store
 
-    columns = (TextColumn("copying"), BarColumn(), TextColumn("{task.completed}/{task.total} chunks"))
-    with Progress(*columns, TimeRemainingColumn(compact=True), console=console) as bars:
+    columns = ("copying", BarColumn(), "{task.completed}/{task.total} chunks")
+    with progress_bars(*columns, TimeRemainingColumn(compact=True)) as bars:
         task = bars.add_task("", total=None, visible=False)
         target = copy_store(
             source,
@@ -79,4 +78,4 @@ def _transfer(source: str, folder: str, codec: Literal["mappable", "compact", "i
             codec=codec,
             progress=lambda done, total: bars.update(task, completed=done, total=total, visible=True),
         )
-    console.print(f"copied and checked: [bold]{escape(str(target))}[/]", soft_wrap=True)
+    say("copied and checked: ", (str(target), "bold"))

@@ -7,12 +7,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
+from rich.text import Text
 
 from hsae.cli import ravel
-from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
+from hsae.cli.common import (
+    AllOption,
+    DeviceOption,
+    PlanOption,
+    RunOption,
+    SeedsOption,
+    SetOption,
+    console,
+    plus_minus,
+    progress_bars,
+    say,
+    waiting,
+)
 
 if TYPE_CHECKING:
     from hsae.cache.probe_config import Suite
@@ -120,7 +132,7 @@ def every(
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("outcome", overflow="fold")
     for name, state, seconds in summary:
-        table.add_row(name, f"{seconds:.0f} s", escape(state), style=_style(state))
+        table.add_row(name, f"{seconds:.0f} s", state, style=_style(state))
     console.print(table)
     if failed:
         console.print(f"{failed} of {len(jobs)} evaluations failed")
@@ -206,14 +218,14 @@ def _evaluate(
     from hsae.eval.suite.evaluations import evaluate_suite
 
     targets = targets_of(plan, suite, run, seeds, sae, out)
-    with console.status(f"{suite}: reading") as status:
+    with waiting(f"{suite}: reading") as tell:
         results = evaluate_suite(
             targets,
             lambda: ProbeStore(plan.probe(suite), plan.cache.dir),
             seeds=draws,
             force=force,
             device=pick_device(device),
-            say=lambda text: status.update(escape(text)),
+            say=tell,
         )
     print_results(results, suite)
     return results
@@ -225,9 +237,9 @@ def print_results(results: "list[SuiteResult]", suite: str) -> None:
 
     console.print(_table(results, suite))
     if note := noise_note(results, suite):
-        console.print(escape(note), soft_wrap=True)
+        say(note)
     for folder in dict.fromkeys(result.target.folder for result in results):
-        console.print(f"results in [bold]{escape(str(folder))}[/]", soft_wrap=True)
+        say("results in ", (str(folder), "bold"))
     if reused := sum(result.reused for result in results):
         console.print(f"{reused} of {len(results)} were there already; --force computes them anew")
 
@@ -246,16 +258,16 @@ def _table(results: "list[SuiteResult]", suite: str) -> Table:
             short = short.replace(part, "")
         table.add_column(short.strip("_").replace("_", " ") or "all", justify="right", no_wrap=True)
     for result in results:
-        table.add_row(escape(result.target.label), *(_cell(result.measures.get(name)) for name in HEADLINES[suite]))
+        table.add_row(result.target.label, *(_cell(result.measures.get(name)) for name in HEADLINES[suite]))
     return table
 
 
-def _cell(measure: "dict[str, float | None] | None") -> str:
+def _cell(measure: "dict[str, float | None] | None") -> str | Text:
     if measure is None or measure["value"] is None:
         return "undefined"
     text = f"{measure['value']:.3f}"
     if measure["high"] is not None:
-        text += f" [dim]±{measure['high'] - measure['value']:.3f}[/]"
+        return plus_minus(text, f"{measure['high'] - measure['value']:.3f}")
     return text
 
 
@@ -271,19 +283,19 @@ def build(plan: "Plan", suite: str, device: str, *, dry_run: bool) -> None:
 
     _no_dry_run(dry_run)
     check_writable(probe_folder(plan.cache.dir))
-    model = LanguageModel.load(plan.model, device=device, say=lambda text: console.print(escape(text)))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("texts"))
+    model = LanguageModel.load(plan.model, device=device, say=say)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "texts")
     for name in SUITES if suite == "all" else (_suite(suite),):
-        with Progress(*columns, console=console) as bars:
+        with progress_bars(*columns) as bars:
             shown: dict[str, TaskID] = {}
 
             def told(task: str, done: int, total: int, bars: Progress = bars, shown: dict[str, TaskID] = shown) -> None:
                 if task not in shown:
-                    shown[task] = bars.add_task(escape(task), total=total)
+                    shown[task] = bars.add_task(task, total=total)
                 bars.update(shown[task], completed=done)
 
             path = build_probe(plan.probe(name), plan.cache.dir, device=device, progress=told, model=model)
-        console.print(f"{name} store: [bold]{escape(str(path))}[/]", soft_wrap=True)
+        say(f"{name} store: ", (str(path), "bold"))
 
 
 def build_ravel(plan: "Plan", device: str, *, dry_run: bool) -> None:

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from hsae.cli.common import DeviceOption, RunOption, SetOption, console
+from hsae.cli.common import DeviceOption, RunOption, SetOption, console, progress_bars, say
 
 if TYPE_CHECKING:
     from hsae.train.config import RunConfig
@@ -84,8 +84,8 @@ def synthetic(
     for arm in selected:
         for row in content["arms"][arm.name]["seeds"]:
             if "failure" in row:
-                console.print(f"[yellow]{escape(arm.name)}, seed {row['seed']}: {escape(row['failure'])}[/]")
-    console.print(f"results in [bold]{escape(str(out / arms.tier.name))}.json[/]", soft_wrap=True)
+                say(f"{arm.name}, seed {row['seed']}: {row['failure']}", style="yellow")
+    say("results in ", (f"{out / arms.tier.name}.json", "bold"))
 
 
 def _table(
@@ -102,28 +102,27 @@ def _table(
         cells = [_cell(scores, name) for _, name in columns]
         if title == "features":
             cells.append("+".join(f"{value:.1f}" for value in scores["mean"].get("l0", ())))
-        table.add_row(f"{arm.number} {escape(arm.name)}", *cells)
+        table.add_row(f"{arm.number} {arm.name}", *cells)
     return table
 
 
-def _cell(scores: dict[str, Any], name: str) -> str:
+def _cell(scores: dict[str, Any], name: str) -> str | Text:
     value, spread = scores["mean"].get(name), scores["sd"].get(name)
     if value is None:
         return "-"
     text = f"{value:.3f}".replace("0.", ".", 1)
-    return text if spread is None else f"{text}[dim]±{f'{spread:.2f}'.removeprefix('0')}[/]"
+    return text if spread is None else Text.assemble(text, (f"±{f'{spread:.2f}'.removeprefix('0')}", "dim"))
 
 
 class _Screen:
     """A bar over arms and seeds, and one over the steps of what trains now."""
 
     def __init__(self, total: int) -> None:
-        self.bars = Progress(
-            TextColumn("{task.description}"),
+        self.bars = progress_bars(
+            "{task.description}",
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
-            console=console,
         )
         self.all = self.bars.add_task("arms x seeds", total=total)
         self.now = self.bars.add_task("", total=None)

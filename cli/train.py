@@ -6,11 +6,21 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hsae.cli.common import AllOption, DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console, errors
+from hsae.cli.common import (
+    AllOption,
+    DeviceOption,
+    PlanOption,
+    RunOption,
+    SeedsOption,
+    SetOption,
+    console,
+    errors,
+    progress_bars,
+    say,
+)
 
 if TYPE_CHECKING:
     from hsae.train.config import RunConfig
@@ -125,9 +135,9 @@ def _train(
                     divide=divide,
                 )
             for result in ended:
-                console.print(
-                    escape(f"run {seeded.label(result.run)}: {result.status} {result.detail}"),
-                    f"[dim]{escape(str(seeded.run_dir(result.run)))}[/]",
+                say(
+                    f"run {seeded.label(result.run)}: {result.status} {result.detail} ",
+                    (str(seeded.run_dir(result.run)), "dim"),
                 )
             results += ended
             if workers.any(stop.asked):
@@ -169,13 +179,12 @@ class _Screen:
 
     def __init__(self, plan: "Plan") -> None:
         self.plan = plan
-        self.progress = Progress(
-            TextColumn("{task.description}"),
+        self.progress = progress_bars(
+            "{task.description}",
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[text]}"),
-            console=console,
+            "{task.fields[text]}",
         )
         self.tasks: dict[int, Any] = {}
 
@@ -201,4 +210,4 @@ class _Screen:
 
     def warning(self, run: "RunConfig", message: str) -> None:
         """Print a warning above the bars."""
-        self.progress.console.print(f"[yellow]run {self.plan.label(run)}: {escape(message)}[/]")
+        say(f"run {self.plan.label(run)}: {message}", style="yellow")

@@ -4,11 +4,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from hsae.cli.common import DeviceOption, PlanOption, RunOption, SeedsOption, SetOption, console
+from hsae.cli.common import (
+    DeviceOption,
+    PlanOption,
+    RunOption,
+    SeedsOption,
+    SetOption,
+    console,
+    plus_minus,
+    progress_bars,
+    say,
+)
 from hsae.cli.eval import trained_runs
 
 if TYPE_CHECKING:
@@ -82,13 +92,13 @@ def unlearning(
             f"{passes['run']:,} rows passed through the suffix, {passes['spared']:,} spared because nothing fired; "
             f"{passes['unembedded']:,} positions unembedded",
         )
-        console.print(f"results in [bold]{escape(str(item.folder))}[/]{note}", soft_wrap=True)
+        say("results in ", (str(item.folder), "bold"), note)
 
 
 def _table(item: "Unlearned") -> Table:
     """Forget loss added at each budget of retain loss, with intervals over documents."""
     table = Table(
-        title=f"run {escape(item.plan.label(item.run))}: loss added on forget text, nats a token, within a budget of loss added on retain "
+        title=f"run {item.plan.label(item.run)}: loss added on forget text, nats a token, within a budget of loss added on retain "
         "text; ± spans the 95 % interval over documents",
         title_justify="left",
         box=SIMPLE_HEAD,
@@ -106,23 +116,23 @@ def _table(item: "Unlearned") -> Table:
     return table
 
 
-def _cell(entry: dict[str, float | None], digits: int = 3) -> str:
+def _cell(entry: dict[str, float | None], digits: int = 3) -> str | Text:
     if entry["value"] is None:
         return "undefined"
     text, low, high = f"{entry['value']:.{digits}f}", entry["low"], entry["high"]
     if entry["value"] and low is not None and high is not None:
         half = f"{max(high - entry['value'], entry['value'] - low):.2f}"
-        text += f" [dim]±{half.removeprefix('0') or '0'}[/]"
+        return plus_minus(text, half.removeprefix("0") or "0")
     return text
 
 
 def _print_signature(item: "Unlearned") -> None:
     signature = item.result["signature"]
     if signature["explanation"] is not None:
-        console.print(f"no signature test: {escape(signature['explanation'])}")
+        console.print(f"no signature test: {signature['explanation']}")
     for pair in signature["pairs"]:
         table = Table(
-            title=f"latents chosen on {escape(pair['selected_on'])}, tested on {escape(pair['tested_on'])}: loss added",
+            title=f"latents chosen on {pair['selected_on']}, tested on {pair['tested_on']}: loss added",
             title_justify="left",
             box=SIMPLE_HEAD,
             pad_edge=False,
@@ -152,7 +162,7 @@ def _print_scores(done: "list[Unlearned]") -> None:
             if best is not None:
                 clamp = f"{best['clamped']} latents at -{best['multiplier']:g}, retain threshold {best['retain_threshold']:g}"
                 cells = (f"{best['forget_accuracy']:.3f}", f"{best['retain_accuracy']:.3f}", clamp)
-            table.add_row(f"{escape(item.plan.label(item.run))} {name}", f"{arm['unlearning_score']:.3f}", *cells)
+            table.add_row(f"{item.plan.label(item.run)} {name}", f"{arm['unlearning_score']:.3f}", *cells)
     console.print(table)
     for item in done:
         asked, passes = item.result["questions"], item.result["passes"]
@@ -161,19 +171,18 @@ def _print_scores(done: "list[Unlearned]") -> None:
             f"{asked['retain']['answered']} of {asked['retain']['given']} retain questions; {passes['run']:,} prompts passed, "
             f"{passes['spared']:,} spared because nothing fired"
         )
-        console.print(f"results in [bold]{escape(str(item.folder))}[/]", soft_wrap=True)
+        say("results in ", (str(item.folder), "bold"))
 
 
 class _Screen:
     """A progress bar for each arm."""
 
     def __init__(self) -> None:
-        self.bars = Progress(
-            TextColumn("{task.description}"),
+        self.bars = progress_bars(
+            "{task.description}",
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            console=console,
         )
 
     def __enter__(self) -> "_Screen":
