@@ -144,7 +144,7 @@ def of_folders(plan: "Plan", folders: list[Path], out: Path) -> "list[Target]":
     targets = folder_targets(plan, folders, out)
     for target in targets:
         for doubt in target.doubts:
-            console.print(f"[yellow]{escape(target.label)}: {escape(doubt)}[/]", soft_wrap=True)
+            say(f"{target.label}: {doubt}", style="yellow")
     return targets
 
 
