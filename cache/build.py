@@ -24,7 +24,7 @@ from torch import Tensor
 from hsae.cache import losses, tally, writer
 from hsae.cache.codec import DamagedChunkError, read_chunk
 from hsae.cache.config import FORMAT_VERSION, StoreSpec
-from hsae.cache.corpus import Corpus, Packer, open_corpus, tokenised
+from hsae.cache.corpus import TEXT_TABLES, Corpus, Packer, open_corpus, tokenised
 from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.files import sweep
 from hsae.cache.layout import (
@@ -98,6 +98,8 @@ def build(
         say(f"loading {specs[0].model.id}")
         model = LanguageModel.load(specs[0].model, device=device, say=say)
         builders = [Builder(spec, target, model, progress, documents, share) for spec, target in missing]
+        for note in dict.fromkeys(note for builder in builders for note in builder.corpus.notes):
+            say(note)
         for builder in builders:
             builder.prepare()
         for builder in builders:
@@ -133,7 +135,11 @@ class Builder:
         self.spec, self.target, self.model, self.progress = spec, target, model, progress
         model.check_hooks(spec.hooks)
         self.documents, self.share = documents, share
-        self.corpus = open_corpus(spec.corpus) if documents is None else Corpus("token ids", "given", lambda: iter(()))
+        self.corpus = (
+            open_corpus(spec.corpus, spec.split)
+            if documents is None
+            else Corpus("token ids", "given", lambda: iter(()))
+        )
         self.specs = arrays(spec, model.d_model)
         self.step = chunk_rows(spec, model.d_model)
         self.row_bytes = len(spec.hooks) * self.specs[f"acts/{spec.hooks[0]}"].chunk_bytes // self.step
@@ -153,7 +159,14 @@ class Builder:
             self.check_same(read_header(self.target), self.header())
             if isinstance(self.target, Path) and self.share.world == 1:
                 sweep(self.target)
-        self.write_tokens()
+        try:
+            self.write_tokens()
+        except CorpusError:
+            if not any(
+                spec.written(self.target).any() for path, spec in self.specs.items() if path.startswith("acts/")
+            ):
+                remove(self.target)  # tokens only: nothing that took long is lost
+            raise
 
     def _await(self, there: Callable[[], bool]) -> None:
         """Wait for something that worker 0 makes. Raises StoreError if its packing has not gone on for WAIT seconds."""
@@ -272,19 +285,19 @@ class Builder:
         return rows[: self.spec.rows]
 
     def _too_little_text(self, rows: int) -> None:
-        spec = self.spec
-        last = "" if spec.corpus.last_document is None else f" to {spec.corpus.last_document - 1}"
-        if not any(array.written(self.target).any() for path, array in self.specs.items() if path.startswith("acts/")):
-            remove(self.target)  # tokens only: nothing that took long is lost
+        spec, table = self.spec, TEXT_TABLES[self.spec.split]
+        last = "the last" if spec.corpus.last_document is None else str(spec.corpus.last_document - 1)
         names = {
             "train": "cache.train.rows",
             "eval": "cache.eval.batches_variance",
             "autointerp": "autointerp.total_tokens",
         }
-        change = names.get(spec.split, "unlearning.rows")
+        wider = [f"lower {table}.first_document"] if spec.corpus.first_document else []
+        wider += [f"raise {table}.last_document"] if spec.corpus.last_document else []
         raise CorpusError(
-            f"corpus {spec.corpus.corpus!r}, documents {spec.corpus.first_document}{last or ' to the last'}, gives {rows} rows of "
-            f"{spec.context} tokens; {spec.rows} were asked for. Lower {change}, or use more text"
+            f"corpus {spec.corpus.corpus!r}, documents {spec.corpus.first_document} to {last}, gives {rows} rows of "
+            f"{spec.context} tokens; {spec.rows} were asked for. Lower {names.get(spec.split, 'unlearning.rows')}, or use more text"
+            + (f" ({' or '.join(wider)}, but let no document be in two splits)" if wider else "")
         )
 
     # --- activations --------------------------------------------------------------------------------------------

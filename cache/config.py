@@ -5,7 +5,7 @@ import json
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from hsae.cache.remote import RemotePath, place
 
@@ -57,8 +57,8 @@ class CorpusConfig(Config):
     """Where text comes from and which documents of it are used."""
 
     corpus: str = Field(min_length=1)
-    """`python-docs`, `python-prose`, `python-source`, `python-mix`, a .txt/.jsonl/.parquet file, a folder of those, or a Hugging Face
-    data set id."""
+    """`python-docs`, `python-prose`, `python-source`, `python-mix`, a .txt, .jsonl, .csv, .tsv or .parquet file, a folder of those, or a
+    Hugging Face data set id."""
     revision: str | None = None
     """Data set revision on the hub."""
     subset: str | None = None
@@ -66,13 +66,21 @@ class CorpusConfig(Config):
     split: str = "train"
     """Data set split on the hub."""
     column: str = "text"
-    """Text column of jsonl, parquet and hub data."""
+    """Text column of all but .txt files."""
     shuffle_seed: int | None = None
     """Order of the shards of a hub data set; SAEBench uses 42. None keeps the order."""
     first_document: int = Field(default=0, ge=0)
     """Documents before this one are left out (0-based, in corpus order)."""
     last_document: int | None = Field(default=None, ge=1)
     """Documents from this one on are left out; None uses all."""
+
+    @model_validator(mode="after")
+    def _some(self) -> "CorpusConfig":
+        if self.last_document is not None and self.last_document <= self.first_document:
+            raise ValueError(
+                f"last_document = {self.last_document} leaves nothing: it must be above first_document = {self.first_document}"
+            )
+        return self
 
 
 class TrainCacheConfig(CorpusConfig):
@@ -89,6 +97,8 @@ class EvalCacheConfig(CorpusConfig):
     """Batches whose clean loss and final vector are kept (SAEBench's n_eval_reconstruction_batches)."""
     batches_variance: int = Field(default=2000, ge=1)
     """Batches after those (SAEBench's n_eval_sparsity_variance_batches)."""
+    training_text: bool = False
+    """Whether the store may be made of documents that are trained on."""
 
 
 class CacheConfig(Config):

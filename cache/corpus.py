@@ -4,21 +4,47 @@ Shapes: T context length. Packing is SAEBench's: a row starts with BOS, a docume
 document goes on in the next row after that row's own BOS; nothing is padded.
 """
 
+import filecmp
 import hashlib
-import importlib.util
-import json
+import math
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hsae.cache.config import CorpusConfig
+from hsae.cache.config import CorpusConfig, Split
 from hsae.cache.errors import CorpusError
-from hsae.cache.packaged import CORPORA, Document
+from hsae.cache.packaged import CORPORA, MOST_CHARACTERS_MIXED, Document
+from hsae.cache.records import (
+    COMPRESSED,
+    READERS,
+    UNREADABLE,
+    MissingColumn,
+    decoded,
+    file_kind,
+    open_data_set,
+    opened,
+    placed_records,
+    resolved_revision,
+    streamed,
+    values_of,
+    whole,
+)
 from hsae.cache.weights import files_digest
 
 TOKENISED_AT_ONCE = 64  # documents: the tokenizer takes them on all cores
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+KINDS = (".txt", *READERS)
+TEXT_TABLES: dict[Split, str] = {
+    "train": "cache.train",
+    "eval": "cache.eval",
+    "forget": "unlearning.forget",
+    "retain": "unlearning.retain",
+    "autointerp": "autointerp.text",
+}
+"""Where a plan says which text a store is made of."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +55,31 @@ class Corpus:
     digest: str
     documents: Callable[[], Iterator[Document]]
     """Starts over at the first document that is used."""
+    notes: tuple[str, ...] = ()
+    """What people should know: files that are not read."""
 
     def open(self) -> Iterator[str]:
         """The texts of `documents`."""
         return (document.text for document in self.documents())
 
 
-def open_corpus(config: CorpusConfig) -> Corpus:
-    """The documents `config` asks for. Raises CorpusError if they can't be had."""
-    name, path = config.corpus, Path(config.corpus).expanduser()
+def open_corpus(config: CorpusConfig, split: Split = "train") -> Corpus:
+    """The documents `config` asks for. Raises CorpusError, naming keys of the table of `split`, if they can't be had.
+
+    A row without text (null) is a document without tokens: document numbers are row numbers.
+    """
+    name, path, table = config.corpus, Path(config.corpus).expanduser(), TEXT_TABLES[split]
+    notes: list[str] = []
     if name in CORPORA:
         packaged = CORPORA[name]()
         digest = _digest(hashlib.sha256(document.text.encode()).hexdigest() for document in packaged)
         every: Callable[[], Iterator[Document]] = lambda: iter(packaged)  # noqa: E731
     elif path.exists():
-        files = _files(path)
+        files, notes = _files(path, config.column)
         digest = files_digest(files)
-        every = lambda: (Document(text, file.stem) for file in files for text in _read(file, config.column))  # noqa: E731
-    elif name.count("/") <= 1 and not name.startswith((".", "~")) and path.suffix not in SUFFIXES:
-        digest, every = _hub(config)
+        every = lambda: (document for file in files for document in _read(file, path, config.column, table))  # noqa: E731
+    elif name.count("/") <= 1 and not name.startswith((".", "~")) and file_kind(path) not in KINDS:
+        digest, every = _hub(config, table)
     else:
         raise CorpusError(
             f"corpus {name!r}: there is no such file or folder; a data set on the hub is written owner/name, and the packaged "
@@ -55,13 +87,19 @@ def open_corpus(config: CorpusConfig) -> Corpus:
         )
 
     def documents() -> Iterator[Document]:
+        index = -1
         for index, document in enumerate(every()):
             if config.last_document is not None and index >= config.last_document:
                 return
             if index >= config.first_document:
                 yield document
+        if index < config.first_document:
+            raise CorpusError(
+                f"corpus {name!r} has {index + 1} document{'' if index == 0 else 's'} (a .txt file is one), and {table}.first_document = "
+                f"{config.first_document} leaves none of them; lower {table}.first_document, or use more text"
+            )
 
-    return Corpus(name, digest, documents)
+    return Corpus(name, digest, documents, tuple(notes))
 
 
 def _digest(parts: Iterator[str]) -> str:
@@ -71,85 +109,202 @@ def _digest(parts: Iterator[str]) -> str:
     return total.hexdigest()
 
 
-def _files(path: Path) -> list[Path]:
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
-    if not files or any(file.suffix not in SUFFIXES for file in files):
-        raise CorpusError(f"corpus {str(path)!r}: no {', '.join(SUFFIXES)} file there; those are what can be read")
-    return files
+# ---- files --------------------------------------------------------------------------------------------------------------
 
 
-def _read(file: Path, column: str) -> Iterator[str]:
-    try:
-        if file.suffix == ".txt":
-            yield file.read_text(encoding="utf-8")
-        elif file.suffix == ".jsonl":
-            with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _field(json.loads(line), column, f"{file}, line {number}")
+def _files(path: Path, column: str) -> tuple[list[Path], list[str]]:
+    """The files of a corpus in the order in which they are read, and what to tell of those that are not.
+
+    In a folder links are followed, each file is read once (under the first of its names), and what is hidden is left out.
+    """
+    listed = f"{', '.join(KINDS)} (all but .parquet also as {', '.join(COMPRESSED)})"
+    if not path.is_dir():
+        if not path.is_file() or file_kind(path) not in KINDS:
+            raise CorpusError(f"corpus {str(path)!r} can't be read; what can be read are files of the kinds {listed}")
+        return [path], []
+    found: list[Path] = []
+    seen: set[Path] = set()
+    left = Counter[str]()
+    for file in sorted(_walk(path)):
+        kind = file_kind(file)
+        if not file.is_file():
+            left["no file"] += kind in KINDS
+        elif file.name.startswith("."):
+            left["hidden"] += kind in KINDS
+        elif kind not in KINDS or (kind == ".parquet" and file.suffix.lower() != kind):
+            left[file.suffix or "without suffix"] += not file.name.startswith("_")
+        elif kind in (".csv", ".tsv") and not _has(file, column):
+            left[f"{kind} without a column {column!r}"] += 1
+        elif file.name != whole(file.name):
+            raise CorpusError(f"corpus {str(path)!r}: the name of the file {file.name!r} is not UTF-8; rename it")
+        elif (real := file.resolve()) in seen:
+            left["the same file again"] += 1
         else:
-            yield from _parquet(file, column)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CorpusError(f"{file} can't be read as {file.suffix[1:]}: {error}") from None
-
-
-def _field(record: Any, column: str, where: str) -> str:
-    value = record.get(column) if isinstance(record, dict) else None
-    if not isinstance(value, str):
-        keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+            seen.add(real)
+            found.append(file)
+    told = ", ".join(f"{count} {what}" for what, count in sorted(left.items()) if count)
+    if not found:
         raise CorpusError(
-            f"{where}: no text in column {column!r} (there is: {keys}); set cache.train.column and cache.eval.column"
+            f"corpus {str(path)!r}: no {', '.join(KINDS)} file there; those are what can be read"
+            + (f" (there is: {told})" if told else "")
         )
-    return value
+    return found, [f"corpus {str(path)!r}: {len(found)} files are read, not read are {told}"] if told else []
 
 
-def _parquet(file: Path, column: str) -> Iterator[str]:
-    _need("pyarrow", f"reading {file.name}")
-    import pyarrow
-    from pyarrow import parquet
+def _walk(path: Path) -> Iterator[Path]:
+    """Every entry below a folder that is no folder, but for those in hidden ones; no folder is entered twice."""
 
+    def refuse(error: OSError) -> None:
+        raise CorpusError(f"corpus {str(path)!r} can't be read: {error}") from None
+
+    entered = set()
+    for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = (
+            [] if real in entered else sorted(name for name in folders if not name.startswith((".", "_delta_log")))
+        )
+        if real not in entered:
+            yield from (Path(folder) / name for name in names)
+        entered.add(real)
+
+
+def _has(file: Path, column: str) -> bool:
+    """Whether a .csv file has a column."""
     try:
-        opened = parquet.ParquetFile(file)
-        if column not in opened.schema_arrow.names:
-            _field(dict.fromkeys(opened.schema_arrow.names), column, str(file))
-        for batch in opened.iter_batches(columns=[column], batch_size=256):
-            for value in batch.column(0).to_pylist():
-                yield _field({column: value}, column, str(file))
-    except pyarrow.ArrowInvalid as error:
-        raise CorpusError(f"{file} is not a parquet file: {error}") from None
+        next(placed_records(file, [column]), None)
+    except MissingColumn:
+        return False
+    except CorpusError:
+        pass  # which is said when it is read
+    return True
 
 
-def _need(module: str, why: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise CorpusError(f"{why} needs the package {module}; run: pip install 'hsae[hub]'")
-
-
-def _hub(config: CorpusConfig) -> tuple[str, Callable[[], Iterator[Document]]]:
-    _need("datasets", f"corpus {config.corpus!r} (a data set on the hub)")
-    from datasets import load_dataset
-    from datasets.utils.logging import set_verbosity_error
-
-    set_verbosity_error()
+def _read(file: Path, root: Path, column: str, table: str) -> Iterator[Document]:
+    inside = [folder for folder in (*reversed(file.parents), file) if folder == root or root in folder.parents]
+    named = next(folder for folder in inside if file_kind(folder) in KINDS)  # the parts of a folder x.parquet are of x
+    topic = named.stem if named.suffix.lower() not in COMPRESSED else Path(named.stem).stem
+    if file_kind(file) != ".txt":
+        try:
+            for where, (value,) in placed_records(file, [column]):
+                yield Document(_text(value, where, column, table), topic)
+        except MissingColumn as error:
+            raise CorpusError(f"{error}; set {table}.column") from None
+        return
     try:
-        from huggingface_hub import HfApi
+        with opened(file) as data:
+            text = decoded(data.read()).replace("\r\n", "\n").replace("\r", "\n")
+    except UNREADABLE as error:
+        raise CorpusError(f"{file} can't be read as txt: {error}; save it as UTF-8") from None
+    if text.count("\0") > len(text) // 10:
+        raise CorpusError(f"{file} is not text in UTF-8: much of it are null characters")
+    yield Document(text, topic)
 
-        revision = HfApi().dataset_info(config.corpus, revision=config.revision, timeout=10.0).sha
-        data = load_dataset(config.corpus, config.subset, split=config.split, revision=revision, streaming=True)
-    except Exception as error:  # the client has no common base for network, access and naming errors
-        raise CorpusError(
-            f"data set {config.corpus!r} can't be opened ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-            "check the id and the network, or give a local file or folder with --set cache.train.corpus=PATH --set cache.eval.corpus=PATH"
-        ) from None
+
+def _text(value: Any, where: str, column: str, table: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise CorpusError(f"{where}: column {column!r} holds {value!r}, not text; set {table}.column")
+    return value or ""
+
+
+def _hub(config: CorpusConfig, table: str) -> tuple[str, Callable[[], Iterator[Document]]]:
+    name, instead = config.corpus, f"give a local file or folder of its own with --set {table}.corpus=PATH"
+    revision = resolved_revision(name, config.revision, instead)
+    data = open_data_set(name, revision, config.subset, config.split, instead)
     if config.shuffle_seed is not None:
         data = data.shuffle(seed=config.shuffle_seed, buffer_size=1)  # the order of shards only
 
     def documents() -> Iterator[Document]:
-        for record in data:
-            yield Document(_field(record, config.column, f"data set {config.corpus}"))
+        for number, record in enumerate(streamed(data, name, instead), 1):
+            where = f"data set {name}, row {number}"
+            try:
+                (value,) = values_of(record, [config.column], where)
+            except MissingColumn as error:
+                raise CorpusError(f"{error}; set {table}.column") from None
+            yield Document(_text(value, where, config.column, table))
 
     return _digest(
-        iter([config.corpus, str(revision), str(config.subset), config.split, str(config.shuffle_seed)])
+        iter([config.corpus, revision, str(config.subset), config.split, str(config.shuffle_seed)])
     ), documents
+
+
+# ---- text in common -----------------------------------------------------------------------------------------------------
+
+
+def common_text(one: CorpusConfig, other: CorpusConfig) -> str | None:
+    """The text that two windows of documents have in common, in words, or None. A file counts by what it holds, whatever its name.
+
+    Windows are compared, not what stores take of them; of a data set on the hub only what the plan says, nothing is asked there.
+    """
+    names, local = {one.corpus, other.corpus}, [Path(each.corpus).expanduser() for each in (one, other)]
+    if names <= CORPORA.keys():
+        if len(names) == 1:
+            return _in_both(one, other, repr(one.corpus))
+        if "python-docs" in names and "python-source" not in names:
+            return f"{' and '.join(sorted(names))} are made of the same docstrings"
+        texts = [{document.text[:MOST_CHARACTERS_MIXED] for document in _packaged(each)} for each in (one, other)]
+        count = len(texts[0] & texts[1])
+        return f"{' and '.join(sorted(names))} have {count} of these documents in common" if count else None
+    if names & CORPORA.keys():
+        return None
+    if all(path.exists() for path in local):
+        return _in_both_files(one, other, *(_files(path, one.column)[0] for path in local))
+    if any(path.exists() for path in local) or one.corpus.lower() != other.corpus.lower():
+        return None
+    subset = (one.subset or "default") == (other.subset or "default")
+    if not subset or one.column != other.column or not set(one.split.split("+")) & set(other.split.split("+")):
+        return None
+    if (one.split, one.shuffle_seed) == (other.split, other.shuffle_seed):
+        return _in_both(one, other, repr(one.corpus))
+    return f"both read {one.corpus!r}, but not in the same order, so that first_document and last_document do not part them"
+
+
+def _packaged(config: CorpusConfig) -> Iterator[Document]:
+    return islice(CORPORA[config.corpus](), config.first_document, config.last_document)
+
+
+def _in_both(
+    one: CorpusConfig, other: CorpusConfig, what: str, starts: tuple[int, int] = (0, 0), length: float = math.inf
+) -> str | None:
+    """Whether two windows meet in a text that begins at document `starts` of each and has `length` documents."""
+    first = max(one.first_document - starts[0], other.first_document - starts[1], 0)
+    last = min(
+        length,
+        *(
+            math.inf if end is None else end - start
+            for end, start in zip((one.last_document, other.last_document), starts, strict=True)
+        ),
+    )
+    if first >= last:
+        return None
+    return f"both read {what}" + (
+        f" from document {first} on" if last == math.inf else f", documents {first} to {last - 1:.0f} of it"
+    )
+
+
+def _in_both_files(one: CorpusConfig, other: CorpusConfig, mine: list[Path], others: list[Path]) -> str | None:
+    by_size: dict[int, list[int]] = {}
+    for place, file in enumerate(others):
+        by_size.setdefault(file.stat().st_size, []).append(place)
+    twins = [
+        (place, twin)
+        for place, file in enumerate(mine)
+        for twin in (by_size.get(file.stat().st_size, ()) if file.stat().st_size else ())
+        if (file_kind(file) == ".txt" or one.column == other.column)
+        and (file.samefile(others[twin]) or filecmp.cmp(file, others[twin], shallow=False))
+    ]
+    if len(mine) == len(others) == len(twins) and all(place == twin for place, twin in twins):
+        return _in_both(
+            one, other, f"{one.corpus!r}" + ("" if one.corpus == other.corpus else f", which is {other.corpus!r}")
+        )
+    for place, twin in twins:
+        starts = (_documents(mine[:place], one.column), _documents(others[:twin], one.column))
+        if found := _in_both(one, other, repr(str(mine[place])), starts, _documents([mine[place]], one.column)):
+            return found
+    return None
+
+
+def _documents(files: Sequence[Path], column: str) -> int:
+    return sum(1 if file_kind(file) == ".txt" else sum(1 for _ in placed_records(file, [column])) for file in files)
 
 
 @dataclass

@@ -23,6 +23,7 @@ from hsae.cli.common import (
     plus_minus,
     progress_bars,
     say,
+    tell_common_text,
     waiting,
 )
 from hsae.cli.suite import ForceOption, OutOption, SaeOption
@@ -105,6 +106,8 @@ def autointerp(
 
     targets = of_folders(loaded, sae, out / "autointerp") if sae else of_runs(loaded, run, seeds, whole, "autointerp")
     store = ActivationStore.open(loaded.store_path("autointerp"))
+    if not sae:
+        tell_common_text(loaded, ("autointerp",))
     tokenizer = load_tokenizer(loaded.model)
     prices = Prices(input=price_in, output=price_out) if price_in is not None and price_out is not None else None
     with Judge(

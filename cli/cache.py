@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hsae.cli import suite as suite_commands
-from hsae.cli.common import DeviceOption, PlanOption, SetOption, console, progress_bars, say
+from hsae.cli.common import DeviceOption, PlanOption, SetOption, console, progress_bars, say, tell_common_text
 
 if TYPE_CHECKING:
     from hsae.cache.build import Progress as BuildProgress
@@ -60,6 +60,7 @@ def build(
         return suite_commands.build(loaded, suite, chosen, dry_run=dry_run)
     names = ("eval", "train") if suite is None else OWN_STORES[suite]
     specs = [loaded.store(name) for name in names if suite or split in (name, "both")]
+    tell_common_text(loaded, OWN_STORES.get(suite or "", ("eval",)), refuse=any(spec.split == "eval" for spec in specs))
     estimates = [estimate(spec, loaded.cache.dir, chosen) for spec in specs]
     console.print(_sizes(estimates, loaded.name, chosen))
     check_space(estimates)

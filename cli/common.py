@@ -4,14 +4,18 @@ Styles are given beside the text, never in it. Nothing else here reads rich's ma
 """
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, TextColumn
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from hsae.cache.config import Split
+    from hsae.train.plan import Plan
 
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -102,3 +106,21 @@ SeedsOption = Annotated[
         help="Seeds train.seed to train.seed + N - 1; seed i lies in <train.dir>/seed<i>.",
     ),
 ]
+
+
+def tell_common_text(plan: "Plan", splits: "Sequence[Split]", *, refuse: bool = False) -> None:
+    """Say which of a plan's stores share text with the training store, before anything is computed.
+
+    With `refuse` an evaluation store may not, unless the plan allows it: raises CorpusError.
+    """
+    from hsae.cache.errors import CorpusError
+
+    for split in splits:
+        try:
+            told = plan.common_text(split)
+        except CorpusError:
+            continue  # the text is not here, or not whole: whoever needs it says so
+        if told and refuse and not plan.cache.eval.training_text:
+            raise CorpusError(f"{told}, or allow it with --set cache.eval.training_text=true")
+        if told:
+            say(told, style="yellow")

@@ -21,6 +21,7 @@ from hsae.cli.common import (
     plus_minus,
     progress_bars,
     say,
+    tell_common_text,
 )
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def core(
     place = pick_device(device)
     targets = of_folders(loaded, sae, out) if sae else of_runs(loaded, run, seeds, whole)
     store = ActivationStore.open(loaded.store_path("eval"))
+    if not sae:
+        tell_common_text(loaded, ("eval",))
     with _Screen() as screen:
         evaluated = evaluate_targets(
             targets,

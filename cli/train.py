@@ -20,6 +20,7 @@ from hsae.cli.common import (
     errors,
     progress_bars,
     say,
+    tell_common_text,
 )
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def _train(
     workers = workers or ALONE
     store = ActivationStore.open(loaded.store_path("train"))
     check(loaded, selected, store, workers.world, divide)
+    if workers.leads:
+        tell_common_text(loaded, ("eval",))
     place = pick_device(device) if workers.world == 1 else f"{workers.world} workers, {pick_device(device)}"
     table = Table(
         title=f"plan {loaded.name}: {loaded.train.steps:,} steps of {loaded.train.batch_tokens:,} tokens on {place}"

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from hsae.cache.config import CacheConfig, Config, HookConfig, ModelConfig, Split, StoreSpec, store_spec
+from hsae.cache.corpus import TEXT_TABLES, common_text
 from hsae.cache.errors import UserError
 from hsae.cache.files import parse_toml
 from hsae.cache.probe_config import ProbeSpec, Suite, SuiteConfig
@@ -77,6 +78,18 @@ class Plan:
     def store_path(self, split: Split) -> Place:
         """Where that store lies."""
         return place(self.cache.dir) / self.store(split).name
+
+    def common_text(self, split: Split, other: Split = "train") -> str | None:
+        """The text that the stores of two splits would share, in words and with the keys that part them, or None if there is none.
+
+        Raises CorpusError if the text can't be read.
+        """
+        specs = [self._spec(split), self._spec(other)]
+        common = common_text(specs[0].corpus, specs[1].corpus)
+        tables = " and ".join(f"[{TEXT_TABLES[spec.split]}]" for spec in specs)
+        return common and (
+            f"{tables} overlap: {common}. Set first_document and last_document so that no document is in both, or use other text"
+        )
 
     def probe(self, suite: Suite) -> ProbeSpec:
         """The probe store of an evaluation suite."""
