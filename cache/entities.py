@@ -14,7 +14,6 @@ A local set is a TOML file:
 An empty cell means that the attribute is not asked of that entity; `Dutch, French` accepts both.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -25,6 +24,7 @@ from pydantic import Field
 
 from hsae.cache.config import Config
 from hsae.cache.errors import CorpusError
+from hsae.cache.files import parse_json
 from hsae.cache.ravel_config import EntitiesConfig
 from hsae.cache.records import described, records, resolved_revision
 
@@ -105,7 +105,7 @@ def _ravel_folder(folder: Path, source: str) -> list[EntityType]:
         if not files[0].is_file():
             continue
         try:
-            labels, prompts = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+            labels, prompts = (parse_json(file.read_bytes()) for file in files)
             found.append(
                 EntityType(
                     name=kind,
@@ -134,6 +134,8 @@ def _of_file(table: LocalEntities, folder: Path) -> EntityType:
     attributes = list(table.prompts)
     labels: dict[str, dict[str, str]] = {}
     for entity, *values in records(folder / table.file, [table.column, *attributes]):
+        if entity is None:
+            raise CorpusError(f"{folder / table.file}: an entity has no name")
         if str(entity) in labels:
             raise CorpusError(f"{folder / table.file}: {entity} is there twice")
         cells = zip(attributes, values, strict=True)

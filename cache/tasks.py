@@ -39,7 +39,7 @@ class LocalTask(Config):
 
     name: str = Field(min_length=1)
     train: str
-    """A .jsonl or .parquet file, relative to the tasks file."""
+    """A .jsonl, .csv, .tsv or .parquet file, relative to the tasks file; rows without text, label or attribute are left out."""
     test: str
     text: str = "text"
     label: str = "label"
@@ -308,14 +308,20 @@ def _local(path: Path) -> list[DataSet]:
 def _local_set(task: LocalTask, folder: Path) -> DataSet:
     def read() -> dict[str, list[Record]]:
         columns = [task.text, task.label, *([task.attribute] if task.attribute else [])]
-        return {
+        held = {
             split: [
-                Record(str(values[0]), str(values[1]), str(values[2]) if task.attribute else "")
+                Record(*map(str, values))
                 for values in records(folder / file, columns)
-                if str(values[0]).strip()
+                if None not in values and str(values[0]).strip()
             ]
             for split, file in zip(SPLITS, (task.train, task.test), strict=True)
         }
+        texts = [{record.text for record in held[split]} for split in SPLITS]
+        if texts[1] and texts[1] <= texts[0]:
+            raise CorpusError(
+                f"task {task.name}: every test text is a training text; give {task.test} texts of its own"
+            )
+        return held
 
     if task.pairs and task.attribute_values is None:
         raise CorpusError(f"task {task.name}: pairs are given, so SCR needs attribute and attribute_values too")

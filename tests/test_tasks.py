@@ -72,9 +72,13 @@ def test_too_few_texts_are_said():
 
 def test_local_files_and_what_is_wrong_with_them(tmp_path):
     tasks = tmp_path / "tasks.toml"
-    tasks.write_text('[[task]]\nname = "t"\ntrain = "a.jsonl"\ntest = "a.jsonl"\nlabel = "kind"\n')
+    tasks.write_text('[[task]]\nname = "t"\ntrain = "a.jsonl"\ntest = "b.csv"\nlabel = "kind"\n')
     rows = [{"text": f"{kind} {n}", "kind": kind} for kind in "abc" for n in range(9)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    odd = [{"text": "no kind", "kind": None}, {"text": None, "kind": "d"}]  # neither is a text with a label (FIX B)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows + odd)))
+    (tmp_path / "b.csv").write_text(
+        "kind,text\n" + "".join(f"{kind},{kind} test {n}\n" for kind in "abc" for n in range(9))
+    )
     config = CONFIG.model_copy(update={"tasks": str(tasks)})
     (task,) = text_tasks("sparse-probing", config)
     assert task.name == "t" and list(task.train) == ["a", "b", "c"]
@@ -83,11 +87,16 @@ def test_local_files_and_what_is_wrong_with_them(tmp_path):
     assert str(raised.value) == (
         f"suite.tasks {str(tasks)!r} has no data for scr; SCR needs two attributes and pairs of labels"
     )
+    (tmp_path / "b.csv").write_text("kind,text\n" + "".join(f"{row['kind']},{row['text']}\n" for row in rows))
+    with pytest.raises(
+        CorpusError, match="task t: every test text is a training text; give b.csv texts of its own"
+    ):  # FIX A8
+        text_tasks("sparse-probing", config)
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
     with pytest.raises(CorpusError) as raised:
         text_tasks("sparse-probing", config)
     assert str(raised.value) == f"{tmp_path / 'a.jsonl'}, line 1: no column 'kind' (there is: text)"
-    tasks.write_text("[[task]]\nname = 3\n")
+    tasks.write_bytes("\ufeff[[task]]\nname = 3\n".encode())
     with pytest.raises(CorpusError, match=r"tasks.toml: \[\[task\]\] name: Input should be a valid string"):
         text_tasks("sparse-probing", config)
     with pytest.raises(CorpusError) as raised:
@@ -220,8 +229,35 @@ def test_hub_data_sets_are_asked_for_at_their_pinned_revisions_and_what_to_do_of
 def test_rows_are_read_from_csv(tmp_path):
     (tmp_path / "x.csv").write_text('name,label\n"a, b",1\nc,2\n', encoding="utf-8")
     assert list(records(tmp_path / "x.csv", ["label", "name"])) == [("1", "a, b"), ("2", "c")]
-    with pytest.raises(CorpusError, match=r"row 1: no column 'text' \(there is: name, label\)"):
+    with pytest.raises(CorpusError, match=r"x.csv: no column 'text' \(there is: name, label\)"):
         list(records(tmp_path / "x.csv", ["text"]))
-    with pytest.raises(CorpusError, match=r"rows are read from \.csv, \.jsonl and \.parquet files"):
+    with pytest.raises(CorpusError, match=r"rows are read from \.jsonl, \.csv, \.tsv, \.parquet files"):
         (tmp_path / "x.txt").write_text("")
         list(records(tmp_path / "x.txt", ["text"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b'{"text":' + b"[" * 200_000, "x.jsonl can't be read as jsonl: line 1: it is nested too deeply"),
+        ("x.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "x.jsonl can't be read as jsonl: line 1: .*5000 digits"),
+        ("x.jsonl", b'{"text": {"a": 1}}', "x.jsonl, line 1: column 'text' holds a dict, not one value"),
+        ("x.csv", "text\nzoë\n".encode("latin-1"), "x.csv can't be read as csv: 'utf-8' codec can't decode"),
+        ("x.csv", b"text,n\na\0b,1,2\n", "x.csv, row 1 has more cells than the header"),
+    ],
+)
+def test_rows_that_are_none_are_refused_in_a_sentence(tmp_path, name, content, message):
+    """FIX B and C14."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        list(records(tmp_path / name, ["text"]))
+
+
+@pytest.mark.parametrize(
+    "content", [b"task = " + b"[" * 100_000, b"x = " + b"1" * 5000, b'x = "\xff"', b"task = 3", b"task = [3]"]
+)
+def test_a_tasks_file_that_is_none_is_refused_in_a_sentence(tmp_path, content):
+    """FIX C14."""
+    (tmp_path / "tasks.toml").write_bytes(content)
+    with pytest.raises(CorpusError, match="tasks.toml"):
+        text_tasks("tpp", CONFIG.model_copy(update={"tasks": str(tmp_path / "tasks.toml")}))

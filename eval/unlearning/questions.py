@@ -7,8 +7,8 @@ Shapes: Q questions.
 """
 
 import importlib.util
+import io
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from hsae.cache.errors import UserError
+from hsae.cache.files import parse_json
+from hsae.cache.records import whole
 
 LETTERS = "ABCDEFGH"
 PROBE = "hsae probe text"
@@ -52,7 +54,10 @@ def read_questions(name: str, revisions: Mapping[str, str] | None = None) -> lis
         return _lines(text, name, name)
     path = Path(name).expanduser()
     if path.is_file():
-        return _lines(path.read_text(encoding="utf-8"), str(path), path.stem)
+        try:
+            return _lines(path.read_bytes().decode("utf-8-sig", "surrogatepass"), str(path), path.stem)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} can't be read: {error}; save it as UTF-8") from None
     if path.suffix == ".jsonl" or name.count("/") != 1 or ":" not in name:
         raise UserError(
             f"no questions {name!r}: give a .jsonl file, a set on the hub as owner/name:subset, or a packaged one "
@@ -63,11 +68,11 @@ def read_questions(name: str, revisions: Mapping[str, str] | None = None) -> lis
 
 def _lines(text: str, where: str, subject: str) -> list[Question]:
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise UserError(f"{where}, line {number} is not JSON: {error}") from None
         found.append(_question(record, f"{where}, line {number}", subject))
@@ -90,7 +95,9 @@ def _question(record: Any, where: str, subject: str) -> Question:
         and 0 <= answer < len(choices)
     ):
         told = str(held.get("subject", subject))
-        return Question(text=text.strip(), choices=tuple(choices), answer=answer, subject=told)
+        return Question(
+            text=whole(text.strip()), choices=tuple(map(whole, choices)), answer=answer, subject=whole(told)
+        )
     raise UserError(
         f"{where} is not a question; write "
         '{"question": "...", "choices": ["...", "..."], "answer": 0}, with the answer\'s number or letter'
