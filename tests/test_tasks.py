@@ -89,7 +89,7 @@ def test_local_files_and_what_is_wrong_with_them(tmp_path):
     )
     (tmp_path / "b.csv").write_text("kind,text\n" + "".join(f"{row['kind']},{row['text']}\n" for row in rows))
     with pytest.raises(
-        CorpusError, match="task t: every test text is a training text; give b.csv texts of its own"
+        CorpusError, match=r"task t: every test text is a training text; give b.csv texts of its own"
     ):  # FIX A8
         text_tasks("sparse-probing", config)
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
@@ -259,5 +259,5 @@ def test_rows_that_are_none_are_refused_in_a_sentence(tmp_path, name, content, m
 def test_a_tasks_file_that_is_none_is_refused_in_a_sentence(tmp_path, content):
     """FIX C14."""
     (tmp_path / "tasks.toml").write_bytes(content)
-    with pytest.raises(CorpusError, match="tasks.toml"):
+    with pytest.raises(CorpusError, match=r"tasks\.toml"):
         text_tasks("tpp", CONFIG.model_copy(update={"tasks": str(tmp_path / "tasks.toml")}))
