@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import tomllib
 from collections.abc import Callable, Mapping
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"  # suffix of a file that is being written
+LEFT = re.compile(
+    rf"\..*{re.escape(PARTIAL)}|\.tmp\w{{6}}"
+)  # what killed writers leave; the second is safetensors' own
 CHECKSUM = "checksum"
 
 
@@ -42,6 +46,11 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         if error.errno is not None and error.filename in (None, str(partial)):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+    except Exception as error:
+        if (told := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        number = int(told[1])  # safetensors has an error of its own for a full disk
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -61,9 +70,9 @@ def sync_folder(folder: Path) -> None:
             os.close(opened)
 
 
-def sweep(folder: Path) -> int:
-    """Delete what killed writers left half-written below a folder, whose lock the caller holds; returns how many files that were."""
-    left = [path for path in folder.rglob(f"*{PARTIAL}") if path.is_file()]
+def sweep(folder: Path, *, below: bool = True) -> int:
+    """Delete what killed writers left half-written in a folder (and `below` it), whose lock the caller holds; returns how many files."""
+    left = [path for path in folder.glob("**/.*" if below else ".*") if LEFT.fullmatch(path.name) and path.is_file()]
     for path in left:
         path.unlink(missing_ok=True)
     return len(left)

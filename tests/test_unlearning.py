@@ -389,7 +389,7 @@ def trained(plan, number, model):
     config, run_dir = plan.runs[number], plan.run_dir(plan.runs[number])
     save_model(model, run_dir / "model")
     content = {
-        "identity": rundir.identity(plan, config, plan.store("train").name), "complete": True, "plan": plan.name,
+        "identity": rundir.identities(plan, config)[0], "complete": True, "plan": plan.name,
         "number": config.number, "name": config.name,
     }  # fmt: skip
     rundir.write_run(run_dir, content)

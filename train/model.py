@@ -7,7 +7,7 @@ has the same weight matrices, with every bias and threshold divided by the scale
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsae.cache.errors import UserError
-from hsae.cache.files import write_atomically
+from hsae.cache.files import check_seal, file_sha256, parse_json, sealed, write_atomically
 from hsae.cache.numerics import product
+from hsae.train.record import check_files, command, harmed
 from hsae.train.run import TrainingRun
 from hsae.train.sae import Level, parent_fires
 from hsae.train.saelens import SAE
@@ -28,6 +29,7 @@ from hsae.train.views import View
 
 CONFIG_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"
 FORMAT = 2
+STRUCTURES = ("flat", "additive", "stacked")
 ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu", "gated": "gated"}
 
 
@@ -381,8 +383,8 @@ def _extra(level: Level, d_sae: int, scale: float) -> dict[str, Tensor]:
     return {}
 
 
-def save_model(model: TrainedModel, folder: Path) -> None:
-    """Write `model.json` and `model.safetensors`, each atomically."""
+def save_model(model: TrainedModel, folder: Path, mark: Mapping[str, Any] | None = None) -> None:
+    """Write `model.safetensors` and `model.json`, each atomically; `mark` names the configuration and data that it was trained with."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for number, level in enumerate(model.levels, 1):
@@ -392,6 +394,7 @@ def save_model(model: TrainedModel, folder: Path) -> None:
         tensors[f"composition{part.level}.weight"] = part.weight.contiguous()
         tensors[f"composition{part.level}.contributions"] = part.contributions.contiguous()
     tensors |= {f"parents{number}": part.contiguous() for number, part in enumerate(model.parents, 1)}
+    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path))
     described = {
         "format": FORMAT,
         "structure": model.structure,
@@ -402,19 +405,22 @@ def save_model(model: TrainedModel, folder: Path) -> None:
         "compositions": [part.level for part in model.compositions],
         "effective_thresholds": list(model.effective_thresholds),
         "child_gate": bool(model.parents),
+        "run": None if mark is None else dict(mark),
+        "weights": file_sha256(folder / WEIGHTS_FILE),
     }
-    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path))
-    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(described, indent=2)))
+    text = json.dumps(sealed(described), indent=2)
+    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text))
 
 
-def load_model(folder: Path) -> TrainedModel:
-    """Read a model that `save_model` wrote. Raises UserError if it is missing or damaged."""
+def load_model(folder: Path | str) -> TrainedModel:
+    """Read a model that `save_model` wrote. Raises UserError if it is missing, damaged, or not the one that was written."""
+    folder = Path(folder)
+    described, tensors = _read_model(folder)
     try:
-        described = json.loads((folder / CONFIG_FILE).read_text())
-        tensors = load_file(folder / WEIGHTS_FILE)
-        if described["format"] != FORMAT:
-            raise UserError(f"{folder}: model format {described['format']!r}; this hsae reads format {FORMAT}")
         levels = tuple(_level(level, number, tensors) for number, level in enumerate(described["levels"], 1))
+        names = ["sae"] if described["structure"] == "flat" else [f"level{number + 1}" for number in range(len(levels))]
+        if described["structure"] not in STRUCTURES or [level.name for level in levels] != names:
+            raise ValueError(f"structure {described['structure']!r} with levels {[level.name for level in levels]}")
         maps = tuple(
             CompositionMap(
                 level=level,
@@ -427,17 +433,48 @@ def load_model(folder: Path) -> TrainedModel:
             structure=described["structure"],
             levels=levels,
             compositions=maps,
-            effective_thresholds=tuple(described["effective_thresholds"]),
+            effective_thresholds=tuple(map(float, described["effective_thresholds"])),
             parents=tuple(tensors[f"parents{number}"] for number in range(1, len(levels)))
             if described["child_gate"]
             else (),
         )
-    except FileNotFoundError as error:
-        raise UserError(
-            f"no trained model in {folder}: {Path(str(error.filename)).name} is missing; train the run first"
-        ) from None
-    except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"the model in {folder} is damaged ({error!r}); train the run again") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise harmed(folder / CONFIG_FILE, folder.parent, f"does not describe a model ({error!r})") from None
+
+
+def load_mark(folder: Path) -> dict[str, Any] | None:
+    """What a model says it was trained with; None if it does not say so, is missing or damaged."""
+    try:
+        found = _read_model(folder)[0].get("run")
+    except UserError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What model.json says, and the weights; both compared with their checksums, where they have them."""
+    run_dir = folder.resolve().parent
+    for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+        if not path.exists():
+            name = f"{path.name} is missing" if path != folder else "there is no such folder"
+            raise UserError(f"no trained model in {folder}: {name}; train the run with: {command(run_dir)}")
+    check_files(folder, [CONFIG_FILE])
+    try:
+        described = parse_json((folder / CONFIG_FILE).read_bytes())
+        if not isinstance(described, dict):
+            raise ValueError("not a JSON object")
+        check_seal(described, required=False)
+    except ValueError as error:
+        raise harmed(folder / CONFIG_FILE, run_dir, f"can't be read ({error})") from None
+    if described.get("format") != FORMAT:
+        raise UserError(f"{folder}: model format {described.get('format')!r}; this hsae reads format {FORMAT}")
+    weights = folder / WEIGHTS_FILE
+    if described.get("weights", digest := file_sha256(weights)) != digest:
+        raise harmed(weights, run_dir, "fails its checksum")
+    try:
+        return described, load_file(weights)
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise harmed(weights, run_dir, f"can't be read ({error})") from None
 
 
 def _level(described: dict[str, Any], number: int, tensors: dict[str, Tensor]) -> SAE:

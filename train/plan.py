@@ -60,7 +60,7 @@ class Plan:
 
     def store(self, split: Split) -> StoreSpec:
         """The activation store the plan asks for. With codec auto, one that is there in the other lossless codec will do."""
-        spec = self._spec(split)
+        spec = self.asked(split)
         if self.cache.codec == "auto":
             other = spec.model_copy(update={"codec": "compact" if spec.codec == "mappable" else "mappable"})
             home = place(self.cache.dir)
@@ -68,7 +68,8 @@ class Plan:
                 return other
         return spec
 
-    def _spec(self, split: Split) -> StoreSpec:
+    def asked(self, split: Split) -> StoreSpec:
+        """The same, whatever is there."""
         if split == "forget" or split == "retain":  # written so that the type is narrowed
             return self.unlearning.spec(split, self.model, self.hook, self.cache)
         if split == "autointerp":

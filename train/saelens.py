@@ -16,6 +16,7 @@ from torch import Tensor
 from hsae.cache.errors import UserError
 from hsae.cache.files import write_atomically
 from hsae.cache.numerics import product
+from hsae.train.record import check_files
 from hsae.train.saelens_config import DTYPES, EXTRA_WEIGHTS, Described, read_config
 
 CONFIG_FILE = "cfg.json"
@@ -149,6 +150,7 @@ def load(folder: Path, name: str | None = None) -> SAE:
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{weights_path} can't be read: {error}") from None
     scale = _scaling(weights_path, tensors, config)
+    check_files(folder, (CONFIG_FILE, WEIGHTS_FILE))
     needed = {"W_enc", "W_dec", "b_dec", *EXTRA_WEIGHTS[architecture]} | (
         {"b_enc"} if architecture != "gated" else set()
     )

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from hsae.cache.store import ActivationStore
 from hsae.cache.stream import TokenStream
 from hsae.train import rundir, saelens
 from hsae.train.checkpoint import FILE as CHECKPOINT
-from hsae.train.checkpoint import load_checkpoint, save_checkpoint
+from hsae.train.checkpoint import State, load_checkpoint, save_checkpoint
 from hsae.train.config import RunConfig
 from hsae.train.curriculum import stages
 from hsae.train.latents import UNDIVIDED, Latents
@@ -60,7 +59,8 @@ class Trainee:
     run: TrainingRun
     log: rundir.MetricsLog | None
     """None for all workers but the first."""
-    identity: str
+    mark: dict[str, Any]
+    """What its checkpoints and its model say they belong to."""
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -165,27 +165,31 @@ def _train(
     store = ActivationStore.open(plan.store_path("train"))
     check(plan, runs, store, workers.world, divide)
     batch, latents = (workers, UNDIVIDED) if divide == "batch" else (ALONE, Latents(workers))
-    scaling, name, hook = scaling_of(store, plan.hook.names[0]), plan.store("train").name, plan.hook.names[0]
+    scaling, hook = scaling_of(store, plan.hook.names[0]), plan.hook.names[0]
 
     # --- which runs are there to train, and where do they begin -------------------------------------------------
     results: dict[int, Result] = {}
     trainees: list[Trainee] = []
     for config in runs:
-        place = functools.partial(_place, plan, config, store, device, resume, restart, workers.world, locks)
+        say = functools.partial(listener.warning, config)
+        place = functools.partial(_place, plan, config, store, device, resume, restart, workers.world, say, locks)
         state = workers.lead(place)
         if state == "complete":
             results[config.number] = Result(run=config, status="already trained")
             continue
         steps, seed = plan.train.steps, plan.train.seed
         run = TrainingRun(config, scaling, steps=steps, seed=seed, device=device, workers=batch, latents=latents)
-        identity = rundir.identity(plan, config, name)
         if state == "unfinished":
-            tensors, rest = load_checkpoint(plan.run_dir(config), identity) if workers.leads else ({}, {})
+            tensors, rest = _checkpoint(plan, config) if workers.leads else ({}, {})
             run.restore(workers.copies(tensors, latents.along), workers.lead(functools.partial(dict, rest)))
         else:
             run.share_state()
         log = rundir.MetricsLog(plan.run_dir(config), run.step_number) if workers.leads else None
-        trainees.append(Trainee(run, log, identity))
+        for number in rundir.damaged_metrics(plan.run_dir(config)) if workers.leads else ():
+            say(
+                f"line {number} of {plan.run_dir(config) / 'metrics.jsonl'} is damaged; it stays as it is, and nobody reads it"
+            )
+        trainees.append(Trainee(run, log, rundir.mark(plan, config, store)))
         listener.started(config, run.step_number, run.steps)
 
     # --- one pass over the stream ------------------------------------------------------------------------------
@@ -216,7 +220,7 @@ def _train(
             assert x_BD is not None  # a checkpoint is never of the last step, so there was a step to take
             sample_BD, whole = batch.gather(x_BD), trainee.run.undivided()
             if workers.leads:
-                _finish(plan, store, whole, sample_BD)
+                _finish(plan, store, whole, sample_BD, trainee.mark)
             results[config.number] = Result(run=config, status="trained")
     return [results[config.number] for config in runs]
 
@@ -229,17 +233,16 @@ def _place(
     resume: bool,
     restart: bool,
     world: int,
+    say: Callable[[str], None],
     locks: contextlib.ExitStack,
-) -> str:
-    """Lock a run's directory and make it ready: `complete`, `unfinished` (there is a checkpoint to go on from) or `new`."""
+) -> rundir.State:
+    """Lock a run's directory and make it ready."""
     locks.enter_context(rundir.lock(plan, config))
-    if not restart:
-        rundir.check_content(plan.run_dir(config), store)
-    if not restart and rundir.is_complete(plan, config, store.spec.name):
-        shutil.rmtree((plan.run_dir(config) / CHECKPOINT).parent, ignore_errors=True)
-        return "complete"
-    goes_on = rundir.prepare(plan, config, store, device, resume=resume, restart=restart, world=world)
-    return "unfinished" if goes_on else "new"
+    return rundir.prepare(plan, config, store, device, resume=resume, restart=restart, world=world, say=say)
+
+
+def _checkpoint(plan: Plan, config: RunConfig) -> State:
+    return load_checkpoint(plan.run_dir(config), rundir.identities(plan, config))
 
 
 class _Clock:
@@ -318,10 +321,10 @@ def _save(plan: Plan, trainee: Trainee) -> None:
     trainee.run.check_same()
     state = trainee.run.state()
     if trainee.log is not None:
-        save_checkpoint(state, plan.run_dir(trainee.run.config), trainee.identity)
+        save_checkpoint(state, plan.run_dir(trainee.run.config), trainee.mark)
 
 
-def _finish(plan: Plan, store: ActivationStore, run: TrainingRun, x_BD: Tensor) -> None:
+def _finish(plan: Plan, store: ActivationStore, run: TrainingRun, x_BD: Tensor, mark: dict[str, Any]) -> None:
     """Write the folded model, the SAELens folders and, last, that the run is complete."""
     run_dir = plan.run_dir(run.config)
     metadata = {
@@ -334,10 +337,7 @@ def _finish(plan: Plan, store: ActivationStore, run: TrainingRun, x_BD: Tensor) 
         "exclude_special_tokens": True,
     }
     model = folded(run, metadata, x_BD)
-    save_model(model, run_dir / "model")
+    save_model(model, run_dir / "model", mark)
     for name, sae in model.one_layer().items():
         saelens.save(sae, run_dir / "saelens" / name)
-    content = rundir.read_run(run_dir)
-    assert content is not None
-    rundir.write_run(run_dir, {**content, "complete": True})
-    shutil.rmtree((run_dir / CHECKPOINT).parent, ignore_errors=True)
+    rundir.finish(run_dir)

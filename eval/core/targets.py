@@ -62,7 +62,7 @@ class Evaluated:
 
 def is_trained(plan: Plan, run: RunConfig) -> bool:
     """Whether this very run of the plan has been trained to its end."""
-    return is_complete(plan, run, plan.store("train").name)
+    return is_complete(plan, run)
 
 
 def whole_view(run: RunConfig) -> str:

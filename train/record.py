@@ -1,0 +1,112 @@
+"""run.json: what a run is, under a checksum, with the SHA-256 of every file of its model, which whoever reads such a file compares.
+
+Runs that were made before there were digests have none, and are taken as they are.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from hsae.cache.errors import UserError
+from hsae.cache.files import check_seal, file_sha256, parse_json, sealed, write_atomically
+
+FILE = "run.json"
+MODEL_FILES = ("model/model.json", "model/model.safetensors")
+SAELENS_FILES = ("saelens/*/cfg.json", "saelens/*/sae_weights.safetensors")
+
+
+class MadeOf(Protocol):
+    """What a store's header says of the model it was made with."""
+
+    @property
+    def model_digest(self) -> str:
+        """Digest of the weights."""
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """Digest of the tokenizer."""
+
+
+def read_run(run_dir: Path) -> dict[str, Any] | None:
+    """The content of run.json, or None if there is none. Raises UserError if it is damaged."""
+    path = run_dir / FILE
+    if not path.is_file():
+        return None
+    try:
+        content = parse_json(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        check_seal(content, required=False)
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}); `{command(run_dir)}` writes it again if the model or the checkpoint beside it is whole, "
+            "and with --restart trains again"
+        ) from None
+    return content
+
+
+def write_run(run_dir: Path, content: dict[str, Any]) -> None:
+    """Replace run.json."""
+    text = json.dumps(sealed(content), indent=2)
+    write_atomically(run_dir / FILE, lambda path: path.write_text(text))
+
+
+def command(run_dir: Path) -> str:
+    """The command that trains the run of a directory."""
+    seed = run_dir.parent.name.removeprefix("seed")
+    more = f" --seeds {int(seed) + 1}" if run_dir.parent.name.startswith("seed") and seed.isdecimal() else ""
+    return f"hsae train --run {run_dir.name}{more}"
+
+
+def digests(run_dir: Path) -> dict[str, str]:
+    """SHA-256 of the files of a run's model that are there, by their paths in the directory."""
+    found = sorted(path for pattern in (*MODEL_FILES, *SAELENS_FILES) for path in run_dir.glob(pattern))
+    return {path.relative_to(run_dir).as_posix(): file_sha256(path) for path in found}
+
+
+def damage(run_dir: Path, content: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with files whose digests run.json holds, by their paths in the directory."""
+    found = {}
+    for name, digest in (content.get("files") or {}).items():
+        if not (run_dir / name).is_file():
+            found[name] = "is missing"
+        elif file_sha256(run_dir / name) != digest:
+            found[name] = "fails its checksum"
+    return found
+
+
+def check_files(folder: Path, names: Iterable[str]) -> None:
+    """Compare files of a run's model/ or saelens/<view>/ with the digests in its run.json; folders elsewhere pass. Raises UserError."""
+    folder = folder.resolve()
+    run_dir = folder.parent.parent if folder.parent.name == "saelens" else folder.parent
+    known = (read_run(run_dir) or {}).get("files")
+    for name in names if isinstance(known, dict) else ():
+        path = folder / name
+        digest = known.get(path.relative_to(run_dir).as_posix())
+        if digest is not None and path.is_file() and file_sha256(path) != digest:
+            raise harmed(path, run_dir, "fails its checksum")
+
+
+def harmed(path: Path, run_dir: Path, problem: str) -> UserError:
+    """The error about a file of a trained model."""
+    again = f", or delete it and run `{command(run_dir)}`, which makes it again and keeps the evaluations"
+    return UserError(
+        f"{path} is damaged: it {problem}; put back a whole copy{again if run_dir.name.isdecimal() else ''}"
+    )
+
+
+def check_same_model(run_dir: Path | None, store: str, made_of: MadeOf) -> None:
+    """Raise UserError if a run was trained on activations of other weights or another tokenizer than a store's.
+
+    None, and runs that don't say, pass.
+    """
+    if run_dir is None:
+        return
+    content: dict[str, Any] = (read_run(run_dir) or {}).get("content") or {}
+    for name, what in (("model_digest", "weights"), ("tokenizer_digest", "tokenizer")):
+        if content.get(name) not in (None, getattr(made_of, name)):
+            raise UserError(
+                f"{run_dir} was trained on activations of a model with other {what} than those of {store}; build both stores of one "
+                f"model (hsae cache build) and train it again ({command(run_dir)} --restart)"
+            )
