@@ -81,7 +81,9 @@ def check_files(folder: Path, names: Iterable[str]) -> None:
     folder = folder.resolve()
     run_dir = folder.parent.parent if folder.parent.name == "saelens" else folder.parent
     known = (read_run(run_dir) or {}).get("files")
-    for name in names if isinstance(known, dict) else ():
+    if not isinstance(known, dict):
+        return
+    for name in names:
         path = folder / name
         digest = known.get(path.relative_to(run_dir).as_posix())
         if digest is not None and path.is_file() and file_sha256(path) != digest:
@@ -103,7 +105,8 @@ def check_same_model(run_dir: Path | None, store: str, made_of: MadeOf) -> None:
     """
     if run_dir is None:
         return
-    content: dict[str, Any] = (read_run(run_dir) or {}).get("content") or {}
+    held = read_run(run_dir) or {}
+    content: dict[str, Any] = held.get("content") or {}
     for name, what in (("model_digest", "weights"), ("tokenizer_digest", "tokenizer")):
         if content.get(name) not in (None, getattr(made_of, name)):
             raise UserError(
