@@ -90,6 +90,13 @@ def check_files(folder: Path, names: Iterable[str]) -> None:
             raise harmed(path, run_dir, "fails its checksum")
 
 
+def run_of(folder: Path) -> Path | None:
+    """The run directory that a folder saelens/<view> lies in, if it does."""
+    folder = folder.resolve()
+    run_dir = folder.parent.parent
+    return run_dir if folder.parent.name == "saelens" and (run_dir / FILE).is_file() else None
+
+
 def harmed(path: Path, run_dir: Path, problem: str) -> UserError:
     """The error about a file of a trained model."""
     again = f", or delete it and run `{command(run_dir)}`, which makes it again and keeps the evaluations"

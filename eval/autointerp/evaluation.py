@@ -25,6 +25,7 @@ from hsae.eval.core.schema import envelope, hsae_version, write_result
 from hsae.eval.core.targets import Target
 from hsae.eval.suite.evaluations import SuiteResult
 from hsae.eval.suite.schema import read_suite
+from hsae.train.record import check_same_model
 from hsae.train.suites import AutointerpConfig
 
 SUITE = "autointerp"
@@ -99,6 +100,7 @@ class Autointerp:
     def check(self, target: Target) -> None:
         """Refuse an SAE that does not belong to the store. Raises UserError."""
         check_views([target.view], self.store, target.hook)
+        check_same_model(target.run_dir, self.store.url, self.store.header)
 
     def prepare(self, target: Target) -> Prepared:
         """Choose latents and draw their windows."""

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from hsae.cache.errors import UserError
+from hsae.cache.files import check_seal, parse_json, sealed
 from hsae.cache.remote import Place, publish
 from hsae.train.suites import OPENAI_URL, JudgeConfig
 
@@ -93,7 +94,8 @@ class Judge:
         """The answer that was given before; None if there is none."""
         request = self._request(question, attempt)
         try:
-            held = json.loads(self._file(request).read_text())
+            held = parse_json(self._file(request).read_bytes())
+            check_seal(held, required=False)
             if held["request"] != request:
                 return None
             return Answer(
@@ -134,7 +136,7 @@ class Judge:
             if (answer := self._asked(request, tokens)) is not None:
                 usage = {"input_tokens": answer.input_tokens, "output_tokens": answer.output_tokens}
                 content = {"request": request, "answer": answer.text, "usage": usage}
-                publish(self._file(request), json.dumps(content, ensure_ascii=False, indent=1).encode())
+                publish(self._file(request), json.dumps(sealed(content), ensure_ascii=False, indent=1).encode())
                 return answer
         return None
 

@@ -5,7 +5,6 @@ SAEBench's part -1 stands for NaN. Layouts: *current* (0.2 on); *legacy* (up to 
 `explained_variance_legacy`, whose place `explained_variance` has.
 """
 
-import json
 import math
 import time
 import uuid
@@ -18,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hsae.cache.errors import UserError
-from hsae.cache.files import write_atomically
+from hsae.eval.results import envelope_text, publish, read_envelope, run_option
 
 Layout = Literal["current", "legacy"]
 CURRENT: dict[str, tuple[str, ...]] = {
@@ -270,10 +269,9 @@ def write_core(
 
 def write_result(content: dict[str, Any], folder: Path) -> Path:
     """Write any evaluation's JSON object into `folder` under SAEBench's file name, atomically; returns the file."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(content["sae_lens_release_id"], content["sae_lens_id"])
-    text = json.dumps(content, indent=2)
-    write_atomically(path, lambda partial: partial.write_text(text))
+    text = envelope_text(content)
+    publish(path, lambda partial: partial.write_text(text))
     return path
 
 
@@ -299,11 +297,7 @@ def read_core(path: Path) -> CoreResult:
     Raises UserError naming the file, the key and what is wrong with it.
     """
     try:
-        content = _File.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        content = _File.model_validate(read_envelope(path, f"hsae eval core{run_option(path)}"))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the top level"

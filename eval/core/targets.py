@@ -16,7 +16,8 @@ from hsae.train import saelens
 from hsae.train.config import RunConfig
 from hsae.train.model import CONFIG_FILE, WEIGHTS_FILE, load_model
 from hsae.train.plan import Plan
-from hsae.train.rundir import is_complete, read_run
+from hsae.train.record import check_same_model, read_run, run_of
+from hsae.train.rundir import is_complete
 from hsae.train.views import View
 
 RESULTS = Path("eval")  # in a run directory; each evaluation has a folder in it
@@ -38,6 +39,8 @@ class Target:
     """SHA-256 of the files the SAE was read from."""
     doubts: tuple[str, ...] = ()
     """What a person should know of the SAE before its numbers are believed."""
+    run_dir: Path | None = None
+    """The run that the SAE belongs to, if it is one of hsae's."""
 
     @property
     def path(self) -> Path:
@@ -93,6 +96,7 @@ def run_targets(plan: Plan, run: RunConfig, evaluation: str = "core", *, whole: 
             release=f"hsae_{held['plan']}_{run.number}-{run.name}",
             sae_id=name,
             weights_digest=model_digest(model_dir),
+            run_dir=run_dir,
         )
         for name, view in load_model(model_dir).views().items()
         if not whole or name == whole_view(run)
@@ -123,6 +127,7 @@ def folder_targets(plan: Plan, folders: Sequence[Path], out: Path) -> list[Targe
                 sae_id="custom_sae",
                 weights_digest=_digest(folder / saelens.CONFIG_FILE, folder / saelens.WEIGHTS_FILE),
                 doubts=(*view.remarks, *doubts(view, hook, plan.model.id)),
+                run_dir=run_of(folder),
             )
         )
     paths = [target.path for target in targets]
@@ -147,6 +152,7 @@ def evaluate_targets(
     """
     for target in targets:
         check([target.view], store, None, target.hook)
+        check_same_model(target.run_dir, store.url, store.header)
     found = {id(target): _found(target, store, options) for target in targets if not force}
     missing = [target for target in targets if found.get(id(target)) is None]
     computed: dict[int, CoreResult] = {}

@@ -4,7 +4,6 @@
 the contributions [F_l, F_{l-1}] of every reading, `learned2`, `fitted2`, `fitted3`, ... Both are written atomically, the JSON last.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsae.cache.errors import StoreError, UserError
-from hsae.cache.files import write_atomically
+from hsae.cache.files import file_sha256
 from hsae.cache.store import ActivationStore
 from hsae.eval.core.schema import CoreResult, hsae_version, read_core
 from hsae.eval.core.targets import is_trained, model_digest
@@ -23,9 +22,11 @@ from hsae.eval.hierarchy.composition import SETTINGS, CompositionResult, LevelRe
 from hsae.eval.hierarchy.failures import Failure, Verdict, failures
 from hsae.eval.hierarchy.measures import Estimate
 from hsae.eval.hierarchy.stability import Agreement, Member, stability
+from hsae.eval.results import publish, read_result, write_result
 from hsae.train.config import RunConfig
 from hsae.train.model import TrainedModel, load_model
 from hsae.train.plan import Plan
+from hsae.train.record import check_same_model
 from hsae.train.rundir import read_metrics
 
 FORMAT = 1
@@ -86,6 +87,9 @@ def evaluate_runs(
                 f"run {plan.label(config)} of plan {plan.name} has not been trained to its end in {plan.run_dir(config)}; "
                 f"train it with: hsae train --run {config.number}"
             )
+        for store in (sources.evaluation, sources.fit):
+            if store is not None:
+                check_same_model(plan.run_dir(config), store.url, store.header)
     job = _Job(sources, force, device, progress or (lambda _label: lambda _name, _done, _total: None))
     return [job.run(plan, config, compare) for plan, config in runs]
 
@@ -114,8 +118,9 @@ class _Job:
             "failures": [asdict(failure) for failure in verdict.failures],
             "unchecked": verdict.unchecked,
             "result": result.json(),
+            **_maps(run_dir),
         }
-        _write(run_dir / FILE, content)
+        write_result(run_dir / FILE, content)
         return RunComposition(
             label=plan.label(config),
             path=run_dir / FILE,
@@ -151,7 +156,6 @@ class _Job:
             device=self.device,
             progress=self.progress(plan.label(config)),
         )
-        (run_dir / FILE).parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{name}{pair.level}": reading.contributions.contiguous()
             for pair in result.pairs
@@ -159,8 +163,8 @@ class _Job:
             if reading.contributions is not None
         }
         (run_dir / FILE).unlink(missing_ok=True)  # never beside maps of another model
-        write_atomically(run_dir / MAPS_FILE, lambda path: save_file(tensors, path))
-        _write(run_dir / FILE, {"format": FORMAT, "inputs": inputs, "result": result.json()})
+        publish(run_dir / MAPS_FILE, lambda path: save_file(tensors, path))
+        write_result(run_dir / FILE, {"format": FORMAT, "inputs": inputs, "result": result.json(), **_maps(run_dir)})
         return result, inputs
 
 
@@ -198,7 +202,7 @@ def _held(run_dir: Path, wanted: Sequence[dict[str, Any]]) -> tuple[CompositionR
 def read_composition(run_dir: Path) -> dict[str, Any] | None:
     """The content of composition.json with the result itself as `parsed`; None if there is none or it can't be understood."""
     try:
-        content = json.loads((run_dir / FILE).read_text())
+        content = read_result(run_dir / FILE, "hsae eval composition")
         if content["format"] != FORMAT:
             return None
         return {**content, "inputs": content["inputs"], "parsed": CompositionResult.of_json(content["result"])}
@@ -209,9 +213,17 @@ def read_composition(run_dir: Path) -> dict[str, Any] | None:
 def read_maps(run_dir: Path) -> dict[str, Tensor] | None:
     """Contributions of every reading, `learned2`, `fitted2`, ...; None if there are none or the file is damaged."""
     try:
+        known = read_result(run_dir / FILE, "hsae eval composition").get("maps")
+        if known is not None and _maps(run_dir)["maps"] != known:
+            return None
         return load_file(run_dir / MAPS_FILE)
-    except (OSError, SafetensorError):
+    except (OSError, UserError, SafetensorError):
         return None
+
+
+def _maps(run_dir: Path) -> dict[str, str]:
+    """The digest of the file of maps, which stands in composition.json."""
+    return {"maps": file_sha256(run_dir / MAPS_FILE)}
 
 
 def read_verdict(content: dict[str, Any]) -> Verdict | None:
@@ -219,13 +231,6 @@ def read_verdict(content: dict[str, Any]) -> Verdict | None:
     if "failures" not in content:
         return None
     return Verdict([Failure(**entry) for entry in content["failures"]], content["unchecked"])
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON unless it is there already."""
-    text = json.dumps(content, indent=1, allow_nan=False)
-    if not path.is_file() or path.read_text() != text:
-        write_atomically(path, lambda partial: partial.write_text(text))
 
 
 def _flat_like(plan: Plan, config: RunConfig) -> RunConfig | None:
@@ -284,12 +289,11 @@ def stability_of(plan: Plan, config: RunConfig, seeds: int) -> tuple[Path, list[
         digests.append(model_digest(run_dir / "model"))
     found = stability(members)
     path = plan.run_dir(config) / STABILITY_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "format": FORMAT,
         "hsae": hsae_version(),
         "models": digests,
         "agreement": [asdict(agreement) for agreement in found],
     }
-    _write(path, content)
+    write_result(path, content)
     return path, found

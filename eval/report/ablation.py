@@ -6,7 +6,6 @@ A component is judged by two runs that differ in nothing else: it helps or hurts
 corrected for all comparisons of the table (`ablation_tests`). Below three seeds there is no verdict.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from hsae.eval.core.schema import read_core
 from hsae.eval.core.targets import RESULTS, is_trained, model_digest, whole_view
 from hsae.eval.hierarchy.runs import read_composition
 from hsae.eval.report.ablation_tests import LEVEL, MANY, MIN_SEEDS, POWER, Comparison, compare
+from hsae.eval.results import read_result
 from hsae.train.config import RunConfig
 from hsae.train.plan import Plan
 
@@ -292,7 +292,7 @@ def _composition(run_dir: Path, config: RunConfig) -> Found | None:
 def _unlearning(run_dir: Path) -> Found | None:
     """Loss on the forgotten text at BUDGET, of the run's main arm."""
     try:
-        content = json.loads((run_dir / "eval" / "unlearning.json").read_text())
+        content = read_result(run_dir / "eval" / "unlearning.json", "hsae eval unlearning")
         arms = content["arms"]
         main = next(name for name in ("descend", "sae", "level1") if name in arms)
         value = arms[main]["at_retain"][BUDGET]["forget_dce"]

@@ -11,7 +11,7 @@ from hsae.eval import figures
 from hsae.eval.core.targets import model_digest
 from hsae.eval.hierarchy import maps
 from hsae.eval.hierarchy.composition import CompositionResult, Measured, PairResult
-from hsae.eval.hierarchy.runs import read_composition, read_maps, read_verdict
+from hsae.eval.hierarchy.runs import FILE, read_composition, read_maps, read_verdict
 from hsae.eval.report.tables import Cell, plain
 from hsae.train.model import TrainedModel
 
@@ -58,7 +58,10 @@ def composed_of(run_dir: Path, model: TrainedModel | None) -> Composed:
     if content is not None and content["inputs"].get("sae") != model_digest(run_dir / "model"):
         content, missing = None, ["composition.json is of another model than the one here; run `hsae eval composition`"]
     else:
-        missing = [] if content is not None else ["no hierarchy measures yet; run `hsae eval composition`"]
+        there = "composition.json is damaged" if (run_dir / FILE).is_file() else "no hierarchy measures yet"
+        missing = [] if content is not None else [f"{there}; run `hsae eval composition`"]
+        if content is not None and read is None:
+            missing = ["the maps of composition.json are damaged or missing; run `hsae eval composition`"]
     if content is None or read is None:
         read = {f"learned{part.level}": part.contributions for part in model.compositions}
     verdict = read_verdict(content) if content is not None else None

@@ -23,6 +23,7 @@ from hsae.eval.suite.schema import LAYOUTS, read_suite
 from hsae.eval.suite.scr_tpp import Kind
 from hsae.eval.suite.sparse_probing import RANDOM_SEED, Outcome
 from hsae.eval.suite.text_probes import Task, need_sklearn, sum_latents, sum_texts, within_noise
+from hsae.train.record import check_same_model
 from hsae.train.views import View
 
 HEADLINES = {
@@ -63,6 +64,10 @@ class Evaluator(Protocol):
     @property
     def suite(self) -> str:
         """Its name."""
+
+    @property
+    def store(self) -> Any:
+        """The store it is made from."""
 
     def check(self, view: View) -> None:
         """Refuse an SAE that can't be evaluated. Raises UserError."""
@@ -300,7 +305,9 @@ def evaluate_with(
     """The same with any evaluator of a hook."""
     benches = {hook: bench_at(hook) for hook in dict.fromkeys(target.hook for target in targets)}
     for target in targets:
-        benches[target.hook].check(target.view)
+        bench = benches[target.hook]
+        bench.check(target.view)
+        check_same_model(target.run_dir, str(bench.store.path), bench.store.header)
     results = []
     for target in targets:
         bench = benches[target.hook]

@@ -4,12 +4,12 @@ A file is core's envelope (see `hsae.eval.core.schema`) around an evaluation's o
 that was not asked for or does not exist. hsae's block `hsae` stands behind SAEBench's keys.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hsae.cache.errors import UserError
+from hsae.eval.results import read_envelope, run_option
 from hsae.eval.suite.scr_tpp import score_keys
 from hsae.eval.suite.sparse_probing import SCHEMA_K
 
@@ -218,12 +218,7 @@ def _compare(held: dict[str, Any], wanted: dict[str, tuple[type, ...]], where: s
 
 def read_suite(path: Path, suite: str) -> dict[str, Any]:
     """A result file's content. Raises UserError naming the file and what is wrong with it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    content = read_envelope(path, f"hsae eval {suite}{run_option(path)}")
     if found := problems(content, suite):
         raise UserError(f"{path} is not a SAEBench {LAYOUTS[suite].eval_type_id} result: {found[0]}")
     result: dict[str, Any] = content

@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from hsae.cache.device import pick_device
 from hsae.cache.errors import UserError
-from hsae.cache.files import write_atomically
 from hsae.eval.core.schema import hsae_version
+from hsae.eval.results import read_result, write_result
 from hsae.eval.synthetic import scores as synthetic
 from hsae.train.config import RunConfig, StreamConfig
 from hsae.train.model import TrainedModel, folded
@@ -81,7 +81,7 @@ def run_tier(
                 row = train_and_score(arm, world, stream, vectors, place, listener)
                 entry["seeds"] = sorted([*entry["seeds"], row], key=lambda row: int(row["seed"]))
                 entry |= _summary(entry["seeds"])
-                write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=2, allow_nan=False)))
+                write_result(path, content, indent=2)
     return content
 
 
@@ -161,7 +161,7 @@ def _begun(
 def read_results(path: Path) -> dict[str, Any]:
     """A results file. Raises UserError if it is damaged."""
     try:
-        content = json.loads(path.read_text())
+        content = read_result(path, "hsae eval synthetic --force")
         if content["format"] != FORMAT:
             raise UserError(f"{path}: format {content['format']!r}; this hsae reads format {FORMAT}")
         content["settings"], [(arm["fingerprint"], arm["seeds"]) for arm in content["arms"].values()]

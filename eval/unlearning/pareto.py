@@ -6,7 +6,6 @@ the unit, forget and retain drawn apart; every arm sees the same draws.
 Shapes: S resamples (the first is the data itself), K documents.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from hsae.eval import figures
 from hsae.eval.core import corrected
+from hsae.eval.results import read_result, run_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def picture(path: Path, weights: str | None) -> tuple[str | None, str | None]:
     if not path.is_file():
         return None, None
     try:
-        content = json.loads(path.read_text())
+        content = read_result(path, f"hsae eval unlearning{run_option(path)}")
         if weights is not None and content["inputs"]["sae"] != weights:
             return None, f"{path.name} is of another model than the one here; run `hsae eval unlearning --force`"
         arms, most = content["arms"], float(content["arms"]["none"]["area"]["up_to"])

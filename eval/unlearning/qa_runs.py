@@ -1,12 +1,11 @@
 """`hsae eval unlearning --qa` for the runs of a plan: `runs/<N>/eval/unlearning_qa.json`, made anew when an input changes."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hsae.cache.files import write_atomically
 from hsae.cache.lm import LanguageModel, load_tokenizer
+from hsae.eval.results import write_result
 from hsae.eval.unlearning import qa, selection
 from hsae.eval.unlearning.intervention import of_model
 from hsae.eval.unlearning.passes import Rows
@@ -40,8 +39,8 @@ def evaluate_runs(
 ) -> list[Unlearned]:
     """The score of every level, and of all levels together, of each run. `sets` are from `check`."""
     plan, config = runs[0][0], runs[0][0].unlearning.qa
-    check_trained(runs)
     stores, hook = open_texts(plan), plan.hook.names[0]
+    check_trained(runs, stores["forget"])
     done: list[Unlearned] = []
     exam: qa.Exam | None = None
     for seeded, run in runs:
@@ -81,8 +80,6 @@ def evaluate_runs(
                 "inputs": inputs,
                 "versions": versions(),
             }
-            text = json.dumps(result, indent=1)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / FILE, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
+            write_result(folder / FILE, result, allow_nan=True)
         done.append(Unlearned(plan=seeded, run=run, result=result, reused=reused))
     return done

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from hsae.cache.errors import StoreError, UserError
-from hsae.cache.files import write_atomically
 from hsae.cache.lm import LanguageModel
 from hsae.cache.store import ActivationStore
 from hsae.eval.core.schema import hsae_version
 from hsae.eval.core.targets import is_trained, model_digest
+from hsae.eval.results import publish, read_result, write_result
 from hsae.eval.unlearning import pareto
 from hsae.eval.unlearning.intervention import of_model
 from hsae.eval.unlearning.passes import Rows
@@ -26,6 +26,7 @@ from hsae.eval.unlearning.sweep import Pieces, Progress, Texts, evaluate
 from hsae.train.config import RunConfig
 from hsae.train.model import load_model
 from hsae.train.plan import Plan
+from hsae.train.record import check_same_model
 from hsae.train.suites import SIDES, Side
 
 FILE, PARTIAL, FIGURE = "unlearning.json", "unlearning.partial.json", "unlearning.png"
@@ -64,14 +65,15 @@ def open_texts(plan: Plan) -> dict[Side, ActivationStore]:
     return stores
 
 
-def check_trained(runs: Sequence[tuple[Plan, RunConfig]]) -> None:
-    """Raise UserError unless all runs have been trained."""
+def check_trained(runs: Sequence[tuple[Plan, RunConfig]], store: ActivationStore) -> None:
+    """Raise UserError unless all runs have been trained, on activations of the store's model."""
     for seeded, run in runs:
         if not is_trained(seeded, run):
             raise UserError(
                 f"run {run.number} ({run.name}) of plan {seeded.name} has not been trained to its end in {seeded.run_dir(run)}; "
                 f"train it with: hsae train --run {run.number}"
             )
+        check_same_model(seeded.run_dir(run), store.url, store.header)
 
 
 def evaluate_runs(
@@ -90,7 +92,7 @@ def evaluate_runs(
     plan = runs[0][0]
     stores = open_texts(plan)
     hook = plan.hook.names[0]
-    check_trained(runs)
+    check_trained(runs, stores["forget"])
     done = []
     language: LanguageModel | None = None
     for seeded, run in runs:
@@ -126,12 +128,9 @@ def evaluate_runs(
 
 
 def _write(folder: Path, result: dict[str, Any], label: str, most: float) -> None:
-    text = json.dumps(result, indent=1)
-    write_atomically(folder / FILE, lambda path: path.write_text(text))
+    write_result(folder / FILE, result, allow_nan=True)
     try:
-        write_atomically(
-            folder / FIGURE, lambda path: pareto.draw(path, result["arms"], most, f"unlearning, run {label}")
-        )
+        publish(folder / FIGURE, lambda path: pareto.draw(path, result["arms"], most, f"unlearning, run {label}"))
     except UserError:
         (folder / FIGURE).unlink(missing_ok=True)  # no matplotlib: numbers only, and no picture of another result
     (folder / PARTIAL).unlink(missing_ok=True)
@@ -162,7 +161,7 @@ def inputs_of(plan: Plan, run: RunConfig, stores: dict[Side, ActivationStore]) -
 def found_at(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """The result that lies there, if it was made of the same inputs."""
     try:
-        content = json.loads(path.read_text())
+        content = read_result(path, "hsae eval unlearning")
         return content if content["inputs"] == inputs and "arms" in content else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there or damaged: made anew

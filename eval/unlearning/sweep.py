@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hsae.cache.files import write_atomically
 from hsae.cache.lm import LanguageModel
+from hsae.eval.results import read_result, write_result
 from hsae.eval.unlearning import pareto, selection
 from hsae.eval.unlearning.arms import Arm, Setting, moved, rate_threshold, sae_arms, settings, shared_arms
 from hsae.eval.unlearning.intervention import Dictionary, Intervention
@@ -44,7 +44,7 @@ class Pieces:
         self.held: dict[str, dict[str, Any]] = {}
         if path is not None and path.is_file():
             try:
-                content = json.loads(path.read_text())
+                content = read_result(path, "hsae eval unlearning")
                 if content["inputs"] == inputs:
                     self.held = content["pieces"]
             except (ValueError, KeyError, TypeError):
@@ -56,9 +56,7 @@ class Pieces:
         if key not in self.held:
             self.held[key] = asdict(measure())
             if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                text = json.dumps({"inputs": self.inputs, "pieces": self.held})
-                write_atomically(self.path, lambda partial: partial.write_text(text))
+                write_result(self.path, {"inputs": self.inputs, "pieces": self.held}, allow_nan=True)
         return Change(**self.held[key])
 
 

@@ -1,0 +1,87 @@
+"""Result files: JSON under a checksum, so that a digit that changed is not shown as a result. Files without one are older, or SAEBench's.
+
+Evaluations share folders without knowing of each other: whoever writes into one holds its lock, and clears away what killed ones left.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from hsae.cache.errors import UserError
+from hsae.cache.files import CHECKSUM, check_seal, content_digest, parse_json, sealed, sweep, write_atomically
+
+LOCK = ".lock"
+WRITER = "sae_bench_commit_hash"  # says in SAEBench's schema who wrote a file
+
+
+def publish(path: Path, write: Callable[[Path], Any]) -> None:
+    """Make or replace a file of an evaluation atomically, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / LOCK):
+        sweep(path.parent, below=False)
+        write_atomically(path, write)
+
+
+def write_result(path: Path, content: Mapping[str, Any], *, indent: int = 1, allow_nan: bool = False) -> None:
+    """Write a JSON object with its checksum, unless just that is there already."""
+    text = json.dumps(sealed(content), indent=indent, allow_nan=allow_nan)
+    if not path.is_file() or path.read_bytes() != text.encode():
+        publish(path, lambda partial: partial.write_text(text))
+
+
+def read_result(path: Path, again: str) -> dict[str, Any]:
+    """The content of a result file without its checksum. Raises UserError, which says to make it `again`, if it is missing or damaged."""
+    content = _read(path, again)
+    try:
+        check_seal(content, required=False)
+    except ValueError as error:
+        raise _damaged(path, again, error) from None
+    return {key: value for key, value in content.items() if key != CHECKSUM}
+
+
+def envelope_text(content: Mapping[str, Any]) -> str:
+    """A result in SAEBench's schema, whose keys are fixed, as JSON text: the checksum of all else stands in hsae's own block."""
+    hsae = content.get("hsae")
+    if isinstance(hsae, dict):
+        plain = parse_json(json.dumps(content))
+        content = {**content, "hsae": {**hsae, CHECKSUM: content_digest(plain)}}
+    return json.dumps(content, indent=2)
+
+
+def read_envelope(path: Path, again: str) -> Any:
+    """The content of a file in SAEBench's schema, hsae's or not, without its checksum. Raises UserError as `read_result` does."""
+    content = _read(path, again, "JSON")
+    hsae = content.get("hsae") if isinstance(content, dict) else None
+    if isinstance(hsae, dict) and CHECKSUM in hsae:
+        plain = {**content, "hsae": {key: value for key, value in hsae.items() if key != CHECKSUM}}
+        if hsae[CHECKSUM] != content_digest(plain):
+            raise _damaged(path, again, "it fails its checksum")
+        return plain
+    if isinstance(content, dict) and not content.keys() & {"hsae"} and str(content.get(WRITER)).startswith("hsae "):
+        raise _damaged(path, again, "its block hsae is missing")
+    return content
+
+
+def run_option(path: Path) -> str:
+    """` --run N` for a result in a run directory; nothing elsewhere."""
+    run = next((folder.parent.name for folder in path.parents if folder.name == "eval"), "")
+    return f" --run {run}" if run.isdecimal() else ""
+
+
+def _read(path: Path, again: str, kind: str = "a result file") -> Any:
+    try:
+        content = parse_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not {kind}: {error}; make it again with: {again}") from None
+    if kind != "JSON" and not isinstance(content, dict):
+        raise _damaged(path, again, "not a JSON object")
+    return content
+
+
+def _damaged(path: Path, again: str, problem: object) -> UserError:
+    return UserError(f"{path} is damaged ({problem}); make it again with: {again}")
