@@ -3,26 +3,42 @@
 Evaluations share folders without knowing of each other: whoever writes into one holds its lock, and clears away what killed ones left.
 """
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from hsae.cache.errors import UserError
 from hsae.cache.files import CHECKSUM, check_seal, content_digest, parse_json, sealed, sweep, write_atomically
 
-LOCK = ".lock"
 WRITER = "sae_bench_commit_hash"  # says in SAEBench's schema who wrote a file
 
 
 def publish(path: Path, write: Callable[[Path], Any]) -> None:
     """Make or replace a file of an evaluation atomically, with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / LOCK):
-        sweep(path.parent, below=False)
+    with _locked(path.parent) as alone:
+        if alone:
+            sweep(path.parent, below=False)
         write_atomically(path, write)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock on a folder itself; False on a file system that has no such locks."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(opened)
 
 
 def write_result(path: Path, content: Mapping[str, Any], *, indent: int = 1, allow_nan: bool = False) -> None:

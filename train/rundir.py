@@ -43,9 +43,6 @@ EVALUATED = (
     "eval/unlearning.partial.json",
     "eval/unlearning.png",
     "eval/unlearning_qa.json",
-    "eval/.lock",
-    "eval/*/.lock",
-    "eval/*/legacy/.lock",
 )
 """What evaluations leave; it is a run's own, and all else in its directory is somebody else's."""
 State = Literal["complete", "unfinished", "new"]
