@@ -368,7 +368,7 @@ def test_every_level_and_the_whole_are_evaluated_and_equal_questions_are_asked_o
     store = type("Store", (), {"spec": plan.store("train"), "header": type("Header", (), {"d_model": D, **digests})})
     rundir.prepare(plan, config, store, "cpu", resume=False, restart=False)
     save_model(TrainedModel(structure="additive", levels=levels, compositions=()), plan.run_dir(config) / "model")
-    rundir.write_run(plan.run_dir(config), {**rundir.read_run(plan.run_dir(config)), "complete": True})
+    rundir.write_run(plan.run_dir(config), {**rundir.read_run(plan.run_dir(config)), "complete": True, "content": None})
     sets = [*overrides, f"train.dir={json.dumps(str(folder / 'runs'))}"]
     given = [part for value in sets for part in ("--set", value)]
     command = ["eval", "autointerp", "--plan", "tiny", "--device", "cpu", "--run", "3", *given]

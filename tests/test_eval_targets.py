@@ -68,7 +68,7 @@ def a_trained_run(plan, number, levels):
     rundir.prepare(plan, config, store, "cpu", resume=False, restart=False)
     held = rundir.read_run(plan.run_dir(config))
     save_model(model, plan.run_dir(config) / "model")
-    rundir.write_run(plan.run_dir(config), {**held, "complete": True})
+    rundir.write_run(plan.run_dir(config), {**held, "complete": True, "content": None})
     return config
 
 

@@ -438,7 +438,7 @@ def test_an_sae_and_every_level_of_a_run_are_evaluated(overrides, plan, store, t
     held = SimpleNamespace(spec=plan.store("train"), header=SimpleNamespace(d_model=D, **digests))
     rundir.prepare(plan, config, held, "cpu", resume=False, restart=False)
     save_model(TrainedModel(structure="additive", levels=levels, compositions=()), plan.run_dir(config) / "model")
-    rundir.write_run(plan.run_dir(config), {**rundir.read_run(plan.run_dir(config)), "complete": True})
+    rundir.write_run(plan.run_dir(config), {**rundir.read_run(plan.run_dir(config)), "complete": True, "content": None})
     done = invoke("eval", "ravel", "--run", 3, "--draws", 3, *settings(overrides))
     assert done.exit_code == 0, (done.output, done.exception)
     assert "disentanglement" in done.output and "spared because no chosen latent differs" in done.output

@@ -26,6 +26,7 @@ from hsae.eval.report import tables
 from hsae.eval.report.page import write_report
 from hsae.train.model import load_model
 from hsae.train.plan import load_plan
+from hsae.train.record import write_run
 from hsae.train.trainer import train
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -133,7 +134,7 @@ def test_names_and_warnings_are_data_too(made, tmp_path):
     copy = tmp_path / "runs/3"
     shutil.copytree(made[1][2], copy)
     info = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps({**info, "name": hostile, "model": hostile, "hardware": hostile}))
+    write_run(copy, {**info, "name": hostile, "model": hostile, "hardware": hostile})
     log = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     log = [{**line, "stage": hostile} if line["kind"] == "stage" else line for line in log]
     log.append({"kind": "warning", "step": 1, "message": hostile})

@@ -280,7 +280,7 @@ def test_every_level_of_a_hierarchy_is_evaluated(overrides, plan, no_language_mo
     rundir.prepare(plan, config, store, "cpu", resume=False, restart=True)
     model = TrainedModel(structure="additive", levels=levels, compositions=())
     save_model(model, plan.run_dir(config) / "model")
-    rundir.write_run(plan.run_dir(config), {**rundir.read_run(plan.run_dir(config)), "complete": True})
+    rundir.write_run(plan.run_dir(config), {**rundir.read_run(plan.run_dir(config)), "complete": True, "content": None})
     done = invoke("eval", suite, "--run", 3, "--draws", 1, *settings(overrides))
     assert done.exit_code == 0, (done.output, done.exception)
     files = sorted((plan.run_dir(config) / "eval" / suites.FOLDERS[suite]).iterdir())
