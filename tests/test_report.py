@@ -24,6 +24,7 @@ from hsae.eval.hierarchy import maps
 from hsae.eval.hierarchy import runs as hierarchy
 from hsae.eval.report import tables
 from hsae.eval.report.page import write_report
+from hsae.eval.results import write_result
 from hsae.train.model import load_model
 from hsae.train.plan import load_plan
 from hsae.train.record import write_run
@@ -191,7 +192,7 @@ def test_hierarchy_measures_stand_beside_their_nulls(made, tmp_path, monkeypatch
     ((item),) = hierarchy.evaluate_runs([(copied, plan.runs[3])], hierarchy.Sources.of(plan))
     content = json.loads(item.path.read_text())
     content["failures"] = [{"name": "copy", "level": 2, "text": "copy: <b>half</b> of level 2"}]
-    item.path.write_text(json.dumps(content))
+    write_result(item.path, content)
     path = write_report([tmp_path / "runs/3"], tmp_path / "out")
     html, markdown = path.read_text(), path.with_name("report.md").read_text()
     text = " ".join(" ".join(Page(html).words).split())
@@ -204,7 +205,7 @@ def test_hierarchy_measures_stand_beside_their_nulls(made, tmp_path, monkeypatch
     assert "| 3 full · level 2 | fitted |" in markdown and "**3 full**: copy: \\<b>half\\<" in markdown
     assert f"{coverage.value:.3g} ({coverage.nulls['permuted'].z:+.1f}, {coverage.nulls['random'].z:+.1f})" in markdown
     content["inputs"]["sae"] = "0" * 64
-    item.path.write_text(json.dumps(content))
+    write_result(item.path, content)
     page = write_report([tmp_path / "runs/3"], tmp_path / "out").read_text()
     assert "composition.json is of another model than the one here" in page and "fitted map" not in page
 

@@ -13,6 +13,7 @@ from hsae.cache.build import build
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.lm import LanguageModel
 from hsae.cli.main import app
+from hsae.eval.results import write_result
 from hsae.eval.unlearning import arms, pareto, qa, qa_runs, selection
 from hsae.eval.unlearning import runs as unlearning_runs
 from hsae.eval.unlearning import sweep as unlearning
@@ -494,7 +495,7 @@ def test_a_sweep_that_was_interrupted_goes_on_where_it_was(plan, language):
     assert {**resumed, "passes": None} == {**whole, "passes": None}
     assert resumed["passes"]["run"] < whole["passes"]["run"]
     held["inputs"]["sae"] = "another"
-    partial.write_text(json.dumps(held))
+    write_result(partial, held, allow_nan=True)
     (partial.parent / "unlearning.json").unlink()
     fresh = unlearning_runs.evaluate_runs([run], lambda store: language)[0].result
     assert fresh["passes"]["measured_before"] == 0
