@@ -85,7 +85,7 @@ class Plan:
 
         Raises CorpusError if the text can't be read.
         """
-        specs = [self._spec(split), self._spec(other)]
+        specs = [self.asked(split), self.asked(other)]
         common = common_text(specs[0].corpus, specs[1].corpus)
         tables = " and ".join(f"[{TEXT_TABLES[spec.split]}]" for spec in specs)
         return common and (
