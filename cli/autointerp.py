@@ -3,7 +3,6 @@
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,16 +16,19 @@ from hsae.cli.common import (
     DeviceOption,
     PlanOption,
     RunOption,
+    SaeOption,
     SeedsOption,
     SetOption,
+    check_sae_options,
     console,
+    named_runs,
     plus_minus,
     progress_bars,
     say,
     tell_common_text,
     waiting,
 )
-from hsae.cli.suite import ForceOption, OutOption, SaeOption
+from hsae.cli.suite import OUT, ForceOption, OutOption
 
 if TYPE_CHECKING:
     from hsae.eval.autointerp.evaluation import Estimate
@@ -41,7 +43,7 @@ def autointerp(
     sae: SaeOption = None,
     plan: PlanOption = None,
     overrides: SetOption = None,
-    out: OutOption = Path("eval_results"),
+    out: OutOption = None,
     whole: Annotated[
         bool,
         typer.Option("--whole", help="Of a run only all levels together (of a stack level 1), not each level too."),
@@ -86,8 +88,9 @@ def autointerp(
     from hsae.cache.errors import UserError
     from hsae.train.plan import load_plan
 
-    if sum((run is not None, all_runs, bool(sae))) > 1:
-        raise UserError("--run, --all and --sae exclude each other")
+    check_sae_options(sae, seeds, out, whole)
+    if yes and dry_run:
+        raise UserError("--yes and --dry-run exclude each other")
     if (price_in is None) != (price_out is None):
         raise UserError("--price-in and --price-out go together")
     if max_cost is not None and price_in is None:
@@ -95,6 +98,7 @@ def autointerp(
     named = {"model": judge, "base_url": base_url}
     chosen = [f"autointerp.judge.{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
     loaded = load_plan(plan, [*(overrides or ()), *chosen])
+    run = named_runs(loaded, run, all_runs, sae)
 
     from hsae.cache.device import pick_device
     from hsae.cache.lm import load_tokenizer
@@ -104,7 +108,11 @@ def autointerp(
     from hsae.eval.autointerp.evaluation import Autointerp, noise_note
     from hsae.eval.autointerp.judge import Judge, Prices
 
-    targets = of_folders(loaded, sae, out / "autointerp") if sae else of_runs(loaded, run, seeds, whole, "autointerp")
+    targets = (
+        of_folders(loaded, sae, (out or OUT) / "autointerp")
+        if sae
+        else of_runs(loaded, run, seeds, whole, "autointerp")
+    )
     store = ActivationStore.open(loaded.store_path("autointerp"))
     if not sae:
         tell_common_text(loaded, ("autointerp",))

@@ -27,7 +27,9 @@ StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="Directory o
 def build(
     plan: PlanOption = None,
     overrides: SetOption = None,
-    split: Annotated[Literal["train", "eval", "both"], typer.Option("--split", help="Which store.")] = "both",
+    split: Annotated[
+        Literal["train", "eval", "both"] | None, typer.Option("--split", help="Which store; default both.")
+    ] = None,
     suite: Annotated[
         Literal["sparse-probing", "scr", "tpp", "absorption", "ravel", "all", "unlearning", "autointerp"] | None,
         typer.Option(
@@ -48,10 +50,13 @@ def build(
     """
     from hsae.cache.build import build as build_store
     from hsae.cache.device import pick_device
+    from hsae.cache.errors import UserError
     from hsae.cache.estimate import check_space, estimate
     from hsae.cache.share import share
     from hsae.train.plan import load_plan
 
+    if suite is not None and split is not None:
+        raise UserError(f"--split {split} doesn't go with --suite {suite}, which has stores of its own")
     loaded = load_plan(plan, overrides or ())
     chosen = pick_device(device)
     if suite == "ravel":
@@ -59,7 +64,7 @@ def build(
     if suite is not None and suite not in OWN_STORES:
         return suite_commands.build(loaded, suite, chosen, dry_run=dry_run)
     names = ("eval", "train") if suite is None else OWN_STORES[suite]
-    specs = [loaded.store(name) for name in names if suite or split in (name, "both")]
+    specs = [loaded.store(name) for name in names if suite or split in (name, "both", None)]
     tell_common_text(loaded, OWN_STORES.get(suite or "", ("eval",)), refuse=any(spec.split == "eval" for spec in specs))
     estimates = [estimate(spec, loaded.cache.dir, chosen) for spec in specs]
     console.print(_sizes(estimates, loaded.name, chosen))
@@ -214,12 +219,14 @@ def list_stores(
 
     Example: hsae cache ls
     """
-    from hsae.cache.errors import StoreError
+    from hsae.cache.errors import StoreError, UserError
     from hsae.cache.layout import read_header, total_bytes
     from hsae.cache.listing import probe_stores
     from hsae.cache.remote import children, place
     from hsae.train.plan import load_plan
 
+    if folder is not None and (plan is not None or overrides):
+        raise UserError("FOLDER says what to list; it doesn't go with --plan or --set")
     home = place(folder or load_plan(plan, overrides or ()).cache.dir)
     if not home.is_dir():
         raise StoreError(f"there is no folder {home}; stores are made by `hsae cache build`")

@@ -6,6 +6,7 @@ Styles are given beside the text, never in it. Nothing else here reads rich's ma
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -96,7 +97,13 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or 
 RunOption = Annotated[
     str | None, typer.Option("--run", metavar="RUNS", help="Runs by number or name: 3, 0-5, baseline, or a list 0,3.")
 ]
-AllOption = Annotated[bool, typer.Option("--all", help="Every run of the plan.")]
+AllOption = Annotated[
+    bool, typer.Option("--all", help="Every run of the plan (default of evaluations: those that are trained).")
+]
+SaeOption = Annotated[
+    list[Path] | None,
+    typer.Option("--sae", metavar="FOLDER", help="A SAELens folder to evaluate instead of runs. Repeatable."),
+]
 SeedsOption = Annotated[
     int,
     typer.Option(
@@ -124,3 +131,27 @@ def tell_common_text(plan: "Plan", splits: "Sequence[Split]", *, refuse: bool = 
             raise CorpusError(f"{told}, or allow it with --set cache.eval.training_text=true")
         if told:
             say(told, style="yellow")
+
+
+def named_runs(plan: "Plan", run: str | None, all_runs: bool, sae: list[Path] | None = None) -> str | None:
+    """The runs that the options name, with --all every one; None if they name none. Raises UserError if options exclude each other."""
+    from hsae.cache.errors import UserError
+
+    given = {"--run": run is not None, "--all": all_runs, "--sae": bool(sae)}
+    if sum(given.values()) > 1:
+        raise UserError(f"{' and '.join(name for name, there in given.items() if there)} exclude each other")
+    return ",".join(map(str, plan.runs)) if all_runs else run
+
+
+def check_sae_options(sae: list[Path] | None, seeds: int, out: Path | None, whole: bool = False) -> None:
+    """Refuse options that say nothing of what is evaluated: of runs with --sae, and of SAELens folders without. Raises UserError."""
+    from hsae.cache.errors import UserError
+
+    if sae and seeds != 1:
+        raise UserError(f"--seeds {seeds} is for runs; it doesn't go with --sae")
+    if sae and whole:
+        raise UserError("--whole is for runs, which have levels; it doesn't go with --sae")
+    if out is not None and not sae:
+        raise UserError(
+            "--out is for results of --sae; those of a run lie in its own folder, <train.dir>/<number>/eval"
+        )

@@ -15,9 +15,12 @@ from hsae.cli.common import (
     DeviceOption,
     PlanOption,
     RunOption,
+    SaeOption,
     SeedsOption,
     SetOption,
+    check_sae_options,
     console,
+    named_runs,
     plus_minus,
     progress_bars,
     say,
@@ -49,17 +52,16 @@ def core(
     run: RunOption = None,
     all_runs: AllOption = False,
     seeds: SeedsOption = 1,
-    sae: Annotated[
-        list[Path] | None,
-        typer.Option("--sae", metavar="FOLDER", help="A SAELens folder to evaluate instead of runs. Repeatable."),
-    ] = None,
+    sae: SaeOption = None,
     plan: PlanOption = None,
     overrides: SetOption = None,
     all_tokens: Annotated[
         bool,
         typer.Option("--all-tokens", help="Replace the residual of special tokens too (SAEBench's other setting)."),
     ] = False,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the results of --sae.")] = Path("eval_results/core"),
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the results of --sae; default eval_results/core.")
+    ] = None,
     faithful: Annotated[
         bool,
         typer.Option(
@@ -83,12 +85,11 @@ def core(
 
     Example: hsae eval core --run 3
     """
-    from hsae.cache.errors import UserError
     from hsae.train.plan import load_plan
 
-    if sum((run is not None, all_runs, bool(sae))) > 1:
-        raise UserError("--run, --all and --sae exclude each other")
+    check_sae_options(sae, seeds, out, whole)
     loaded = load_plan(plan, overrides or ())
+    run = named_runs(loaded, run, all_runs, sae)
 
     from hsae.cache.device import pick_device
     from hsae.cache.lm import LanguageModel
@@ -98,7 +99,7 @@ def core(
     from hsae.eval.core.targets import evaluate_targets
 
     place = pick_device(device)
-    targets = of_folders(loaded, sae, out) if sae else of_runs(loaded, run, seeds, whole)
+    targets = of_folders(loaded, sae, out or Path("eval_results/core")) if sae else of_runs(loaded, run, seeds, whole)
     store = ActivationStore.open(loaded.store_path("eval"))
     if not sae:
         tell_common_text(loaded, ("eval",))

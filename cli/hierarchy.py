@@ -15,6 +15,7 @@ from hsae.cli.common import (
     SeedsOption,
     SetOption,
     console,
+    named_runs,
     plus_minus,
     say,
     waiting,
@@ -53,9 +54,8 @@ def composition(
     from hsae.cache.errors import UserError
     from hsae.train.plan import load_plan
 
-    if run is not None and all_runs:
-        raise UserError("--run and --all exclude each other")
     loaded = load_plan(plan, overrides or ())
+    run = named_runs(loaded, run, all_runs)
     flat = loaded.select(compare) if compare is not None else []
     if compare is not None and (len(flat) != 1 or flat[0].levels != 1):
         raise UserError(f"--compare {compare}: name one run without levels (structure flat)")
@@ -172,9 +172,10 @@ def stability(
 
     Example: hsae eval stability --run 3 --seeds 3
     """
-    from hsae.cache.errors import UserError
+    from hsae.cache.errors import UserError, need
     from hsae.train.plan import load_plan
 
+    need("matching latents", "scipy", "eval")
     loaded = load_plan(plan, overrides or ())
     if run is None:
         raise UserError("name the runs: --run 3")

@@ -22,8 +22,12 @@ def quickstart(
 
     Example: hsae quickstart
     """
+    from hsae.cache.errors import need
     from hsae.cli import cache, report, train
     from hsae.cli import eval as eval_commands
+
+    for package in ("jinja2", "matplotlib"):
+        need("the report at the end", package, "quickstart")
 
     places = [f"cache.dir={str(out / 'activations')!r}", f"train.dir={str(out / 'runs')!r}", *(overrides or ())]
     stages: dict[str, Callable[[], None]] = {

@@ -24,12 +24,15 @@ def evaluate(
 ) -> None:
     """Evaluate and print; raises NotApplicable if the hook carries nothing that could be exchanged."""
     from hsae.cache.device import pick_device
+    from hsae.cache.errors import need
     from hsae.cache.lm import LanguageModel
     from hsae.cache.ravel import RavelStore
     from hsae.cli.suite import print_results, targets_of
     from hsae.eval.suite.evaluations import evaluate_with
     from hsae.eval.suite.ravel_runs import RavelBench, told
 
+    if draws > 1:
+        need("the interval over several draws", "scipy", "eval")
     targets = targets_of(plan, "ravel", run, seeds, sae, out)
     store, place = RavelStore(plan.ravel_spec(), plan.cache.dir), pick_device(device)
     with waiting("ravel: reading") as tell:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hsae.cli.common import AllOption, PlanOption, RunOption, SetOption, say, waiting
+from hsae.cli.common import AllOption, PlanOption, RunOption, SetOption, named_runs, say, waiting
 
 
 def report(
@@ -31,11 +31,17 @@ def report(
     """
     from hsae.cache.errors import ModelError, StoreError, UserError
     from hsae.train.plan import load_plan
+    from hsae.train.rundir import read_run
 
-    if run is not None and all_runs:
-        raise UserError("--run and --all exclude each other")
     loaded = load_plan(plan, overrides or ())
+    run = named_runs(loaded, run, all_runs)
     selected = loaded.select(run) if run is not None else list(loaded.runs.values())
+    for config in selected if run is not None else ():
+        if read_run(loaded.run_dir(config)) is None:
+            raise UserError(
+                f"run {loaded.label(config)} of plan {loaded.name} has not been trained in {loaded.run_dir(config)}; "
+                f"train it with: hsae train --run {config.number}"
+            )
 
     from hsae.cache.lm import load_tokenizer
     from hsae.cache.store import ActivationStore

@@ -1,6 +1,7 @@
 """`hsae eval sparse-probing | scr | tpp | absorption | ravel | all`, and `hsae cache build --suite`."""
 
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,9 +18,14 @@ from hsae.cli.common import (
     DeviceOption,
     PlanOption,
     RunOption,
+    SaeOption,
     SeedsOption,
     SetOption,
+    check_sae_options,
     console,
+    errors,
+    named_runs,
+    one_line,
     plus_minus,
     progress_bars,
     say,
@@ -32,12 +38,10 @@ if TYPE_CHECKING:
     from hsae.eval.suite.evaluations import SuiteResult
     from hsae.train.plan import Plan
 
-SaeOption = Annotated[
-    list[Path] | None,
-    typer.Option("--sae", metavar="FOLDER", help="A SAELens folder to evaluate instead of runs. Repeatable."),
-]
+OUT = Path("eval_results")
 OutOption = Annotated[
-    Path, typer.Option("--out", help="Folder for the results of --sae; each evaluation has its own in it.")
+    Path | None,
+    typer.Option("--out", help=f"Folder for the results of --sae; each evaluation has its own in it; default {OUT}."),
 ]
 DrawsOption = Annotated[
     int, typer.Option("--draws", min=1, metavar="N", help="Seeds of the evaluation's own draws: what intervals span.")
@@ -68,16 +72,16 @@ def _command(suite: str) -> Callable[..., None]:
         sae: SaeOption = None,
         plan: PlanOption = None,
         overrides: SetOption = None,
-        out: OutOption = Path("eval_results"),
+        out: OutOption = None,
         draws: DrawsOption = 5,
         force: ForceOption = False,
         device: DeviceOption = "auto",
     ) -> None:
-        loaded = _loaded(plan, overrides, run, all_runs, sae)
+        loaded, run = _loaded(plan, overrides, run, all_runs, seeds, sae, out)
         if suite == "ravel":
-            ravel.evaluate(loaded, run, seeds, sae, out, draws, force, device)
+            ravel.evaluate(loaded, run, seeds, sae, out or OUT, draws, force, device)
         else:
-            _evaluate(loaded, _suite(suite), run, seeds, sae, out, draws, force, device)
+            _evaluate(loaded, _suite(suite), run, seeds, sae, out or OUT, draws, force, device)
 
     return command
 
@@ -89,7 +93,7 @@ def every(
     sae: SaeOption = None,
     plan: PlanOption = None,
     overrides: SetOption = None,
-    out: OutOption = Path("eval_results"),
+    out: OutOption = None,
     draws: DrawsOption = 5,
     force: ForceOption = False,
     device: DeviceOption = "auto",
@@ -98,45 +102,69 @@ def every(
 
     Example: hsae eval all --plan gemma-3-270m
     """
-    from hsae.cache.errors import NotApplicable, UserError
     from hsae.cli.eval import core
 
-    loaded = _loaded(plan, overrides, run, all_runs, sae)
+    loaded, run = _loaded(plan, overrides, run, all_runs, seeds, sae, out)
+    folder = out or OUT
     jobs: dict[str, Callable[[], object]] = {
         "core": lambda: core(
-            run=run, seeds=seeds, sae=sae, plan=plan, overrides=overrides, out=out / "core", force=force, device=device
+            run=run,
+            seeds=seeds,
+            sae=sae,
+            plan=plan,
+            overrides=overrides,
+            out=folder / "core" if sae else None,
+            force=force,
+            device=device,
         )
     }
     for suite in HELP:
         jobs[suite] = lambda suite=suite: _evaluate(  # type: ignore[misc]
-            loaded, _suite(suite), run, seeds, sae, out, draws, force, device
+            loaded, _suite(suite), run, seeds, sae, folder, draws, force, device
         )
-    jobs["ravel"] = lambda: _ravel(loaded, run, seeds, sae, out, draws, force, device)
+    jobs["ravel"] = lambda: _ravel(loaded, run, seeds, sae, folder, draws, force, device)
     jobs["unlearning"] = lambda: _unlearning(loaded, run, seeds, sae, plan, overrides, force, device)
-    summary, failed = [], 0
-    for name, job in jobs.items():
-        began = time.perf_counter()
-        try:
-            job()
-            state = "done"
-        except NotApplicable as error:
-            state = f"skipped: {error}"
-        except UserError as error:
-            state = str(error)
-        except (OSError, RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            state = f"{type(error).__name__}: {error}"
-        failed += state != "done" and not state.startswith("skipped: ")
-        summary.append((name, state, time.perf_counter() - began))
+    outcomes: dict[str, tuple[str, float]] = {}
+    try:
+        for name, job in jobs.items():
+            began = time.perf_counter()
+            outcomes[name] = "interrupted", 0.0
+            outcomes[name] = _outcome(job), time.perf_counter() - began
+    finally:
+        for name in jobs:
+            outcomes.setdefault(name, ("not begun", 0.0))
+        _print_summary(outcomes)
+    if failed := sum(_style(state) == "red" for state, _ in outcomes.values()):
+        say(f"{failed} of {len(jobs)} evaluations failed")
+        raise typer.Exit(1)
+
+
+def _outcome(job: Callable[[], object]) -> str:
+    """Do it, and say in a line how it ended, whatever went wrong; what must be a bug shows its traceback too."""
+    from hsae.cache.errors import NotApplicable
+
+    try:
+        job()
+    except NotApplicable as error:
+        return f"skipped: {error}"
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            errors.print("".join(traceback.format_exception(error)))
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            line = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+        return line
+    return "done"
+
+
+def _print_summary(outcomes: dict[str, tuple[str, float]]) -> None:
     table = Table(title="summary", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("evaluation", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("outcome", overflow="fold")
-    for name, state, seconds in summary:
+    for name, (state, seconds) in outcomes.items():
         table.add_row(name, f"{seconds:.0f} s", state, style=_style(state))
     console.print(table)
-    if failed:
-        console.print(f"{failed} of {len(jobs)} evaluations failed")
-        raise typer.Exit(1)
 
 
 def _style(state: str) -> str | None:
@@ -174,14 +202,20 @@ def _unlearning(
 
 
 def _loaded(
-    plan: str | None, overrides: list[str] | None, run: str | None, all_runs: bool, sae: list[Path] | None
-) -> "Plan":
-    from hsae.cache.errors import UserError
+    plan: str | None,
+    overrides: list[str] | None,
+    run: str | None,
+    all_runs: bool,
+    seeds: int,
+    sae: list[Path] | None,
+    out: Path | None,
+) -> "tuple[Plan, str | None]":
+    """The plan, and the runs that are named."""
     from hsae.train.plan import load_plan
 
-    if sum((run is not None, all_runs, bool(sae))) > 1:
-        raise UserError("--run, --all and --sae exclude each other")
-    return load_plan(plan, overrides or ())
+    check_sae_options(sae, seeds, out)
+    loaded = load_plan(plan, overrides or ())
+    return loaded, named_runs(loaded, run, all_runs, sae)
 
 
 def _suite(name: str) -> "Suite":

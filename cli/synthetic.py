@@ -55,8 +55,11 @@ def synthetic(
 
     Example: hsae eval synthetic --tier T2 --run full,batchtopk
     """
+    from hsae.cache.errors import UserError
     from hsae.train.arms import load_arms
 
+    if tokens is not None and any(value.strip().startswith("train.tokens") for value in overrides or ()):
+        raise UserError("--tokens and --set train.tokens exclude each other")
     length = [] if tokens is None else [f"train.tokens={tokens}"]
     arms = load_arms(tier, [*(overrides or ()), *length])
     selected = list(arms.runs.values()) if run is None else arms.select(run)
