@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     plan, device = load_plan(arguments.plan, arguments.overrides), pick_device("auto")
-    store = ActivationStore.open(plan.store_path("train"))
+    store = ActivationStore.of(plan.store("train"), plan.cache.dir)
     results = {
         "harvest": harvest(plan, device),
         "stream": stream(plan, store),

@@ -12,6 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -28,21 +29,27 @@ from hsae.cache.corpus import TEXT_TABLES, Corpus, Packer, open_corpus, tokenise
 from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.files import sweep
 from hsae.cache.layout import (
+    DOCUMENTS,
     ArraySpec,
     Header,
     HookSummary,
+    LostHeaderError,
     arrays,
     chunk_rows,
+    documents_digest,
     every_array,
+    held_by,
     kept_array,
     read_header,
     statistics_arrays,
 )
 from hsae.cache.lm import LanguageModel
 from hsae.cache.mapped import MappedArray
-from hsae.cache.remote import IN_FLIGHT, Place, RemotePath, exists, locked, many, place, remove
+from hsae.cache.remote import IN_FLIGHT, Place, RemotePath, exists, locked, many, place, publish, remove
+from hsae.cache.salvage import keep_what_is_right
 from hsae.cache.share import Share
 from hsae.cache.statistics import summarise
+from hsae.cache.verify import mend_documents
 
 Stage = Literal["tokens", "activations", "statistics"]
 Progress = Callable[[StoreSpec, Stage, int, int, int], None]
@@ -76,11 +83,10 @@ def build(
     """
     folder = place(root)
     targets: list[Place] = [folder / spec.name for spec in specs]
-    missing = [
-        (spec, target)
-        for spec, target in zip(specs, targets, strict=True)
-        if not (exists(target) and held_by(target, spec).complete)
-    ]
+    missing = [(spec, target) for spec, target in zip(specs, targets, strict=True) if not is_finished(target, spec)]
+    for spec, target in zip(specs, targets, strict=True):
+        if spec.rows_per_document is not None and share.rank == 0 and (spec, target) not in missing:
+            mend_documents(target, device=device, say=say)
     if not missing:
         return targets
     if any(spec.codec == "int8" for spec, _ in missing):
@@ -110,14 +116,11 @@ def build(
     return targets
 
 
-def held_by(target: Place, spec: StoreSpec) -> Header:
-    """The header of an existing store. Raises StoreError if it was made for another configuration."""
-    header = read_header(target)
-    if header.spec != spec:
-        raise StoreError(
-            f"{target} was made for another configuration; move it away, or build elsewhere with --set cache.dir=FOLDER"
-        )
-    return header
+def is_finished(target: Place, spec: StoreSpec) -> bool:
+    """Whether a store is complete; one that has lost its header isn't. Raises StoreError if it was made for another configuration."""
+    with contextlib.suppress(LostHeaderError):
+        return held_by(target, spec).complete
+    return False
 
 
 class Builder:
@@ -144,6 +147,7 @@ class Builder:
         self.step = chunk_rows(spec, model.d_model)
         self.row_bytes = len(spec.hooks) * self.specs[f"acts/{spec.hooks[0]}"].chunk_bytes // self.step
         self.deepest = max(spec.hooks, key=lambda hook: (int(hook.split(".")[1]), hook.endswith("post")))
+        self.documents_digest: str | None = None
         self._ablated: dict[str, Tensor] = {}
 
     def prepare(self) -> None:
@@ -152,13 +156,18 @@ class Builder:
         Workers other than the first wait for the store, and later for each chunk of tokens that they need.
         """
         if self.share.rank:
-            self._await(lambda: exists(self.target))
+            self._await(self._is_begun)
             return self.check_same(read_header(self.target), self.header())
-        every = {**self.specs, **statistics_arrays(self.spec, self.model.d_model)}
-        if exists(self.target) or not writer.create(self.target, self.header(), every.values()):
+        try:
             self.check_same(read_header(self.target), self.header())
-            if isinstance(self.target, Path) and self.share.world == 1:
-                sweep(self.target)
+        except LostHeaderError:
+            keep_what_is_right(self)
+            every = {**self.specs, **statistics_arrays(self.spec, self.model.d_model)}
+            make = writer.write_metadata if exists(self.target) else writer.create
+            make(self.target, self.header(), every.values())
+            self.check_same(read_header(self.target), self.header())
+        if isinstance(self.target, Path) and self.share.world == 1:
+            sweep(self.target)
         try:
             self.write_tokens()
         except CorpusError:
@@ -167,6 +176,16 @@ class Builder:
             ):
                 remove(self.target)  # tokens only: nothing that took long is lost
             raise
+        if self.spec.rows_per_document is not None:
+            data = writer.encoded_json(self.row_documents[1])
+            publish(self.target / DOCUMENTS, data)
+            self.documents_digest = documents_digest(data)
+
+    def _is_begun(self) -> bool:
+        with contextlib.suppress(LostHeaderError):
+            read_header(self.target)
+            return True
+        return False
 
     def _await(self, there: Callable[[], bool]) -> None:
         """Wait for something that worker 0 makes. Raises StoreError if its packing has not gone on for WAIT seconds."""
@@ -240,7 +259,7 @@ class Builder:
             begun = int(state.pop("chunks"))
             packer.restore(state)
             first = begun
-        rows = packer.pack(self._token_documents(packer.documents - 1 if packer.documents else 0))
+        rows = packer.pack(self.token_documents(packer.documents - 1 if packer.documents else 0))
         for start in range(first, array.count, PACKED_AT_ONCE):
             chunks = []
             for index in range(start, min(start + PACKED_AT_ONCE, array.count)):
@@ -260,18 +279,21 @@ class Builder:
         for _ in many(lambda chunk: writer.write_chunk(self.target, *chunk), chunks, at_once):
             pass
 
-    def _token_documents(self, first: int) -> Iterator[Sequence[int]]:
+    def token_documents(self, first: int = 0) -> Iterator[Sequence[int]]:
+        """Token ids, without BOS, of each document from `first` on."""
         if self.spec.rows_per_document is not None:
-            return itertools.islice(iter(self._row_documents()), first, None)
+            return itertools.islice(iter(self.row_documents[0]), first, None)
         if self.documents is not None:
             return itertools.islice(self.documents, first, None)
         return tokenised(itertools.islice(self.corpus.open(), first, None), self.model.tokenizer)
 
-    def _row_documents(self) -> list[list[int]]:
-        """Documents of exactly one row each, cut from those of the corpus; whose they are is written beside the tokens."""
+    @cached_property
+    def row_documents(self) -> tuple[list[list[int]], list[list[int | str | None]]]:
+        """(documents of exactly one row each, cut from those of the corpus; whose each is: number and topic)."""
         assert self.spec.rows_per_document is not None
         length = self.spec.context - self.spec.prepend_bos
-        documents, kept = self.corpus.documents(), []
+        documents = self.corpus.documents()
+        kept: list[list[int | str | None]] = []
         texts = itertools.tee(documents)
         rows: list[list[int]] = []
         ids = tokenised((document.text for document in texts[0]), self.model.tokenizer)
@@ -281,8 +303,7 @@ class Builder:
                 kept.append([number, document.topic])
             if len(rows) >= self.spec.rows:
                 break
-        writer.write_json(self.target / "documents.json", kept[: self.spec.rows])
-        return rows[: self.spec.rows]
+        return rows[: self.spec.rows], kept[: self.spec.rows]
 
     def _too_little_text(self, rows: int) -> None:
         spec, table = self.spec, TEXT_TABLES[self.spec.split]
@@ -416,7 +437,7 @@ class Builder:
         """Write the statistics, the lists of kept tokens and of checksums and, last, that the store is complete."""
         kept, checks = tally.collected(self.target, list(self.specs.values()))
         update = {"statistics": self.write_statistics(), "kept_tokens": int(kept.sum(dtype=np.int64)), "complete": True}
-        header = self.header().model_copy(update=update)
+        header = self.header().model_copy(update={**update, "documents_digest": self.documents_digest})
         writer.write_list(self.target, kept_array(self.spec, self.model.d_model), kept)
         header = header.model_copy(update={"checks": writer.seal(self.target, every_array(header), checks)})
         tally.clear(self.target)
@@ -429,6 +450,9 @@ class Builder:
             self.progress(self.spec, "statistics", number, len(self.spec.hooks), 0)
             acts = MappedArray(self.target, self.specs[f"acts/{hook}"])
             tokens = MappedArray(self.target, self.specs["tokens"])
-            statistics[hook] = summarise(self.target, hook, acts, tokens, self.model.special_ids)
+            statistics[hook], moments = summarise(self.target, acts, tokens, self.model.special_ids)
+            for name, values in moments.items():
+                array = statistics_arrays(self.spec, self.model.d_model)[f"stats/{hook}/{name}"]
+                writer.write_chunk(self.target, array, 0, values)
         self.progress(self.spec, "statistics", len(self.spec.hooks), len(self.spec.hooks), 0)
         return statistics

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsae.cache.errors import StoreError
 from hsae.cache.int8 import dequantise, quantise
-from hsae.cache.layout import CRC_BYTES, ITEM_BYTES, ArraySpec
+from hsae.cache.layout import CRC_BYTES, ITEM_BYTES, ArraySpec, DamagedFileError
 from hsae.cache.remote import Place
 
 TORCH_DTYPES = {
@@ -27,12 +26,8 @@ TORCH_DTYPES = {
 }
 
 
-class DamagedChunkError(StoreError):
+class DamagedChunkError(DamagedFileError):
     """A chunk is missing or is not what was written."""
-
-    def __init__(self, root: Place, path: Place, problem: str) -> None:
-        super().__init__(f"{path} {problem}; find and mend all such chunks with: hsae cache verify {root} --repair")
-        self.path, self.problem = path, problem
 
 
 def crc32c(data: bytes | memoryview, before: int = 0) -> int:

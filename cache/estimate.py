@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hsae.cache import weights
-from hsae.cache.build import held_by
+from hsae.cache.build import is_finished
 from hsae.cache.config import StoreSpec
 from hsae.cache.errors import ModelError, StoreError
 from hsae.cache.layout import total_bytes
@@ -56,7 +56,7 @@ def estimate(spec: StoreSpec, root: str | Place, device: str) -> Estimate:
             )
     state = "new"
     if exists(path):
-        state = "complete" if held_by(path, spec).complete else "to be finished"
+        state = "complete" if is_finished(path, spec) else "to be finished"
     return Estimate(
         spec=spec,
         state=state,

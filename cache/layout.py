@@ -1,8 +1,8 @@
 """The on-disk format of an activation store; the only module that knows it.
 
-A store is a directory holding a zarr v3 group, written with zarr-python and readable by any zarr v3 reader that knows `bfloat16`:
+A store is a directory holding a zarr v3 group, written as zarr-python writes it and readable by any zarr v3 reader that knows `bfloat16`:
 
-    zarr.json                          group attributes, one key `hsae`: the header (see `Header`)
+    zarr.json                          group attributes, one key `hsae`: the header (see `Header`) and its `checksum` (see `files.sealed`)
     tokens/                            int32   [R, T]         token ids
     acts/<hook>/                       dtype   [R, T, D]      residual at the hook
     clean/loss/                        float32 [C, T]         evaluation stores: next-token loss of the clean model, nats; last column 0
@@ -22,7 +22,9 @@ be memory-mapped at offset 0. Codec `compact` applies to acts and clean/final: b
 acts (clean/final is compact then): see `int8`, then crc32c.
 
 Stores of split `forget` and `retain` have a file `documents.json` beside: for each row, the number of its document in the corpus
-window and its topic (or null).
+window and its topic (or null). The header holds its SHA-256.
+
+Every zarr.json follows from the header, and is compared with what follows whenever a store is opened.
 
 Files are published by rename, so a chunk file is whole if it is there; its crc32c tells whether it is what was written, and the list of
 checksums whether it is in its own place. A store is finished
@@ -30,10 +32,11 @@ when the header says `complete`. While it is being made, `packing.json` says how
 and `stats/kept`. Nothing in it depends on when or in how many goes it was built.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import numpy as np
@@ -42,12 +45,35 @@ from pydantic import Field, ValidationError
 
 from hsae.cache.config import FORMAT_VERSION, HOOK_PATTERN, Codec, Config, StoreSpec
 from hsae.cache.errors import StoreError
+from hsae.cache.files import CHECKSUM, check_seal, parse_json, sealed
 from hsae.cache.remote import Place, numbered, size_of
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int32": 4, "uint32": 4}
 CRC_BYTES = 4
 MOST_CHUNKS, LARGEST_CHUNK = 1 << 26, 1 << 36  # 64 GiB: nothing that hsae writes comes near
 LARGEST = 1 << 40  # rows, widths or vocabularies beyond this are a damaged header, not a store
+METADATA, DOCUMENTS = "zarr.json", "documents.json"
+CODECS: dict[Codec, tuple[dict[str, Any], ...]] = {
+    "mappable": ({"name": "bytes", "configuration": {"endian": "little"}},),
+    "compact": (
+        {"name": "bytes", "configuration": {"endian": "little"}},
+        {"name": "blosc", "configuration": {"typesize": 0, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}},
+    ),
+    "int8": ({"name": "hsae.int8"},),
+}  # fmt: skip
+"""Before the crc32c; the type size is the array's."""
+
+
+class DamagedFileError(StoreError):
+    """A file of a store is missing or is not what was written, and can be made again."""
+
+    def __init__(self, root: Place, path: Place, problem: str) -> None:
+        super().__init__(f"{path} {problem}; find and mend all such files with: hsae cache verify {root} --repair")
+        self.path, self.problem = path, problem
+
+
+class LostHeaderError(StoreError):
+    """A store's header is missing, or is not what was written: a build writes it again, and keeps the chunks that are whole."""
 
 
 class HookSummary(Config):
@@ -82,6 +108,8 @@ class Header(Config):
     """crc32c of the list of checksums; None while unfinished, and in stores that were made before there was one."""
     codec_error: dict[str, float] = Field(default_factory=dict)
     """Codec int8: each hook's E||x - decoded||^2 / E||x - mean||^2 over a sample of chunks."""
+    documents_digest: str | None = None
+    """SHA-256 of `documents.json`; None while unfinished, without such a file, and in stores that were made before there was a digest."""
     complete: bool = False
 
 
@@ -109,10 +137,24 @@ class ArraySpec:
         return size
 
     @property
-    def codecs(self) -> list[dict[str, Any]]:
-        """Codec metadata that zarr must show, without what a reader may add."""
-        names = {"mappable": ["bytes"], "compact": ["bytes", "blosc"], "int8": ["hsae.int8"]}
-        return [{"name": name} for name in (*names[self.codec], "crc32c")]
+    def metadata(self) -> dict[str, Any]:
+        """The array's zarr.json, as zarr-python writes it."""
+        codecs = [dict(codec) for codec in (*CODECS[self.codec], {"name": "crc32c"})]
+        for codec in codecs:
+            if codec["name"] == "blosc":
+                codec["configuration"] = {**codec["configuration"], "typesize": ITEM_BYTES[self.dtype]}
+        return {
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunks)}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": 0 if "int" in self.dtype else 0.0,
+            "codecs": codecs,
+            "attributes": {},
+            "zarr_format": 3,
+            "node_type": "array",
+            "storage_transformers": [],
+        }
 
     def lengths(self, root: Place) -> NDArray[np.int64]:
         """Bytes of each chunk's file or object, -1 where there is none: one listing, 8 bytes a chunk."""
@@ -205,25 +247,38 @@ def total_bytes(spec: StoreSpec, d_model: int) -> int:
     return sum(array.count * (array.chunk_bytes + CRC_BYTES) for array in every)
 
 
+def metadata(header: Header, specs: Iterable[ArraySpec]) -> dict[str, dict[str, Any]]:
+    """Every zarr.json of a store with these arrays, by its path from the root; the one with the header is the last."""
+    found: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        for folder in list(PurePosixPath(spec.path).parents)[-2::-1]:
+            found.setdefault(f"{folder}/{METADATA}", _group({}))
+        found[f"{spec.path}/{METADATA}"] = spec.metadata
+    return {**found, METADATA: _group({"hsae": sealed(header.model_dump(mode="json"))})}
+
+
+def _group(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+
+
 def read_header(root: Place) -> Header:
-    """The header of the store at `root`. Raises StoreError if there is none or it can't be trusted."""
-    path = root / "zarr.json"
+    """The header of the store at `root`. Raises LostHeaderError if there is none or it is damaged, StoreError if it is of another format."""
+    path = root / METADATA
     try:
-        header = Header(**json.loads(path.read_text())["attributes"]["hsae"])
+        held = parse_json(path.read_bytes())["attributes"]["hsae"]
+        check_seal(held, required=False)
+        header = Header(**{key: value for key, value in held.items() if key != CHECKSUM})
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"no activation store at {root}; make it with `hsae cache build`") from None
-    except StoreError:
-        raise
-    except (ValidationError, ValueError, KeyError, TypeError, RecursionError, IsADirectoryError) as error:
-        detail = str(error).splitlines()
-        raise StoreError(f"{path} is not the header of an hsae store: {' '.join(detail[:3])}") from None
+        raise LostHeaderError(f"no activation store at {root}; make it with `hsae cache build`") from None
+    except (ValidationError, ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
+        raise _lost(path, f"is not the header of an hsae store: {' '.join(str(error).splitlines()[:3])}") from None
     spec = header.spec
     if header.format != FORMAT_VERSION:
         raise StoreError(
-            f"{root} has format {header.format}; this hsae reads format {FORMAT_VERSION}: build the store again"
+            f"{root} has format {header.format}; this hsae reads format {FORMAT_VERSION}: move it away and build the store again"
         )
     if not spec.hooks or len(set(spec.hooks)) < len(spec.hooks) or not all(map(HOOK_PATTERN.fullmatch, spec.hooks)):
-        raise StoreError(f"{path} names hooks hsae doesn't know: {', '.join(spec.hooks)}")
+        raise _lost(path, f"names hooks hsae doesn't know: {', '.join(spec.hooks)}")
     if not (
         0 <= spec.clean_rows <= spec.rows <= LARGEST
         and spec.rows > 0
@@ -235,29 +290,91 @@ def read_header(root: Place) -> Header:
             for array in arrays(spec, header.d_model).values()
         )
     ):
-        raise StoreError(
-            f"{path} gives impossible sizes: {spec.rows} rows of {spec.context} tokens, {spec.clean_rows} of them clean, in batches of "
-            f"{spec.batch_rows} and chunks of {spec.chunk_mib:g} MiB, width {header.d_model}"
+        raise _lost(
+            path,
+            f"gives impossible sizes: {spec.rows} rows of {spec.context} tokens, {spec.clean_rows} of them clean, in batches of "
+            f"{spec.batch_rows} and chunks of {spec.chunk_mib:g} MiB, width {header.d_model}",
         )
     if header.complete and set(header.statistics) != set(spec.hooks):
-        raise StoreError(f"{path} says the store is complete, but has no statistics of {', '.join(spec.hooks)}")
+        raise _lost(path, f"says the store is complete, but has no statistics of {', '.join(spec.hooks)}")
     return header
 
 
+def _lost(path: Place, problem: str) -> LostHeaderError:
+    again = "`hsae cache build` with the store's plan writes it again and keeps the chunks that are whole"
+    return LostHeaderError(f"{path} {problem}; {again}")
+
+
+def held_by(root: Place, spec: StoreSpec) -> Header:
+    """The header of the store at `root`. Raises StoreError, beside what `read_header` raises, if it was made for another configuration."""
+    header = read_header(root)
+    if header.spec != spec:
+        key, held, wanted = _difference(header.spec.model_dump(mode="json"), spec.model_dump(mode="json"))
+        raise StoreError(
+            f"{root} was made for another configuration: its {key} is {held!r}, not {wanted!r}. Move it away and make the right one with "
+            "`hsae cache build`, or use another folder with --set cache.dir=FOLDER"
+        )
+    return header
+
+
+def _difference(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """The first key whose values differ, and both."""
+    key = next(key for key in wanted if held.get(key) != wanted[key])
+    if isinstance(held.get(key), dict) and isinstance(wanted[key], dict):
+        inner, *values = _difference(held[key], wanted[key])
+        return f"{key}.{inner}", values[0], values[1]
+    return key, held.get(key), wanted[key]
+
+
+def is_sealed(root: Place) -> bool:
+    """Whether the header, which has been read, has a checksum; older stores have none."""
+    return CHECKSUM in parse_json((root / METADATA).read_bytes())["attributes"]["hsae"]
+
+
 def check_array(root: Place, array: ArraySpec) -> None:
-    """Raise StoreError unless the array's own metadata is what the header leads one to expect."""
-    path = root / array.path / "zarr.json"
+    """Raise DamagedFileError unless the array's own metadata is what the header leads one to expect."""
+    check_metadata(root, f"{array.path}/{METADATA}", array.metadata)
+
+
+def check_metadata(root: Place, name: str, wanted: Mapping[str, Any]) -> None:
+    """Raise DamagedFileError unless a zarr.json holds this; the header within is `read_header`'s to check."""
+    path = root / name
     try:
-        held = json.loads(path.read_text())
-        given = {
-            "shape": tuple(held["shape"]),
-            "data_type": held["data_type"],
-            "chunks": tuple(held["chunk_grid"]["configuration"]["chunk_shape"]),
-            "codecs": [{"name": codec["name"]} for codec in held["codecs"]],
-        }
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreError(f"{path} can't be read ({type(error).__name__}: {error}); run `hsae cache verify`") from None
-    wanted = {"shape": array.shape, "data_type": array.dtype, "chunks": array.chunks, "codecs": array.codecs}
-    for key, value in wanted.items():
-        if given[key] != value:
-            raise StoreError(f"{path}: {key} is {given[key]!r}, but the store's header leads to {value!r}")
+        held = parse_json(path.read_bytes())
+        if name == METADATA:
+            held["attributes"]["hsae"] = wanted["attributes"]["hsae"]
+        given = dict(held)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise DamagedFileError(root, path, "is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(root, path, f"can't be read ({error})") from None
+    if wanted["node_type"] == "group" and given.get("consolidated_metadata", 0) is None:
+        del given["consolidated_metadata"]  # older versions of zarr-python wrote that
+    for key in {**wanted, **given}:
+        told = [json.dumps(content.get(key), sort_keys=True) for content in (given, wanted)]
+        if told[0] != told[1] or (key in given) != (key in wanted):
+            raise DamagedFileError(root, path, f"says {key} is {told[0][:200]}, the store's header leads to {told[1]}")
+
+
+def read_documents(root: Place, header: Header) -> list[tuple[int, str | None]]:
+    """For each row, the number of its document and its topic. Raises DamagedFileError if that is missing or is not what was written."""
+    path = root / DOCUMENTS
+    try:
+        data = path.read_bytes()
+        if header.documents_digest not in (None, documents_digest(data)):
+            raise ValueError("it fails its checksum")
+        held = [(number, topic) for number, topic in parse_json(data)]
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise DamagedFileError(root, path, "is missing") from None
+    except (ValueError, TypeError) as error:
+        raise DamagedFileError(root, path, f"is damaged ({error})") from None
+    if not all(type(number) is int and (topic is None or isinstance(topic, str)) for number, topic in held):
+        raise DamagedFileError(root, path, "is damaged (a row has no number of a document and topic)")
+    if len(held) != header.spec.rows:
+        raise DamagedFileError(root, path, f"tells of {len(held)} rows, the store has {header.spec.rows}")
+    return held
+
+
+def documents_digest(data: bytes) -> str:
+    """SHA-256 of a `documents.json`."""
+    return hashlib.sha256(data).hexdigest()

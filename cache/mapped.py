@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hsae.cache.codec import TORCH_DTYPES, DamagedChunkError, check_sums, crc32c, encoded_chunk, read_chunk
-from hsae.cache.layout import CRC_BYTES, ArraySpec, Header, check_array, checks_array, every_array
+from hsae.cache.layout import CRC_BYTES, ArraySpec, Header, checks_array, every_array
 from hsae.cache.remote import Place, RemotePath, many
 from hsae.cache.scratch import Scratch, named_checksum, scratch
 
@@ -136,9 +136,7 @@ def read_checks(root: Place, header: Header) -> dict[str, NDArray[np.uint32]]:
     if header.checks is None:
         return {}
     specs = every_array(header)
-    spec = checks_array(specs)
-    check_array(root, spec)
-    numbers = np.frombuffer(read_chunk(root, spec, 0, header.checks), dtype="<u4")
+    numbers = np.frombuffer(read_chunk(root, checks_array(specs), 0, header.checks), dtype="<u4")
     return dict(
         zip(
             (array.path for array in specs),

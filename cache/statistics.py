@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hsae.cache import writer
 from hsae.cache.errors import StoreError
-from hsae.cache.layout import ArraySpec, HookSummary
+from hsae.cache.layout import HookSummary
 from hsae.cache.mapped import MappedArray
 from hsae.cache.remote import Place
 
@@ -20,9 +19,9 @@ WEISZFELD_STEPS = 50
 
 
 def summarise(
-    target: Place, hook: str, acts: MappedArray, tokens: MappedArray, special_ids: Sequence[int]
-) -> HookSummary:
-    """Write `stats/<hook>/mean` and `/geometric_median` and return the scalars. Special tokens are left out."""
+    target: Place, acts: MappedArray, tokens: MappedArray, special_ids: Sequence[int]
+) -> tuple[HookSummary, dict[str, Tensor]]:
+    """The scalars of a hook, and its `mean` and `geometric_median` [D]. Special tokens are left out."""
     count = acts.spec.count
     chosen = sorted(
         {index * (count - 1) // max(1, min(count, MOST_CHUNKS) - 1) for index in range(min(count, MOST_CHUNKS))}
@@ -43,10 +42,8 @@ def summarise(
         sample.append(vectors[::stride].clone())
     if not seen:
         raise StoreError(f"{target} holds special tokens only")
-    names = {"mean": total / seen, "geometric_median": geometric_median(torch.cat(sample).double())}
-    for name, values in names.items():
-        writer.write_chunk(target, ArraySpec(f"stats/{hook}/{name}", (d_model,), "float64", (d_model,)), 0, values)
-    return HookSummary(mean_square_norm=squares / seen, tokens=seen)
+    moments = {"mean": total / seen, "geometric_median": geometric_median(torch.cat(sample).double())}
+    return HookSummary(mean_square_norm=squares / seen, tokens=seen), moments
 
 
 def geometric_median(sample_SD: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 Shapes: R rows, T context length, D residual width.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,8 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hsae.cache.config import StoreSpec
 from hsae.cache.errors import StoreError
-from hsae.cache.layout import ITEM_BYTES, ArraySpec, check_array, chunk_rows, every_array, read_header
+from hsae.cache.layout import (
+    ITEM_BYTES,
+    ArraySpec,
+    check_array,
+    checks_array,
+    chunk_rows,
+    every_array,
+    held_by,
+    read_documents,
+    read_header,
+)
 from hsae.cache.mapped import MappedArray, count_kept, read_checks
 from hsae.cache.remote import Place, many, place
 from hsae.cache.scratch import Prefetcher
@@ -38,14 +48,15 @@ class HookStatistics:
 class ActivationStore:
     """A finished store (or, where asked for, an unfinished one), read through memory maps."""
 
-    def __init__(self, root: Place, *, require_complete: bool = True) -> None:
+    def __init__(self, root: Place, *, spec: StoreSpec | None = None, require_complete: bool = True) -> None:
         self.root, self.url = root, str(root)
-        self.header = read_header(root)
+        self.header = read_header(root) if spec is None else held_by(root, spec)
         self.spec = self.header.spec
         if require_complete and not self.header.complete:
             raise StoreError(f"{root} is not finished; go on with `hsae cache build`")
         self._specs: dict[str, ArraySpec] = {spec.path: spec for spec in every_array(self.header)}
-        for _ in many(lambda spec: check_array(root, spec), self._specs.values()):
+        lists = [] if self.header.checks is None else [checks_array(list(self._specs.values()))]
+        for _ in many(lambda spec: check_array(root, spec), [*self._specs.values(), *lists]):
             pass
         checks = read_checks(root, self.header)
         self._arrays = {path: MappedArray(root, spec, checks.get(path)) for path, spec in self._specs.items()}
@@ -59,6 +70,14 @@ class ActivationStore:
     def open(cls, url: str | Place, *, require_complete: bool = True) -> "ActivationStore":
         """Open the store at a local path or a URL. Raises StoreError if it is missing, unfinished or not to be trusted."""
         return cls(place(url), require_complete=require_complete)
+
+    @classmethod
+    def of(cls, spec: StoreSpec, folder: str | Place) -> "ActivationStore":
+        """Open the finished store that `spec` describes in a folder or at a URL of stores.
+
+        Raises StoreError if it is missing or not to be trusted, or if what lies under its name was made for another configuration.
+        """
+        return cls(place(folder) / spec.name, spec=spec)
 
     def tokens(self, start: int, stop: int) -> Tensor:
         """Token ids [stop - start, T], int32."""
@@ -97,14 +116,7 @@ class ActivationStore:
 
     def documents(self) -> list[tuple[int, str | None]]:
         """For each row, the number of its document and its topic. Raises StoreError if the store's rows mix documents."""
-        path = self.root / "documents.json"
-        try:
-            held = [(int(number), topic) for number, topic in json.loads(path.read_text())]
-        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise StoreError(f"{path} can't be read ({error}); build the store again") from None
-        if len(held) != self.rows:
-            raise StoreError(f"{path} tells of {len(held)} rows, the store has {self.rows}; build the store again")
-        return held
+        return read_documents(self.root, self.header)
 
     def special_mask(self, tokens: Tensor) -> Tensor:
         """True where a token is pad, EOS or BOS."""

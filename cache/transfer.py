@@ -4,6 +4,7 @@ Chunks first, metadata after them, the header last: a copy that was interrupted 
 that are missing. Metadata is written anew from the header, so nothing that a foreign store names decides where a file is written.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,17 +16,20 @@ from hsae.cache.codec import TORCH_DTYPES, decode_chunk, encode_chunk, encoded_c
 from hsae.cache.config import Codec
 from hsae.cache.errors import StoreError
 from hsae.cache.layout import (
+    DOCUMENTS,
     ArraySpec,
     Header,
+    LostHeaderError,
     arrays,
     check_array,
     checks_array,
     every_array,
+    read_documents,
     read_header,
     statistics_arrays,
 )
 from hsae.cache.mapped import read_checks
-from hsae.cache.remote import Place, locked, many, place, publish, size_of
+from hsae.cache.remote import Place, locked, many, place, publish
 from hsae.cache.statistics import MOST_CHUNKS
 from hsae.cache.verify import verify
 
@@ -53,16 +57,21 @@ def copy(
     target = place(folder) / wanted.spec.name
     if str(target) == str(root):
         raise StoreError(f"{root} is already there; give another folder, or another codec")
-    if size_of(target / "zarr.json") is not None:
+    with contextlib.suppress(LostHeaderError):
         held = read_header(target)
         if held.model_copy(update={"checks": wanted.checks, "codec_error": wanted.codec_error}) != wanted:
             raise StoreError(f"{target} is another store of the same name; move it away, or copy to another folder")
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
-        _copy_chunks(root, target, header, wanted, progress)
-        if header.spec.split in ("forget", "retain"):
-            publish(target / "documents.json", (root / "documents.json").read_bytes())
+        damaged = set()
+        with contextlib.suppress(
+            LostHeaderError
+        ):  # a store that was finished is mended; one that was not has no header yet
+            damaged = {(damage.array, damage.index) for damage in verify(target)}
+        _copy_chunks(root, target, header, wanted, damaged, progress)
+        if header.spec.rows_per_document is not None:
+            writer.write_json(target / DOCUMENTS, read_documents(root, header))
         specs = every_array(wanted)
         if wanted.checks is None:
             errors = _errors(root, header, wanted) if wanted.spec.codec == "int8" else {}
@@ -109,8 +118,14 @@ def _errors(root: Place, header: Header, wanted: Header) -> dict[str, float]:
 
 
 def _copy_chunks(
-    root: Place, target: Place, header: Header, wanted: Header, progress: Callable[[int, int], None]
+    root: Place,
+    target: Place,
+    header: Header,
+    wanted: Header,
+    damaged: set[tuple[str, int]],
+    progress: Callable[[int, int], None],
 ) -> None:
+    """Copy the chunks that are missing or damaged."""
     checks = read_checks(root, header)
     pairs = list(zip(every_array(header), every_array(wanted), strict=True))
     for spec, _ in pairs:
@@ -135,6 +150,7 @@ def _copy_chunks(
                 data = encode_chunk(other, _numbers(root, spec, index, data), mean)
             publish(other.chunk_file(target, index), data)
 
+        whole &= [(other.path, index) not in damaged for index in range(other.count)]
         missing = np.flatnonzero(~whole)
         done += spec.count - len(missing)
         for _ in many(transfer, map(int, missing)):

@@ -113,7 +113,7 @@ def autointerp(
         if sae
         else of_runs(loaded, run, seeds, whole, "autointerp")
     )
-    store = ActivationStore.open(loaded.store_path("autointerp"))
+    store = ActivationStore.of(loaded.store("autointerp"), loaded.cache.dir)
     if not sae:
         tell_common_text(loaded, ("autointerp",))
     tokenizer = load_tokenizer(loaded.model)

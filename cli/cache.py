@@ -179,14 +179,16 @@ def info(store: StoreArgument) -> None:
 @app.command()
 def verify(
     store: StoreArgument,
-    repair: Annotated[bool, typer.Option("--repair", help="Compute damaged and missing chunks again.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Make damaged and missing files again.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Check every chunk's presence, length and checksum; name what is damaged. Status 1 if something is (still) wrong.
+    """Read every file of a store anew and check it; name what is damaged. Status 1 if something is (still) wrong.
 
     Example: hsae cache verify activations/gemma-3-270m-train-0123456789abcdef.zarr --repair
     """
     from hsae.cache.device import pick_device
+    from hsae.cache.layout import is_sealed
+    from hsae.cache.remote import place
     from hsae.cache.verify import repair as repair_store
     from hsae.cache.verify import verify as verify_store
 
@@ -195,14 +197,20 @@ def verify(
         damages = verify_store(store, lambda done, total: bars.update(task, completed=done, total=total, visible=True))
     for damage in damages:
         say(("damaged", "red"), f" {damage.path} {damage.problem}")
-    if damages and repair:
+    unsealed = not is_sealed(place(store))
+    if repair and (damages or unsealed):
         left = repair_store(store, damages, device=pick_device(device), say=say)
-        console.print(f"{len(damages) - len(left)} of {len(damages)} damaged chunks repaired")
+        console.print(f"{len(damages) - len(left)} of {len(damages)} damaged files repaired")
         damages = left
     elif damages:
         say(f"{len(damages)} damaged; mend with: hsae cache verify {store} --repair")
     else:
         console.print("all chunks are whole")
+        if unsealed:
+            say(
+                "but an older hsae made this store, whose header has no checksum: a digit that changed in it is not noticed. "
+                f"If it is right, give it one with: hsae cache verify {store} --repair"
+            )
     if damages:
         raise typer.Exit(1)
 

@@ -100,7 +100,7 @@ def core(
 
     place = pick_device(device)
     targets = of_folders(loaded, sae, out or Path("eval_results/core")) if sae else of_runs(loaded, run, seeds, whole)
-    store = ActivationStore.open(loaded.store_path("eval"))
+    store = ActivationStore.of(loaded.store("eval"), loaded.cache.dir)
     if not sae:
         tell_common_text(loaded, ("eval",))
     with _Screen() as screen:

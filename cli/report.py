@@ -49,7 +49,7 @@ def report(
 
     store = tokenizer = None
     try:
-        store = ActivationStore.open(loaded.store_path("eval"))
+        store = ActivationStore.of(loaded.store("eval"), loaded.cache.dir)
         tokenizer = load_tokenizer(loaded.model)
     except (StoreError, ModelError) as error:
         say(f"no contexts in this report: {error}", style="yellow")

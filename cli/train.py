@@ -98,7 +98,7 @@ def _train(
     from hsae.train.workers import ALONE
 
     workers = workers or ALONE
-    store = ActivationStore.open(loaded.store_path("train"))
+    store = ActivationStore.of(loaded.store("train"), loaded.cache.dir)
     check(loaded, selected, store, workers.world, divide)
     if workers.leads:
         tell_common_text(loaded, ("eval",))

@@ -21,10 +21,12 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from hsae.cache import layout
-from hsae.cache.build import build
+from hsae.cache.build import Builder, build
+from hsae.cache.codec import crc32c
 from hsae.cache.config import CorpusConfig, ModelConfig, StoreSpec
 from hsae.cache.errors import CorpusError, ModelError, StoreError, UserError
 from hsae.cache.estimate import check_space, estimate
+from hsae.cache.files import sealed
 from hsae.cache.lm import LanguageModel
 from hsae.cache.mapped import MappedArray
 from hsae.cache.remote import sizes
@@ -32,6 +34,7 @@ from hsae.cache.share import Share, share
 from hsae.cache.statistics import geometric_median
 from hsae.cache.store import ActivationStore
 from hsae.cache.verify import repair, verify
+from hsae.cache.writer import write_header
 
 GOLDEN = Path(__file__).parent / "golden"
 HOOK = "blocks.2.hook_resid_post"
@@ -222,6 +225,7 @@ def test_any_damaged_chunk_is_found_named_and_repaired_to_the_same_bytes(built, 
 def test_metadata_that_cannot_be_trusted_is_refused(copied, change, message):
     content = json.loads((copied / "zarr.json").read_text())
     change(content["attributes"]["hsae"])
+    content["attributes"]["hsae"] = sealed(content["attributes"]["hsae"])
     (copied / "zarr.json").write_text(json.dumps(content))
     with pytest.raises(StoreError, match=re.escape(message)):
         ActivationStore.open(copied)
@@ -230,7 +234,7 @@ def test_metadata_that_cannot_be_trusted_is_refused(copied, change, message):
 def test_an_array_of_another_type_is_refused(copied):
     path = copied / f"acts/{HOOK}/zarr.json"
     path.write_text(path.read_text().replace('"bfloat16"', '"float16"'))
-    with pytest.raises(StoreError, match="data_type is 'float16', but the store's header leads to 'bfloat16'"):
+    with pytest.raises(StoreError, match='says data_type is "float16", the store\'s header leads to "bfloat16"'):
         ActivationStore.open(copied)
 
 
@@ -251,23 +255,18 @@ def test_a_finished_store_is_used_again_without_the_model(built, tmp_path, monke
 
 
 def test_a_store_begun_from_something_else_is_not_touched(built, copied):
-    content = json.loads((copied / "zarr.json").read_text())
-    content["attributes"]["hsae"] |= {"complete": False, "corpus_digest": "other"}
-    (copied / "zarr.json").write_text(json.dumps(content))
+    header = layout.read_header(copied)
+    write_header(copied, header.model_copy(update={"complete": False, "corpus_digest": "other"}))
     before = contents(copied)
     with pytest.raises(StoreError, match="was begun with another corpus of the same name; nothing was written"):
         build([spec()], copied.parent)
     assert contents(copied) == before
-    content["attributes"]["hsae"] = {
-        **json.loads((built / "zarr.json").read_text())["attributes"]["hsae"],
-        "complete": False,
-    }
-    content["attributes"]["hsae"]["versions"]["torch"] = "1.0"
-    (copied / "zarr.json").write_text(json.dumps(content))
+    versions = {**header.versions, "torch": "1.0"}
+    write_header(copied, header.model_copy(update={"complete": False, "versions": versions}))
     with pytest.raises(StoreError, match=r"was begun with torch 1.0 \(now 2"):
         build([spec()], copied.parent)
     other = copied.rename(copied.with_name(spec(rows=44).name))
-    with pytest.raises(StoreError, match="was made for another configuration"):
+    with pytest.raises(StoreError, match="was made for another configuration: its rows is 43, not 44"):
         build([spec(rows=44)], other.parent)
 
 
@@ -477,3 +476,61 @@ def test_shares_cover_every_chunk_and_impossible_ones_are_refused(monkeypatch):
         match="RANK=2, WORLD_SIZE=2, LOCAL_RANK=0: RANK must be a number from 0 to WORLD_SIZE - 1; unset them",
     ):
         share()
+
+
+# ---- FIX C8: what a message names mends it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", ["lost", "empty", "digit"])
+def test_a_lost_or_damaged_header_is_built_again_from_the_chunks(built, copied, harm, monkeypatch):
+    path = copied / "zarr.json"
+    text = path.read_text()
+    path.unlink() if harm == "lost" else path.write_text(
+        "" if harm == "empty" else text.replace('"d_model": 48', '"d_model": 58')
+    )
+    with pytest.raises(StoreError, match="`hsae cache build`"):
+        ActivationStore.open(copied)
+    damaged = copied / f"acts/{HOOK}/c/3/0/0"
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
+    computed = []
+    compute = Builder.compute
+    monkeypatch.setattr(
+        Builder, "compute", lambda self, index, *rest: computed.append(index) or compute(self, index, *rest)
+    )
+    assert build([spec()], copied.parent) == [copied]
+    assert computed == [0, 3]  # the first to compare, the damaged one to mend
+    assert contents(copied) == contents(built)
+
+
+@pytest.mark.parametrize("array", ["tokens", f"acts/{HOOK}"])
+def test_chunks_of_another_text_or_model_get_no_header(built, copied, array):
+    (copied / "zarr.json").unlink()
+    for path in (copied / "checks/c/0", copied / "checks/zarr.json"):
+        path.unlink()  # as in a store that had not been finished
+    chunk = next(path for path in sorted((copied / array / "c").rglob("*")) if path.is_file())
+    data = bytes([*chunk.read_bytes()[:-5], 7])
+    chunk.write_bytes(data + crc32c(data).to_bytes(4, "little"))
+    before = contents(copied)
+    with pytest.raises(StoreError, match=r"its chunks are not those of this model and text.*Move the store away"):
+        build([spec()], copied.parent)
+    assert contents(copied) == before
+
+
+def test_a_store_under_another_s_name_is_not_opened(built, copied):
+    other = copied.rename(copied.with_name(spec(rows=44).name))
+    assert ActivationStore.of(spec(), built.parent).rows == 43
+    with pytest.raises(StoreError, match=r"made for another configuration: its rows is 43, not 44\. Move it away"):
+        ActivationStore.of(spec(rows=44), other.parent)
+
+
+def test_repair_keeps_what_it_can_not_make_again(built, copied, monkeypatch):
+    chunk = copied / f"acts/{HOOK}/c/1/0/0"
+    chunk.write_bytes(b"x" * chunk.stat().st_size)
+    before = contents(copied)
+    compute = Builder.compute
+    monkeypatch.setattr(Builder, "compute", lambda *given: ((*at, values + 1) for *at, values in compute(*given)))
+    with pytest.raises(
+        StoreError, match=r"comes out with other numbers than .* was left as it is; move .* build it again"
+    ):
+        repair(copied, verify(copied))
+    assert contents(copied) == before

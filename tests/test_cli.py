@@ -172,7 +172,7 @@ def test_usage_mistakes_and_damaged_stores_have_their_status(folder):
     train = hsae("train", "--run", "4", cwd=folder)
     assert train.returncode == 2 and f"hsae cache verify {store.relative_to(folder)} --repair" in train.stderr
     mended = hsae("cache", "verify", str(store), "--repair", cwd=folder)
-    assert mended.returncode == 0 and "1 of 1 damaged chunks repaired" in mended.stdout
+    assert mended.returncode == 0 and "1 of 1 damaged files repaired" in mended.stdout
     assert chunk.read_bytes() == data
 
 

@@ -46,7 +46,7 @@ def plan(overrides, tmp_path):
 
 @pytest.fixture
 def store(plan):
-    return ActivationStore.open(plan.store_path("eval"))
+    return ActivationStore.of(plan.store("eval"), plan.cache.dir)
 
 
 def an_sae(latents, seed=0, **changes):

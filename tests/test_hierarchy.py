@@ -450,7 +450,7 @@ def test_ce_scores_come_from_core_results_of_this_very_model(trained, quick):
     from hsae.eval.core.evaluation import CoreOptions
     from hsae.eval.core.targets import evaluate_targets, run_targets
 
-    store = ActivationStore.open(plan.store_path("eval"))
+    store = ActivationStore.of(plan.store("eval"), plan.cache.dir)
     done = evaluate_targets(
         run_targets(plan, plan.runs[3]), store, lambda: LanguageModel.load(plan.model), options=CoreOptions()
     )

@@ -1,24 +1,41 @@
 """A single flipped, cut, missing, swapped or foreign chunk is found and named; no metadata makes a reader do anything but refuse."""
 
+import contextlib
 import json
 import os
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.storage import MemoryStore
 
 from hsae.cache import tally
 from hsae.cache.codec import DamagedChunkError, crc32c, decode_chunk
+from hsae.cache.dtype import NUMPY_BFLOAT16
 from hsae.cache.errors import StoreError
-from hsae.cache.layout import arrays, every_array, kept_array, read_header
+from hsae.cache.files import sealed
+from hsae.cache.int8 import Int8Codec
+from hsae.cache.layout import (
+    ITEM_BYTES,
+    ArraySpec,
+    arrays,
+    documents_digest,
+    every_array,
+    is_sealed,
+    kept_array,
+    read_header,
+)
 from hsae.cache.mapped import read_checks
 from hsae.cache.share import Share
 from hsae.cache.store import ActivationStore
 from hsae.cache.stream import TokenStream
+from hsae.cache.transfer import copy
 from hsae.cache.verify import repair, verify
-from hsae.cache.writer import seal, write_header, write_list
+from hsae.cache.writer import encoded_json, seal, write_header, write_list
 
 HOOK = "blocks.3.hook_resid_post"
 MANY = settings(
@@ -209,6 +226,9 @@ def test_hostile_metadata_is_refused_or_means_what_it_says(stores, scratch_home,
         node[last] = data.draw(HOSTILE)
     else:
         del node[last]
+    if data.draw(st.booleans()):  # someone else's, not rot
+        with contextlib.suppress(KeyError, TypeError):
+            tree[""]["attributes"]["hsae"] = sealed(tree[""]["attributes"]["hsae"])
     try:
         path.write_text(json.dumps(tree.get("")))
         try:
@@ -250,14 +270,19 @@ def test_a_header_of_any_bytes_is_refused(stores, record_property, content):
 def test_impossible_sizes_and_hooks_are_refused(stores, change, message):
     path = stores[0] / "zarr.json"
     whole = path.read_text()
-    document = json.loads(whole)
-    document["attributes"]["hsae"]["spec"] |= change
-    path.write_text(json.dumps(document))
+    path.write_text(with_header(path, spec=json.loads(whole)["attributes"]["hsae"]["spec"] | change))
     try:
         with pytest.raises(StoreError, match=message):
             ActivationStore.open(stores[0])
     finally:
         path.write_text(whole)
+
+
+def with_header(path, **change):
+    """The text of a zarr.json whose header, sealed again, says something else: what someone writes, not what rots."""
+    document = json.loads(path.read_text())
+    document["attributes"]["hsae"] = sealed(document["attributes"]["hsae"] | change)
+    return json.dumps(document)
 
 
 def refused_or_read(root, name, content):
@@ -283,17 +308,14 @@ def test_metadata_that_python_s_json_chokes_on_is_refused(stores, scratch_home, 
 
 @pytest.mark.parametrize("change", [{"special_ids": [10**30]}, {"special_ids": [-5]}, {"bos_id": 2**40}])
 def test_token_ids_that_no_token_can_have_are_refused(stores, change):
-    document = json.loads((stores[0] / "zarr.json").read_text())
-    document["attributes"]["hsae"] |= change
     with pytest.raises(StoreError, match="is not the header of an hsae store"):
-        refused_or_read(stores[0], "zarr.json", json.dumps(document).encode())
+        refused_or_read(stores[0], "zarr.json", with_header(stores[0] / "zarr.json", **change).encode())
 
 
 def test_a_store_of_special_tokens_only_is_refused_in_a_sentence(stores, scratch_home):
-    document = json.loads((stores[0] / "zarr.json").read_text())
-    document["attributes"]["hsae"]["special_ids"] = list(range(100))
+    content = with_header(stores[0] / "zarr.json", special_ids=list(range(100)))
     with pytest.raises(StoreError, match="holds special tokens only; use another corpus"):
-        refused_or_read(stores[0], "zarr.json", json.dumps(document).encode())
+        refused_or_read(stores[0], "zarr.json", content.encode())
 
 
 @pytest.mark.parametrize("claimed", [0, 15, 34_013_184, 2**32 - 1])
@@ -319,3 +341,129 @@ def test_a_store_without_statistics_says_so(make_store, tmp_path):
     write_header(root, read_header(root).model_copy(update={"statistics": {}, "complete": False, "checks": None}))
     with pytest.raises(StoreError, match=r"has no statistics of .*; finish it with `hsae cache build`"):
         ActivationStore.open(root, require_complete=False).statistics(HOOK)
+
+
+# ---- FIX C4: no digit of the header, of metadata or of documents.json changes without a word --------------------------------
+
+
+@pytest.fixture(scope="module")
+def labelled(make_store, tmp_path_factory):
+    """A store whose rows are of one document each."""
+    root, _ = make_store(tmp_path_factory.mktemp("labelled"))
+    header = read_header(root)
+    data = encoded_json([[number // 2, None if number % 3 else "7th"] for number in range(23)])
+    (root / "documents.json").write_bytes(data)
+    spec = header.spec.model_copy(update={"rows_per_document": 2})
+    write_header(root, header.model_copy(update={"spec": spec, "documents_digest": documents_digest(data)}))
+    assert verify(root) == []
+    return root
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "documents.json", "every array's and group's"])
+def test_no_changed_digit_passes(labelled, name, record_property, monkeypatch):
+    monkeypatch.setattr("hsae.cache.verify.check_chunk", lambda *given: None)  # chunks are as they were
+    files = [labelled / name] if name.endswith("json") else sorted(labelled.glob("*/**/zarr.json"))
+    passed = tried = 0
+    for path in files:
+        whole = path.read_text()
+        for place in (place for place, sign in enumerate(whole) if sign.isdecimal()):
+            changed = f"{whole[:place]}{(int(whole[place]) + 3) % 10}{whole[place + 1 :]}"
+            path.write_text(changed)
+            tried += 1
+            try:
+                damages = verify(labelled)
+            except StoreError as error:
+                assert "`hsae cache build`" in str(error)
+            else:
+                passed += not damages and json.loads(changed) != json.loads(whole)
+                assert {damage.path for damage in damages} <= {path}
+        path.write_text(whole)
+    record_property("injected", tried)
+    assert tried > 30 and passed == 0
+
+
+def test_metadata_and_lists_are_written_again_as_they_were_without_the_model(labelled, monkeypatch):
+    monkeypatch.setattr("hsae.cache.verify._Repair", None)
+    files = [path for path in labelled.rglob("*") if path.name == "zarr.json" and path != labelled / "zarr.json"]
+    whole = {path: path.read_bytes() for path in (*files, labelled / "checks/c/0")}
+    for number, path in enumerate(whole):
+        path.unlink() if number % 2 else path.write_bytes(b"")
+    with pytest.raises(StoreError, match=f"hsae cache verify {labelled} --repair"):
+        ActivationStore.open(labelled)
+    damages = verify(labelled)
+    assert {damage.path for damage in damages} == set(whole) and repair(labelled, damages) == []
+    assert {path: path.read_bytes() for path in whole} == whole
+    content = json.loads((labelled / "zarr.json").read_text())
+    (labelled / "zarr.json").write_text(json.dumps({**content, "zarr_format": 2}))
+    damages = verify(labelled)
+    assert [damage.problem for damage in damages] == ["says zarr_format is 2, the store's header leads to 3"]
+    assert repair(labelled, damages) == [] and json.loads((labelled / "zarr.json").read_text()) == content
+
+
+def test_a_store_from_before_the_header_s_checksum_is_read_and_can_be_given_one(labelled):
+    path = labelled / "zarr.json"
+    whole = path.read_text()
+    content = json.loads(whole)
+    held = content["attributes"]["hsae"]
+    for name in ("checksum", "documents_digest"):
+        del held[name]
+    path.write_text(json.dumps(content))
+    (labelled / "acts/zarr.json").write_text(
+        '{"attributes": {}, "consolidated_metadata": null, "zarr_format": 3, "node_type": "group"}'
+    )
+    assert verify(labelled) == [] and len(ActivationStore.open(labelled).documents()) == 23
+    assert not is_sealed(labelled) and repair(labelled, []) == [] and is_sealed(labelled)
+    held["d_model"] = 11
+    path.write_text(json.dumps(content))
+    with pytest.raises(StoreError, match="the store's header leads to"):
+        ActivationStore.open(labelled)
+    path.write_text(whole)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[" * 100_000, b"1" * 5000, b"\xff"])
+def test_what_a_lost_or_damaged_documents_json_needs_is_named(labelled, content):
+    path = labelled / "documents.json"
+    whole = path.read_bytes()
+    path.unlink() if content is None else path.write_bytes(content)
+    assert [damage.path for damage in verify(labelled)] == [path]
+    with pytest.raises(StoreError, match=f"documents.json is .*hsae cache verify {labelled} --repair"):
+        ActivationStore.open(labelled).documents()
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("codec", ["mappable", "compact", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "int32", "uint32"])
+def test_metadata_is_what_zarr_writes(codec, dtype):
+    spec = ArraySpec("a/b", (23, 7), dtype, (4, 7), codec)
+    held: dict = {}
+    array = zarr.create_group(MemoryStore(held), zarr_format=3).create_array(
+        "a/b", shape=spec.shape, chunks=spec.chunks, dtype=NUMPY_BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype), filters=(),
+        serializer=Int8Codec() if codec == "int8" else BytesCodec(endian="little"), fill_value=0,
+        compressors=(*([BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=ITEM_BYTES[dtype])] * (codec == "compact")), Crc32cCodec()),
+    )  # fmt: skip
+    assert array.shape == spec.shape and json.loads(held["a/b/zarr.json"].to_bytes()) == spec.metadata
+    assert json.loads(held["a/zarr.json"].to_bytes()) == {"attributes": {}, "zarr_format": 3, "node_type": "group"}
+
+
+# ---- FIX C7: int8 is recoded, never computed again --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("array", [f"acts/{HOOK}", f"stats/{HOOK}/mean"])
+def test_lost_int8_chunks_are_refused_and_recoding_mends_them(make_store, tmp_path, array):
+    source, _ = make_store(tmp_path)
+    root = copy(source, tmp_path, codec="int8")
+    whole = {path: path.read_bytes() for path in chunk_files(root)}
+    first, second = [path for path in chunk_files(root) if path.is_relative_to(root / array)][-1], root / "checks/c/0"
+    first.write_bytes(b"x" * len(whole[first]))
+    second.unlink()
+    before = {path: path.read_bytes() for path in chunk_files(root)}
+    with pytest.raises(
+        StoreError, match=f"nothing was written. Mend it with: hsae cache recode {source} {tmp_path} --codec int8"
+    ):
+        repair(root, verify(root))
+    assert {path: path.read_bytes() for path in chunk_files(root)} == before
+    copy(source, tmp_path, codec="int8")
+    assert {path: path.read_bytes() for path in chunk_files(root)} == whole and verify(root) == []
+    (root / "zarr.json").write_text("{}")
+    copy(source, tmp_path, codec="int8")
+    assert {path: path.read_bytes() for path in chunk_files(root)} == whole and verify(root) == []

@@ -54,7 +54,7 @@ def made(tmp_path_factory):
     build([plan.store("eval"), plan.store("train")], plan.cache.dir)
     runs = plan.select("0,1,3")
     train(plan, runs, Silent(), device="cpu")
-    store = ActivationStore.open(plan.store_path("eval"))
+    store = ActivationStore.of(plan.store("eval"), plan.cache.dir)
     targets = [target for run in runs for target in run_targets(plan, run)]
     evaluate_targets(targets, store, lambda: LanguageModel.load(plan.model), options=CoreOptions())
     return plan, [plan.run_dir(run) for run in runs], store, load_tokenizer(plan.model)

@@ -96,12 +96,9 @@ def test_a_damaged_source_is_not_copied(make_store, tmp_path):
         copy(near, tmp_path / "far")
     first.write_bytes(data)
     far = copy(near, tmp_path / "far")
-    (far / "tokens/c/2/0").write_bytes((far / "tokens/c/1/0").read_bytes())  # right length: found when it is read back
-    with pytest.raises(
-        StoreError,
-        match=r"1 chunks read back damaged, the first .*tokens/c/2/0; they were removed: run the same command again",
-    ):
-        copy(near, tmp_path / "far")
+    (far / "tokens/c/2/0").write_bytes(
+        (far / "tokens/c/1/0").read_bytes()
+    )  # right length: found when the same command looks again
     assert contents(copy(near, tmp_path / "far")) == contents(near)
 
 

@@ -162,7 +162,7 @@ def _train(
     divide: Divide,
     locks: contextlib.ExitStack,
 ) -> list[Result]:
-    store = ActivationStore.open(plan.store_path("train"))
+    store = ActivationStore.of(plan.store("train"), plan.cache.dir)
     check(plan, runs, store, workers.world, divide)
     batch, latents = (workers, UNDIVIDED) if divide == "batch" else (ALONE, Latents(workers))
     scaling, hook = scaling_of(store, plan.hook.names[0]), plan.hook.names[0]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hsae.cache.errors import StoreError, UserError
+from hsae.cache.errors import UserError
 from hsae.cache.files import file_sha256
 from hsae.cache.store import ActivationStore
 from hsae.eval.core.schema import CoreResult, hsae_version, read_core
@@ -58,12 +58,11 @@ class Sources:
 
     @classmethod
     def of(cls, plan: Plan) -> "Sources":
-        """The plan's stores. Raises StoreError if there is no evaluation store."""
-        try:
-            fit = ActivationStore.open(plan.store_path("train"))
-        except StoreError:
-            fit = None
-        return cls(evaluation=ActivationStore.open(plan.store_path("eval")), fit=fit, hook=plan.hook.names[0])
+        """The plan's stores. Raises StoreError if there is no evaluation store, or one that can't be trusted."""
+        evaluation, fit = ActivationStore.of(plan.store("eval"), plan.cache.dir), None
+        if plan.store_path("train").is_dir():
+            fit = ActivationStore.of(plan.store("train"), plan.cache.dir)
+        return cls(evaluation=evaluation, fit=fit, hook=plan.hook.names[0])
 
 
 def evaluate_runs(

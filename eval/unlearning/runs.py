@@ -57,7 +57,7 @@ def open_texts(plan: Plan) -> dict[Side, ActivationStore]:
             raise StoreError(
                 f"no {side} store at {path}; make it with: hsae cache build --plan {named} --suite unlearning"
             )
-    stores: dict[Side, ActivationStore] = {side: ActivationStore.open(plan.store_path(side)) for side in SIDES}
+    stores: dict[Side, ActivationStore] = {side: ActivationStore.of(plan.store(side), plan.cache.dir) for side in SIDES}
     if stores["forget"].header.model_digest != stores["retain"].header.model_digest:
         raise StoreError(
             f"{stores['forget'].url} and {stores['retain'].url} were made with different weights; build them again"

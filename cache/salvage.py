@@ -1,0 +1,69 @@
+"""A store that has lost its header: its chunks are kept if they are whole and are those of this model and this text."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hsae.cache.codec import DamagedChunkError, crc32c, encode_chunk, read_chunk
+from hsae.cache.errors import StoreError
+from hsae.cache.layout import CRC_BYTES, ArraySpec, checks_array, every_array
+from hsae.cache.remote import IN_FLIGHT, Place, RemotePath, many
+from hsae.cache.verify import LOCAL_READERS, check_chunk, packed
+from hsae.cache.writer import trailer
+
+if TYPE_CHECKING:
+    from hsae.cache.build import Builder
+
+
+def keep_what_is_right(builder: "Builder") -> None:
+    """Check every chunk that is there, and delete those that are damaged; a build then makes what is missing.
+
+    A chunk is compared with its checksum and, where the store had been finished, with its list of checksums; all tokens with the text packed
+    anew; the first chunk of activations and losses with what the model computes. Raises StoreError if that differs.
+    """
+    root, specs = builder.target, builder.specs
+    found = {path: np.flatnonzero(spec.written(root)) for path, spec in specs.items()}
+    if not any(len(indices) for indices in found.values()):
+        return
+    checks = _listed(builder)
+
+    def check(job: tuple[ArraySpec, int]) -> Place | None:
+        spec, index = job
+        try:
+            check_chunk(root, spec, index, int(checks[spec.path][index]) if checks else None)
+        except DamagedChunkError as error:
+            return error.path
+        return None
+
+    jobs = ((specs[path], int(index)) for path, indices in found.items() for index in indices)
+    for path in many(check, jobs, IN_FLIGHT if isinstance(root, RemotePath) else LOCAL_READERS):
+        if path is not None:
+            path.unlink(missing_ok=True)
+    first = None
+    for index, chunk in packed(builder):
+        first = chunk if index == 0 else first
+        _compare(builder, specs["tokens"], index, encode_chunk(specs["tokens"], chunk))
+    there = [spec for path, spec in specs.items() if path != "tokens" and spec.is_written(root, 0)]
+    if there and first is not None:
+        for spec, index, values in builder.compute(0, there, first):
+            _compare(builder, spec, index, encode_chunk(spec, values))
+
+
+def _listed(builder: "Builder") -> dict[str, np.ndarray]:
+    """The checksums of each array's chunks that a finished store would list, if they are there and whole."""
+    header = builder.header().model_copy(update={"complete": True, "kept_tokens": 0})
+    specs = every_array(header)
+    try:
+        numbers = np.frombuffer(read_chunk(builder.target, checks_array(specs), 0), "<u4")
+    except DamagedChunkError:
+        return {}
+    ends = np.cumsum([spec.count for spec in specs])[:-1]
+    return dict(zip((spec.path for spec in specs), np.split(numbers, ends), strict=True))
+
+
+def _compare(builder: "Builder", spec: ArraySpec, index: int, data: bytes) -> None:
+    if spec.is_written(builder.target, index) and trailer(builder.target, spec, index) != crc32c(data[:-CRC_BYTES]):
+        raise StoreError(
+            f"{builder.target} has lost its header, and its chunks are not those of this model and text: "
+            f"{spec.chunk_file(builder.target, index)} would be another. Move the store away, or build elsewhere with --set cache.dir=FOLDER"
+        )
