@@ -388,7 +388,7 @@ def children(target: Place) -> list[Place]:
 
 def exists(target: Place) -> bool:
     """Whether a store was begun there."""
-    return (target / "zarr.json").is_file()
+    return (target / "zarr.json").is_file() if isinstance(target, RemotePath) else target.is_dir()
 
 
 def locked(target: Place, suffix: str = "") -> AbstractContextManager[object]:
