@@ -316,7 +316,10 @@ def place(url: str | Place) -> Place:
         return url
     protocol, separator, rest = str(url).partition("://")
     if not separator:
-        return Path(url).expanduser()
+        try:
+            return Path(url).expanduser()
+        except RuntimeError:
+            raise StoreError(f"{url}: there is no such user, so no such folder") from None
     if protocol in ("file", "local"):
         return Path(rest)
     if "::" in protocol or not rest.strip("/"):

@@ -65,7 +65,7 @@ def _failed_call(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = "" if names else "; of cache.dir, train.dir, --out, $HSAE_HOME and the temporary folder one is full"
         return f"{said}{where}; make room (`df -h` shows where), and the same command goes on"
-    if not names and error.errno is not None:
+    if not names and error.errno is not None and type(error) is OSError:  # and not one of the network's
         return f"{said} (the system names no file; `ulimit -a` and `df -h` show common causes)"
     return said
 

@@ -189,6 +189,7 @@ def _unlearning(
     device: str,
 ) -> None:
     from hsae.cache.errors import NotApplicable, StoreError
+    from hsae.cache.remote import exists
     from hsae.cli.unlearning import unlearning
     from hsae.eval.unlearning.runs import open_texts
 
@@ -197,6 +198,8 @@ def _unlearning(
     try:
         open_texts(plan)
     except StoreError as error:
+        if any(exists(plan.store_path(split)) for split in ("forget", "retain")):
+            raise  # begun, or damaged
         raise NotApplicable(str(error)) from None
     unlearning(run=run, seeds=seeds, plan=source, overrides=overrides, force=force, device=device)
 

@@ -297,7 +297,7 @@ def test_what_does_not_fit_the_store_is_refused(overrides, plan, tmp_path):
     assert isinstance(done.exception, UserError)
     assert str(done.exception) == f"SAE 'foreign' was made for blocks.1.hook_resid_post; this evaluation is of {HOOK}"
     both = invoke("eval", "scr", "--sae", tmp_path / "foreign", "--run", "3", *settings(overrides))
-    assert str(both.exception) == "--run, --all and --sae exclude each other"
+    assert str(both.exception) == "--run and --sae exclude each other"
 
 
 # ---- result files -------------------------------------------------------------------------------------------------------
