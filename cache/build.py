@@ -25,7 +25,7 @@ from torch import Tensor
 from hsae.cache import losses, tally, writer
 from hsae.cache.codec import DamagedChunkError, read_chunk
 from hsae.cache.config import FORMAT_VERSION, StoreSpec
-from hsae.cache.corpus import TEXT_TABLES, Corpus, Packer, open_corpus, tokenised
+from hsae.cache.corpus import TEXT_TABLES, Corpus, Packer, check_corpus, open_corpus, tokenised
 from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.files import sweep
 from hsae.cache.layout import (
@@ -94,6 +94,8 @@ def build(
             "int8 stores are made from finished ones: build with --set cache.codec=mappable, then "
             "`hsae cache recode STORE FOLDER --codec int8`"
         )
+    for spec, _ in missing if documents is None and share.rank == 0 else ():
+        check_corpus(spec.corpus, spec.split)
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:

@@ -102,6 +102,12 @@ def open_corpus(config: CorpusConfig, split: Split = "train") -> Corpus:
     return Corpus(name, digest, documents, tuple(notes))
 
 
+def check_corpus(config: CorpusConfig, split: Split) -> None:
+    """Open a corpus and read its first documents, before a model is loaded for it. Raises CorpusError if they can't be had."""
+    for _ in islice(open_corpus(config, split).documents(), TOKENISED_AT_ONCE):
+        pass
+
+
 def _digest(parts: Iterator[str]) -> str:
     total = hashlib.sha256()
     for part in parts:

@@ -18,6 +18,7 @@ from hsae.cli.common import (
     plus_minus,
     progress_bars,
     say,
+    tell_common_text,
 )
 from hsae.cli.eval import trained_runs
 
@@ -72,8 +73,10 @@ def unlearning(
         _print_scores(scored)
         return
     from hsae.eval.unlearning.runs import evaluate_runs, open_texts
+    from hsae.train.suites import SIDES
 
     open_texts(loaded)
+    tell_common_text(loaded, SIDES)
     chosen = trained_runs(loaded, run, seeds)
     with _Screen() as screen:
         done = evaluate_runs(

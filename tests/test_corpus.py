@@ -18,10 +18,13 @@ from pathlib import Path
 import pytest
 
 from hsae.cache import packaged
+from hsae.cache.build import build
 from hsae.cache.config import CorpusConfig
 from hsae.cache.corpus import Packer, common_text, open_corpus
 from hsae.cache.errors import CorpusError
 from hsae.cache.packaged import Document, python_docs, python_mix, python_prose, python_source
+from hsae.cli.common import tell_common_text
+from hsae.train.plan import load_plan
 
 BOS, T = 1, 7
 
@@ -445,3 +448,60 @@ def test_one_file_under_several_names_is_one_text(tmp_path, monkeypatch):
         common("texts", "copy.jsonl", last1=10, first2=8)
         == f"both read {str(Path('texts/b.jsonl'))!r}, documents 8 to 8 of it"
     )
+
+
+def test_a_plan_whose_evaluation_text_is_trained_on_is_refused_or_told(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"words {n}"}) + "\n" for n in range(9)))
+    sets = [f"cache.{split}.corpus={str(tmp_path / 'a.jsonl')!r}" for split in ("train", "eval")]
+    for apart in (sets, ["cache.train.corpus=nowhere.txt"], ["cache.eval.last_document=2"]):
+        tell_common_text(load_plan("tiny", apart), ("eval", "autointerp"), refuse=True)
+    assert capsys.readouterr().out == ""
+    plan = load_plan("tiny", [*sets, "cache.train.first_document=3"])
+    told = (
+        f"[cache.eval] and [cache.train] overlap: both read {str(tmp_path / 'a.jsonl')!r}, documents 3 to 79 of it. Set"
+    )
+    with pytest.raises(CorpusError, match=r"or allow it with --set cache\.eval\.training_text=true$") as raised:
+        tell_common_text(plan, ("eval",), refuse=True)
+    assert str(raised.value).startswith(told)
+    tell_common_text(plan, ("eval", "autointerp"))
+    assert capsys.readouterr().out.count(told) == 2
+    allowed = load_plan("tiny", [*sets, "cache.train.first_document=3", "cache.eval.training_text=true"])
+    assert allowed.store("eval").name == plan.store("eval").name
+    tell_common_text(allowed, ("eval",), refuse=True)
+    assert told in capsys.readouterr().out
+    text = f"{{corpus = {str(tmp_path / 'a.jsonl')!r}, first_document = 5, last_document = 80}}"
+    own = load_plan("tiny", [*sets, f"autointerp.text={text}", f"unlearning.forget={text}"])
+    tell_common_text(own, ("autointerp", "forget", "retain"))
+    assert capsys.readouterr().out.count("[cache.train] overlap") == 0
+    own = load_plan(
+        "tiny", [*sets, "cache.train.first_document=0", f"autointerp.text={text}", f"unlearning.forget={text}"]
+    )
+    tell_common_text(own, ("autointerp", "forget", "retain"))
+    told = capsys.readouterr().out
+    assert (
+        "[autointerp.text] and [cache.train] overlap" in told
+        and "[unlearning.forget] and [cache.train] overlap" in told
+    )
+
+
+@pytest.mark.parametrize(
+    "line", [2, 80]
+)  # among the documents that are read before the model is loaded, and behind them
+def test_a_build_that_fails_in_the_text_leaves_no_store(tmp_path, line):
+    """FIX B: the mended file can be built from with the same command."""
+    good = [json.dumps({"text": f"some words of document {n}"}) + "\n" for n in range(200)]
+    (texts := tmp_path / "texts").mkdir()
+    text = texts / "a.jsonl"
+    text.write_text("".join([*good[: line - 1], '{"txt": "x"}\n', *good]))
+    (texts / "a.md").touch()
+    sets = [f"cache.train.corpus={str(texts)!r}", "cache.train.first_document=0", "cache.train.rows=12"]
+    model = str(Path(__file__).parent / "golden/model")
+    spec = load_plan("tiny", [*sets, f"model.id={model!r}"]).store("train")
+    with pytest.raises(CorpusError, match=rf"a.jsonl, line {line}: no column 'text' .*; set cache.train.column"):
+        build([spec], tmp_path / "stores")
+    assert not (tmp_path / "stores" / spec.name).exists()
+    text.write_text("".join(good))
+    said = []
+    (path,) = build([spec], tmp_path / "stores", say=said.append)
+    assert (path / "zarr.json").is_file()
+    assert f"corpus {str(texts)!r}: 1 files are read, not read are 1 .md" in said
