@@ -484,22 +484,20 @@ def test_a_plan_whose_evaluation_text_is_trained_on_is_refused_or_told(tmp_path,
     )
 
 
-@pytest.mark.parametrize(
-    "line", [2, 80]
-)  # among the documents that are read before the model is loaded, and behind them
-def test_a_build_that_fails_in_the_text_leaves_no_store(tmp_path, line):
+def test_a_build_that_fails_in_the_text_leaves_no_store(tmp_path):
     """FIX B: the mended file can be built from with the same command."""
     good = [json.dumps({"text": f"some words of document {n}"}) + "\n" for n in range(200)]
     (texts := tmp_path / "texts").mkdir()
     text = texts / "a.jsonl"
-    text.write_text("".join([*good[: line - 1], '{"txt": "x"}\n', *good]))
     (texts / "a.md").touch()
-    sets = [f"cache.train.corpus={str(texts)!r}", "cache.train.first_document=0", "cache.train.rows=12"]
+    sets = [f"cache.train.corpus={str(texts)!r}", "cache.train.first_document=0", "cache.train.rows=24"]
     model = str(Path(__file__).parent / "golden/model")
     spec = load_plan("tiny", [*sets, f"model.id={model!r}"]).store("train")
-    with pytest.raises(CorpusError, match=rf"a.jsonl, line {line}: no column 'text' .*; set cache.train.column"):
-        build([spec], tmp_path / "stores")
-    assert not (tmp_path / "stores" / spec.name).exists()
+    for line in (2, 80):  # among the documents that are read before the model is loaded, and behind them
+        text.write_text("".join([*good[: line - 1], '{"txt": "x"}\n', *good]))
+        with pytest.raises(CorpusError, match=rf"a.jsonl, line {line}: no column 'text' .*; set cache.train.column"):
+            build([spec], tmp_path / "stores")
+        assert not (tmp_path / "stores" / spec.name).exists()
     text.write_text("".join(good))
     said = []
     (path,) = build([spec], tmp_path / "stores", say=said.append)
