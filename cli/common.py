@@ -65,6 +65,8 @@ def _failed_call(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = "" if names else "; of cache.dir, train.dir, --out, $HSAE_HOME and the temporary folder one is full"
         return f"{said}{where}; make room (`df -h` shows where), and the same command goes on"
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{said}; a file is where a folder must be"
     if not names and error.errno is not None and type(error) is OSError:  # and not one of the network's
         return f"{said} (the system names no file; `ulimit -a` and `df -h` show common causes)"
     return said
@@ -134,12 +136,14 @@ def tell_common_text(plan: "Plan", splits: "Sequence[Split]", *, refuse: bool = 
 
 
 def named_runs(plan: "Plan", run: str | None, all_runs: bool, sae: list[Path] | None = None) -> str | None:
-    """The runs that the options name, with --all every one; None if they name none. Raises UserError if options exclude each other."""
+    """The runs that the options name, with --all every one; None if they name none. Raises UserError if options exclude each other, or the plan has no such run."""
     from hsae.cache.errors import UserError
 
     given = {"--run": run is not None, "--all": all_runs, "--sae": bool(sae)}
     if sum(given.values()) > 1:
         raise UserError(f"{' and '.join(name for name, there in given.items() if there)} exclude each other")
+    if run is not None:
+        plan.select(run)
     return ",".join(map(str, plan.runs)) if all_runs else run
 
 

@@ -52,7 +52,10 @@ def serve(
 
     Example: hsae cache serve activations --host 0.0.0.0
     """
+    from hsae.cache.remote import place
     from hsae.cache.serve import serve as serve_stores
+
+    place(str(path))
 
     def started(url: str, names: list[str]) -> None:
         say("serving at ", (url, "bold"), ", for reading only:")

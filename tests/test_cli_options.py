@@ -47,6 +47,7 @@ def refused(*arguments):
         (["eval", "composition", "--all", "--run", "3"], "--run and --all exclude each other"),
         (["eval", "synthetic", "--tokens", "9", "--set", "train.tokens=8"], "--tokens and --set train.tokens exclude"),
         (["eval", "core", "--run", "0-20", "--plan", "tiny"], "no run '17-20' (--run 0-20) in plan tiny"),
+        (["eval", "all", "--run", "99", "--plan", "tiny"], "no run '99' in plan tiny"),
         (["report", "--all", "--plan", "tiny"], "run 0 baseline of plan tiny has not been trained in runs/0"),
         (["report", "--run", "3", "--plan", "tiny"], "run 3 full of plan tiny has not been trained in runs/3"),
         (["eval", "core", "--all", "--plan", "tiny"], "run 0 (baseline) of plan tiny has not been trained to its end"),

@@ -90,12 +90,13 @@ def test_help_keeps_every_word():
         (OSError(errno.ENOSPC, "No space left on device", "x"), r"x: No space left on device; make room"),
         (OSError(errno.EIO, "Input/output error"), r"\[Errno 5\] Input/output error \(the system names no file"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "x: Permission denied"),
+        (FileExistsError(errno.EEXIST, "File exists", "runs"), "runs: File exists; a file is where a folder must be"),
         (ConnectionResetError(), "ConnectionResetError"),
         (MemoryError(), r"the machine is out of memory; .* \(MemoryError\)"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), "the machine is out of"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), "the GPU is out of memory"),
     ],
-    ids=range(11),
+    ids=range(12),
 )  # fmt: skip
 def test_what_is_no_bug_is_one_line(error, line):
     assert re.match(line, one_line(error))

@@ -248,6 +248,10 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
     if not isinstance(name, str) or not 0 < len(name) <= SHOWN or not name.isprintable():
         raise PlanError(f"{source}: name must be a line of 1 to {SHOWN} characters (given: {_short(name)})")
     stream, runs = checked_runs(source, tables["train"], tables["runs"])
+    try:
+        Path(stream.dir).expanduser()
+    except RuntimeError:
+        raise PlanError(f"{source}: train.dir: there is no user whose folder is {stream.dir}") from None
     return Plan(
         name=name,
         source=source,
@@ -299,6 +303,8 @@ def _need_table(source: str, table: str, values: Any) -> None:
     for key, value in values.items():
         if isinstance(value, dict):
             _need_table(source, f"{table}.{key}", value)
+        elif isinstance(value, str) and "\0" in value:
+            raise PlanError(f"{source}: {table}.{key}: text can't hold a NUL character (given: {_short(value)})")
         elif isinstance(value, int) and abs(value) > LARGEST:
             raise PlanError(f"{source}: {table}.{key}: whole numbers go to {LARGEST} (given: {_short(value)})")
 
