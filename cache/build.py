@@ -2,17 +2,16 @@
 
 Shapes: R rows, T context length, D residual width, N tokens of a slice, V vocabulary.
 
-Tokens first, then every missing chunk of activations, then statistics. Whatever is there is kept: a build that was killed goes on where it
-was, and ends with the same bytes.
+Tokens first, then every missing chunk of activations, then statistics. Whatever is there and was written down (see `written`) is kept: a
+build that was killed goes on where it was, and ends with the same bytes.
 """
 
 import contextlib
 import itertools
-import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -22,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hsae.cache import losses, tally, writer
-from hsae.cache.codec import DamagedChunkError, read_chunk
+from hsae.cache import losses, tally, weights, writer, written
+from hsae.cache.codec import DamagedChunkError, crc32c, read_chunk
 from hsae.cache.config import FORMAT_VERSION, StoreSpec
 from hsae.cache.corpus import TEXT_TABLES, Corpus, Packer, check_corpus, open_corpus, tokenised
-from hsae.cache.errors import CorpusError, StoreError
-from hsae.cache.files import sweep
+from hsae.cache.errors import CorpusError, ModelError, StoreError
+from hsae.cache.files import check_seal, content_digest, parse_json, sealed, sweep
 from hsae.cache.layout import (
     DOCUMENTS,
     ArraySpec,
@@ -59,6 +58,7 @@ SLICE_TOKENS = 128  # tokens unembedded at once: 64 MiB of bfloat16 logits at V 
 ALONE = Share()
 WAIT, POLL = 3600.0, 1.0  # seconds
 PACKING = "packing.json"
+UNFINISHED = (tally.FOLDER, written.FOLDER)  # folders of a store that is not complete
 PACKED_AT_ONCE = 64  # chunks of tokens between two states of the packing
 LOCAL_WRITERS = 2  # chunks written at once while the next one is computed
 ASKED_AHEAD = 4  # chunks whose tokens, and whose being there, are asked for ahead
@@ -85,8 +85,11 @@ def build(
     targets: list[Place] = [folder / spec.name for spec in specs]
     missing = [(spec, target) for spec, target in zip(specs, targets, strict=True) if not is_finished(target, spec)]
     for spec, target in zip(specs, targets, strict=True):
-        if spec.rows_per_document is not None and share.rank == 0 and (spec, target) not in missing:
-            mend_documents(target, device=device, say=say)
+        if (spec, target) not in missing and share.rank == 0:
+            check_current(target, spec, documents is not None, say)
+            _clear_finished(target)
+            if spec.rows_per_document is not None:
+                mend_documents(target, device=device, say=say)
     if not missing:
         return targets
     if any(spec.codec == "int8" for spec, _ in missing):
@@ -112,9 +115,7 @@ def build(
             builder.prepare()
         for builder in builders:
             builder.write_activations()
-            tally.write_parts(builder.target, list(builder.specs.values()), model.special_ids, share)
-            if share.rank == 0:
-                builder.finish()
+            builder.finish()
     return targets
 
 
@@ -123,6 +124,58 @@ def is_finished(target: Place, spec: StoreSpec) -> bool:
     with contextlib.suppress(LostHeaderError):
         return held_by(target, spec).complete
     return False
+
+
+def clear(target: Place) -> None:
+    """Delete what only an unfinished store needs."""
+    (target / PACKING).unlink(missing_ok=True)
+    for folder in UNFINISHED:
+        written.clear(target, folder)
+
+
+def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[str], None]) -> None:
+    """Raise StoreError if the model, the tokenizer or the text are no longer those that a finished store was made from.
+
+    The model is not loaded, nor downloaded or converted: what can't be had on this machine is not compared, and that is said. Of a store
+    of token ids that were `given` there is no text.
+    """
+    header = read_header(target)
+    folder = None
+    with contextlib.suppress(ModelError, OSError):
+        folder = weights.folder_here(spec.model)
+    now: dict[str, Callable[[], str]] = {}
+    if folder is not None:
+        now |= {
+            "model": partial(weights.weights_digest, folder),
+            "tokenizer": partial(weights.tokenizer_digest, folder),
+        }
+    if not given:
+        now["corpus"] = lambda: open_corpus(spec.corpus, spec.split).digest
+    not_compared = {} if folder is not None else {"model": f"{spec.model.id} is not on this machine"}
+    for what, digest in now.items():
+        try:
+            found = digest()
+        except (ModelError, CorpusError, OSError) as error:
+            not_compared[what] = str(error)
+            continue
+        if found != getattr(header, f"{what}_digest"):
+            name = spec.corpus.corpus if what == "corpus" else spec.model.id
+            raise StoreError(
+                f"{target} was made from another {what} than {name} is now; nothing was written. Delete the store or move it away and "
+                "build it again, or build elsewhere with --set cache.dir=FOLDER"
+            )
+    for what, reason in not_compared.items():
+        say(f"{target.name}: its {what} was not compared with what there is now ({reason})")
+
+
+def _clear_finished(target: Place) -> None:
+    """Delete what a build that was killed after its last step has left in a finished store, if anything can be deleted there."""
+    if isinstance(target, RemotePath) and target.read_only:
+        return
+    with contextlib.suppress(StoreError, OSError):
+        if any((target / folder).is_dir() for folder in UNFINISHED):
+            with locked(target):
+                clear(target)
 
 
 class Builder:
@@ -151,25 +204,35 @@ class Builder:
         self.deepest = max(spec.hooks, key=lambda hook: (int(hook.split(".")[1]), hook.endswith("post")))
         self.documents_digest: str | None = None
         self._ablated: dict[str, Tensor] = {}
+        self.written: written.Written | None = None
+        """What was written of an unfinished store; None while a finished one is mended."""
 
     def prepare(self) -> None:
         """Make the store if it isn't there, sweep up what a killed build left half-written, and pack the tokens.
 
         Workers other than the first wait for the store, and later for each chunk of tokens that they need.
         """
+        header = self.header()
+        kind = header.model_dump(
+            mode="json", include={"spec", "model_digest", "tokenizer_digest", "corpus_digest", "versions"}
+        )
+        self.written = written.Written(self.target, content_digest(kind), self.specs.values())
         if self.share.rank:
             self._await(self._is_begun)
-            return self.check_same(read_header(self.target), self.header())
+            return self.check_same(read_header(self.target), header)
         try:
-            self.check_same(read_header(self.target), self.header())
+            self.check_same(read_header(self.target), header)
         except LostHeaderError:
             keep_what_is_right(self)
             every = {**self.specs, **statistics_arrays(self.spec, self.model.d_model)}
             make = writer.write_metadata if exists(self.target) else writer.create
-            make(self.target, self.header(), every.values())
-            self.check_same(read_header(self.target), self.header())
-        if isinstance(self.target, Path) and self.share.world == 1:
+            make(self.target, header, every.values())
+            self.check_same(read_header(self.target), header)
+        if isinstance(self.target, Path):
             sweep(self.target)
+        written.clear(self.target, tally.FOLDER)
+        if self._finished():
+            return
         try:
             self.write_tokens()
         except CorpusError:
@@ -188,6 +251,12 @@ class Builder:
             read_header(self.target)
             return True
         return False
+
+    def _finished(self) -> bool:
+        """Take in what was written down by now; whether another worker has finished the store, so that nothing is left to do."""
+        assert self.written is not None
+        self.written.load()
+        return read_header(self.target).complete
 
     def _await(self, there: Callable[[], bool]) -> None:
         """Wait for something that worker 0 makes. Raises StoreError if its packing has not gone on for WAIT seconds."""
@@ -249,18 +318,10 @@ class Builder:
         spec, array = self.spec, self.specs["tokens"]
         state_file = self.target / PACKING
         packer = Packer(spec.context, self.model.bos_id if spec.prepend_bos else None)
-        first = 0
-        if array.written(self.target).all():
+        if array.written(self.target).all() and self._as_written(array.count) is not None:
             state_file.unlink(missing_ok=True)
             return
-        # without the state, or with a damaged one, the text is packed from its beginning: the same tokens
-        with contextlib.suppress(
-            FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
-        ):
-            state = json.loads(state_file.read_text())
-            begun = int(state.pop("chunks"))
-            packer.restore(state)
-            first = begun
+        first, checksum = self._packed(state_file, packer)
         rows = packer.pack(self.token_documents(packer.documents - 1 if packer.documents else 0))
         for start in range(first, array.count, PACKED_AT_ONCE):
             chunks = []
@@ -272,14 +333,55 @@ class Builder:
                 chunks.append((array, index, torch.tensor(chunk, dtype=torch.int32)))
                 self.progress(self.spec, "tokens", index * self.step + wanted, spec.rows, 0)
             self._publish(chunks)
-            writer.write_json(state_file, {"chunks": start + len(chunks), **packer.state()})
+            if self.written is not None:
+                last = start + len(chunks)
+                checksum = crc32c(self.written["tokens"][start:last].astype("<u4").tobytes(), checksum)
+                state = {"store": self.written.key, "chunks": last, "tokens": checksum, **packer.state()}
+                writer.write_json(state_file, sealed(state))
         state_file.unlink(missing_ok=True)
 
+    def _packed(self, state_file: Place, packer: Packer) -> tuple[int, int]:
+        """Restore the state of the packing; returns how many chunks it is of, and the checksum of their checksums.
+
+        Without the state, or with one that is damaged or another's, the text is packed from its beginning: the same tokens.
+        """
+        if self.written is not None:
+            with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+                state = parse_json(state_file.read_bytes())
+                check_seal(state)
+                checksum = self._as_written(state["chunks"]) if state["store"] == self.written.key else None
+                if checksum is not None and checksum == state["tokens"]:
+                    packer.restore(state)
+                    return state["chunks"], checksum
+        return 0, 0
+
+    def _as_written(self, count: int) -> int | None:
+        """The checksum of the checksums of the first chunks of the tokens; None unless they lie there as they were written down."""
+        if self.written is None:
+            return 0
+        array = self.specs["tokens"]
+        with contextlib.suppress(DamagedChunkError):
+            found = many(lambda index: writer.trailer(self.target, array, index), range(count))
+            there = np.fromiter(found, "<u4", count)
+            if np.array_equal(there, self.written["tokens"][:count]):
+                return crc32c(there.tobytes())
+        return None
+
     def _publish(self, chunks: Iterable[tuple[ArraySpec, int, Tensor]]) -> None:
-        """Write chunks while the next ones are being made; returns when they are all there."""
+        """Write chunks, and that they are written, while the next ones are being made; returns when they are all there."""
         at_once = IN_FLIGHT if isinstance(self.target, RemotePath) else LOCAL_WRITERS
-        for _ in many(lambda chunk: writer.write_chunk(self.target, *chunk), chunks, at_once):
-            pass
+
+        def write(chunk: tuple[ArraySpec, int, Tensor]) -> None:
+            checksum = writer.write_chunk(self.target, *chunk)
+            if self.written is not None:
+                self.written.add(chunk[0].path, chunk[1], checksum)
+
+        try:
+            for _ in many(write, chunks, at_once):
+                pass
+        finally:
+            if self.written is not None:
+                self.written.flush()
 
     def token_documents(self, first: int = 0) -> Iterator[Sequence[int]]:
         """Token ids, without BOS, of each document from `first` on."""
@@ -329,40 +431,58 @@ class Builder:
         """Compute every chunk that is missing from any array of activations or losses: this worker's own, then what others have left."""
         count = self.specs["tokens"].count
         for mine in (self.share.own(count), self.share.others(count)):
-            if len(mine):
+            if len(mine) and not self._finished():
                 self._publish(self._computed(mine))
+
+    @property
+    def _shared(self) -> bool:
+        """Whether others may be writing to the store."""
+        return self.share.world > 1 or isinstance(self.target, RemotePath)
 
     def _computed(self, indices: NDArray[np.int64]) -> Iterator[tuple[ArraySpec, int, Tensor]]:
         """What is missing of these chunks, from one listing of each array; what the next ones need is asked for ahead."""
-        held = {path: array.written(self.target) for path, array in self.specs.items() if path != "tokens"}
+        assert self.written is not None
+        there = {path: array.written(self.target) for path, array in self.specs.items() if path != "tokens"}
+        held = {path: mask & (self.written[path] >= 0) for path, mask in there.items()}
         unfinished = np.zeros(self.specs["tokens"].count, bool)
         for mask in held.values():
             unfinished[: len(mask)] |= ~mask
 
         def ask(index: int) -> tuple[int, list[ArraySpec], Tensor | None]:
             missing = [self.specs[path] for path, mask in held.items() if index < len(mask) and not mask[index]]
-            if self.share.world > 1 or isinstance(self.target, RemotePath):  # another worker may have written it since
-                missing = [array for array in missing if not array.is_written(self.target, index)]
-            try:
-                return index, missing, self.tokens(index)
-            except DamagedChunkError:
-                if self.share.rank == 0:
-                    raise
-                return index, missing, None  # not packed yet
+            if self._shared:  # another worker may have written it since
+                missing = [a for a in missing if there[a.path][index] or not a.is_written(self.target, index)]
+            return index, missing, self._tokens_if_packed(index)
 
         for index, missing, tokens in many(ask, map(int, indices[unfinished[indices]]), ASKED_AHEAD):
             if missing:
                 self.progress(self.spec, "activations", index * self.step, self.spec.rows, self.row_bytes)
                 if tokens is None:
-                    self._await(lambda index=index: self.specs["tokens"].is_written(self.target, index))  # type: ignore[misc]
+                    self._await(lambda index=index: self._tokens_if_packed(index) is not None)  # type: ignore[misc]
                     tokens = self.tokens(index)
                 yield from self.compute(index, missing, tokens)
 
+    def _tokens_if_packed(self, index: int) -> Tensor | None:
+        """Chunk `index` of the tokens; None if worker 0 has not packed it yet."""
+        assert self.written is not None
+        unknown = self.share.rank and self.written["tokens"][index] < 0
+        if unknown and not self._finished() and self.written["tokens"][index] < 0:
+            return None
+        try:
+            return self.tokens(index)
+        except DamagedChunkError:
+            if self.share.rank == 0:
+                raise
+            return None
+
     def tokens(self, index: int) -> Tensor:
-        """Chunk `index` of the tokens, [rows, T], without padding. Raises DamagedChunkError."""
+        """Chunk `index` of the tokens, [rows, T], without padding. Raises DamagedChunkError unless it is what was written down."""
         array = self.specs["tokens"]
-        numbers = torch.frombuffer(bytearray(read_chunk(self.target, array, index)), dtype=torch.int32)
-        return numbers.view(array.chunks)[: self.spec.rows - index * self.step]
+        listed = int(self.written["tokens"][index]) if self.written is not None else -1
+        data = read_chunk(self.target, array, index, None if listed < 0 else listed)
+        return torch.frombuffer(bytearray(data), dtype=torch.int32).view(array.chunks)[
+            : self.spec.rows - index * self.step
+        ]
 
     def compute(
         self, index: int, wanted: Sequence[ArraySpec], tokens: Tensor
@@ -436,22 +556,61 @@ class Builder:
     # --- statistics ---------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Write the statistics, the lists of kept tokens and of checksums and, last, that the store is complete."""
-        kept, checks = tally.collected(self.target, list(self.specs.values()))
-        update = {"statistics": self.write_statistics(), "kept_tokens": int(kept.sum(dtype=np.int64)), "complete": True}
-        header = self.header().model_copy(update={**update, "documents_digest": self.documents_digest})
-        writer.write_list(self.target, kept_array(self.spec, self.model.d_model), kept)
-        header = header.model_copy(update={"checks": writer.seal(self.target, every_array(header), checks)})
-        tally.clear(self.target)
-        writer.write_header(self.target, header)
+        """Take down this worker's share of the checksums; worker 0 then writes the statistics, the lists and, last, that the store is complete."""
+        told = self._tallied()
+        if told is not None and self.share.rank == 0:
+            kept, checks = told
+            update = {
+                "statistics": self.write_statistics(checks),
+                "kept_tokens": int(kept.sum(dtype=np.int64)),
+                "complete": True,
+                "documents_digest": self.documents_digest,
+            }
+            header = self.header().model_copy(update=update)
+            writer.write_list(self.target, kept_array(self.spec, self.model.d_model), kept)
+            header = header.model_copy(update={"checks": writer.seal(self.target, every_array(header), checks)})
+            writer.write_header(self.target, header)
+        if read_header(self.target).complete:
+            clear(self.target)
 
-    def write_statistics(self) -> dict[str, HookSummary]:
-        """Write the arrays of statistics and return the scalars of each hook."""
+    def _tallied(self) -> tuple[NDArray[np.uint32], dict[str, NDArray[np.uint32]]] | None:
+        """Write this worker's parts of the tally, and compute again what is not as it was written down; for worker 0 what all parts tell.
+
+        None if there is nothing left to do.
+        """
+        assert self.written is not None
+        specs, wrong = list(self.specs.values()), []
+        for attempt in range(4):
+            if self._finished():
+                return None
+            wrong = tally.write_parts(self.target, specs, self.model.special_ids, self.share, self.written)
+            if not wrong:
+                if self.share.rank:
+                    return None
+                if (told := tally.collected(self.target, specs, self.written.key)) is not None:
+                    return told
+                continue
+            if self._shared and attempt == 0:  # they may have been written and not been written down yet
+                time.sleep(2 * written.EVERY)
+                continue
+            if any(array.path == "tokens" for array, _ in wrong):
+                break
+            by_index: dict[int, list[ArraySpec]] = {}
+            for array, index in wrong:
+                by_index.setdefault(index, []).append(array)
+            again = (self.compute(index, by_index[index], self.tokens(index)) for index in sorted(by_index))
+            self._publish(itertools.chain.from_iterable(again))
+        changed = wrong[0][0].chunk_file(self.target, wrong[0][1]) if wrong else self.target / tally.FOLDER
+        raise StoreError(f"{changed} was changed while the store was being built; run the same command again")
+
+    def write_statistics(self, checks: Mapping[str, NDArray[np.uint32]] = {}) -> dict[str, HookSummary]:
+        """Write the arrays of statistics and return the scalars of each hook; `checks` are the checksums of chunks."""
         statistics = {}
         for number, hook in enumerate(self.spec.hooks):
             self.progress(self.spec, "statistics", number, len(self.spec.hooks), 0)
-            acts = MappedArray(self.target, self.specs[f"acts/{hook}"])
-            tokens = MappedArray(self.target, self.specs["tokens"])
+            acts, tokens = (
+                MappedArray(self.target, self.specs[path], checks.get(path)) for path in (f"acts/{hook}", "tokens")
+            )
             statistics[hook], moments = summarise(self.target, acts, tokens, self.model.special_ids)
             for name, values in moments.items():
                 array = statistics_arrays(self.spec, self.model.d_model)[f"stats/{hook}/{name}"]

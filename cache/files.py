@@ -1,25 +1,29 @@
 """Files that are never seen in part, and JSON that tells whether it is what was written.
 
-A file is written under a partial name of its own, synced, renamed into place, and the rename is synced too. A sealed JSON object has a key
+A file is written under a partial name of its own, synced, renamed into place, and the rename is synced too. Its writer holds a lock (flock)
+on it meanwhile, so that what a killed one has left is told from what is being written. A sealed JSON object has a key
 `checksum`: a digest of everything else in it, so that one changed digit is noticed whichever digit it is.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
+import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PARTIAL = ".partial"  # suffix of a file that is being written
 LEFT = re.compile(
     rf"\..*{re.escape(PARTIAL)}|\.tmp\w{{6}}"
 )  # what killed writers leave; the second is safetensors' own
 CHECKSUM = "checksum"
+JUST_MADE = 1.0  # seconds in which the writer of a partial file may not have locked it yet
 
 
 def partial_name(path: Path) -> Path:
@@ -30,18 +34,24 @@ def partial_name(path: Path) -> Path:
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a partial file beside `path`, then rename it into place; a failure leaves `path` as it was.
 
-    The file has the mode that any new file gets, and lasts once this returns. An OSError names `path`.
+    The file has the mode that any new file gets, and lasts once this returns. What killed writers of `path` have left is deleted.
+    An OSError names `path`.
     """
     partial = partial_name(path)
     try:
         with partial.open("xb") as file:
+            lock(file)
             mode = os.fstat(file.fileno()).st_mode
-        write(partial)
-        with partial.open("rb") as file:
-            os.fchmod(file.fileno(), mode)  # safetensors makes files that only their owner may read
-            os.fsync(file.fileno())
-        partial.replace(path)
+            write(partial)
+            with partial.open(
+                "r+b"
+            ) as filled:  # perhaps another file: safetensors makes its own, which only its owner may read
+                lock(filled)
+                os.fchmod(filled.fileno(), mode)
+                os.fsync(filled.fileno())
+                partial.replace(path)
         sync_folder(path.parent)
+        sweep_files(_partial_files(path), JUST_MADE)
     except OSError as error:
         if error.errno is not None and error.filename in (None, str(partial)):
             raise OSError(error.errno, error.strerror, str(path)) from error
@@ -53,6 +63,22 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial_files(path: Path) -> list[Path]:
+    start = f".{path.name}."
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        return [Path(entry.path) for entry in entries if entry.name.startswith(start) and entry.name.endswith(PARTIAL)]
+    return []
+
+
+def lock(file: IO[bytes]) -> bool:
+    """Lock a partial file until it is closed; whether that could be done."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:
@@ -71,11 +97,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path, *, below: bool = True) -> int:
-    """Delete what killed writers left half-written in a folder (and `below` it), whose lock the caller holds; returns how many files."""
-    left = [path for path in folder.glob("**/.*" if below else ".*") if LEFT.fullmatch(path.name) and path.is_file()]
-    for path in left:
-        path.unlink(missing_ok=True)
-    return len(left)
+    """Delete what killed writers left half-written in a folder (and `below` it); returns how many files. What is being written stays."""
+    left = folder.glob("**/.*" if below else ".*")
+    return sweep_files(path for path in left if LEFT.fullmatch(path.name) and path.is_file())
+
+
+def sweep_files(partial: Iterable[Path], youngest: float = 0.0) -> int:
+    """Delete partial files without a writer that are at least so many seconds old."""
+    swept = 0
+    for path in partial:
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            if abs(time.time() - os.fstat(file.fileno()).st_mtime) >= youngest and lock(file):
+                path.unlink()
+                swept += 1
+    return swept
 
 
 # ---- JSON and TOML --------------------------------------------------------------------------------------------------

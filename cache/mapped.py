@@ -4,7 +4,8 @@ A chunk's checksums are tested the first time this process maps it. A local, map
 from its decoded copy in the scratch folder.
 """
 
-import mmap
+import errno
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hsae.cache import sigbus
 from hsae.cache.codec import TORCH_DTYPES, DamagedChunkError, check_sums, crc32c, encoded_chunk, read_chunk
 from hsae.cache.layout import CRC_BYTES, ArraySpec, Header, checks_array, every_array
 from hsae.cache.remote import Place, RemotePath, many
@@ -28,6 +30,7 @@ class MappedArray:
 
     def __init__(self, root: Place, spec: ArraySpec, checks: NDArray[np.uint32] | None = None) -> None:
         self.root, self.spec, self.checks = root, spec, checks
+        sigbus.note(str(root))
         self.in_place = spec.codec == "mappable" and isinstance(root, Path)
         self._scratch: Scratch | None = None
         self._chunks: OrderedDict[int, Tensor] = OrderedDict()
@@ -146,16 +149,21 @@ def read_checks(root: Place, header: Header) -> dict[str, NDArray[np.uint32]]:
     )
 
 
-def mapped_pages(path: Path, size: int) -> mmap.mmap:
-    """A file's pages, private: a write never reaches the file. Raises ValueError if it has another size."""
+def mapped_pages(path: Path, size: int) -> Tensor:
+    """A file's bytes as mapped pages, private: a write never reaches the file. No descriptor stays open, as one does behind Python's mmap.
+
+    Raises ValueError if the file has another size.
+    """
     with path.open("rb") as file:
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    if len(pages) != size:
-        raise ValueError(f"{path} is {len(pages)} bytes long, not {size}")
-    return pages
+        if (length := os.fstat(file.fileno()).st_size) != size:
+            raise ValueError(f"{path} is {length} bytes long, not {size}")
+        try:  # by the number: a name may have bytes that torch can't take
+            return torch.from_file(f"/dev/fd/{file.fileno()}", shared=False, size=size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise OSError(errno.ENOMEM, f"can't be mapped ({str(error).splitlines()[0]})", str(path)) from None
 
 
-def scratch_pages(fetch: Callable[[], Path], size: int) -> tuple[mmap.mmap, Path]:
+def scratch_pages(fetch: Callable[[], Path], size: int) -> tuple[Tensor, Path]:
     """The pages of a scratch file with `size` bytes of numbers, and the file, which is fetched again if it is damaged."""
     for _ in range(8):
         path = fetch()
@@ -164,30 +172,28 @@ def scratch_pages(fetch: Callable[[], Path], size: int) -> tuple[mmap.mmap, Path
         except (FileNotFoundError, ValueError):  # evicted between the two, or cut short
             path.unlink(missing_ok=True)
             continue
-        view = memoryview(pages)
+        view = pages.numpy().data
         if named_checksum(crc32c(view[:size]), path) == int.from_bytes(view[size:], "little"):
             return pages, path
         path.unlink(missing_ok=True)  # damaged: fetched again
     raise OSError(f"the scratch folder {path.parent} does not keep what is written to it; is its disk full or failing?")
 
 
-def tensor_of(pages: mmap.mmap, spec: ArraySpec) -> Tensor:
+def tensor_of(pages: Tensor, spec: ArraySpec) -> Tensor:
     """Mapped pages, which begin with a chunk's numbers, as a tensor."""
-    dtype = TORCH_DTYPES[spec.dtype]
-    return torch.frombuffer(pages, dtype=dtype, count=spec.chunk_bytes // dtype.itemsize).view(spec.chunks)
+    return pages[: spec.chunk_bytes].view(TORCH_DTYPES[spec.dtype]).view(spec.chunks)
 
 
 def map_chunk(root: Place, path: Path, spec: ArraySpec, *, check: bool, listed: int | None = None) -> Tensor:
     """A mappable chunk's file as a tensor over mapped pages. Raises DamagedChunkError."""
     size = spec.chunk_bytes
     try:
-        length = path.stat().st_size
-        if length != size + CRC_BYTES:
-            raise DamagedChunkError(root, path, f"is {length} bytes long, not {size + CRC_BYTES}")
         pages = mapped_pages(path, size + CRC_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedChunkError(root, path, "is missing") from None
+    except ValueError:
+        raise DamagedChunkError(root, path, f"is {path.stat().st_size} bytes long, not {size + CRC_BYTES}") from None
     if check:
-        view = memoryview(pages)
+        view = pages.numpy().data
         check_sums(root, path, crc32c(view[:size]), int.from_bytes(view[size:], "little"), listed)
     return tensor_of(pages, spec)

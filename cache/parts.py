@@ -9,7 +9,6 @@ Shapes: D residual width, N tokens of a part.
 """
 
 import json
-import mmap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from safetensors.torch import save
 from torch import Tensor
 
+from hsae.cache import sigbus
 from hsae.cache.codec import crc32c
 from hsae.cache.config import Config
 from hsae.cache.errors import StoreError
@@ -170,6 +170,7 @@ class Parts:
     def open(self, number: int) -> dict[str, Tensor]:
         """Each hook's [N, D] and `lengths` [texts], over mapped pages. Writing to them changes no file."""
         part, file = self.parts[number], self.folder / part_name(number)
+        sigbus.note(str(self.folder))
         if isinstance(file, Path):
             try:
                 pages = mapped_pages(file, part.bytes)
@@ -178,7 +179,7 @@ class Parts:
             except ValueError:
                 raise self._damaged(number, self._length(number, file.stat().st_size)) from None
             if number not in self._checked:
-                self._check(number, memoryview(pages))
+                self._check(number, pages.numpy().data)
                 self._checked.add(number)
         else:
             key = f"{file}|{part.bytes}|{part.crc32c}"
@@ -222,13 +223,14 @@ class Parts:
         return StoreError(f"{self.folder / part_name(number)} {problem}; mend the store with: {self.build}")
 
 
-def _tensors(pages: mmap.mmap) -> dict[str, Tensor]:
+def _tensors(pages: Tensor) -> dict[str, Tensor]:
     """A safetensors file's tensors over its pages; its checksum has been tested."""
-    start = 8 + int.from_bytes(pages[:8], "little")
+    data = pages.numpy().data
+    start = 8 + int.from_bytes(data[:8], "little")
     found = {}
-    for name, told in json.loads(pages[8:start]).items():
+    for name, told in json.loads(bytes(data[8:start])).items():
         if name != "__metadata__":
             dtype, (first, last) = DTYPES[told["dtype"]], told["data_offsets"]
             count = (last - first) // dtype.itemsize
-            found[name] = torch.frombuffer(pages, dtype=dtype, count=count, offset=start + first).view(told["shape"])
+            found[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start + first).view(told["shape"])
     return found

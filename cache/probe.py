@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from hsae.cache.config import Config, ModelConfig
 from hsae.cache.errors import CorpusError, StoreError
+from hsae.cache.files import sweep
 from hsae.cache.lm import LanguageModel
 from hsae.cache.parts import (
     PART_TEXTS,
@@ -97,6 +99,7 @@ def build_probe(
     path = spec.path(root)
     check_writable(probe_folder(root) / spec.suite)
     with locked(path):
+        sweep_probes(root)
         if model is None:
             say(f"loading {spec.model.id}")
             model = LanguageModel.load(spec.model, device=device, say=say)
@@ -124,6 +127,13 @@ def build_probe(
         )
         write_header(path, header)
     return path
+
+
+def sweep_probes(root: str | Place) -> None:
+    """Delete what killed builds of suites left half-written; what others are writing stays."""
+    folder = probe_folder(root)
+    if isinstance(folder, Path):
+        sweep(folder)
 
 
 def _described(spec: ProbeSpec, model: LanguageModel) -> tuple[list[TaskEntry], list[Wanted], int | None]:

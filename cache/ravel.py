@@ -23,7 +23,7 @@ from hsae.cache.entities import EntityType, counted, covering, entity_span, read
 from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.lm import LanguageModel
 from hsae.cache.parts import PART_TEXTS, ZEROS, Parts, SuiteHeader, kept, read_header, seal, write_header
-from hsae.cache.probe import Wanted, build_set, sets_folder, versions
+from hsae.cache.probe import Wanted, build_set, sets_folder, sweep_probes, versions
 from hsae.cache.probe_config import content_key, probe_folder
 from hsae.cache.ravel_config import EntitiesConfig, RavelSpec
 from hsae.cache.remote import Place, check_writable, locked, publish
@@ -118,6 +118,7 @@ def build_ravel(
     kinds = read_entities(spec.data)
     asked = questions(kinds)
     with locked(path):
+        sweep_probes(root)
         if model is None:
             say(f"loading {spec.model.id}")
             model = LanguageModel.load(spec.model, device=device, say=say)

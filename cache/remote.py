@@ -417,7 +417,7 @@ def check_writable(folder: Place) -> None:
     trial = folder / f".{secrets.token_hex(4)}{PARTIAL}"
     try:
         publish(trial, b"")
-        trial.unlink()
+        trial.unlink(missing_ok=True)
     except RemoteError:
         raise
     except OSError as error:

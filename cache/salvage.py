@@ -19,7 +19,8 @@ def keep_what_is_right(builder: "Builder") -> None:
     """Check every chunk that is there, and delete those that are damaged; a build then makes what is missing.
 
     A chunk is compared with its checksum and, where the store had been finished, with its list of checksums; all tokens with the text packed
-    anew; the first chunk of activations and losses with what the model computes. Raises StoreError if that differs.
+    anew; the first chunk of activations and losses with what the model computes. Of a store that had not been finished only chunks that were
+    written down count as there. Raises StoreError if anything differs.
     """
     root, specs = builder.target, builder.specs
     found = {path: np.flatnonzero(spec.written(root)) for path, spec in specs.items()}
@@ -47,6 +48,11 @@ def keep_what_is_right(builder: "Builder") -> None:
     if there and first is not None:
         for spec, index, values in builder.compute(0, there, first):
             _compare(builder, spec, index, encode_chunk(spec, values))
+    if checks and builder.written is not None:  # what a finished store's list tells of is as good as written down
+        for array, indices in found.items():
+            for number in map(int, indices):
+                builder.written.add(array, number, int(checks[array][number]))
+        builder.written.flush()
 
 
 def _listed(builder: "Builder") -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from hsae.cache.codec import crc32c
 from hsae.cache.errors import UserError
-from hsae.cache.files import PARTIAL
+from hsae.cache.files import JUST_MADE, PARTIAL, lock, sweep_files
 from hsae.cache.layout import CRC_BYTES
 from hsae.cache.remote import IN_FLIGHT
 from hsae.cache.weights import home
@@ -31,7 +31,7 @@ from hsae.cache.weights import home
 DEFAULT_GIB = 64.0
 SPARE_BYTES = 1 << 30  # of the disk, left to others
 KEPT = 0.9  # share of the budget that an eviction leaves, so that it is rare
-BEING_WRITTEN = 600.0  # seconds for which a partial file is taken to have a writer
+AHEAD = 600.0  # seconds that a file's time may lie ahead of the clock
 OURS = re.compile(rf"[0-9a-f]{{32}}({re.escape(PARTIAL)})?")
 
 
@@ -73,10 +73,14 @@ class Scratch:
             self._make_room(size + CRC_BYTES)
             partial = path.with_name(path.name + PARTIAL)
             try:
-                with partial.open("wb") as file:
+                with partial.open("wb") as file:  # not synced, unlike what must last
+                    lock(file)
                     file.write(numbers)
                     file.write(named_checksum(crc32c(numbers), path).to_bytes(CRC_BYTES, "little"))
-                partial.replace(path)
+                    file.flush()
+                    partial.replace(path)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
             finally:
                 partial.unlink(missing_ok=True)
         return path
@@ -106,13 +110,14 @@ class Scratch:
         with FileLock(self.folder / "evict.lock"):
             found, now = [], time.time()
             self._held = 0
+            sweep_files(self.folder.glob(f"*{PARTIAL}"), JUST_MADE)
             for entry in os.scandir(self.folder):
                 if OURS.fullmatch(entry.name):
                     with contextlib.suppress(FileNotFoundError):
                         status = entry.stat(follow_symlinks=False)
                         self._held += status.st_size
-                        if not (entry.name.endswith(PARTIAL) and abs(now - status.st_mtime) < BEING_WRITTEN):
-                            ahead = status.st_mtime > now + BEING_WRITTEN  # set by a wrong clock: as if never used
+                        if not entry.name.endswith(PARTIAL):
+                            ahead = status.st_mtime > now + AHEAD  # set by a wrong clock: as if never used
                             found.append((0 if ahead else status.st_mtime_ns, status.st_size, entry.path))
             limit = self._limit(self._held)
             if self._held + size <= limit:

@@ -15,6 +15,7 @@ from hsae.cache import writer
 from hsae.cache.codec import TORCH_DTYPES, decode_chunk, encode_chunk, encoded_chunk, read_chunk
 from hsae.cache.config import Codec
 from hsae.cache.errors import StoreError
+from hsae.cache.files import sweep
 from hsae.cache.layout import (
     DOCUMENTS,
     ArraySpec,
@@ -64,6 +65,8 @@ def copy(
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
+        if isinstance(target, Path):
+            sweep(target)
         damaged = set()
         with contextlib.suppress(
             LostHeaderError

@@ -18,6 +18,7 @@ from torch import Tensor
 from hsae.cache.codec import DamagedChunkError, crc32c, encode_chunk, read_chunk
 from hsae.cache.config import Codec
 from hsae.cache.errors import StoreError
+from hsae.cache.files import sweep
 from hsae.cache.layout import (
     CRC_BYTES,
     DOCUMENTS,
@@ -121,6 +122,8 @@ def repair(
     header = read_header(root)
     _refuse_lossy(root, header, damages)
     with locked(root):
+        if isinstance(root, Path):
+            sweep(root)
         documents = {str(root / name): (name, document) for name, document in _documents(header).items()}
         write_documents(root, dict(documents[str(one.path)] for one in damages if str(one.path) in documents))
         if any(one.array not in ("checks", "stats/kept") and str(one.path) not in documents for one in damages):

@@ -55,6 +55,20 @@ def model_folder(config: ModelConfig, say: Say = lambda text: None) -> Path:
     return _downloaded(config, say)
 
 
+def folder_here(config: ModelConfig) -> Path | None:
+    """The folder of a model's files as it is on this machine, nothing downloaded or converted; None if there is none."""
+    if config.id in PACKAGED:
+        done = _packaged_place(config.id)
+        return done if done.is_dir() else None
+    path = _local(config)
+    if path.suffix == ".gguf":
+        done = home() / "models" / f"{path.stem}-{_file_sha256(path).hex()[:16]}"
+        return done if done.is_dir() else None
+    if path.is_dir():
+        return path.resolve()
+    return _hub_cached(config) if config.id.count("/") == 1 else None
+
+
 def weight_bytes(config: ModelConfig) -> int | None:
     """Bytes of the model's weights on disk, without downloading or converting; None if that can't be told."""
     if config.id in PACKAGED:

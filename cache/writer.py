@@ -59,9 +59,11 @@ def _encoded(document: Any) -> bytes:
     return json.dumps(document, indent=2).encode()  # as zarr-python does
 
 
-def write_chunk(target: Place, spec: ArraySpec, index: int, values: Tensor) -> None:
-    """Publish chunk `index`, [rows, ...]; missing rows of the last chunk are padded with zeros."""
-    publish(spec.chunk_file(target, index), encode_chunk(spec, values))
+def write_chunk(target: Place, spec: ArraySpec, index: int, values: Tensor) -> int:
+    """Publish chunk `index`, [rows, ...], and return its checksum; missing rows of the last chunk are padded with zeros."""
+    data = encode_chunk(spec, values)
+    publish(spec.chunk_file(target, index), data)
+    return int.from_bytes(data[-CRC_BYTES:], "little")
 
 
 def seal(target: Place, specs: Sequence[ArraySpec], known: Mapping[str, NDArray[np.uint32]] = {}) -> int:
@@ -89,9 +91,7 @@ def listed(
 def write_list(target: Place, spec: ArraySpec, numbers: NDArray[np.uint32]) -> int:
     """Write an array of one chunk, and its metadata; returns the chunk's checksum."""
     publish(target / spec.path / METADATA, _encoded(spec.metadata))
-    data = encode_chunk(spec, torch.from_numpy(numbers.astype(np.uint32)))
-    publish(spec.chunk_file(target, 0), data)
-    return int.from_bytes(data[-CRC_BYTES:], "little")
+    return write_chunk(target, spec, 0, torch.from_numpy(numbers.astype(np.uint32)))
 
 
 def trailer(target: Place, spec: ArraySpec, index: int) -> int:

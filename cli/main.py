@@ -50,6 +50,7 @@ def _options(
 
 def main() -> None:
     """Run a command. Status 2: the user can mend it; 1: the machine or the network failed; 130: interrupted. A bug shows its traceback."""
+    from hsae.cache import sigbus
     from hsae.cache.errors import UserError
 
     for stream in (sys.stdout, sys.stderr):
@@ -57,6 +58,7 @@ def main() -> None:
             stream.reconfigure(
                 errors="backslashreplace"
             )  # names of files may hold anything, and the terminal's encoding may lack it
+    sigbus.enable()
     try:
         app()
     except SystemExit as ended:

@@ -311,7 +311,7 @@ def test_kill_minus_nine_ten_times_then_build_again_gives_the_same_bytes(built, 
     code = (
         "import sys, json, time\nfrom hsae.cache import build as b\nfrom hsae.cache.config import StoreSpec\n"
         "slow = b.writer.write_chunk\n"
-        "def write(*a):\n    print(flush=True); time.sleep(0.02); slow(*a)\n"
+        "def write(*a):\n    print(flush=True); time.sleep(0.02); return slow(*a)\n"
         "b.writer.write_chunk = write\n"
         f"b.build([StoreSpec(**json.loads({spec().model_dump_json()!r}))], {str(tmp_path)!r})"
     )
@@ -348,7 +348,7 @@ def test_a_full_disk_leaves_a_store_that_can_be_finished(built, tmp_path, monkey
     def full(*arguments):
         if next(count) == 9:
             raise OSError(28, "No space left on device")
-        real(*arguments)
+        return real(*arguments)
 
     monkeypatch.setattr(module.writer, "write_chunk", full)
     with pytest.raises(OSError, match="No space left"):
@@ -371,7 +371,7 @@ def test_a_damaged_state_of_packing_costs_packing_again_and_no_bytes(built, tmp_
     def full(*arguments):
         if next(count) == 2:
             raise OSError(28, "No space left on device")
-        real(*arguments)
+        return real(*arguments)
 
     monkeypatch.setattr(module.writer, "write_chunk", full)
     monkeypatch.setattr(module, "PACKED_AT_ONCE", 1)
@@ -406,7 +406,7 @@ def test_a_build_on_a_remote_store_is_the_local_one_and_goes_on_where_it_was(bui
     def full(*arguments):
         if next(count) == 11:
             raise OSError(28, "No space left on device")
-        real(*arguments)
+        return real(*arguments)
 
     monkeypatch.setattr(module.writer, "write_chunk", full)
     with pytest.raises(OSError, match="No space left"):

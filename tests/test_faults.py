@@ -176,7 +176,7 @@ def test_a_store_s_times_mean_nothing(tmp_path, one_model, monkeypatch, year, re
     def failing(*arguments):
         if next(count) == 9:
             raise OSError(28, "No space left on device")
-        real(*arguments)
+        return real(*arguments)
 
     monkeypatch.setattr(module.writer, "write_chunk", failing)
     with pytest.raises(OSError, match="No space left"):
@@ -247,7 +247,7 @@ def test_two_builders_of_one_remote_store_make_the_bytes_of_one(tmp_path, one_mo
                     if len(mine) == end:
                         raise ConnectionError("killed")
                     mine.append(others)
-                    real(*others)
+                    return real(*others)
 
                 monkeypatch.setattr(module.writer, "write_chunk", second)
                 try:
@@ -255,7 +255,7 @@ def test_two_builders_of_one_remote_store_make_the_bytes_of_one(tmp_path, one_mo
                 except ConnectionError:
                     assert len(mine) == end
                 monkeypatch.setattr(module.writer, "write_chunk", write)
-            real(*arguments)
+            return real(*arguments)
 
         monkeypatch.setattr(module.writer, "write_chunk", write)
         target = build([SPEC], folder)[0]

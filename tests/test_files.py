@@ -1,6 +1,7 @@
 """Atomic writes, and JSON that tells whether it is what was written (FIX C3, C4, C12, C13, C14; B: modes)."""
 
 import json
+import os
 import random
 import re
 import stat
@@ -52,6 +53,23 @@ def test_sweep_deletes_partial_files_only(tmp_path):
     (tmp_path / "a" / "x").write_text("whole")
     assert sweep(tmp_path) == 1
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["x"]
+
+
+def test_what_is_being_written_is_not_swept_and_what_a_dead_writer_left_goes_with_the_next_write(tmp_path):
+    """FIX C11"""
+    path, left = tmp_path / "file", tmp_path / f".file.0123456789abcdef{PARTIAL}"
+    left.write_bytes(b"half")
+    os.utime(left, (1, 1))
+
+    def write(partial):
+        partial.write_text("whole")
+        os.utime(partial, (1, 1))
+        assert sweep(tmp_path) == 1 and partial.exists()
+        left.write_bytes(b"half")
+        os.utime(left, (1, 1))
+
+    write_atomically(path, write)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "whole")]
 
 
 def test_any_changed_character_of_a_sealed_file_is_noticed_or_changes_nothing():

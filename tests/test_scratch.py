@@ -46,6 +46,30 @@ def test_another_process_s_files_count_and_a_dead_one_s_partial_file_goes(tmp_pa
     assert [path.stat().st_size for path in files(tmp_path)] == [304]
 
 
+def test_a_partial_file_goes_when_its_writer_is_dead_and_not_before(tmp_path):
+    """FIX C11"""
+    left, live = (tmp_path / f"{letter * 32}{module.PARTIAL}" for letter in "ab")
+    with live.open("wb") as file:
+        module.lock(file)
+        for path in (left, live):
+            path.write_bytes(bytes(10))
+            os.utime(path, (1, 1))
+        Scratch(tmp_path, 1000).fetch("ours", 300, lambda: bytes(300))
+        assert live.exists() and not left.exists()
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    """FIX C14"""
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "lock", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/[0-9a-f]+'"):
+        Scratch(tmp_path, 1000).fetch("key", 10, lambda: bytes(10))
+    assert files(tmp_path) == []
+
+
 def test_many_readers_of_one_chunk_make_it_once(tmp_path):
     made, barrier = [], threading.Barrier(8)
 

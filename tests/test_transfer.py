@@ -5,6 +5,7 @@ import torch
 from typer.testing import CliRunner
 
 from hsae.cache.errors import StoreError
+from hsae.cache.files import PARTIAL
 from hsae.cache.layout import read_header
 from hsae.cache.remote import place, publish, sizes
 from hsae.cache.store import ActivationStore
@@ -85,6 +86,15 @@ def test_a_copy_that_was_interrupted_is_no_store_and_goes_on_with_what_is_missin
     written.clear()
     copy(near, tmp_path / "far")
     assert [path.parent.parent.name for path in written] == ["checks"]
+
+
+def test_what_a_killed_copy_left_half_written_goes_with_the_next(make_store, tmp_path):
+    """FIX C11"""
+    near, _ = make_store(tmp_path / "near")
+    left = tmp_path / "far" / near.name / "tokens/c/0" / f".0.0123456789abcdef{PARTIAL}"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    assert contents(copy(near, tmp_path / "far")) == contents(near)
 
 
 def test_a_damaged_source_is_not_copied(make_store, tmp_path):
