@@ -27,6 +27,8 @@ class Faulty:
         self.rate, self.gone_until = 0.0, 0.0
         self.skewed = False
         """Whether every request is refused as one whose clock is wrong."""
+        self.harms: list[Callable[[bytes], bytes]] = []
+        """What is done to the bodies of the next objects that are read, one after the other."""
         self.requests: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self._random, self._lock = random.Random(0), threading.Lock()
@@ -58,8 +60,18 @@ class Faulty:
                 headers.append(("Date", formatdate(time.time() + 3600, usegmt=True)))
             start_response(f"{status} {code}", headers)
             return [body]
+        if self.harms and environ["REQUEST_METHOD"] == "GET":
+            return self._harmed(environ, start_response)
         body = b"".join(self.app(environ, start_response))
         return [body[: len(body) // 2] if kind == "short" else body]
+
+    def _harmed(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        told: list[Any] = []
+        body = b"".join(self.app(environ, lambda *answer: told.extend(answer)))
+        body = self.harms.pop(0)(body)
+        kept = [(name, value) for name, value in told[1] if name.lower() != "content-length"]
+        start_response(told[0], [*kept, ("Content-Length", str(len(body)))])
+        return [body]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hsae.cache.int8 import dequantise, quantise
 from hsae.cache.layout import CRC_BYTES, ITEM_BYTES, ArraySpec, DamagedFileError
-from hsae.cache.remote import Place
+from hsae.cache.remote import Place, RemotePath, TooLongError, again
 
 TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -95,19 +95,26 @@ def decode_chunk(root: Place, path: Place, data: bytes, spec: ArraySpec, listed:
 
 def read_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None = None) -> bytes:
     """The numbers of chunk `index`, fetched and checked. Raises DamagedChunkError."""
-    return decode_chunk(root, spec.chunk_file(root, index), _fetched(root, spec, index), spec, listed)
+    return _fetched(root, spec, index, listed)[1]
 
 
 def encoded_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None = None) -> bytes:
     """The bytes of chunk `index`'s file, fetched and checked. Raises DamagedChunkError."""
-    data = _fetched(root, spec, index)
-    decode_chunk(root, spec.chunk_file(root, index), data, spec, listed)
-    return data
+    return _fetched(root, spec, index, listed)[0]
 
 
-def _fetched(root: Place, spec: ArraySpec, index: int) -> bytes:
-    path = spec.chunk_file(root, index)
+def _fetched(root: Place, spec: ArraySpec, index: int, listed: int | None) -> tuple[bytes, bytes]:
+    """(the bytes of its file, its numbers)."""
+    path, most = spec.chunk_file(root, index), 2 * spec.chunk_bytes + 4096  # more than any codec needs
+
+    def read() -> tuple[bytes, bytes]:
+        try:
+            data = path.read_bytes(most) if isinstance(path, RemotePath) else path.read_bytes()
+        except TooLongError:
+            raise DamagedChunkError(root, path, f"is more than {most} bytes long") from None
+        return data, decode_chunk(root, path, data, spec, listed)
+
     try:
-        return path.read_bytes()
+        return again(path, read, DamagedChunkError)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise DamagedChunkError(root, path, "is missing") from None

@@ -25,7 +25,7 @@ from hsae.cache.config import Config
 from hsae.cache.errors import StoreError
 from hsae.cache.mapped import mapped_pages, scratch_pages
 from hsae.cache.probe_config import PROBE_FORMAT
-from hsae.cache.remote import Place, publish, sizes
+from hsae.cache.remote import Place, RemotePath, TooLongError, again, publish, sizes
 from hsae.cache.scratch import scratch
 
 PART_TEXTS = 256
@@ -112,23 +112,28 @@ def write_header(path: Place, header: SuiteHeader) -> None:
 def read_header(path: Place, kind: type[HeaderT], suite: str) -> HeaderT:
     """A suite's file. Raises StoreError if it is missing, damaged or of another format."""
     build = f"hsae cache build --suite {suite}"
-    try:
+
+    def read() -> HeaderT:
         data = path.read_bytes()
+        try:
+            content = json.loads(data)
+            if isinstance(content, dict) and content.get("format") != PROBE_FORMAT:
+                raise StoreError(
+                    f"{path} has format {content.get('format')!r}, not {PROBE_FORMAT}; make it again with: {build}"
+                )
+            if not is_whole(data):
+                raise ValueError("it fails its checksum")
+            return kind(**content)
+        except StoreError:
+            raise
+        except (ValidationError, ValueError, TypeError, RecursionError) as error:
+            detail = str(error).splitlines()[0]
+            raise StoreError(f"{path} is damaged ({detail}); make it again with: {build}") from None
+
+    try:
+        return again(path, read, StoreError)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"there is no probe store {path}; make it with: {build}") from None
-    try:
-        content = json.loads(data)
-        if isinstance(content, dict) and content.get("format") != PROBE_FORMAT:
-            raise StoreError(
-                f"{path} has format {content.get('format')!r}, not {PROBE_FORMAT}; make it again with: {build}"
-            )
-        if not is_whole(data):
-            raise ValueError("it fails its checksum")
-        return kind(**content)
-    except StoreError:
-        raise
-    except (ValidationError, ValueError, TypeError, RecursionError) as error:
-        raise StoreError(f"{path} is damaged ({str(error).splitlines()[0]}); make it again with: {build}") from None
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------------
@@ -192,14 +197,23 @@ class Parts:
             raise self._damaged(number, "is no safetensors file of residuals") from None
 
     def _fetched(self, number: int) -> bytes:
+        file, size = self.folder / part_name(number), self.parts[number].bytes
+        assert isinstance(file, RemotePath)
+
+        def read() -> bytes:
+            try:
+                data = file.read_bytes(size)
+            except TooLongError:
+                raise self._damaged(number, f"is more than {size} bytes long") from None
+            if len(data) != size:
+                raise self._damaged(number, self._length(number, len(data)))
+            self._check(number, data)
+            return data
+
         try:
-            data = (self.folder / part_name(number)).read_bytes()
+            return again(file, read, StoreError)
         except (FileNotFoundError, NotADirectoryError):
             raise self._missing(number) from None
-        if len(data) != self.parts[number].bytes:
-            raise self._damaged(number, self._length(number, len(data)))
-        self._check(number, data)
-        return data
 
     def _check(self, number: int, data: bytes | memoryview) -> None:
         found, name = crc32c(data), part_name(number)

@@ -5,36 +5,43 @@ s3fs (multipart above 100 MB, which appears at its end as well), a file by renam
 again, with growing pauses, while the trouble may pass: 5xx, throttling, timeouts, resets, short reads. Endpoint, profile, region and
 credentials of `s3://` come from the usual AWS places (AWS_ENDPOINT_URL, AWS_PROFILE, ~/.aws); FSSPEC_S3='{"anon": true}' and the
 like configure any driver. Stores at `http://` and `https://` URLs can only be read.
+
+No reply is read further than it can be right: a chunk's by its length, other files and listings by a fixed limit. Passwords and
+signatures in URLs stand in no message.
 """
 
 import contextlib
 import errno
 import logging
 import random
+import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
-from hsae.cache.errors import StoreError
+from hsae.cache.errors import StoreError, UserError
 from hsae.cache.files import PARTIAL, write_bytes_atomically
 
 PATIENCE = 300.0  # seconds for which one request is tried again
 LONGEST_PAUSE = 20.0
 SILENCE, BETWEEN = 10.0, 60.0  # seconds of trying again before that is logged, and from one such line to the next
 IN_FLIGHT = 16  # requests at once
+MOST_BYTES = 1 << 28  # of a listing, or of a file whose length is not known before
+MOST_LISTED, DEEPEST = 1 << 22, 16  # names in one listing, folders in folders
+TRIES = 4  # times that what fails its checksum is fetched
 LISTED_AT_ONCE = 10_000  # most numbers, nearly, in one part of a long listing
+SECRET = re.compile("pass|secret|token|key|cred|sas|connection_string", re.IGNORECASE)  # names of drivers' options
 LASTING = {errno.EINVAL, errno.ENOSYS, errno.EREMCHG}  # what s3fs makes of bad requests and redirects
 LASTING_NAMES = {
     "NoCredentialsError",
@@ -48,7 +55,7 @@ LASTING_NAMES = {
 MOST_SKEW = 300.0  # seconds that S3 and this machine's clock may differ before that is told as the reason of a refusal
 LATER = {408, 425, 429}  # statuses below 500 of a web server that pass
 DRIVERS = {"botocore", "aiobotocore", "aiohttp", "s3fs"}
-WEB = {"http", "https"}
+WEB, S3 = {"http", "https"}, {"s3", "s3a"}
 EXTRAS = {"s3": "hsae[s3]", "s3a": "hsae[s3]", "http": "hsae[http]", "https": "hsae[http]"}
 LOG = logging.getLogger("hsae")
 ItemT = TypeVar("ItemT")
@@ -59,7 +66,21 @@ class RemoteError(OSError):
     """A remote store can't be reached, or refuses."""
 
 
-@dataclass(frozen=True)
+class TooLongError(RemoteError):
+    """A reply has more bytes than it can have."""
+
+    @classmethod
+    def than(cls, most: int) -> "TooLongError":
+        """One of a reply of more than `most` bytes."""
+        return cls(f"more than {most:,} bytes come, which it can't have")
+
+
+def redacted(text: str) -> str:
+    """A text without the passwords and the query strings of the URLs in it."""
+    return re.sub(r"(://[^\s?]*\?)[^\s'\")]+", r"\1***", re.sub(r"(://[^\s:@]*):\S*@", r"\1:***@", text))
+
+
+@dataclass(frozen=True, repr=False)
 class RemotePath:
     """An object, or all objects below it, on a remote store."""
 
@@ -70,31 +91,47 @@ class RemotePath:
         """The file system and this object's path on it."""
         import fsspec
 
-        protocol = self.protocol
-        options: dict[str, Any] = {"use_listings_cache": False}
-        if protocol in ("s3", "s3a"):  # one GET an object, without a HEAD first; retries are ours
-            settings = {"max_pool_connections": 2 * IN_FLIGHT, "retries": {"max_attempts": 1, "mode": "standard"}}
-            options |= {"max_concurrency": 1, "config_kwargs": {**settings, "connect_timeout": 10, "read_timeout": 60}}
+        protocol, options = self.protocol, {"use_listings_cache": False}
         try:
             if self.read_only:
                 from hsae.cache.web import file_system
 
                 return file_system(), self.url
+            if self.is_s3:
+                from hsae.cache import s3
+
+                options |= s3.options(2 * IN_FLIGHT)
             filesystem, path = fsspec.core.url_to_fs(self.url, **options)
         except ImportError:
             extra = f"pip install '{EXTRAS[protocol]}'" if protocol in EXTRAS else "pip install its fsspec driver"
-            raise StoreError(f"{self.url}: nothing installed reads {protocol}:// URLs; {extra}") from None
+            raise StoreError(f"{self}: nothing installed reads {protocol}:// URLs; {extra}") from None
         except ValueError as error:
-            raise StoreError(f"{self.url}: {error}; use a folder, or a URL such as s3://bucket/prefix") from None
-        if protocol in ("s3", "s3a") and filesystem.session is None:
-            filesystem.session = _session(filesystem.kwargs)
+            raise StoreError(
+                f"{self}: {self.hidden(str(error))}; use a folder, or a URL such as s3://bucket/prefix"
+            ) from None
+        if self.is_s3 and filesystem.session is None:
+            filesystem.session = s3.session(filesystem.kwargs)
         return filesystem, path
 
     def __truediv__(self, name: str) -> "RemotePath":
         return RemotePath(f"{self.url}/{name}")
 
     def __str__(self) -> str:
-        return self.url
+        return redacted(self.url)
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    def hidden(self, text: str) -> str:
+        """A driver's text without passwords, those that it was given in other ways than by the URL among them."""
+        with contextlib.suppress(ValueError):
+            if password := urlsplit(self.url).password:
+                text = text.replace(password, "***").replace(unquote(password), "***")
+        options = self.__dict__["_driver"][0].storage_options if "_driver" in self.__dict__ else {}
+        for name, value in options.items():
+            if isinstance(value, str) and value and SECRET.search(name):
+                text = text.replace(value, "***")
+        return redacted(text)
 
     @property
     def protocol(self) -> str:
@@ -111,9 +148,22 @@ class RemotePath:
         """The last part of the URL."""
         return self.url.rsplit("/", 1)[-1]
 
-    def read_bytes(self) -> bytes:
-        """The whole object. Raises FileNotFoundError if there is none."""
-        return bytes(self._patiently(lambda filesystem, path: filesystem.cat_file(path)))
+    def read_bytes(self, most: int = MOST_BYTES) -> bytes:
+        """The whole object. Raises FileNotFoundError if there is none, TooLongError if more bytes than `most` come."""
+
+        def read(filesystem: Any, path: str) -> bytes:
+            if self.read_only:
+                return filesystem.cat_file(path, most=most)  # type: ignore[no-any-return]
+            if self.is_s3:
+                from hsae.cache import s3
+
+                return s3.cat(filesystem, path, most)
+            data = filesystem.cat_file(path, end=most + 1)
+            if len(data) > most:
+                raise TooLongError.than(most)
+            return bytes(data)
+
+        return self._patiently(read)
 
     def read_text(self) -> str:
         """The whole object as UTF-8."""
@@ -169,7 +219,7 @@ class RemotePath:
     @property
     def is_s3(self) -> bool:
         """Whether it lies on S3, of which parts of a listing can be had."""
-        return hasattr(self._driver[0], "call_s3")
+        return self.protocol in S3
 
     def sizes(self, begin: str = "") -> dict[str, int]:
         """Bytes of every object below, by its path from here; on S3 of those whose path begins so.
@@ -183,6 +233,8 @@ class RemotePath:
             while True:
                 page = self._patiently(lambda filesystem, _: filesystem.call_s3("list_objects_v2", **asked))
                 found.update({item["Key"][len(key) + 1 :]: int(item["Size"]) for item in page.get("Contents", ())})
+                if len(found) > MOST_LISTED or page.get("NextContinuationToken") == asked.get("ContinuationToken", ""):
+                    raise RemoteError(f"{self} is refused (the server lists objects without end)")
                 if not page.get("IsTruncated"):
                     return found
                 asked["ContinuationToken"] = page["NextContinuationToken"]
@@ -207,12 +259,15 @@ class RemotePath:
                 found = (self / folder)._patiently(lambda filesystem, path: filesystem.ls(path, detail=False))
             except FileNotFoundError:
                 return []
-            return [folder + str(name)[len(f"{self}/{folder}") :] for name in found]
+            return [folder + str(name)[len(f"{self.url}/{folder}") :] for name in found]
 
         files: list[str] = []
-        folders = [""]
+        folders, seen = [""], 0
         while folders:
             names = [name for inner in many(listed, folders) for name in inner]
+            seen += len(names)
+            if seen > MOST_LISTED or folders[0].count("/") > DEEPEST:
+                raise RemoteError(f"{self} is refused (the server lists folders without end)")
             folders = [name for name in names if name.endswith("/")]
             files += [name for name in names if not name.endswith("/")]
         lengths = many(lambda name: int((self / name).status()["size"]), files)
@@ -233,24 +288,53 @@ class RemotePath:
 
     def _patiently(self, request: Callable[[Any, str], ResultT]) -> ResultT:
         """Do it, and again while what goes wrong may pass. Raises RemoteError when patience ends or there is no point."""
-        filesystem, path = self._driver
         began, pause = time.monotonic(), 0.1
         while True:
             try:
-                return request(filesystem, path)
-            except (FileNotFoundError, NotADirectoryError):
+                return request(*self._driver)
+            except FileNotFoundError as error:
+                if code_of(error) == "NoSuchBucket":
+                    raise StoreError(f"{self}: there is no such bucket; make it, or correct the URL") from None
                 raise
+            except (NotADirectoryError, UserError):
+                raise
+            except TooLongError as error:
+                raise TooLongError(f"{self} is refused ({error})") from None
             except Exception as error:
-                detail = in_a_line(error)
+                detail = self.hidden(in_a_line(error))
                 if not passes(error):
-                    raise RemoteError(f"{self.url} is refused ({detail})") from None
+                    raise RemoteError(f"{self} is refused ({detail})") from None
                 waited = time.monotonic() - began
                 if waited + pause > PATIENCE:
-                    raise RemoteError(f"{self.url} can't be reached, tried for {PATIENCE:.0f} s ({detail})") from None
+                    raise RemoteError(f"{self} can't be reached, tried for {PATIENCE:.0f} s ({detail})") from None
                 if waited > SILENCE:
-                    _log_waiting(f"{self.url} can't be reached ({detail}); trying again for up to {PATIENCE:.0f} s")
+                    _log_waiting(f"{self} can't be reached ({detail}); trying again for up to {PATIENCE:.0f} s")
             time.sleep(pause * random.uniform(0.5, 1))  # many readers must not come back in step
             pause = min(pause * 2, LONGEST_PAUSE)
+
+
+def again(
+    source: "Place", read: Callable[[], ResultT], harmed: type[Exception] | tuple[type[Exception], ...]
+) -> ResultT:
+    """`read()`; from a remote place a few times more while it raises `harmed`, for a body may be cut, flipped or another's on its way."""
+    for number in range(1, TRIES if isinstance(source, RemotePath) else 1):
+        try:
+            return read()
+        except harmed as error:
+            _log_waiting(f"{redacted(str(error))} Fetching it again.")
+            time.sleep(0.1 * number)
+    return read()
+
+
+async def whole(read: Callable[[int], Awaitable[bytes]], most: int) -> bytes:
+    """All that `read` gives, piece by piece. Raises TooLongError if that is more than `most` bytes."""
+    pieces, length = [], 0
+    while piece := await read(1 << 20):
+        pieces.append(piece)
+        length += len(piece)
+        if length > most:
+            raise TooLongError.than(most)
+    return b"".join(pieces)
 
 
 _logged_at = -BETWEEN
@@ -262,6 +346,12 @@ def _log_waiting(line: str) -> None:
     if (now := time.monotonic()) - _logged_at >= BETWEEN:
         _logged_at = now
         LOG.warning(line)
+
+
+def code_of(error: Exception) -> str:
+    """What S3 calls an error; empty if it is not S3's."""
+    answered = getattr(error.__cause__, "response", None) or {}  # botocore's
+    return str(answered.get("Error", {}).get("Code", ""))
 
 
 def in_a_line(error: Exception) -> str:
@@ -291,22 +381,6 @@ def passes(error: Exception) -> bool:
     return type(error).__module__.split(".")[0] in DRIVERS
 
 
-def _session(settings: dict[str, Any]) -> Any:
-    """An AWS session as s3fs makes it, but quick at reading dates: a date a key is four fifths of the work of a long listing."""
-    from aiobotocore.session import AioSession
-    from botocore.utils import parse_timestamp
-
-    def read(text: Any) -> datetime:
-        try:
-            return datetime.fromisoformat(text)
-        except (TypeError, ValueError):
-            return parse_timestamp(text)  # type: ignore[no-any-return]
-
-    session = AioSession(**settings)
-    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=read)
-    return session
-
-
 Place = Path | RemotePath
 
 
@@ -323,7 +397,9 @@ def place(url: str | Place) -> Place:
     if protocol in ("file", "local"):
         return Path(rest)
     if "::" in protocol or not rest.strip("/"):
-        raise StoreError(f"{url}: not a place for stores; use a folder, or a URL such as s3://bucket/prefix")
+        raise StoreError(
+            f"{redacted(str(url))}: not a place for stores; use a folder, or a URL such as s3://bucket/prefix"
+        )
     if protocol in WEB:
         _check_web_address(protocol, rest)
     return RemotePath(f"{protocol}://{rest.rstrip('/')}")

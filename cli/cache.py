@@ -154,7 +154,7 @@ def info(store: StoreArgument) -> None:
 
     opened = ActivationStore.open(store, require_complete=False)
     header, spec = opened.header, opened.spec
-    table = Table(title=str(store), show_header=False)
+    table = Table(title=str(opened.root), show_header=False)
     corpus = spec.corpus
     last = "the last" if corpus.last_document is None else str(corpus.last_document - 1)
     rows = {
@@ -188,7 +188,7 @@ def verify(
     """
     from hsae.cache.device import pick_device
     from hsae.cache.layout import is_sealed
-    from hsae.cache.remote import place
+    from hsae.cache.remote import place, redacted
     from hsae.cache.verify import repair as repair_store
     from hsae.cache.verify import verify as verify_store
 
@@ -203,13 +203,13 @@ def verify(
         console.print(f"{len(damages) - len(left)} of {len(damages)} damaged files repaired")
         damages = left
     elif damages:
-        say(f"{len(damages)} damaged; mend with: hsae cache verify {store} --repair")
+        say(f"{len(damages)} damaged; mend with: hsae cache verify {redacted(store)} --repair")
     else:
         console.print("all chunks are whole")
         if unsealed:
             say(
                 "but an older hsae made this store, whose header has no checksum: a digit that changed in it is not noticed. "
-                f"If it is right, give it one with: hsae cache verify {store} --repair"
+                f"If it is right, give it one with: hsae cache verify {redacted(store)} --repair"
             )
     if damages:
         raise typer.Exit(1)

@@ -69,5 +69,7 @@ def main() -> None:
         line = one_line(error)
         if line is None:
             raise
-        errors.print(Text.assemble(("Error:", "bold red"), f" {line}"), soft_wrap=True)
+        from hsae.cache.remote import redacted
+
+        errors.print(Text.assemble(("Error:", "bold red"), f" {redacted(line)}"), soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)

@@ -48,7 +48,8 @@ def serve(
     ] = None,
     key: Annotated[Path | None, typer.Option("--key", metavar="FILE", help="Its private key (PEM).")] = None,
 ) -> None:
-    """Let other machines read stores over HTTP: `--set cache.dir=http://HOST:PORT` there, and the same HSAE_TOKEN on both sides.
+    """Let other machines read stores over HTTP: `--set cache.dir=http://HOST:PORT` there, the same HSAE_TOKEN on both sides, and
+    HSAE_TOKEN_HOST=http://HOST:PORT on theirs (HOST:PORT alone means https).
 
     Example: hsae cache serve activations --host 0.0.0.0
     """

@@ -112,6 +112,7 @@ def s3(s3_server, monkeypatch):
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     yield faults
     faults.rate, faults.gone_until, faults.skewed = 0.0, 0.0, False
+    faults.harms.clear()
 
 
 TOKEN = "a-token-that-readers-know"

@@ -1,6 +1,12 @@
-"""Stores on S3 (a real HTTP server) and on other fsspec file systems: the same bytes, the same batches, whatever fails on the way."""
+"""Stores on S3 (a real HTTP server) and on other fsspec file systems: the same bytes, the same batches, whatever fails on the way.
+
+FIX C14: a missing bucket is told; what comes harmed from S3 is fetched again. FIX D4: passwords of URLs are shown nowhere. FIX D5: no reply
+is read without bound.
+"""
 
 import itertools
+import shutil
+import socket
 import threading
 import time
 import uuid
@@ -9,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from typer.testing import CliRunner
 
 from hsae.cache import remote
 from hsae.cache.errors import StoreError
@@ -17,6 +24,7 @@ from hsae.cache.remote import RemoteError, RemotePath, children, place, publish,
 from hsae.cache.store import ActivationStore
 from hsae.cache.stream import TokenStream
 from hsae.cache.verify import verify
+from hsae.cli.main import app
 
 HOOK = "blocks.3.hook_resid_post"
 
@@ -146,8 +154,117 @@ def test_patience_ends_and_refusals_are_told_at_once(bucket, s3, impatient, monk
     monkeypatch.setattr(remote, "PATIENCE", 1000.0)
     with pytest.raises(FileNotFoundError):
         (place(bucket) / "y").read_bytes()
-    with pytest.raises(StoreError, match=r"no activation store at s3://nobody/store.zarr; make it with"):
+    with pytest.raises(StoreError, match=r"no activation store at s3://bucket/store.zarr; make it with"):
+        ActivationStore.open("s3://bucket/store.zarr")
+
+
+def test_a_missing_bucket_is_told(s3, make_store):
+    missing = r"s3://nobody/.*: there is no such bucket; make it, or correct the URL"
+    with pytest.raises(StoreError, match=missing):
         ActivationStore.open("s3://nobody/store.zarr")
+    with pytest.raises(StoreError, match=missing):
+        place("s3://nobody/x").is_dir()
+    with pytest.raises(StoreError, match=missing):
+        remote.check_writable(place("s3://nobody/x"))
+    with pytest.raises(StoreError, match=missing):
+        sizes(place("s3://nobody/x"))
+
+
+@pytest.mark.parametrize("codec", ["mappable", "compact"])
+def test_what_comes_harmed_is_fetched_again_and_what_stays_harmed_is_named(bucket, make_store, s3, scratch_home, codec):
+    far, values = make_store(bucket, codec=codec)
+    harms = [
+        lambda body: body[:-1], lambda body: b"", lambda body: body + b"x", lambda body: bytes([body[0] ^ 1]) + body[1:],
+        lambda body: b"<html>gateway</html>", lambda body: body * 3 + bytes(9000),
+    ]  # fmt: skip
+    for harm in harms:
+        store = ActivationStore.open(str(far))
+        shutil.rmtree(scratch_home, ignore_errors=True)
+        s3.harms += [harm] * (remote.TRIES - 1 if harm is harms[0] else 1)
+        assert torch.equal(store.acts(HOOK, 0, 4), values[f"acts/{HOOK}"][:4])
+        assert not s3.harms
+    for data, problem in ((b"x", "is 1 bytes long, not 116"), (bytes(10_000), "is more than 4320 bytes long")):
+        publish(far / "tokens/c/1/0", data)
+        with pytest.raises(StoreError, match=f"tokens/c/1/0 {problem}; find and mend"):
+            store.tokens(4, 5)
+
+
+# ---- FIX D5: no reply without bound ---------------------------------------------------------------------------------
+
+
+def test_no_reply_is_read_without_bound(bucket, memory, s3, monkeypatch):
+    for root in (place(bucket), place(memory)):
+        publish(root / "x", bytes(1000))
+        assert len((root / "x").read_bytes(1000)) == 1000
+        with pytest.raises(RemoteError, match=r"x is refused \(more than 999 bytes come, which it can't have\)"):
+            (root / "x").read_bytes(999)
+    monkeypatch.setattr("hsae.cache.s3.MOST_BYTES", 100)  # a listing is longer
+    with pytest.raises(RemoteError, match="is refused"):
+        sizes(place(bucket))
+
+
+def test_a_listing_without_end_is_refused(bucket, s3, monkeypatch):
+    monkeypatch.setattr(remote, "MOST_LISTED", 2)
+    for name in "abc":
+        publish(place(bucket) / name, b"")
+    with pytest.raises(RemoteError, match=r"is refused \(the server lists objects without end\)"):
+        sizes(place(bucket))
+
+
+# ---- FIX D4: passwords ----------------------------------------------------------------------------------------------
+
+SECRET = "hunter2hunter2"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (f"ftp://me:{SECRET}@host/a", "ftp://me:***@host/a"), (f"sftp://me:{SECRET}@host:22/a@b", "sftp://me:***@b"),
+        (f"s3://AKIA:{SECRET}/x+@bucket/a", "s3://AKIA:***@bucket/a"), (f"abfs://box:{SECRET}@account.host/a", "abfs://box:***@account.host/a"),
+        (f"abfs://box@account.host/a?sv=1&sig={SECRET}", "abfs://box@account.host/a?***"), (f"ftp://:{SECRET}@host/a", "ftp://:***@host/a"),
+        (f"ftp://me:{SECRET}@@host/a", "ftp://me:***@host/a"), ("abfs://box@account.host/a", "abfs://box@account.host/a"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"), ("http://[::1]:80/a", "http://[::1]:80/a"),
+    ],
+)  # fmt: skip
+def test_passwords_in_urls_are_not_shown_and_are_used(url, shown):
+    target = RemotePath(url)
+    assert str(target) == shown
+    assert SECRET not in repr(target) and (target / "b").url == f"{url}/b"
+    assert remote.redacted(f"can't open '{url}' (503), '{url}'.").count(shown) == 2
+
+
+def test_what_a_driver_says_shows_no_password(memory, monkeypatch):
+    target = RemotePath(memory.replace("memory://", f"memory://me:{SECRET}%21@host/"))
+    told = [
+        f"530 login {SECRET}%21 is wrong",
+        f"no {SECRET}! there",
+        f"see ftp://me:{SECRET}%21@host/x",
+        "not k3y-of-FSSPEC",
+    ]
+    _ = target._driver
+    monkeypatch.setitem(target._driver[0].storage_options, "secret_key", "k3y-of-FSSPEC")
+    for text in told:
+        with pytest.raises(RemoteError) as refused:
+            target._patiently(lambda *_, text=text: (_ for _ in ()).throw(PermissionError(text)))
+        assert SECRET not in str(refused.value) and "k3y" not in str(refused.value) and "***" in str(refused.value)
+
+
+def test_no_command_shows_a_password(monkeypatch):
+    """A server at which nobody listens: whatever the command says, and wherever it says it."""
+    monkeypatch.setattr(remote, "PATIENCE", 0.0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"ftp://me:{SECRET}@127.0.0.1:{taken.getsockname()[1]}/x.zarr"
+        for command in (
+            ["info", url],
+            ["verify", url],
+            ["ls", url],
+            ["copy", url, "/nowhere"],
+            ["ls", f"simplecache::{url}"],
+        ):
+            told = CliRunner().invoke(app, ["cache", *command])
+            assert told.exit_code == 1 and SECRET not in told.output + str(told.exception)
+            assert "ftp://me:***@127.0.0.1" in str(told.exception)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Stores over HTTP: what `hsae cache serve` shows and refuses, and a real server process read as any other store.
 
-FIX D3: connections that ask for nothing are closed, make room for readers, and fill no log.
+FIX D3: connections that ask for nothing are closed, make room for readers, and fill no log. FIX D5: the token is sent to this machine and to
+named addresses alone; no reply is read without bound.
 """
 
 import errno
@@ -266,6 +267,131 @@ def test_a_file_the_server_may_not_read_is_refused_at_once(make_store, token, tm
         pytest.raises(RemoteError, match=r"zarr.json is refused \(403 Forbidden\)"),
     ):
         verify(f"http://127.0.0.1:{port}/{near.name}")
+
+
+# ---- FIX D5: where the token goes, and how much is read -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("named", "address", "sent"),
+    [
+        ("", "http://127.0.0.1:1/x", True), ("", "http://localhost:1/x", True), ("", "https://[::1]/x", True), ("", "http://127.9.9.9/x", True),
+        ("", "https://server/x", False), ("", "http://10.0.0.1/x", False), ("", "https://localhost.evil.net/x", False),
+        ("server:8420", "https://server:8420/x", True), ("server:8420", "http://server:8420/x", False), ("server:8420", "https://server/x", False),
+        ("http://server:8420", "http://server:8420/x", True), ("http://server:8420", "https://server:8420/x", False),
+        ("server", "https://server:443/x", True), ("server", "https://server.evil.net/x", False), ("other, server", "https://server/x", True),
+        ("SERVER", "https://server/x", True), ("https://server:8420/folder", "https://server:8420/x", True), ("server", "https://2130706433/x", False),
+    ],
+)  # fmt: skip
+def test_the_token_goes_to_this_machine_and_to_named_addresses(named, address, sent, token, monkeypatch):
+    from yarl import URL
+
+    from hsae.cache.web import _headers
+
+    monkeypatch.setenv("HSAE_TOKEN_HOST", named)
+    assert ("Authorization" in _headers(URL(address))) == sent
+
+
+def test_a_wrong_name_of_a_host_is_told(token, monkeypatch):
+    monkeypatch.setenv("HSAE_TOKEN_HOST", "server:port")
+    with pytest.raises(UserError, match="HSAE_TOKEN_HOST must be an address such as server:8420"):
+        place("http://10.0.0.1/x.zarr").read_bytes()
+
+
+@contextmanager
+def answering(answer):
+    """(its port, the headers of each request) of a server that answers GET and HEAD by answer(path) -> (status, headers, pieces)."""
+    seen = []
+
+    async def application(scope, receive, send):
+        seen.append({name.decode(): value.decode() for name, value in scope["headers"]})
+        status, headers, pieces = answer(scope["path"])
+        told = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": told})
+        for piece in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    with in_a_thread(application) as port:
+        yield port, seen
+
+
+def test_what_to_set_is_said_where_the_token_was_not_sent(token, monkeypatch):
+    monkeypatch.setattr("hsae.cache.web.is_here", lambda host: False)
+    with answering(lambda path: (401, {}, [])) as (port, seen):
+        for named, words in (
+            ("", rf"the server wants a token; if the one in HSAE_TOKEN is for it: export HSAE_TOKEN_HOST=http://127.0.0.1:{port}\)"),
+            (f"http://127.0.0.1:{port}", "the server does not take the token in HSAE_TOKEN"),
+        ):  # fmt: skip
+            monkeypatch.setenv("HSAE_TOKEN_HOST", named)
+            with pytest.raises(RemoteError, match=words):
+                verify(f"http://127.0.0.1:{port}/x.zarr")
+            assert ("authorization" in seen[-1]) == bool(named)
+        monkeypatch.setenv("HSAE_TOKEN_HOST", "")
+        monkeypatch.delenv("HSAE_TOKEN")
+        with pytest.raises(RemoteError, match=rf"started with and HSAE_TOKEN_HOST=http://127.0.0.1:{port}\)"):
+            verify(f"http://127.0.0.1:{port}/x.zarr")
+
+
+def test_no_redirect_takes_the_token_to_another_server(token):
+    with answering(lambda path: (401, {}, [])) as (other, at_other):
+        to = f"http://127.0.0.1:{other}/x.zarr/zarr.json"
+        redirecting = answering(lambda path: (302, {"location": to}, []))
+        words = f"the server redirects to http://127.0.0.1:{other}, which wants a token and gets none"
+        with redirecting as (port, seen), pytest.raises(RemoteError, match=words):
+            verify(f"http://127.0.0.1:{port}/x.zarr")
+    assert seen[0]["authorization"] and "authorization" not in at_other[0]
+
+
+@pytest.mark.parametrize("length", [{}, {"content-length": str(1 << 40)}])
+def test_a_reply_without_end_is_not_read_to_its_end(length, monkeypatch):
+    monkeypatch.setattr("hsae.cache.web.MOST_BYTES", 1 << 22)
+    with answering(lambda path: (200, {"content-type": "text/html", **length}, [bytes(1 << 20)] * 64)) as (port, _):
+        target = place(f"http://127.0.0.1:{port}/x.zarr")
+        with pytest.raises(RemoteError, match=r"is refused \(more than 4,000,000 bytes come, which it can't have\)"):
+            target.read_bytes(4_000_000)
+        with pytest.raises(RemoteError, match="is refused"):
+            children(target)
+
+
+def test_a_compressed_reply_is_not_unpacked():
+    import gzip
+
+    packed = gzip.compress(bytes(1 << 22))
+    with answering(lambda path: (200, {"content-encoding": "gzip"}, [packed])) as (port, seen):
+        with pytest.raises(RemoteError, match=r"is refused .*the server compresses its answers, unasked"):
+            place(f"http://127.0.0.1:{port}/x").read_bytes()
+        assert seen[0]["accept-encoding"] == "identity"
+
+
+def test_folders_without_end_are_refused():
+    with answering(lambda path: (200, {"content-type": "text/html"}, [b'<a href="deeper/">'])) as (port, _):
+        root = place(f"http://127.0.0.1:{port}/x")
+        with pytest.raises(RemoteError, match=r"is refused \(the server lists folders without end\)"):
+            sizes(root)
+
+
+def test_a_page_s_links_are_what_lies_directly_in_the_folder():
+    links = [
+        "a", "./b/", "/x/c", "http://127.0.0.1:{port}/x/d", "?C=N", "../", "/", "http://other/x/e", "f/g", "#h", "mailto:me", "a%20b", "/y/i", "&#106;",
+    ]  # fmt: skip
+    ports = []
+
+    def page(path):
+        told = "".join(f'<A class="x" href="{link.format(port=ports[0])}">x</a>' for link in links)
+        return 200, {"content-type": "text/html"}, [told.encode()]
+
+    with answering(page) as (port, _):
+        ports.append(port)
+        names = [found.name for found in children(place(f"http://127.0.0.1:{port}/x"))]
+    assert names == ["a", "a%20b", "b", "c", "d", "j"]
+
+
+def test_a_server_that_tells_no_length_is_refused():
+    with answering(lambda path: (200, {}, [b"x"])) as (port, _):
+        file = place(f"http://127.0.0.1:{port}/x")
+        with pytest.raises(RemoteError, match="the server does not tell the lengths of files"):
+            file.status()
 
 
 # ---- FIX D3: who has no token keeps no reader out -------------------------------------------------------------------
