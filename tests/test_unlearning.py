@@ -1,7 +1,11 @@
-"""Hierarchical unlearning: SAEBench's own rule and intervention, naive oracles, choices, curves, files and messages."""
+"""Hierarchical unlearning: SAEBench's own rule and intervention, naive oracles, choices, curves, files and messages.
+
+FIX E: every size and setting of the reference data comes from its params.json.
+"""
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -47,7 +51,7 @@ def golden():
 
     def get(name, dtype):
         resid = load_file(GOLDEN / "unlearning" / f"resid_{dtype}.safetensors")
-        view = load(GOLDEN / "saes" / name).to(dtype=getattr(torch, dtype))
+        view = load(GOLDEN / PARAMS["saes_folder"] / name).to(dtype=getattr(torch, dtype))
         kept = {side: ~torch.isin(tokens[side], torch.tensor(PARAMS["ignored_token_ids"])) for side in resid}
         return of_view(view), resid, kept
 
@@ -65,6 +69,7 @@ def test_densities_and_rankings_are_those_of_saebench(golden, key):
             density_F, torch.tensor(expected[f"{side}_sparsity"], dtype=torch.float64), rtol=0, atol=atol
         )
     given = {side: torch.tensor(expected[f"{side}_sparsity_rounded"], dtype=torch.float64) for side in resid}
+    assert sorted(map(float, expected["ranking"])) == sorted(PARAMS["retain_thresholds"])
     for threshold, order in expected["ranking"].items():
         mine = selection.ranking(given["forget"], given["retain"], float(threshold))
         assert sorted(mine) == sorted(order)
@@ -74,13 +79,16 @@ def test_densities_and_rankings_are_those_of_saebench(golden, key):
             assert selection.rounded(found[side]).tolist() == given[side].tolist()
 
 
-@pytest.mark.parametrize("name", ["standard", "jumprelu", "topk"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PARAMS["intervention"]["saes"])
+@pytest.mark.parametrize("dtype", sorted({key.split("/")[1] for key in EXPECTED}))
 def test_the_intervention_is_that_of_saebench(golden, name, dtype):
     dictionary, resid, kept = golden(name, dtype)
     expected = load_file(GOLDEN / "unlearning" / "intervention.safetensors")
-    order = EXPECTED[f"{name}/{dtype}"]["ranking"]["0.15"]
-    x_RTD, kept_RT = resid["forget"][:2], kept["forget"][:2]
+    rankings = {float(threshold): order for threshold, order in EXPECTED[f"{name}/{dtype}"]["ranking"].items()}
+    order = rankings[PARAMS["intervention"]["retain_threshold"]]
+    rows = slice(*map(int, re.match(r"rows (\d+):(\d+) ", PARAMS["intervention"]["input"]).groups()))
+    share = float(re.search(r"(\S+) \* max\|x\|$", PARAMS["tolerances"]["intervention"][dtype])[1])
+    x_RTD, kept_RT = resid["forget"][rows], kept["forget"][rows]
     checked = 0
     for count in PARAMS["intervention"]["n_features"]:
         for multiplier in PARAMS["intervention"]["multipliers"]:
@@ -91,7 +99,7 @@ def test_the_intervention_is_that_of_saebench(golden, name, dtype):
             fired = clamp.fired(acts, kept_RT)
             got = changed(x_RTD, clamp.delta(acts, fired, dictionary.directions_FD), fired)
             largest = x_RTD.float().abs().max().item() if dtype == "float32" else wanted.float().abs().max().item()
-            tolerance = (1e-6 if dtype == "float32" else 0.01) * max(largest, wanted.float().abs().max().item())
+            tolerance = share * max(largest, wanted.float().abs().max().item())
             assert (got.float() - wanted.float()).abs().max().item() <= tolerance
             assert torch.equal(got[:, 0], x_RTD[:, 0])
             checked += bool(fired.any())
