@@ -66,9 +66,9 @@ def core(
         bool,
         typer.Option(
             "--faithful/--corrected",
-            help="Which numbers to print: SAEBench's with all their quirks, or hsae's with intervals. The files hold both.",
+            help="Which numbers to print: SAEBench's with all their quirks, or corrected ones with intervals. The files hold both.",
         ),
-    ] = True,
+    ] = False,
     whole: Annotated[
         bool,
         typer.Option("--whole", help="Of a run only all levels together (of a stack level 1), not each level too."),
@@ -117,9 +117,11 @@ def core(
         for item in evaluated:
             target = item.target
             write_core(
-                item.result, target.folder / "legacy", release=target.release, sae_id=target.sae_id, layout="legacy"
-            )
-    console.print(_table(evaluated, faithful))
+                item.result, target.folder / "legacy", release=target.release, sae_id=target.sae_id, layout="legacy",
+                name=item.path.name,
+            )  # fmt: skip
+    console.print(_table(evaluated, faithful, all_tokens))
+    console.print(f"on {escape(store.spec.name)}", soft_wrap=True)
     for item in evaluated:
         if item.result.dead:
             text = " ".join(item.result.notes)
@@ -171,9 +173,10 @@ def trained_runs(plan: "Plan", run: str | None, seeds: int) -> "list[tuple[Plan,
     return chosen
 
 
-def _table(evaluated: "list[Evaluated]", faithful: bool) -> Table:
+def _table(evaluated: "list[Evaluated]", faithful: bool, all_tokens: bool) -> Table:
+    title = "core, as SAEBench computes it" if faithful else "core, corrected; ± spans the 95 % interval over rows"
     table = Table(
-        title="core, as SAEBench computes it" if faithful else "core, corrected; ± spans the 95 % interval over rows",
+        title=title + ("; residual of special tokens replaced too" if all_tokens else ""),
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,

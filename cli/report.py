@@ -46,6 +46,7 @@ def report(
     from hsae.cache.lm import load_tokenizer
     from hsae.cache.store import ActivationStore
     from hsae.eval.report.page import write_report
+    from hsae.train.suites import SIDES
 
     store = tokenizer = None
     try:
@@ -59,6 +60,7 @@ def report(
             run_dirs,
             out,
             compare=compare or (),
+            specs={split: loaded.store(split) for split in ("eval", *SIDES)},
             store=store,
             tokenizer=tokenizer,
             progress=lambda text: tell(f"report: {text}"),

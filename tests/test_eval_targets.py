@@ -1,5 +1,6 @@
 """`hsae eval core`: which SAEs are evaluated, where results go, when they are made anew, and what is printed."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from hsae.cache.lm import LanguageModel
 from hsae.cache.store import ActivationStore
 from hsae.cli.eval import app
 from hsae.eval.core import targets
-from hsae.eval.core.evaluation import CoreOptions
+from hsae.eval.core.evaluation import CoreOptions, check
 from hsae.eval.core.schema import read_core
 from hsae.train import rundir, saelens
 from hsae.train.model import TrainedModel, save_model
@@ -95,7 +96,7 @@ def test_every_view_of_a_run_is_evaluated_into_its_folder(plan, store):
     names = [f"hsae_tiny_3-full_{view}_eval_results.json" for view in ("level1", "level2", "sae")]
     assert sorted(path.name for path in folder.iterdir()) == names
     for item in done:
-        held = read_core(item.target.path)
+        held = read_core(item.path)
         assert (held.release, held.name) == ("hsae_tiny_3-full", item.target.view.name)
         assert held.metrics == item.result.metrics and not item.reused
         assert held.sae_config["d_sae"] == item.target.view.d_sae
@@ -115,13 +116,20 @@ def test_results_are_used_again_until_something_they_depend_on_changes(plan, sto
     before = load.calls
     reused, again = run()
     assert reused == [True, True] and load.calls == before == 1
-    assert again[0].result.metrics == read_core(again[0].target.path).metrics
+    assert again[0].result.metrics == read_core(again[0].path).metrics
     assert run(force=True)[0] == [False, False]
     saelens.save(an_sae(17, seed=2), tmp_path / "second")
     assert run()[0] == [True, False]
-    assert run(CoreOptions(exclude_special_tokens=False))[0] == [False, False]
-    again[0].target.path.write_text("{")
-    assert run(CoreOptions(exclude_special_tokens=False))[0] == [False, True]
+    again[0].path.write_text("{")
+    assert run()[0] == [False, True]
+    # FIX A7: other settings have a name of their own, and the standard results stay
+    other, kept = run(CoreOptions(exclude_special_tokens=False))
+    assert other == [False, False] and all("_all-tokens_eval" in item.path.name for item in kept)
+    assert run()[0] == run(CoreOptions(exclude_special_tokens=False))[0] == [True, True]
+    # ... and so have results of another store
+    elsewhere = "0" * 16
+    done = targets.find(kept[0].target, {**kept[0].result.hsae["inputs"], "store": elsewhere}, targets._read)
+    assert done.path.name == again[0].path.name.replace("_eval", f"_{elsewhere}_eval") and done.result is None
 
 
 def test_every_sae_is_checked_before_any_compute(plan, store, tmp_path):
@@ -138,6 +146,26 @@ def test_folders_that_would_share_a_file_are_refused(plan, tmp_path):
     saelens.save(an_sae(11), tmp_path / "one")
     with pytest.raises(UserError, match="two SAEs would write the same file"):
         targets.folder_targets(plan, [tmp_path / "one", tmp_path / "one"], tmp_path / "out")
+
+
+def test_folders_of_one_name_can_be_told_apart(plan, tmp_path, monkeypatch):
+    """FIX A7: in labels and in file names, also where a path goes up."""
+    for place in ("a/x/sae", "b/x/sae", "b/sae"):
+        saelens.save(an_sae(11), tmp_path / place)
+    monkeypatch.chdir(tmp_path / "b")
+    given = [tmp_path / "a/x/sae", tmp_path / "b/x/sae", Path("sae"), Path("../b/x/../sae")]
+    found = targets.folder_targets(plan, given, tmp_path / "out")
+    assert len({target.path() for target in found}) == 4
+    assert [target.label for target in found[:2]] == [path.as_posix() for path in given[:2]]
+    assert found[2].path().name == "sae_custom_sae_eval_results.json"
+
+
+def test_a_hook_under_its_other_name_is_evaluated(plan, store, tmp_path):
+    """FIX B: what enters layer 3 is what left layer 2."""
+    saelens.save(an_sae(11, metadata={"hook_name": "blocks.3.hook_resid_pre"}), tmp_path / "sae")
+    (target,) = targets.folder_targets(plan, [tmp_path / "sae"], tmp_path / "out")
+    assert target.hook == HOOK
+    check([target.view], store, None, target.hook)
 
 
 def test_a_run_that_is_not_trained_is_said(plan):
@@ -160,13 +188,13 @@ def test_the_command_evaluates_trained_runs_and_names_those_left_out(plan, overr
     a_trained_run(plan, 5, two_levels(4))
     sets = with_sets(overrides, f"train.dir={str(tmp_path / 'runs')!r}")
     result = invoke("--plan", "tiny", *sets, "--legacy")
-    assert "±." in invoke("--plan", "tiny", *sets, "--corrected").output
+    assert "±." in result.output and "core, corrected" in result.output and plan.store("eval").name in result.output
     assert result.exit_code == 0, result.output
     assert "left out: run 1, 2, 3, 4" in result.output
     for text in ("0 baseline sae", "5 no-composition level2", "CE score", "EV", "alive"):
         assert text in result.output
-    assert "as SAEBench computes it" in result.output
-    assert "4 of 4 were there already" in invoke("--plan", "tiny", *sets, "--all", "--faithful").output
+    again = invoke("--plan", "tiny", *sets, "--all", "--faithful").output
+    assert "4 of 4 were there already" in again and "as SAEBench computes it" in again
     only = invoke("--plan", "tiny", *sets, "--run", "baseline", "--force").output
     assert "5 no-composition" not in only and "already" not in only
     (legacy,) = (tmp_path / "runs" / "0" / "eval" / "core" / "legacy").iterdir()

@@ -115,7 +115,7 @@ def test_the_page_is_self_contained_and_says_what_there_is(made, tmp_path):
     assert identifiers == ["run0", "run1", "run3"]
     assert html.count("<svg") == 1 + 3 + 2 * 2  # comparison, three runs' curves, two maps and their trees
     assert len(html) < 5_000_000
-    assert markdown.count("\n|") == 2 + 6 + 1
+    assert markdown.count("\n|") == 2 + 6 + 2 + 6 + 1  # the user's result is in SAEBench's table only
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -149,8 +149,8 @@ def test_names_and_warnings_are_data_too(made, tmp_path):
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert f"During training, step 1: {hostile}" in " ".join(page.words)
     assert "<script" not in markdown.replace("\\<", "")
-    table = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    table = [line for line in markdown.partition("## SAEBench")[2].splitlines() if line.startswith("|")]
+    assert len(table) > 2 and len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
 
 
 def test_the_same_inputs_give_the_same_bytes(made, tmp_path):
@@ -170,8 +170,8 @@ def test_a_dead_sae_of_saebenchs_is_a_row_that_says_so(made, tmp_path):
         "Legacy SAEBench layout",
     ):
         assert words in text and words in markdown
-    row = next(line for line in markdown.splitlines() if line.startswith("| google/gemma-2-2b_layer_19_sae (dead)"))
-    assert "-0.586" in row and "-0.528" in row and "2304" in row
+    (row,) = [line for line in markdown.splitlines() if line.startswith("| google/gemma-2-2b_layer_19_sae (dead)")]
+    assert "-0.5855" in row and "-0.528" in row and "2304" in row
 
 
 def test_the_numbers_are_those_of_the_result_files(made, tmp_path):
@@ -380,3 +380,55 @@ def test_results_of_another_model_than_the_one_present_are_left_out_and_named(ma
     path = write_report([copy], tmp_path / "out")
     text = " ".join(Page(path.read_text()).words)
     assert "is of another model than the one here; run `hsae eval core --force`" in text
+
+
+# ---- one table, one store, one kind of number (FIX A7) ----------------------------------------------------------------
+
+
+def changed(path, **inputs):
+    content = json.loads(path.read_text())
+    content["hsae"]["inputs"] |= inputs
+    return content
+
+
+def test_results_of_other_settings_stores_and_texts_are_left_out_and_named(made, tmp_path):
+    _, run_dirs, store, _ = made
+    copies = [shutil.copytree(run_dir, tmp_path / run_dir.name) for run_dir in run_dirs[:2]]
+    (whole,) = copies[0].glob("eval/core/*.json")
+    standard = write_report(copies, tmp_path / "out", specs={"eval": store.spec}).with_name("report.md").read_text()
+    every = whole.with_name(whole.name.replace("_eval", "_all-tokens_eval"))
+    every.write_text(json.dumps(changed(whole, exclude_special_tokens=False)))
+    said = write_report(copies, tmp_path / "out", specs={"eval": store.spec}).with_name("report.md").read_text()
+    assert f"**0 baseline**: {every.name} is of other settings (--all-tokens); left out" in said.replace("\\", "")
+    assert [line for line in said.splitlines() if line.startswith("|")] == [
+        line for line in standard.splitlines() if line.startswith("|")
+    ]
+    compact = store.spec.model_copy(update={"codec": "compact"})
+    for inputs, words in (
+        ({"store": "0" * 16}, f"is of another store ({'0' * 16}) than the plan's evaluation store {store.spec.name}"),
+        ({"corpus": "0" * 64}, f"is of another state of {store.spec.name}, with other text"),
+        ({"store": compact.fingerprint}, None),
+    ):
+        original = whole.read_text()
+        whole.write_text(json.dumps(changed(whole, **inputs)))
+        path = write_report(copies, tmp_path / "out", store=store, tokenizer=None)
+        said = path.with_name("report.md").read_text()
+        assert ("| 0 baseline |" in said) is (words is None) and "| 1 stacked" in said
+        if words is not None:
+            assert words in said and words in " ".join(Page(path.read_text()).words)
+        whole.write_text(original)
+
+
+def test_saebenchs_explained_variance_never_stands_in_the_column_of_the_corrected_one(made, tmp_path):
+    """A result of SAEBench 0.6.0 has an explained variance too, of another meaning; so have the runs' own files."""
+    current = GOLDEN / "core" if (GOLDEN / "core").is_dir() else GOLDEN
+    files = [path for path in sorted(current.rglob("*.json")) if b'"explained_variance_legacy"' in path.read_bytes()]
+    foreign = tmp_path / "foreign.json"
+    content = json.loads(files[0].read_text())
+    content.pop("hsae", None)
+    foreign.write_text(json.dumps({**content, "sae_lens_release_id": "foreign"}))
+    _, markdown = written(made, tmp_path / "out", compare=[foreign])
+    first, _, second = markdown.partition("## SAEBench's own numbers")
+    assert "| foreign" not in first.partition("\n- **")[0] and "| 3 full |" in first
+    assert "| foreign" in second and "| 3 full |" in second and "is not the explained variance above" in second
+    assert "Made otherwise than the rows of this plan" in second

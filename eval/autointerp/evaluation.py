@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from random import Random
 from statistics import stdev
@@ -22,9 +23,8 @@ from hsae.eval.autointerp.judge import Answer, Judge, Prices, Question
 from hsae.eval.autointerp.windows import Case, Sampler
 from hsae.eval.core.evaluation import check_views
 from hsae.eval.core.schema import envelope, hsae_version, write_result
-from hsae.eval.core.targets import Target
-from hsae.eval.suite.evaluations import SuiteResult
-from hsae.eval.suite.schema import read_suite
+from hsae.eval.core.targets import Found, Target, find
+from hsae.eval.suite.evaluations import SuiteResult, read_measured
 from hsae.train.record import check_same_model
 from hsae.train.suites import AutointerpConfig
 
@@ -87,15 +87,13 @@ class Autointerp:
 
     # --- before the judge is asked ---------------------------------------------------------------------------------------
 
+    def _find(self, target: Target) -> Found[dict[str, Any]]:
+        return find(target, self.inputs(target), partial(read_measured, suite=SUITE))
+
     def found(self, target: Target) -> SuiteResult | None:
         """The result that lies there, if it was made of the same inputs."""
-        try:
-            content = read_suite(target.path, SUITE)
-        except UserError:
-            return None  # missing or damaged: made anew
-        hsae = content.get("hsae")
-        same = isinstance(hsae, dict) and hsae.get("inputs") == self.inputs(target) and "measures" in hsae
-        return SuiteResult(target=target, content=content, reused=True) if same else None
+        content = self._find(target).result
+        return SuiteResult(target=target, content=content, reused=True) if content is not None else None
 
     def check(self, target: Target) -> None:
         """Refuse an SAE that does not belong to the store. Raises UserError."""
@@ -158,7 +156,7 @@ class Autointerp:
         """Ask the judge, score its answers and write the result. Raises UserError if it fails, or answers in another form too often."""
         interpreted = self._interpreted(prepared.cases, progress)
         content = self._content(prepared, interpreted)
-        write_result(content, prepared.target.folder)
+        write_result(content, prepared.target.folder, self._find(prepared.target).path.name)
         return SuiteResult(target=prepared.target, content=content, reused=False)
 
     def _interpreted(self, cases: Sequence[Case], progress: Progress) -> list[Interpreted]:

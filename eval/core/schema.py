@@ -248,9 +248,9 @@ def envelope(
     }
 
 
-def file_name(release: str, sae_id: str) -> str:
-    """SAEBench's name for a result file."""
-    return f"{release}_{sae_id}_eval_results.json".replace("/", "_")
+def file_name(release: str, sae_id: str, *apart: str) -> str:
+    """SAEBench's name for a result file; `apart` is what tells it from the standard result, such as `all-tokens`."""
+    return f"{'_'.join((release, sae_id, *apart))}_eval_results.json".replace("/", "_")
 
 
 def write_core(
@@ -261,15 +261,16 @@ def write_core(
     sae_id: str,
     layout: Layout = "current",
     eval_id: str | None = None,
+    name: str | None = None,
 ) -> Path:
-    """Write a result into `folder` under SAEBench's file name, atomically; returns the file."""
+    """Write a result into `folder` under SAEBench's file name or another, atomically; returns the file."""
     content = as_json(result, release=release, sae_id=sae_id, layout=layout, eval_id=eval_id)
-    return write_result(content, folder)
+    return write_result(content, folder, name)
 
 
-def write_result(content: dict[str, Any], folder: Path) -> Path:
-    """Write any evaluation's JSON object into `folder` under SAEBench's file name, atomically; returns the file."""
-    path = folder / file_name(content["sae_lens_release_id"], content["sae_lens_id"])
+def write_result(content: dict[str, Any], folder: Path, name: str | None = None) -> Path:
+    """Write any evaluation's JSON object into `folder` under SAEBench's file name or another, atomically; returns the file."""
+    path = folder / (name or file_name(content["sae_lens_release_id"], content["sae_lens_id"]))
     text = envelope_text(content)
     publish(path, lambda partial: partial.write_text(text))
     return path

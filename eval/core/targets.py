@@ -1,10 +1,10 @@
 """What `hsae eval core` is asked to evaluate, where each result goes, and whether it is there already."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from hsae.cache.errors import UserError
 from hsae.cache.lm import LanguageModel
@@ -20,6 +20,9 @@ from hsae.train.record import check_same_model, read_run, run_of
 from hsae.train.rundir import is_complete
 from hsae.train.views import View
 
+ResultT = TypeVar("ResultT")
+ALL_TOKENS = "all-tokens"  # in the names of results with the residual of special tokens replaced too
+KEPT_APART = ("store", "exclude_special_tokens")  # inputs whose results lie side by side
 RESULTS = Path("eval")  # in a run directory; each evaluation has a folder in it
 
 
@@ -42,10 +45,9 @@ class Target:
     run_dir: Path | None = None
     """The run that the SAE belongs to, if it is one of hsae's."""
 
-    @property
-    def path(self) -> Path:
-        """The result file."""
-        return self.folder / file_name(self.release, self.sae_id)
+    def path(self, *apart: str) -> Path:
+        """The result file; `apart` is what tells it from the standard result."""
+        return self.folder / file_name(self.release, self.sae_id, *apart)
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -61,6 +63,41 @@ class Evaluated:
     result: CoreResult
     reused: bool
     """Whether the result had been there."""
+    path: Path
+    """The result file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found(Generic[ResultT]):
+    """Where a result belongs, and the result if it lies there."""
+
+    path: Path
+    result: ResultT | None
+
+
+def find(
+    target: Target,
+    inputs: Mapping[str, Any],
+    read: Callable[[Path], tuple[ResultT, Mapping[str, Any]]],
+    *apart: str,
+) -> Found[ResultT]:
+    """Look for a result made of these inputs under SAEBench's name, then under one with its store's name in it.
+
+    `read` gives a file's result and inputs, or raises UserError. A result of another store or other settings keeps the first name
+    if it has it; what is damaged, or of an earlier state of the same store and SAE, gives way.
+    """
+    first, own = target.path(*apart), target.path(*apart, str(inputs["store"]))
+    path = first
+    for place in (first, own):
+        try:
+            result, held = read(place)
+        except UserError:
+            continue  # missing or damaged: made anew
+        if held == inputs:
+            return Found(path=place, result=result)
+        if place == first and any(held.get(key, inputs.get(key)) != inputs.get(key) for key in KEPT_APART):
+            path = own
+    return Found(path=path, result=None)
 
 
 def is_trained(plan: Plan, run: RunConfig) -> bool:
@@ -130,7 +167,7 @@ def folder_targets(plan: Plan, folders: Sequence[Path], out: Path) -> list[Targe
                 run_dir=run_of(folder),
             )
         )
-    paths = [target.path for target in targets]
+    paths = [target.path() for target in targets]
     if doubled := [str(path) for path in paths if paths.count(path) > 1]:
         raise UserError(f"two SAEs would write the same file {doubled[0]}; evaluate them with different --out folders")
     return targets
@@ -153,24 +190,26 @@ def evaluate_targets(
     for target in targets:
         check([target.view], store, None, target.hook)
         check_same_model(target.run_dir, store.url, store.header)
-    found = {id(target): _found(target, store, options) for target in targets if not force}
-    missing = [target for target in targets if found.get(id(target)) is None]
+    apart = () if options.exclude_special_tokens else (ALL_TOKENS,)
+    found = [find(target, _inputs(target, store, options), _read, *apart) for target in targets]
+    missing = [i for i, held in enumerate(found) if force or held.result is None]
     computed: dict[int, CoreResult] = {}
     model = load() if missing else None
-    for hook in dict.fromkeys(target.hook for target in missing):
+    for hook in dict.fromkeys(targets[i].hook for i in missing):
         assert model is not None
-        group = [target for target in missing if target.hook == hook]
-        views = [target.view for target in group]
+        group = [i for i in missing if targets[i].hook == hook]
+        views = [targets[i].view for i in group]
         results = evaluate(views, store, model, hook=hook, options=options, listener=listener, device=device)
-        for target, result in zip(group, results, strict=True):
+        for i, result in zip(group, results, strict=True):
+            target = targets[i]
             result = replace(result, hsae={**(result.hsae or {}), "inputs": _inputs(target, store, options)})
-            write_core(result, target.folder, release=target.release, sae_id=target.sae_id)
-            computed[id(target)] = result
+            write_core(result, target.folder, release=target.release, sae_id=target.sae_id, name=found[i].path.name)
+            computed[i] = result
     evaluated = []
-    for target in targets:
-        held = computed.get(id(target)) or found[id(target)]
+    for i, target in enumerate(targets):
+        held = computed.get(i) or found[i].result
         assert held is not None
-        evaluated.append(Evaluated(target=target, result=held, reused=id(target) not in computed))
+        evaluated.append(Evaluated(target=target, result=held, reused=i not in computed, path=found[i].path))
     return evaluated
 
 
@@ -186,15 +225,10 @@ def _inputs(target: Target, store: ActivationStore, options: CoreOptions) -> dic
     }
 
 
-def _found(target: Target, store: ActivationStore, options: CoreOptions) -> CoreResult | None:
-    """The result that lies there, if it was made of the same inputs."""
-    if not target.path.is_file():
-        return None
-    try:
-        result = read_core(target.path)
-    except UserError:
-        return None  # damaged: made anew
-    return result if (result.hsae or {}).get("inputs") == _inputs(target, store, options) else None
+def _read(path: Path) -> tuple[CoreResult, dict[str, Any]]:
+    result = read_core(path)
+    inputs = (result.hsae or {}).get("inputs")
+    return result, inputs if isinstance(inputs, dict) else {}
 
 
 def _digest(*files: Path) -> str:

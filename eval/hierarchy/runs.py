@@ -16,7 +16,8 @@ from torch import Tensor
 from hsae.cache.errors import UserError
 from hsae.cache.files import file_sha256
 from hsae.cache.store import ActivationStore
-from hsae.eval.core.schema import CoreResult, hsae_version, read_core
+from hsae.eval.core.current import Current, core_results
+from hsae.eval.core.schema import CoreResult, hsae_version
 from hsae.eval.core.targets import is_trained, model_digest
 from hsae.eval.hierarchy.composition import SETTINGS, CompositionResult, LevelResult, Progress, evaluate_composition
 from hsae.eval.hierarchy.failures import Failure, Verdict, failures
@@ -30,6 +31,7 @@ from hsae.train.record import check_same_model
 from hsae.train.rundir import read_metrics
 
 FORMAT = 1
+READ_FROM = ("store", "corpus", "model", "read_from", "settings")  # inputs that maps of several seeds must share
 STABILITY_FILE = Path("eval") / "stability.json"
 FILE, MAPS_FILE = Path("eval") / "composition.json", Path("eval") / "composition.safetensors"
 
@@ -103,7 +105,7 @@ class _Job:
     def run(self, plan: Plan, config: RunConfig, compare: RunConfig | None) -> RunComposition:
         run_dir = plan.run_dir(config)
         result, inputs, reused = self.measured(plan, config)
-        result = replace(result, levels=_with_core(result, run_dir, inputs["sae"]))
+        result = replace(result, levels=_with_core(result, run_dir, inputs["sae"], self.sources.evaluation))
         other = compare or _flat_like(plan, config)
         comparison = None
         if other is not None and len(result.levels) > 1:
@@ -238,16 +240,9 @@ def _flat_like(plan: Plan, config: RunConfig) -> RunConfig | None:
     return next((other for other in flat if is_trained(plan, other)), None)
 
 
-def _with_core(result: CompositionResult, run_dir: Path, digest: str) -> list[LevelResult]:
-    """The levels with the CE scores of core results of this very model, where a view reads exactly the levels >= l."""
-    found: dict[str, CoreResult] = {}
-    for path in sorted((run_dir / "eval" / "core").glob("*_eval_results.json")):
-        try:
-            core = read_core(path)
-        except UserError:
-            continue
-        if ((core.hsae or {}).get("inputs") or {}).get("sae") == digest:
-            found[core.name] = core
+def _with_core(result: CompositionResult, run_dir: Path, digest: str, store: ActivationStore) -> list[LevelResult]:
+    """The levels with the CE scores of core results of this very model and store, where a view reads exactly the levels >= l."""
+    found = core_results(run_dir, digest, Current.of(store.spec, store))
     return [replace(level, ce_loss_score=_ce_score(found, result, level.level)) for level in result.levels]
 
 
@@ -274,7 +269,7 @@ def stability_of(plan: Plan, config: RunConfig, seeds: int) -> tuple[Path, list[
     Raises UserError if a seed has not been trained.
     """
     members: list[Member] = []
-    digests = []
+    digests, sources = [], set()
     for seeded in (plan.seeded(index) for index in range(seeds)):
         run_dir = seeded.run_dir(config)
         if not is_trained(seeded, config):
@@ -286,6 +281,14 @@ def stability_of(plan: Plan, config: RunConfig, seeds: int) -> tuple[Path, list[
         directions = [model.directions(level) for level in range(1, config.levels + 1)]
         members.append((directions, readings_of(model, run_dir)))
         digests.append(model_digest(run_dir / "model"))
+        content = read_composition(run_dir)
+        if content is not None and content["inputs"]["sae"] == digests[-1]:
+            sources.add(tuple(str(content["inputs"].get(key)) for key in READ_FROM))
+    if len(sources) > 1:
+        raise UserError(
+            f"the maps of the seeds of run {plan.label(config)} were read off on different stores or settings; "
+            f"make them alike with: hsae eval composition --run {config.number} --seeds {seeds}"
+        )
     found = stability(members)
     path = plan.run_dir(config) / STABILITY_FILE
     content = {

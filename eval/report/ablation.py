@@ -13,13 +13,14 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from hsae.cache.errors import UserError
-from hsae.eval.core.schema import read_core
-from hsae.eval.core.targets import RESULTS, is_trained, model_digest, whole_view
+from hsae.eval.core.current import Current, core_results, same_bits
+from hsae.eval.core.targets import is_trained, model_digest, whole_view
 from hsae.eval.hierarchy.runs import read_composition
 from hsae.eval.report.ablation_tests import LEVEL, MANY, MIN_SEEDS, POWER, Comparison, compare
 from hsae.eval.results import read_result
 from hsae.train.config import RunConfig
 from hsae.train.plan import Plan
+from hsae.train.suites import SIDES
 
 BUDGET = "0.01"
 """Loss on retain, in nats a token, at which unlearning is compared."""
@@ -204,6 +205,7 @@ def collect(plan: Plan, runs: Sequence[RunConfig], seeds: int, synthetic: Mappin
 def _line(plan: Plan, config: RunConfig, seeds: int, synthetic: Mapping[str, Any] | None, missing: list[str]) -> Line:
     cells: dict[str, dict[int, Entry]] = {column.key: {} for column in COLUMNS}
     compared: dict[str, dict[int, Entry]] = {column.key: {} for column in COLUMNS}
+    current = Current.of(plan.store("eval"))
     for seeded in (plan.seeded(index) for index in range(seeds)):
         run_dir = seeded.run_dir(config)
         if not is_trained(seeded, config):
@@ -212,9 +214,9 @@ def _line(plan: Plan, config: RunConfig, seeds: int, synthetic: Mapping[str, Any
                 f"hsae train --run {config.number} --seeds {seeds}"
             )
         for kind, found in (
-            ("core", _core(run_dir, config)),
-            ("composition", _composition(run_dir, config)),
-            ("unlearning", _unlearning(run_dir)),
+            ("core", _core(run_dir, config, current)),
+            ("composition", _composition(run_dir, config, current)),
+            ("unlearning", _unlearning(seeded, run_dir)),
         ):
             if found is None:
                 if kind != "unlearning":  # measured on some runs only: its cells are empty for the others
@@ -251,29 +253,26 @@ def _cell(entries: Mapping[int, Entry]) -> Cell:
 Found = list[tuple[str, Entry | None, Entry | None]]
 
 
-def _core(run_dir: Path, config: RunConfig) -> Found | None:
-    digest, view = model_digest(run_dir / "model"), whole_view(config)
-    for path in sorted((run_dir / RESULTS / "core").glob("*_eval_results.json")):
-        try:
-            result = read_core(path)
-        except UserError:
-            continue
-        if result.name == view and ((result.hsae or {}).get("inputs") or {}).get("sae") == digest:
-            entries: Found = []
-            for column in COLUMNS:
-                if column.kind == "core" and (measure := result.measure(column.key)) is not None:
-                    entry = None if measure.value is None else (measure.value, None, False)
-                    entries.append((column.key, entry, entry))
-            return entries
-    return None
+def _core(run_dir: Path, config: RunConfig, current: Current) -> Found | None:
+    result = core_results(run_dir, model_digest(run_dir / "model"), current).get(whole_view(config))
+    if result is None:
+        return None
+    entries: Found = []
+    for column in COLUMNS:
+        if column.kind == "core" and (measure := result.measure(column.key)) is not None:
+            entry = None if measure.value is None else (measure.value, None, False)
+            entries.append((column.key, entry, entry))
+    return entries
 
 
-def _composition(run_dir: Path, config: RunConfig) -> Found | None:
+def _composition(run_dir: Path, config: RunConfig, current: Current) -> Found | None:
     """Hierarchy numbers of the two coarsest levels; none for a flat run."""
     if config.levels == 1:
         return []
     content = read_composition(run_dir)
     if content is None or content["inputs"]["sae"] != model_digest(run_dir / "model"):
+        return None
+    if current.why_not(content["inputs"]) is not None:
         return None
     readings = content["parsed"].pairs[-1].readings
     found: Found = []
@@ -289,10 +288,15 @@ def _composition(run_dir: Path, config: RunConfig) -> Found | None:
     return found
 
 
-def _unlearning(run_dir: Path) -> Found | None:
-    """Loss on the forgotten text at BUDGET, of the run's main arm."""
+def _unlearning(plan: Plan, run_dir: Path) -> Found | None:
+    """Loss on the forgotten text at BUDGET, of the run's main arm; of its very model on the plan's very texts."""
     try:
         content = read_result(run_dir / "eval" / "unlearning.json", "hsae eval unlearning")
+        inputs = content["inputs"]
+        if inputs["sae"] != model_digest(run_dir / "model") or any(
+            inputs[f"{side}_store"] not in same_bits(plan.store(side)) for side in SIDES
+        ):
+            return None
         arms = content["arms"]
         main = next(name for name in ("descend", "sae", "level1") if name in arms)
         value = arms[main]["at_retain"][BUDGET]["forget_dce"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hsae.eval import figures
+from hsae.eval.core.current import Current
 from hsae.eval.core.targets import model_digest
 from hsae.eval.hierarchy import maps
 from hsae.eval.hierarchy.composition import CompositionResult, Measured, PairResult
@@ -50,13 +51,15 @@ class Composed:
     result: CompositionResult | None = None
 
 
-def composed_of(run_dir: Path, model: TrainedModel | None) -> Composed:
-    """What there is to say; nothing of a run with one level. Results of another model are left out and named."""
+def composed_of(run_dir: Path, model: TrainedModel | None, current: Current | None = None) -> Composed:
+    """What there is to say; nothing of a run with one level. Results of another model or store are left out and named."""
     if model is None or len(model.levels) == 1:
         return Composed()
     content, read = read_composition(run_dir), read_maps(run_dir)
     if content is not None and content["inputs"].get("sae") != model_digest(run_dir / "model"):
         content, missing = None, ["composition.json is of another model than the one here; run `hsae eval composition`"]
+    elif content is not None and current is not None and (reason := current.why_not(content["inputs"])) is not None:
+        content, missing = None, [f"composition.json is {reason}; run `hsae eval composition`"]
     else:
         there = "composition.json is damaged" if (run_dir / FILE).is_file() else "no hierarchy measures yet"
         missing = [] if content is not None else [f"{there}; run `hsae eval composition`"]

@@ -5,15 +5,17 @@ loading anything. Missing pieces are said, not crashed over. The same inputs giv
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hsae.cache.config import StoreSpec
 from hsae.cache.errors import UserError
 from hsae.cache.files import write_atomically
 from hsae.cache.store import ActivationStore
 from hsae.eval import figures
+from hsae.eval.core.current import Current, inputs_of, same_bits
 from hsae.eval.core.schema import read_core
 from hsae.eval.core.targets import model_digest
 from hsae.eval.report import tables
@@ -50,46 +52,53 @@ def write_report(
     out: Path,
     *,
     compare: Sequence[Path] = (),
+    specs: Mapping[str, StoreSpec] | None = None,
     store: ActivationStore | None = None,
     tokenizer: Any = None,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Write `index.html`, `report.md` and `summary.png` into `out`; returns the page's path.
 
-    `store` and `tokenizer` give the top contexts; without them the page says so. `progress` is told what is being looked at. Raises
+    `specs` are of the plan's stores `eval`, `forget` and `retain`, which need not be there: results of others are left out and named. `store` and `tokenizer`
+    give the top contexts; without them the page says so. `progress` is told what is being looked at. Raises
     UserError if there is nothing to report, a file to compare can't be read, or matplotlib or jinja2 is missing.
     """
     template = _template()
     figures.pyplot()
+    specs = specs or ({"eval": store.spec} if store is not None else {})
+    current = Current.of(specs["eval"], store) if specs else None
+    texts = {side: same_bits(spec) for side, spec in specs.items() if side != "eval"}
     others = _compared(compare)
     infos = {run_dir: read_run(run_dir) for run_dir in run_dirs}
     runs = {run_dir: info for run_dir, info in infos.items() if info is not None}
     if not runs and not others:
         raise UserError("there is nothing to report: no run has been trained yet; run `hsae train --all` first")
     rows: list[Row] = []
-    sections, maps = [], []
+    sections, maps, left_out = [], [], []
     for run_dir, info in runs.items():
         if progress is not None:
             progress(f"run {info['number']} {info['name']}")
         model = _model(run_dir)
-        own, unreadable = _rows(run_dir, info)
+        own, unreadable = _rows(run_dir, info, current)
         rows += own
+        left_out += [(f"{info['number']} {info['name']}", text) for text in unreadable]
         maps += [(model.structure != "additive", info, model.compositions[-1])] if model and model.compositions else []
-        sections.append(_section(run_dir, info, model, own, unreadable, store, tokenizer))
+        sections.append(_section(run_dir, info, model, own, unreadable, current, texts, store, tokenizer))
+    others = [replace(row, notes=[*row.notes, *_differing(row, rows)]) for row in others]
+    every = [*rows, *others]
     title, panels = _title(list(runs.values())), tables.panels(rows)
     page = template.render(
         title=title,
         facts=_facts(list(runs.values()), store),
         absent=[run_dir.name for run_dir, info in infos.items() if info is None],
-        table=tables.results([*rows, *others]),
+        table=tables.results([row for row in every if row.corrected]),
         columns=tables.COLUMNS,
-        one_text=tables.one_text([*rows, *others]),
-        saebench=[
-            (row, [tables.number(row.result.metric(key)) for key, _ in tables.SAEBENCH_COLUMNS])
-            for row in (*rows, *others)
-        ],
+        one_text=tables.one_text(every),
+        saebench=tables.saebench(every),
+        foreign=any(not row.corrected for row in every),
         saebench_columns=[heading for _, heading in tables.SAEBENCH_COLUMNS],
-        notes=[(row.label, row.notes) for row in (*rows, *others) if row.notes],
+        notes=[(row.label, row.notes) for row in every if row.notes],
+        left_out=left_out,
         differences=(rows[0].result.hsae or {}).get("differences", []) if rows else [],
         comparison=figures.comparison(panels) if rows else None,
         sections=sections,
@@ -97,7 +106,7 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
     measured = [(f"{section.info['number']} {section.info['name']}", section.composed) for section in sections]
-    markdown = tables.markdown(title, [*rows, *others]) + composed_markdown(measured)
+    markdown = tables.markdown(title, every, left_out) + composed_markdown(measured)
     write_atomically(out / "report.md", lambda path: path.write_text(markdown, encoding="utf-8"))
     if rows:
         _, info, part = min(maps, key=lambda entry: entry[0], default=(False, {}, None))
@@ -140,6 +149,25 @@ def _compared(paths: Sequence[Path]) -> list[Row]:
     ]
 
 
+CONFIGURED = (
+    "model_name", "llm_dtype", "dataset", "context_size", "batch_size_prompts", "n_eval_reconstruction_batches",
+    "n_eval_sparsity_variance_batches", "exclude_special_tokens_from_reconstruction",
+)  # fmt: skip
+
+
+def _differing(row: Row, rows: Sequence[Row]) -> list[str]:
+    """In what a result from elsewhere was made otherwise than the plan's own: one sentence, or none."""
+    if not rows:
+        return []
+    mine, other = rows[0].result.eval_config, row.result.eval_config
+    parts = [f"{key} {other.get(key)} (here {mine.get(key)})" for key in CONFIGURED if other.get(key) != mine.get(key)]
+    return (
+        [f"Made otherwise than the rows of this plan, so not to be compared digit by digit: {', '.join(parts)}."]
+        if parts
+        else []
+    )
+
+
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) else None
 
@@ -151,9 +179,10 @@ def _model(run_dir: Path) -> TrainedModel | None:
         return None
 
 
-def _rows(run_dir: Path, info: dict[str, Any]) -> tuple[list[Row], list[str]]:
-    """A row for each evaluated view of a run, in the order whole, level 1, level 2, ...; and what could not be read."""
-    rows, unreadable = [], []
+def _rows(run_dir: Path, info: dict[str, Any], current: Current | None) -> tuple[list[Row], list[str]]:
+    """A row for each evaluated view of a run, in the order whole, level 1, level 2, ...; and what was left out."""
+    rows: list[Row] = []
+    unreadable: list[str] = []
     model_dir = run_dir / "model"
     present = (
         model_digest(model_dir)
@@ -166,12 +195,17 @@ def _rows(run_dir: Path, info: dict[str, Any]) -> tuple[list[Row], list[str]]:
         except UserError as error:
             unreadable.append(str(error))
             continue
-        if present is not None and ((result.hsae or {}).get("inputs") or {}).get("sae") not in (None, present):
+        inputs = inputs_of(result.hsae)
+        if present is not None and inputs.get("sae") not in (None, present):
             unreadable.append(f"{path.name} is of another model than the one here; run `hsae eval core --force`")
-            continue
-        notes = result.notes if result.dead or any("negative" in note for note in result.notes) else []
-        run = f"{info['number']} {info['name']}"
-        rows.append(Row(run=run, view=result.name, latents=len(result.details) or None, result=result, notes=notes))
+        elif current is not None and (reason := current.why_not(inputs)) is not None:
+            unreadable.append(f"{path.name} is {reason}; left out")
+        elif result.name in {row.view for row in rows}:
+            unreadable.append(f"{path.name} is a second result of {result.name}; left out")
+        else:
+            notes = result.notes if result.dead or any("negative" in note for note in result.notes) else []
+            run = f"{info['number']} {info['name']}"
+            rows.append(Row(run=run, view=result.name, latents=len(result.details) or None, result=result, notes=notes))
     rows.sort(key=lambda row: (row.view != "sae", [int(digits) for digits in re.findall(r"\d+", row.view)], row.view))
     return rows, unreadable
 
@@ -221,6 +255,8 @@ def _section(
     model: TrainedModel | None,
     rows: Sequence[Row],
     unreadable: Sequence[str],
+    current: Current | None,
+    texts: Mapping[str, frozenset[str]],
     store: ActivationStore | None,
     tokenizer: Any,
 ) -> RunSection:
@@ -232,11 +268,11 @@ def _section(
     if model is None:
         missing.append("no trained model: the run was not finished")
     if not rows:
-        missing.append("no core evaluation yet; run `hsae eval core`")
-    composed = composed_of(run_dir, model)
+        missing.append(f"no core evaluation {'of this store ' if unreadable else ''}yet; run `hsae eval core`")
+    composed = composed_of(run_dir, model, current)
     missing += composed.missing
     weights = model_digest(run_dir / "model") if model is not None else None
-    unlearned, wrong = pareto.picture(run_dir / "eval" / "unlearning.json", weights)
+    unlearned, wrong = pareto.picture(run_dir / "eval" / "unlearning.json", weights, texts)
     missing += [] if wrong is None else [wrong]
     cards: list[LatentCard] = []
     if model is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsae.eval import figures
+from hsae.eval.core.current import inputs_of
 from hsae.eval.core.schema import CoreResult, Measure
 
 COLUMNS = (  # key of a measure, heading, digits, whether more is better (None: neither)
@@ -21,6 +22,7 @@ SAEBENCH_COLUMNS = (
     ("l0", "L0"), ("frac_alive", "alive"),
 )  # fmt: skip
 PANELS = ("explained_variance", "ce_loss_score")
+ONE_TEXT = ("model", "tokenizer", "corpus", "exclude_special_tokens", "store")  # inputs that rows of one table share
 LOG_LINES = 5  # at the end of a training log, for "at the end of training"
 
 
@@ -40,6 +42,11 @@ class Row:
     def whole(self) -> bool:
         """Whether this is a model as a whole rather than one of its levels."""
         return self.view in ("", "sae")
+
+    @property
+    def corrected(self) -> bool:
+        """Whether hsae made the result, so that it has corrected measures."""
+        return bool(self.result.hsae)
 
     @property
     def label(self) -> str:
@@ -83,15 +90,12 @@ def _measured(measure: Measure | None, digits: int, best: bool = False) -> Cell 
 
 
 def _cell(row: Row, key: str, digits: int, best: bool) -> Cell:
-    """The corrected measure, else SAEBench's own number, else why there is none."""
-    if (cell := _measured(row.result.measure(key), digits, best)) is not None:
-        return cell
-    if key == "explained_variance" and row.result.legacy:
-        return Cell("not recorded")
-    known = row.result.metric(key)
-    if known is None:
-        return Cell("undefined")
-    return Cell(f"{known:.{digits}f}", "" if row.result.hsae else "SAEBench’s")
+    """The corrected measure, never SAEBench's number of the same name; the cosine, which is SAEBench's, or why there is none."""
+    if key == "cossim":
+        known = row.result.metric(key)
+        return Cell("undefined" if known is None else f"{known:.{digits}f}")
+    measure = row.result.measure(key)
+    return _measured(measure, digits, best) or Cell("not recorded" if measure is None else "undefined")
 
 
 def alive(result: CoreResult) -> Cell:
@@ -111,8 +115,9 @@ def results(rows: Sequence[Row]) -> list[tuple[Row, list[Cell]]]:
 
 
 def one_text(rows: Sequence[Row]) -> bool:
-    """Whether all of hsae's own results are from one evaluation store; only then can intervals be compared."""
-    return len({(row.result.hsae or {}).get("store") for row in rows if row.result.hsae}) <= 1
+    """Whether all of hsae's own results are of one evaluation store in one state; only then can intervals be compared."""
+    held = [inputs_of(row.result.hsae) for row in rows if row.corrected]
+    return len({tuple(str(inputs.get(key)) for key in ONE_TEXT) for inputs in held}) <= 1
 
 
 def _clear_winner(rows: Sequence[Row], key: str) -> Row | None:
@@ -162,23 +167,51 @@ def levels(
     return lines
 
 
-def markdown(title: str, rows: Sequence[Row]) -> str:
-    """The results as a Markdown document with one table."""
-    headings = ["SAE", "latents", *(heading for _, heading, _, _ in COLUMNS), "alive"]
-    lines = [f"# {plain(title)}", "", f"| {' | '.join(headings)} |", f"|:--|{'--:|' * (len(headings) - 1)}"]
-    for row, cells in results(rows):
-        name = plain(row.label) + (" (dead)" if row.result.dead else "")
-        texts = [_bold(cell) + (f" ({cell.small})" if cell.small else "") for cell in cells]
-        lines.append(f"| {' | '.join([name, str(row.latents or '?'), *texts])} |")
-    lines += [
-        "",
-        "In brackets: 95 % bootstrap intervals over rows. CE and KL scores: 1 is the clean model, 0 a zeroed residual. "
-        "Cosine is SAEBench's. “undefined” is what SAEBench's files write as -1: 0/0, no value.",
-        "",
-    ]
+def saebench(rows: Sequence[Row]) -> list[tuple[Row, list[str]]]:
+    """One line a row: SAEBench's own numbers, as its files have them."""
+    return [(row, [number(row.result.metric(key)) for key, _ in SAEBENCH_COLUMNS]) for row in rows]
+
+
+def markdown(title: str, rows: Sequence[Row], left_out: Sequence[tuple[str, str]] = ()) -> str:
+    """The results as a Markdown document: a table of corrected measures and, if there are results from elsewhere, one of SAEBench's.
+
+    `left_out` are runs and why a result of theirs is not in it.
+    """
+    lines = [f"# {plain(title)}", ""]
+    if own := [row for row in rows if row.corrected]:
+        lines += _header(["SAE", "latents", *(heading for _, heading, _, _ in COLUMNS), "alive"])
+        for row, cells in results(own):
+            texts = [_bold(cell) + (f" ({cell.small})" if cell.small else "") for cell in cells]
+            lines.append(_line([_name(row), str(row.latents or "?"), *texts]))
+        lines += [
+            "",
+            "In brackets: 95 % bootstrap intervals over rows. CE and KL scores: 1 is the clean model, 0 a zeroed residual. "
+            "Cosine is SAEBench's. “undefined” is what SAEBench's files write as -1: 0/0, no value.",
+            "",
+        ]
+        if not one_text(own):
+            lines += ["**These results are of different stores or settings; they can't be compared.**", ""]
+    if len(own) < len(rows):
+        lines += ["## SAEBench's own numbers", ""]
+        lines += _header(["SAE", "latents", *(heading for _, heading in SAEBENCH_COLUMNS)])
+        lines += [_line([_name(row), str(row.latents or "?"), *texts]) for row, texts in saebench(rows)]
+        lines += ["", "As SAEBench computes them, losses in nats; its EV is not the explained variance above.", ""]
     for row in rows:
         lines += [f"- **{plain(row.label)}**: {plain(note)}" for note in row.notes]
+    lines += [f"- **{plain(run)}**: {plain(text)}" for run, text in left_out]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _name(row: Row) -> str:
+    return plain(row.label) + (" (dead)" if row.result.dead else "")
+
+
+def _header(headings: Sequence[str]) -> list[str]:
+    return [_line(headings), f"|:--|{'--:|' * (len(headings) - 1)}"]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _bold(cell: Cell) -> str:

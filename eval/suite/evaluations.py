@@ -6,7 +6,8 @@ tokens in the model's type and, where that is not float32, one in float32 for th
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from hsae.cache.parts import PART_TEXTS
 from hsae.cache.probe import ProbeStore, TaskEntry
 from hsae.eval.core.fits import check_fits
 from hsae.eval.core.schema import envelope, hsae_version, write_result
-from hsae.eval.core.targets import Target
+from hsae.eval.core.targets import Target, find
 from hsae.eval.suite import absorption, scr_tpp, sparse_probing
 from hsae.eval.suite.schema import LAYOUTS, read_suite
 from hsae.eval.suite.scr_tpp import Kind
@@ -311,28 +312,29 @@ def evaluate_with(
     results = []
     for target in targets:
         bench = benches[target.hook]
-        content = None if force else _found(target, bench)
+        found = find(target, bench.inputs(target), partial(read_measured, suite=bench.suite))
+        content = None if force else found.result
         if reused := content is not None:
             assert content is not None
         else:
             say(f"{bench.suite}: {target.label}")
             content = bench.content(target)
-            write_result(content, target.folder)
+            write_result(content, target.folder, found.path.name)
         results.append(SuiteResult(target=target, content=content, reused=reused))
     return results
 
 
-def _found(target: Target, bench: Evaluator) -> dict[str, Any] | None:
-    """The result that lies there, if it was made of the same inputs."""
-    try:
-        content = read_suite(target.path, bench.suite)
-    except UserError:
-        return None  # missing or damaged: made anew
+def read_measured(path: Path, suite: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A result and its inputs. Raises UserError."""
+    content = read_suite(path, suite)
     hsae = content.get("hsae")
-    same = (
-        isinstance(hsae, dict) and hsae.get("inputs") == bench.inputs(target) and isinstance(hsae.get("measures"), dict)
-    )
-    return content if same else None
+    if (
+        not isinstance(hsae, dict)
+        or not isinstance(hsae.get("measures"), dict)
+        or not isinstance(hsae.get("inputs"), dict)
+    ):
+        raise UserError(f"{path} has no measures of hsae")
+    return content, hsae["inputs"]
 
 
 def noise_note(results: Sequence[SuiteResult], suite: str) -> str | None:

@@ -6,7 +6,7 @@ the unit, forget and retain drawn apart; every arm sees the same draws.
 Shapes: S resamples (the first is the data itself), K documents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,13 @@ def draw(path: Path, arms: dict[str, Any], most: float, title: str) -> None:
     figures.pyplot().close(figure)
 
 
-def picture(path: Path, weights: str | None) -> tuple[str | None, str | None]:
+def picture(
+    path: Path, weights: str | None, stores: Mapping[str, Collection[str]] | None = None
+) -> tuple[str | None, str | None]:
     """(the Pareto figure of a result file as SVG, or None; what is wrong with the file, or None).
 
-    `weights` is the digest of the model that lies there: a result of another one is not shown.
+    `weights` is the digest of the model that lies there, `stores` has the fingerprints of the plan's stores by side, `forget` and
+    `retain`: a result of another model or of other texts is not shown.
     """
     if not path.is_file():
         return None, None
@@ -110,6 +113,9 @@ def picture(path: Path, weights: str | None) -> tuple[str | None, str | None]:
         content = read_result(path, f"hsae eval unlearning{run_option(path)}")
         if weights is not None and content["inputs"]["sae"] != weights:
             return None, f"{path.name} is of another model than the one here; run `hsae eval unlearning --force`"
+        for side, fingerprints in (stores or {}).items():
+            if content["inputs"][f"{side}_store"] not in fingerprints:
+                return None, f"{path.name} is of another {side} store than the plan's; run `hsae eval unlearning`"
         arms, most = content["arms"], float(content["arms"]["none"]["area"]["up_to"])
         figure, axis = figures.pyplot().subplots(figsize=(9, 4.2), layout="constrained")
         _curves(axis, arms, most)
