@@ -121,7 +121,7 @@ def core(
                 name=item.path.name,
             )  # fmt: skip
     console.print(_table(evaluated, faithful, all_tokens))
-    console.print(f"on {escape(store.spec.name)}", soft_wrap=True)
+    say(f"on {store.spec.name}")
     for item in evaluated:
         if item.result.dead:
             text = " ".join(item.result.notes)

@@ -29,7 +29,7 @@ def report(
 
     Example: hsae report --compare other_eval_results.json
     """
-    from hsae.cache.errors import ModelError, StoreError, UserError
+    from hsae.cache.errors import UserError
     from hsae.train.plan import load_plan
     from hsae.train.rundir import read_run
 
@@ -52,7 +52,7 @@ def report(
     try:
         store = ActivationStore.of(loaded.store("eval"), loaded.cache.dir)
         tokenizer = load_tokenizer(loaded.model)
-    except (StoreError, ModelError) as error:
+    except UserError as error:
         say(f"no contexts in this report: {error}", style="yellow")
     run_dirs = [loaded.run_dir(config) for config in selected]
     with waiting("report") as tell:
