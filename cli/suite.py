@@ -273,6 +273,8 @@ def print_results(results: "list[SuiteResult]", suite: str) -> None:
     from hsae.eval.suite.evaluations import noise_note
 
     console.print(_table(results, suite))
+    for name in dict.fromkeys(result.content["hsae"]["store"]["path"] for result in results):
+        say(f"on {name}")
     if note := noise_note(results, suite):
         say(note)
     for folder in dict.fromkeys(result.target.folder for result in results):
@@ -284,9 +286,9 @@ def print_results(results: "list[SuiteResult]", suite: str) -> None:
 def _table(results: "list[SuiteResult]", suite: str) -> Table:
     from hsae.eval.suite.evaluations import HEADLINES
 
-    table = Table(
-        title=f"{suite}; ± spans the 95 % interval over draws", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
-    )
+    draws = results[0].content["hsae"]["inputs"]["seeds"]
+    title = f"{suite}; ± spans the 95 % interval over {draws} draws"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("SAE", overflow="fold")
     shared = "_accuracy", "_metric", "_score", "mean_", "tpp_", "scr_", "test"
     for name in HEADLINES[suite]:

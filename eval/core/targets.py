@@ -83,8 +83,8 @@ def find(
 ) -> Found[ResultT]:
     """Look for a result made of these inputs under SAEBench's name, then under one with its store's name in it.
 
-    `read` gives a file's result and inputs, or raises UserError. A result of another store or other settings keeps the first name
-    if it has it; what is damaged, or of an earlier state of the same store and SAE, gives way.
+    `read` gives a file's result and inputs, or raises UserError. A result of another store or other settings, or one that hsae did not
+    make, keeps the first name if it has it; what is damaged, or of an earlier state of the same store and SAE, gives way.
     """
     first, own = target.path(*apart), target.path(*apart, str(inputs["store"]))
     path = first
@@ -95,7 +95,7 @@ def find(
             continue  # missing or damaged: made anew
         if held == inputs:
             return Found(path=place, result=result)
-        if place == first and any(held.get(key, inputs.get(key)) != inputs.get(key) for key in KEPT_APART):
+        if place == first and (not held or any(held.get(key) != inputs.get(key) for key in KEPT_APART)):
             path = own
     return Found(path=path, result=None)
 

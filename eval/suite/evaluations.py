@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hsae.cache.errors import UserError
 from hsae.cache.parts import PART_TEXTS
 from hsae.cache.probe import ProbeStore, TaskEntry
 from hsae.eval.core.fits import check_fits
@@ -325,16 +324,11 @@ def evaluate_with(
 
 
 def read_measured(path: Path, suite: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A result and its inputs. Raises UserError."""
+    """A result and what it was made of, nothing if hsae did not make it. Raises UserError."""
     content = read_suite(path, suite)
     hsae = content.get("hsae")
-    if (
-        not isinstance(hsae, dict)
-        or not isinstance(hsae.get("measures"), dict)
-        or not isinstance(hsae.get("inputs"), dict)
-    ):
-        raise UserError(f"{path} has no measures of hsae")
-    return content, hsae["inputs"]
+    inputs = hsae.get("inputs") if isinstance(hsae, dict) and isinstance(hsae.get("measures"), dict) else None
+    return content, inputs if isinstance(inputs, dict) else {}
 
 
 def noise_note(results: Sequence[SuiteResult], suite: str) -> str | None:
