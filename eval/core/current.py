@@ -39,7 +39,7 @@ class Current:
         """Why a result of these inputs does not belong beside the others; None if it does, or says nothing of where it is from."""
         if inputs.get("exclude_special_tokens") is False:
             return "of other settings (--all-tokens)"
-        if inputs.get("store") is not None and inputs["store"] not in self.fingerprints:
+        if inputs.get("store") is not None and str(inputs["store"]) not in self.fingerprints:
             return f"of another store ({inputs['store']}) than the plan's evaluation store {self.name}"
         for key, noun in DIGESTS.items():
             if key in self.digests and inputs.get(key) not in (None, self.digests[key]):

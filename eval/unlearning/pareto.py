@@ -114,7 +114,7 @@ def picture(
         if weights is not None and content["inputs"]["sae"] != weights:
             return None, f"{path.name} is of another model than the one here; run `hsae eval unlearning --force`"
         for side, fingerprints in (stores or {}).items():
-            if content["inputs"][f"{side}_store"] not in fingerprints:
+            if str(content["inputs"][f"{side}_store"]) not in fingerprints:
                 return None, f"{path.name} is of another {side} store than the plan's; run `hsae eval unlearning`"
         arms, most = content["arms"], float(content["arms"]["none"]["area"]["up_to"])
         figure, axis = figures.pyplot().subplots(figsize=(9, 4.2), layout="constrained")
