@@ -193,7 +193,7 @@ def test_the_command_evaluates_trained_runs_and_names_those_left_out(plan, overr
     assert "left out: run 1, 2, 3, 4" in result.output
     for text in ("0 baseline sae", "5 no-composition level2", "CE score", "EV", "alive"):
         assert text in result.output
-    again = invoke("--plan", "tiny", *sets, "--all", "--faithful").output
+    again = invoke("--plan", "tiny", *sets, "--faithful").output
     assert "4 of 4 were there already" in again and "as SAEBench computes it" in again
     only = invoke("--plan", "tiny", *sets, "--run", "baseline", "--force").output
     assert "5 no-composition" not in only and "already" not in only
