@@ -123,6 +123,7 @@ def autointerp(
         place(loaded.cache.dir) / "answers",
         lambda text: len(tokenizer(text, verbose=False).input_ids),
         prices=prices,
+        named=base_url is not None,
         most=max_cost,
     ) as asked:
         bench = Autointerp(store, tokenizer, loaded.autointerp, asked, pick_device(device))

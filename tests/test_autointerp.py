@@ -1,5 +1,7 @@
 """Autointerp: which windows are drawn, what a judge is asked, and how its answers, failures and costs are handled."""
 
+import contextlib
+import gzip
 import importlib.util
 import json
 import os
@@ -7,7 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -24,12 +28,14 @@ from hsae.cli import common
 from hsae.cli.main import app
 from hsae.eval.autointerp import explain, windows
 from hsae.eval.autointerp.evaluation import noise_note
+from hsae.eval.autointerp.judge import Judge, Question
 from hsae.eval.autointerp.windows import Sampler, written
 from hsae.eval.suite.evaluations import SuiteResult
 from hsae.eval.suite.schema import problems, read_suite
 from hsae.train import rundir, saelens
 from hsae.train.model import TrainedModel, save_model
 from hsae.train.plan import PlanError, load_plan
+from hsae.train.suites import JudgeConfig
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -615,3 +621,69 @@ def test_mistakes_are_said_before_anything_is_asked(work, server, monkeypatch):
     path = invoke(work, server, "--yes", "--base-url", server.url.removesuffix("/v1"))
     assert "answers 404 (no such path /chat/completions); is 'words' one of its models (--judge)" in str(path.exception)
     assert not answers(work)
+
+
+# ---- FIX D5: where the key goes, and how much of a reply is read --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base_url", "named", "refused"),
+    [
+        ("https://judge.example/v1", False, True), ("https://judge.example/v1", True, False), ("https://api.openai.com/v1", False, False),
+        ("http://localhost:8000/v1", False, False), ("http://127.0.0.1:8000/v1", False, False), ("https://api.openai.com.evil.net/v1", False, True),
+        ("http://api.openai.com/v1", False, True),
+    ],
+)  # fmt: skip
+def test_the_key_goes_to_no_address_that_only_a_plan_names(base_url, named, refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    config = JudgeConfig(base_url=base_url)
+    if refused:
+        with pytest.raises(
+            UserError, match=f"OPENAI_API_KEY may be for another service; .* --base-url {base_url}"
+        ) as told:
+            Judge(config, tmp_path, len, named=named)
+        assert KEY not in str(told.value)
+        monkeypatch.delenv("OPENAI_API_KEY")
+    Judge(config, tmp_path, len, named=named)
+
+
+@pytest.mark.parametrize("kind", ["endless", "packed", "elsewhere"])
+def test_a_reply_without_end_a_packed_one_and_a_redirect_are_not_followed(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("hsae.eval.autointerp.judge.MOST_BYTES", 1 << 20)
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append(self.path)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(307 if kind == "elsewhere" else 200)
+            if kind == "elsewhere":
+                self.send_header("Location", f"http://127.0.0.1:{served.server_port}/elsewhere")
+                self.send_header("Content-Length", "0")
+            if kind == "packed":
+                self.send_header("Content-Encoding", "gzip")
+            self.end_headers()
+            pieces = {"endless": [bytes(1 << 20)] * 64, "packed": [gzip.compress(bytes(1 << 24))], "elsewhere": []}
+            with contextlib.suppress(OSError):
+                for piece in pieces[kind]:
+                    self.wfile.write(piece)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        config = JudgeConfig(base_url=f"http://127.0.0.1:{served.server_port}/v1", retries=0, attempts=2)
+        question = Question(system="s", user="u", max_tokens=5)
+        try:
+            with Judge(config, tmp_path, len) as judge:
+                if kind == "elsewhere":
+                    with pytest.raises(UserError, match="answers 307"):
+                        judge.ask(question, 0)
+                else:
+                    assert judge.ask(question, 0) is None and judge.unread == 2
+        finally:
+            served.shutdown()
+            thread.join()
+    assert set(seen) == {"/v1/chat/completions"}

@@ -4,17 +4,22 @@
 
 The client is the `openai` package: its pooling, time limits and back-off, which honours Retry-After, are what such servers are tried
 against, and it adds two small packages to the core install; the same over a plain HTTP client would be code of ours to defend.
-The key comes from OPENAI_API_KEY alone and stands in no file and no message.
+The key comes from OPENAI_API_KEY alone and stands in no file and no message. It is sent to OpenAI, to this machine and to an address that the
+user gave, not to one that only a plan names. Replies are read up to a limit, in bytes and in time.
 """
 
 import hashlib
 import json
 import os
+import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from hsae.cache.errors import UserError
 from hsae.cache.files import check_seal, parse_json, sealed
@@ -24,6 +29,7 @@ from hsae.train.suites import OPENAI_URL, JudgeConfig
 KEY = "OPENAI_API_KEY"
 PER = 1_000_000  # tokens that a price is of
 SHOWN = 200  # characters of a server's message
+MOST_BYTES = 1 << 24  # of a reply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +74,23 @@ class Judge:
         *,
         prices: Prices | None = None,
         most: float | None = None,
+        named: bool = False,
     ) -> None:
-        """`count` tells the tokens of a text; `most` is the money that may be spent, which needs prices."""
+        """`count` tells the tokens of a text; `most` is the money that may be spent, which needs prices.
+
+        `named` says that the user, and not only a plan, gave the address. Raises UserError if the key may be meant for another one.
+        """
         if find_spec("openai") is None:
             raise UserError("asking a judge needs the package openai; run: pip install 'hsae[autointerp]'")
         self.config, self.answers, self.count, self.prices, self.most = config, answers, count, prices, most
         self.requests, self.unread, self.spent = 0, 0, 0.0
         """Requests sent, replies without an answer in them, and money spent or under way."""
         self._key = os.environ.get(KEY, "")
+        if self._key and not (named or config.base_url == OPENAI_URL or _is_here(config.base_url)):
+            raise UserError(
+                f"the plan's judge is {config.base_url}, and {KEY} may be for another service; if it is for this one, say "
+                f"--base-url {config.base_url}, else unset {KEY}"
+            )
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._client: Any = None
 
@@ -200,9 +215,43 @@ class Judge:
                     base_url=self.config.base_url,
                     timeout=self.config.timeout_s,
                     max_retries=self.config.retries,
-                    http_client=openai.DefaultHttpxClient(event_hooks={"request": [lambda request: self._go_on()]}),
+                    http_client=openai.DefaultHttpxClient(
+                        event_hooks={"request": [lambda request: self._go_on()], "response": [self._bound]},
+                        headers={"Accept-Encoding": "identity"},
+                        follow_redirects=False,
+                    ),
                 )
             return self._client
+
+    def _bound(self, response: Any) -> None:
+        """Let a reply be read up to its limits."""
+        import openai
+
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise openai.OpenAIError("a reply is compressed, unasked")
+        library, ends = (
+            sys.modules[type(response).__module__.partition(".")[0]],
+            time.monotonic() + self.config.timeout_s,
+        )
+
+        class Bounded(library.SyncByteStream):  # type: ignore[name-defined, misc]
+            def __init__(self, stream: Any) -> None:
+                self._stream = stream
+
+            def __iter__(self) -> Iterator[bytes]:
+                left = MOST_BYTES
+                for piece in self._stream:
+                    left -= len(piece)
+                    if left < 0:
+                        raise openai.OpenAIError("a reply has no end")
+                    if time.monotonic() > ends:
+                        raise library.ReadTimeout("the reply took too long")
+                    yield piece
+
+            def close(self) -> None:
+                self._stream.close()
+
+        response.stream = Bounded(response.stream)
 
     def _go_on(self) -> None:
         if self._stopped.is_set():
@@ -249,6 +298,15 @@ class Judge:
     def _settle(self, bound: float, input_tokens: int, output_tokens: int) -> None:
         with self._lock:
             self.spent += (self.prices.of(input_tokens, output_tokens) if self.prices else 0.0) - bound
+
+
+def _is_here(url: str) -> bool:
+    """Whether an address is this machine's, by the loopback addresses and their name."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _part(reply: object, *path: str | int) -> object:
