@@ -4,7 +4,6 @@ Shapes: T context length. Packing is SAEBench's: a row starts with BOS, a docume
 document goes on in the next row after that row's own BOS; nothing is padded.
 """
 
-import filecmp
 import hashlib
 import math
 import os
@@ -37,6 +36,7 @@ from hsae.cache.weights import files_digest
 
 TOKENISED_AT_ONCE = 64  # documents: the tokenizer takes them on all cores
 KINDS = (".txt", *READERS)
+COMPARED_BYTES = 1 << 20
 TEXT_TABLES: dict[Split, str] = {
     "train": "cache.train",
     "eval": "cache.eval",
@@ -68,7 +68,7 @@ def open_corpus(config: CorpusConfig, split: Split = "train") -> Corpus:
 
     A row without text (null) is a document without tokens: document numbers are row numbers.
     """
-    name, path, table = config.corpus, Path(config.corpus).expanduser(), TEXT_TABLES[split]
+    name, path, table = config.corpus, _path(config), TEXT_TABLES[split]
     notes: list[str] = []
     if name in CORPORA:
         packaged = CORPORA[name]()
@@ -118,6 +118,13 @@ def _digest(parts: Iterator[str]) -> str:
 # ---- files --------------------------------------------------------------------------------------------------------------
 
 
+def _path(config: CorpusConfig) -> Path:
+    try:
+        return Path(config.corpus).expanduser()
+    except RuntimeError:  # ~ of someone who isn't there
+        return Path(config.corpus)
+
+
 def _files(path: Path, column: str) -> tuple[list[Path], list[str]]:
     """The files of a corpus in the order in which they are read, and what to tell of those that are not.
 
@@ -134,7 +141,7 @@ def _files(path: Path, column: str) -> tuple[list[Path], list[str]]:
     for file in sorted(_walk(path)):
         kind = file_kind(file)
         if not file.is_file():
-            left["no file"] += kind in KINDS
+            left["broken link" if file.is_symlink() else "no plain file"] += kind in KINDS
         elif file.name.startswith("."):
             left["hidden"] += kind in KINDS
         elif kind not in KINDS or (kind == ".parquet" and file.suffix.lower() != kind):
@@ -154,7 +161,7 @@ def _files(path: Path, column: str) -> tuple[list[Path], list[str]]:
             f"corpus {str(path)!r}: no {', '.join(KINDS)} file there; those are what can be read"
             + (f" (there is: {told})" if told else "")
         )
-    return found, [f"corpus {str(path)!r}: {len(found)} files are read, not read are {told}"] if told else []
+    return found, [f"corpus {str(path)!r}: files read: {len(found)}; not read: {told}"] if told else []
 
 
 def _walk(path: Path) -> Iterator[Path]:
@@ -241,7 +248,7 @@ def common_text(one: CorpusConfig, other: CorpusConfig) -> str | None:
 
     Windows are compared, not what stores take of them; of a data set on the hub only what the plan says, nothing is asked there.
     """
-    names, local = {one.corpus, other.corpus}, [Path(each.corpus).expanduser() for each in (one, other)]
+    names, local = {one.corpus, other.corpus}, [_path(each) for each in (one, other)]
     if names <= CORPORA.keys():
         if len(names) == 1:
             return _in_both(one, other, repr(one.corpus))
@@ -295,8 +302,7 @@ def _in_both_files(one: CorpusConfig, other: CorpusConfig, mine: list[Path], oth
         (place, twin)
         for place, file in enumerate(mine)
         for twin in (by_size.get(file.stat().st_size, ()) if file.stat().st_size else ())
-        if (file_kind(file) == ".txt" or one.column == other.column)
-        and (file.samefile(others[twin]) or filecmp.cmp(file, others[twin], shallow=False))
+        if (file_kind(file) == ".txt" or one.column == other.column) and _alike(file, others[twin])
     ]
     if len(mine) == len(others) == len(twins) and all(place == twin for place, twin in twins):
         return _in_both(
@@ -307,6 +313,18 @@ def _in_both_files(one: CorpusConfig, other: CorpusConfig, mine: list[Path], oth
         if found := _in_both(one, other, repr(str(mine[place])), starts, _documents([mine[place]], one.column)):
             return found
     return None
+
+
+def _alike(file: Path, other: Path) -> bool:
+    """Whether two files of one size are the same or copies, by their first and last bytes: text may be large."""
+    if file.samefile(other):
+        return True
+    end = max(0, file.stat().st_size - COMPARED_BYTES)
+    with file.open("rb") as mine, other.open("rb") as others:
+        return all(
+            mine.seek(place) == others.seek(place) and mine.read(COMPARED_BYTES) == others.read(COMPARED_BYTES)
+            for place in (0, end)
+        )
 
 
 def _documents(files: Sequence[Path], column: str) -> int:

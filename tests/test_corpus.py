@@ -128,6 +128,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(CorpusError, match="there is no such file or folder"):
         read(tmp_path / "nothing.txt")
+    with pytest.raises(CorpusError, match="there is no such file or folder"):
+        read("~nobody-of-this-name/a.txt")
     with pytest.raises(CorpusError, match=r"no \.txt, \.jsonl, \.csv, \.tsv, \.parquet file there"):
         read(tmp_path)
 
@@ -338,7 +340,7 @@ def test_files_of_a_folder_that_are_not_read_are_told(tmp_path):
     corpus = open_corpus(CorpusConfig(corpus=str(tmp_path)))
     assert list(corpus.open()) == ["a.txt"]
     assert corpus.notes == (
-        f"corpus {str(tmp_path)!r}: 1 files are read, not read are 1 .csv without a column 'text', 1 .md, 2 .pdf, 1 hidden, "
+        f"corpus {str(tmp_path)!r}: files read: 1; not read: 1 .csv without a column 'text', 1 .md, 2 .pdf, 1 hidden, "
         "1 without suffix",
     )
     assert open_corpus(CorpusConfig(corpus=str(tmp_path / "a.txt"))).notes == ()
@@ -359,7 +361,7 @@ def test_links_are_followed_and_no_file_is_read_twice(tmp_path):
         (tmp_path / "texts" / name).symlink_to(target)
     corpus = open_corpus(CorpusConfig(corpus=str(tmp_path / "texts")))
     assert list(corpus.documents()) == [Document("b", "a"), Document("x", "x")]
-    assert "1 no file, 1 the same file again" in corpus.notes[0]
+    assert "1 broken link, 1 the same file again" in corpus.notes[0]
 
 
 def test_a_folder_of_parts_is_one(tmp_path):
@@ -502,4 +504,4 @@ def test_a_build_that_fails_in_the_text_leaves_no_store(tmp_path):
     said = []
     (path,) = build([spec], tmp_path / "stores", say=said.append)
     assert (path / "zarr.json").is_file()
-    assert f"corpus {str(texts)!r}: 1 files are read, not read are 1 .md" in said
+    assert f"corpus {str(texts)!r}: files read: 1; not read: 1 .md" in said
