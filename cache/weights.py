@@ -229,7 +229,7 @@ def _hub_info(config: ModelConfig) -> Any:
 def _hub_cached(config: ModelConfig) -> Path | None:
     """The folder of a model that is already in the hub's local cache, weights included."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         found = snapshot_download(
@@ -237,6 +237,8 @@ def _hub_cached(config: ModelConfig) -> Path | None:
         )
     except (LocalEntryNotFoundError, FileNotFoundError):
         return None
+    except HFValidationError:
+        raise ModelError(f"model.id {config.id!r} is neither a folder here nor a name that the hub can have") from None
     return Path(found) if any(Path(found).glob(WEIGHTS)) else None
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from hsae.cli.common import DeviceOption, PlanOption, RunOption, SetOption, console, say
+from hsae.cli.common import DeviceOption, PlanOption, RunOption, SetOption, check_folder, console, say
 
 if TYPE_CHECKING:
     from hsae.eval.report.ablation import Ablations
@@ -58,6 +58,7 @@ def ablate(
     left_out = set(without or ())
     if unknown := left_out - set(PARTS):
         raise UserError(f"--without {sorted(unknown)[0]}: it must be one of {', '.join(PARTS)}")
+    check_folder(out)
     loaded = load_plan(plan, overrides or ())
     selected = loaded.select(run) if run is not None else list(loaded.runs.values())
     numbers = ",".join(str(config.number) for config in selected)

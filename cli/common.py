@@ -4,6 +4,7 @@ Styles are given beside the text, never in it. Nothing else here reads rich's ma
 """
 
 import errno
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +136,17 @@ def tell_common_text(plan: "Plan", splits: "Sequence[Split]", *, refuse: bool = 
             say(told, style="yellow")
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that results can't be written to, before they are computed. Raises UserError."""
+    from hsae.cache.errors import UserError
+
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--out {folder}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--out {folder}: {nearest} may not be written to")
+
+
 def named_runs(plan: "Plan", run: str | None, all_runs: bool, sae: list[Path] | None = None) -> str | None:
     """The runs that the options name, with --all every one; None if they name none. Raises UserError if options exclude each other, or the plan has no such run."""
     from hsae.cache.errors import UserError
@@ -155,6 +167,8 @@ def check_sae_options(sae: list[Path] | None, seeds: int, out: Path | None, whol
         raise UserError(f"--seeds {seeds} is for runs; it doesn't go with --sae")
     if sae and whole:
         raise UserError("--whole is for runs, which have levels; it doesn't go with --sae")
+    if out is not None:
+        check_folder(out)
     if out is not None and not sae:
         raise UserError(
             "--out is for results of --sae; those of a run lie in its own folder, <train.dir>/<number>/eval"

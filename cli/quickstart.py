@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hsae.cli.common import SetOption, console, say
+from hsae.cli.common import SetOption, check_folder, console, say
 
 PLAN, RUNS = "gemma-3-270m", "0-5"
 
@@ -26,6 +26,7 @@ def quickstart(
     from hsae.cli import cache, report, train
     from hsae.cli import eval as eval_commands
 
+    check_folder(out)
     for package in ("jinja2", "matplotlib"):
         need("the report at the end", package, "quickstart")
 

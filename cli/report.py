@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hsae.cli.common import AllOption, PlanOption, RunOption, SetOption, named_runs, say, waiting
+from hsae.cli.common import AllOption, PlanOption, RunOption, SetOption, check_folder, named_runs, say, waiting
 
 
 def report(
@@ -33,6 +33,7 @@ def report(
     from hsae.train.plan import load_plan
     from hsae.train.rundir import read_run
 
+    check_folder(out)
     loaded = load_plan(plan, overrides or ())
     run = named_runs(loaded, run, all_runs)
     selected = loaded.select(run) if run is not None else list(loaded.runs.values())

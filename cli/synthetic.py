@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from hsae.cli.common import DeviceOption, RunOption, SetOption, console, progress_bars, say
+from hsae.cli.common import DeviceOption, RunOption, SetOption, check_folder, console, progress_bars, say
 
 if TYPE_CHECKING:
     from hsae.train.config import RunConfig
@@ -60,6 +60,7 @@ def synthetic(
 
     if tokens is not None and any(value.strip().startswith("train.tokens") for value in overrides or ()):
         raise UserError("--tokens and --set train.tokens exclude each other")
+    check_folder(out)
     length = [] if tokens is None else [f"train.tokens={tokens}"]
     arms = load_arms(tier, [*(overrides or ()), *length])
     selected = list(arms.runs.values()) if run is None else arms.select(run)

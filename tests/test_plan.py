@@ -84,7 +84,7 @@ def test_overrides_are_toml_values_or_bare_words():
         ("train.seed=" + "9" * 30, f"train.seed: whole numbers go to {2**62}"),
         ("train.seed=" + "9" * 5000, "(5,002 characters)"),
         ("train.seed=" + "[" * 5000, "(5,002 characters)"),
-        ("train.dir='a\\u0000b'", "train.dir: text can't hold a NUL character"),
+        ('train.dir="a\\u0000b"', "train.dir: text can't hold a NUL character"),
         ("train.dir='~no-such-user/runs'", "train.dir: there is no user whose folder is ~no-such-user/runs"),
         ("name=''", "name must be a line of 1 to 100 characters"),
     ],
