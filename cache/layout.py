@@ -53,6 +53,8 @@ CRC_BYTES = 4
 MOST_CHUNKS, LARGEST_CHUNK = 1 << 26, 1 << 36  # 64 GiB: nothing that hsae writes comes near
 LARGEST = 1 << 40  # rows, widths or vocabularies beyond this are a damaged header, not a store
 METADATA, DOCUMENTS = "zarr.json", "documents.json"
+SUITES = {"forget": "unlearning", "retain": "unlearning", "autointerp": "autointerp"}
+"""What `hsae cache build --suite` is given for a store of another split than train and eval."""
 CODECS: dict[Codec, tuple[dict[str, Any], ...]] = {
     "mappable": ({"name": "bytes", "configuration": {"endian": "little"}},),
     "compact": (
@@ -269,16 +271,16 @@ def read_header(root: Place) -> Header:
         check_seal(held, required=False)
         header = Header(**{key: value for key, value in held.items() if key != CHECKSUM})
     except (FileNotFoundError, NotADirectoryError):
-        raise LostHeaderError(f"no activation store at {root}; make it with `hsae cache build`") from None
+        raise LostHeaderError(f"no activation store at {root}; make it with `{build_command(root)}`") from None
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
-        raise _lost(path, f"is not the header of an hsae store: {' '.join(str(error).splitlines()[:3])}") from None
+        raise _lost(root, f"is not the header of an hsae store: {' '.join(str(error).splitlines()[:3])}") from None
     spec = header.spec
     if header.format != FORMAT_VERSION:
         raise StoreError(
             f"{root} has format {header.format}; this hsae reads format {FORMAT_VERSION}: move it away and build the store again"
         )
     if not spec.hooks or len(set(spec.hooks)) < len(spec.hooks) or not all(map(HOOK_PATTERN.fullmatch, spec.hooks)):
-        raise _lost(path, f"names hooks hsae doesn't know: {', '.join(spec.hooks)}")
+        raise _lost(root, f"names hooks hsae doesn't know: {', '.join(spec.hooks)}")
     if not (
         0 <= spec.clean_rows <= spec.rows <= LARGEST
         and spec.rows > 0
@@ -291,18 +293,24 @@ def read_header(root: Place) -> Header:
         )
     ):
         raise _lost(
-            path,
+            root,
             f"gives impossible sizes: {spec.rows} rows of {spec.context} tokens, {spec.clean_rows} of them clean, in batches of "
             f"{spec.batch_rows} and chunks of {spec.chunk_mib:g} MiB, width {header.d_model}",
         )
     if header.complete and set(header.statistics) != set(spec.hooks):
-        raise _lost(path, f"says the store is complete, but has no statistics of {', '.join(spec.hooks)}")
+        raise _lost(root, f"says the store is complete, but has no statistics of {', '.join(spec.hooks)}")
     return header
 
 
-def _lost(path: Place, problem: str) -> LostHeaderError:
-    again = "`hsae cache build` with the store's plan writes it again and keeps the chunks that are whole"
-    return LostHeaderError(f"{path} {problem}; {again}")
+def _lost(root: Place, problem: str) -> LostHeaderError:
+    again = f"`{build_command(root)}` with the store's plan writes it again and keeps the chunks that are whole"
+    return LostHeaderError(f"{root / METADATA} {problem}; {again}")
+
+
+def build_command(root: Place) -> str:
+    """The command that makes, with its plan, the store of this name."""
+    suite = SUITES.get(("--" + root.name).rsplit("-", 2)[1])
+    return "hsae cache build" + (f" --suite {suite}" if suite else "")
 
 
 def held_by(root: Place, spec: StoreSpec) -> Header:
@@ -312,7 +320,7 @@ def held_by(root: Place, spec: StoreSpec) -> Header:
         key, held, wanted = _difference(header.spec.model_dump(mode="json"), spec.model_dump(mode="json"))
         raise StoreError(
             f"{root} was made for another configuration: its {key} is {held!r}, not {wanted!r}. Move it away and make the right one with "
-            "`hsae cache build`, or use another folder with --set cache.dir=FOLDER"
+            f"`{build_command(root)}`, or use another folder with --set cache.dir=FOLDER"
         )
     return header
 

@@ -6,18 +6,22 @@ Shapes: R rows, T context length, D residual width.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hsae.cache import weights
 from hsae.cache.config import StoreSpec
 from hsae.cache.errors import StoreError
 from hsae.cache.layout import (
     ITEM_BYTES,
     ArraySpec,
+    Header,
+    build_command,
     check_array,
     checks_array,
     chunk_rows,
@@ -27,8 +31,12 @@ from hsae.cache.layout import (
     read_header,
 )
 from hsae.cache.mapped import MappedArray, count_kept, read_checks
+from hsae.cache.parts import SuiteHeader
 from hsae.cache.remote import Place, many, place
 from hsae.cache.scratch import Prefetcher
+
+if TYPE_CHECKING:
+    from hsae.cache.lm import LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +61,7 @@ class ActivationStore:
         self.header = read_header(root) if spec is None else held_by(root, spec)
         self.spec = self.header.spec
         if require_complete and not self.header.complete:
-            raise StoreError(f"{root} is not finished; go on with `hsae cache build`")
+            raise StoreError(f"{root} is not finished; go on with `{build_command(root)}`")
         self._specs: dict[str, ArraySpec] = {spec.path: spec for spec in every_array(self.header)}
         lists = [] if self.header.checks is None else [checks_array(list(self._specs.values()))]
         for _ in many(lambda spec: check_array(root, spec), [*self._specs.values(), *lists]):
@@ -126,7 +134,7 @@ class ActivationStore:
         """Mean, mean square norm and geometric median of the residual at a hook."""
         self._hooked(hook)
         if (summary := self.header.statistics.get(hook)) is None:
-            raise StoreError(f"{self.url} has no statistics of {hook}; finish it with `hsae cache build`")
+            raise StoreError(f"{self.url} has no statistics of {hook}; finish it with `{build_command(self.root)}`")
         return HookStatistics(
             mean_D=self._arrays[f"stats/{hook}/mean"].chunk(0).clone(),
             mean_square_norm=summary.mean_square_norm,
@@ -154,3 +162,22 @@ class ActivationStore:
                 f"{self.url} keeps no clean losses (it is a {self.spec.split} store); use the evaluation store"
             )
         return self._arrays[path]
+
+
+def check_model(store: Place, made: Header | SuiteHeader, model: "LanguageModel", suite: str | None = None) -> None:
+    """Raise StoreError unless a store was made with the weights and the tokenizer of a model that was loaded for it."""
+    _compare(store, "weights", made.model_digest, model.model_digest, suite)
+    _compare(store, "tokenizer files", made.tokenizer_digest, model.tokenizer_digest, suite)
+
+
+def check_tokenizer(store: Place, made: Header, tokenizer: Any) -> None:
+    """Raise StoreError unless a store was made with a tokenizer that was loaded for it."""
+    _compare(store, "tokenizer files", made.tokenizer_digest, weights.tokenizer_digest(Path(tokenizer.name_or_path)))
+
+
+def _compare(store: Place, what: str, made: str, now: str, suite: str | None = None) -> None:
+    if made != now:
+        command = build_command(store) if suite is None else f"hsae cache build --suite {suite}"
+        raise StoreError(
+            f"{store} was made with other {what} than the model has now; move it away and make it again with `{command}`"
+        )

@@ -103,7 +103,7 @@ def autointerp(
     from hsae.cache.device import pick_device
     from hsae.cache.lm import load_tokenizer
     from hsae.cache.remote import place
-    from hsae.cache.store import ActivationStore
+    from hsae.cache.store import ActivationStore, check_tokenizer
     from hsae.cli.eval import of_folders, of_runs
     from hsae.eval.autointerp.evaluation import Autointerp, noise_note
     from hsae.eval.autointerp.judge import Judge, Prices
@@ -117,6 +117,7 @@ def autointerp(
     if not sae:
         tell_common_text(loaded, ("autointerp",))
     tokenizer = load_tokenizer(loaded.model)
+    check_tokenizer(store.root, store.header, tokenizer)
     prices = Prices(input=price_in, output=price_out) if price_in is not None and price_out is not None else None
     with Judge(
         loaded.autointerp.judge,

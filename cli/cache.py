@@ -149,7 +149,7 @@ def info(store: StoreArgument) -> None:
 
     Example: hsae cache info activations/gemma-3-270m-train-0123456789abcdef.zarr
     """
-    from hsae.cache.layout import total_bytes
+    from hsae.cache.layout import build_command, total_bytes
     from hsae.cache.store import ActivationStore
 
     opened = ActivationStore.open(store, require_complete=False)
@@ -158,7 +158,7 @@ def info(store: StoreArgument) -> None:
     corpus = spec.corpus
     last = "the last" if corpus.last_document is None else str(corpus.last_document - 1)
     rows = {
-        "state": "complete" if header.complete else "not finished; go on with `hsae cache build`",
+        "state": "complete" if header.complete else f"not finished; go on with `{build_command(opened.root)}`",
         "model": f"{spec.model.id} ({spec.model.revision or 'default revision'}), {spec.model.dtype}, digest {header.model_digest[:12]}",
         "hooks": ", ".join(spec.hooks),
         "text": f"{corpus.corpus}, documents {corpus.first_document} to {last}, digest {header.corpus_digest[:12]}",

@@ -45,7 +45,7 @@ def report(
             )
 
     from hsae.cache.lm import load_tokenizer
-    from hsae.cache.store import ActivationStore
+    from hsae.cache.store import ActivationStore, check_tokenizer
     from hsae.eval.report.page import write_report
     from hsae.train.suites import SIDES
 
@@ -53,7 +53,9 @@ def report(
     try:
         store = ActivationStore.of(loaded.store("eval"), loaded.cache.dir)
         tokenizer = load_tokenizer(loaded.model)
+        check_tokenizer(store.root, store.header, tokenizer)
     except UserError as error:
+        tokenizer = None
         say(f"no contexts in this report: {error}", style="yellow")
     run_dirs = [loaded.run_dir(config) for config in selected]
     with waiting("report") as tell:

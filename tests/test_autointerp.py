@@ -24,6 +24,7 @@ from hsae.cache.errors import UserError
 from hsae.cache.layout import Header, HookSummary, arrays, statistics_arrays
 from hsae.cache.lm import LanguageModel, load_tokenizer
 from hsae.cache.store import ActivationStore
+from hsae.cache.weights import tokenizer_digest
 from hsae.cli import common
 from hsae.cli.main import app
 from hsae.eval.autointerp import explain, windows
@@ -75,7 +76,7 @@ def write_store(plan, tokenizer):
     acts[:3, 20, FEW] = 2.0
     header = Header(
         format=FORMAT_VERSION, spec=spec, d_model=D, vocab_size=800, bos_id=tokenizer.bos_token_id, special_ids=(0, 1, 2),
-        model_digest="m", tokenizer_digest="t", corpus_digest="c", versions={},
+        model_digest="m", tokenizer_digest=tokenizer_digest(Path(tokenizer.name_or_path)), corpus_digest="c", versions={},
     )  # fmt: skip
     target = plan.store_path("autointerp")
     specs = [*arrays(spec, D).values(), *statistics_arrays(spec, D).values()]

@@ -32,7 +32,7 @@ from hsae.cache.layout import (
 )
 from hsae.cache.mapped import read_checks
 from hsae.cache.share import Share
-from hsae.cache.store import ActivationStore
+from hsae.cache.store import ActivationStore, check_model
 from hsae.cache.stream import TokenStream
 from hsae.cache.transfer import copy
 from hsae.cache.verify import repair, verify
@@ -473,3 +473,24 @@ def test_lost_int8_chunks_are_refused_and_recoding_mends_them(make_store, tmp_pa
     (root / "zarr.json").write_text("{}")
     copy(source, tmp_path, codec="int8")
     assert {path: path.read_bytes() for path in chunk_files(root)} == whole and verify(root) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [("x-forget-me-train-0", "build"), ("x-retain-0", "build --suite unlearning")]
+)
+def test_the_command_that_makes_a_lost_store_is_its_own(tmp_path, name, command):
+    with pytest.raises(StoreError, match=f"make it with `hsae cache {command}`"):
+        ActivationStore.open(tmp_path / f"{name}.zarr")
+
+
+# ---- FIX A4: a store and the model that is loaded for it ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "what"), [("model_digest", "weights"), ("tokenizer_digest", "tokenizer files")])
+def test_a_model_or_tokenizer_of_another_digest_is_refused(stores, name, what):
+    header = read_header(stores[0])
+    check_model(stores[0], header, header)
+    with pytest.raises(
+        StoreError, match=f"was made with other {what} than the model has now; move it away and make it again with"
+    ):
+        check_model(stores[0], header, header.model_copy(update={name: "other"}))

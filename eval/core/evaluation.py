@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.lm import LanguageModel
-from hsae.cache.store import ActivationStore
+from hsae.cache.store import ActivationStore, check_model
 from hsae.eval.core import corrected
 from hsae.eval.core.fits import check_fits
 from hsae.eval.core.metrics import (
@@ -76,10 +76,8 @@ def check(views: Sequence[View], store: ActivationStore, model: LanguageModel | 
         raise StoreError(
             f"{store.url} has no rows for the sparsity and variance phase; build it with cache.eval.batches_variance >= 1"
         )
-    if model is not None and model.model_digest != store.header.model_digest:
-        raise StoreError(
-            f"{store.url} was made with other weights than those of {store.spec.model.id} loaded now; build it again"
-        )
+    if model is not None:
+        check_model(store.root, store.header, model)
 
 
 def check_views(views: Sequence[View], store: ActivationStore, hook: str) -> None:

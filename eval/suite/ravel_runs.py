@@ -12,9 +12,10 @@ from torch import Tensor
 
 from hsae.cache.completion import Passes
 from hsae.cache.entities import counted
-from hsae.cache.errors import NotApplicable, StoreError
+from hsae.cache.errors import NotApplicable
 from hsae.cache.lm import LanguageModel
 from hsae.cache.ravel import RavelStore
+from hsae.cache.store import check_model
 from hsae.eval.core.fits import check_fits
 from hsae.eval.core.schema import envelope, hsae_version
 from hsae.eval.core.targets import Target
@@ -81,8 +82,7 @@ class RavelBench:
     def language(self) -> LanguageModel:
         """The language model, checked to be the store's."""
         model = self._load()
-        if model.model_digest != self.store.header.model_digest:
-            raise StoreError(f"{self.store.path} was made with other weights than those loaded now; build it again")
+        check_model(self.store.path, self.store.header, model, "ravel")
         return model
 
     @cached_property

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hsae.cache.lm import LanguageModel, load_tokenizer
+from hsae.cache.store import check_model
 from hsae.eval.results import write_result
 from hsae.eval.unlearning import qa, selection
 from hsae.eval.unlearning.intervention import of_model
@@ -53,7 +54,10 @@ def evaluate_runs(
         reused = result is not None
         if result is None:
             if exam is None:
-                exam = qa.Exam.set(load(), hook, sets, config, progress)
+                language = load()
+                for store in stores.values():
+                    check_model(store.root, store.header, language)
+                exam = qa.Exam.set(language, hook, sets, config, progress)
             model = load_model(seeded.run_dir(run) / "model")
             dictionary = of_model(model, device)
             density = {

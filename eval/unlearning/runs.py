@@ -15,7 +15,7 @@ from typing import Any
 
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.lm import LanguageModel
-from hsae.cache.store import ActivationStore
+from hsae.cache.store import ActivationStore, check_model
 from hsae.eval.core.schema import hsae_version
 from hsae.eval.core.targets import is_trained, model_digest
 from hsae.eval.results import publish, read_result, write_result
@@ -58,9 +58,11 @@ def open_texts(plan: Plan) -> dict[Side, ActivationStore]:
                 f"no {side} store at {path}; make it with: hsae cache build --plan {named} --suite unlearning"
             )
     stores: dict[Side, ActivationStore] = {side: ActivationStore.of(plan.store(side), plan.cache.dir) for side in SIDES}
-    if stores["forget"].header.model_digest != stores["retain"].header.model_digest:
+    digests = {(store.header.model_digest, store.header.tokenizer_digest) for store in stores.values()}
+    if len(digests) > 1:
         raise StoreError(
-            f"{stores['forget'].url} and {stores['retain'].url} were made with different weights; build them again"
+            f"{stores['forget'].url} and {stores['retain'].url} were made with different weights or tokenizers; move them away and build "
+            "them again"
         )
     return stores
 
@@ -102,10 +104,8 @@ def evaluate_runs(
         if (reused := result is not None) is False:
             if language is None:
                 language = load(stores["forget"])
-                if language.model_digest != stores["forget"].header.model_digest:
-                    raise StoreError(
-                        f"{stores['forget'].url} was made with other weights than those loaded now; build it again"
-                    )
+                for store in stores.values():
+                    check_model(store.root, store.header, language)
             if force:
                 (folder / PARTIAL).unlink(missing_ok=True)
             rows = [Rows.all_of(stores[side], hook) for side in SIDES]
