@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from hsae.cache.build import build
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.lm import LanguageModel
+from hsae.cache.store import ActivationStore
+from hsae.cache.verify import repair, verify
 from hsae.cli.main import app
 from hsae.eval.results import write_result
 from hsae.eval.unlearning import arms, pareto, qa, qa_runs, selection
@@ -523,6 +525,24 @@ def test_what_is_missing_is_said_with_what_to_run(plan, overrides, tmp_path, mon
         load_plan("tiny", ["unlearning.row=3"])
     with pytest.raises(UserError, match=r"unlearning\.retain_cap: Input should be less than 1 \(given: 2\)"):
         load_plan("tiny", ["unlearning.retain_cap=2"])
+
+
+@pytest.mark.parametrize("mend", ["build", "repair"])
+def test_a_lost_or_damaged_documents_json_is_made_again(plan, mend):
+    """FIX C4, C8."""
+    root = plan.store_path("forget")
+    path = root / "documents.json"
+    whole, header = path.read_bytes(), (root / "zarr.json").read_bytes()
+    path.write_text(path.read_text().replace("[1, ", "[3, ", 1)) if mend == "repair" else path.unlink()
+    damages = verify(root)
+    assert [damage.path for damage in damages] == [path]
+    with pytest.raises(StoreError, match=r"documents.json is .*hsae cache verify .* --repair"):
+        ActivationStore.open(root).documents()
+    if mend == "repair":
+        assert repair(root, damages) == []
+    else:
+        build([plan.store("forget"), plan.store("retain")], plan.cache.dir)
+    assert path.read_bytes() == whole and (root / "zarr.json").read_bytes() == header and verify(root) == []
 
 
 def test_too_little_text_is_said_with_the_key_to_change(overrides, tmp_path):
