@@ -295,19 +295,22 @@ def _in_both(
 
 
 def _in_both_files(one: CorpusConfig, other: CorpusConfig, mine: list[Path], others: list[Path]) -> str | None:
-    by_size: dict[int, list[int]] = {}
-    for place, file in enumerate(others):
-        by_size.setdefault(file.stat().st_size, []).append(place)
-    twins = [
-        (place, twin)
-        for place, file in enumerate(mine)
-        for twin in (by_size.get(file.stat().st_size, ()) if file.stat().st_size else ())
-        if (file_kind(file) == ".txt" or one.column == other.column) and _alike(file, others[twin])
-    ]
+    readable = [file_kind(file) == ".txt" or one.column == other.column for file in mine]
+    twins = [(place, place) for place in range(len(mine))]
+    if not all(readable) or [file.resolve() for file in mine] != [file.resolve() for file in others]:
+        by_size: dict[int, list[int]] = {}
+        for place, file in enumerate(others):
+            by_size.setdefault(file.stat().st_size, []).append(place)
+        twins = [
+            (place, twin)
+            for place, file in enumerate(mine)
+            if readable[place] and file.stat().st_size
+            for twin in by_size.get(file.stat().st_size, ())
+            if _alike(file, others[twin])
+        ]
     if len(mine) == len(others) == len(twins) and all(place == twin for place, twin in twins):
-        return _in_both(
-            one, other, f"{one.corpus!r}" + ("" if one.corpus == other.corpus else f", which is {other.corpus!r}")
-        )
+        same = "" if one.corpus == other.corpus else f", which is {other.corpus!r}"
+        return _in_both(one, other, f"{one.corpus!r}{same}")
     for place, twin in twins:
         starts = (_documents(mine[:place], one.column), _documents(others[:twin], one.column))
         if found := _in_both(one, other, repr(str(mine[place])), starts, _documents([mine[place]], one.column)):
