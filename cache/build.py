@@ -42,7 +42,7 @@ from hsae.cache.layout import (
     read_header,
     statistics_arrays,
 )
-from hsae.cache.lm import LanguageModel
+from hsae.cache.lm import LanguageModel, pinned
 from hsae.cache.mapped import MappedArray
 from hsae.cache.remote import IN_FLIGHT, Place, RemotePath, exists, locked, many, place, publish, remove
 from hsae.cache.salvage import keep_what_is_right
@@ -61,6 +61,8 @@ PACKING = "packing.json"
 UNFINISHED = (tally.FOLDER, written.FOLDER)  # folders of a store that is not complete
 PACKED_AT_ONCE = 64  # chunks of tokens between two states of the packing
 LOCAL_WRITERS = 2  # chunks written at once while the next one is computed
+SAMPLED_CHUNKS = 64
+MOST_UNKNOWN = 0.1  # of the tokens: of text in its own language a tokenizer misses a few in a thousand
 ASKED_AHEAD = 4  # chunks whose tokens, and whose being there, are asked for ahead
 LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
 
@@ -107,7 +109,7 @@ def build(
         if share.world > 1 and device == "cuda":
             torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
         say(f"loading {specs[0].model.id}")
-        model = LanguageModel.load(specs[0].model, device=device, say=say)
+        model = LanguageModel.load(pinned(specs[0].model, folder), device=device, say=say)
         builders = [Builder(spec, target, model, progress, documents, share) for spec, target in missing]
         for note in dict.fromkeys(note for builder in builders for note in builder.corpus.notes):
             say(note)
@@ -142,7 +144,7 @@ def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[st
     header = read_header(target)
     folder = None
     with contextlib.suppress(ModelError, OSError):
-        folder = weights.folder_here(spec.model)
+        folder = weights.folder_here(weights.at_commit(spec.model, header.model_commit))
     now: dict[str, Callable[[], str]] = {}
     if folder is not None:
         now |= {
@@ -192,6 +194,8 @@ class Builder:
     ) -> None:
         self.spec, self.target, self.model, self.progress = spec, target, model, progress
         model.check_hooks(spec.hooks)
+        if spec.split == "eval":
+            model.check_ablation(spec.hooks)
         self.documents, self.share = documents, share
         self.corpus = (
             open_corpus(spec.corpus, spec.split)
@@ -235,7 +239,8 @@ class Builder:
             return
         try:
             self.write_tokens()
-        except CorpusError:
+            self._refuse_unknown()
+        except (CorpusError, ModelError):
             if not any(
                 spec.written(self.target).any() for path, spec in self.specs.items() if path.startswith("acts/")
             ):
@@ -281,6 +286,7 @@ class Builder:
             special_ids=model.special_ids,
             model_digest=model.model_digest,
             tokenizer_digest=model.tokenizer_digest,
+            model_commit=model.commit,
             corpus_digest=self.corpus.digest,
             versions={
                 "python": platform.python_version(),
@@ -330,7 +336,9 @@ class Builder:
                 chunk = list(itertools.islice(rows, wanted))
                 if len(chunk) < wanted:
                     self._too_little_text(index * self.step + len(chunk))
-                chunks.append((array, index, torch.tensor(chunk, dtype=torch.int32)))
+                ids = torch.tensor(chunk, dtype=torch.int32)
+                self.model.check_ids(ids)
+                chunks.append((array, index, ids))
                 self.progress(self.spec, "tokens", index * self.step + wanted, spec.rows, 0)
             self._publish(chunks)
             if self.written is not None:
@@ -424,6 +432,20 @@ class Builder:
             f"{spec.context} tokens; {spec.rows} were asked for. Lower {names.get(spec.split, 'unlearning.rows')}, or use more text"
             + (f" ({' or '.join(wider)}, but let no document be in two splits)" if wider else "")
         )
+
+    def _refuse_unknown(self) -> None:
+        """Raise CorpusError if the tokenizer does not know the text: by a sample of the chunks of tokens."""
+        unknown = self.model.tokenizer.unk_token_id
+        if unknown in (None, self.model.bos_id):  # which stands before each document
+            return
+        count = self.specs["tokens"].count
+        tokens = torch.cat([self.tokens(index) for index in range(0, count, -(-count // SAMPLED_CHUNKS))])
+        share = float((tokens == unknown).double().mean())
+        if share > MOST_UNKNOWN:
+            raise CorpusError(
+                f"{share:.0%} of the tokens of corpus {self.spec.corpus.corpus!r} are {self.model.tokenizer.unk_token!r}: the tokenizer of "
+                f"{self.spec.model.id} does not know this text; use text that the model was trained on, or the model's own tokenizer files"
+            )
 
     # --- activations --------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ class ModelConfig(Config):
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Type the model runs in and the activations are kept in."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
-    """auto: eager where the model caps attention logits (Gemma-2), sdpa elsewhere."""
+    """auto: eager where the model caps attention logits (Gemma-2) or has no sdpa, sdpa elsewhere."""
 
 
 class HookConfig(Config):

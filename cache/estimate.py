@@ -1,6 +1,5 @@
 """What a build will take, told before anything is computed."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,10 @@ from typing import Any
 
 from hsae.cache import weights
 from hsae.cache.build import is_finished
-from hsae.cache.config import StoreSpec
+from hsae.cache.config import ModelConfig, StoreSpec
 from hsae.cache.errors import ModelError, StoreError
 from hsae.cache.layout import total_bytes
-from hsae.cache.lm import check_dtype, hook_layer
+from hsae.cache.lm import check_dtype, hook_layer, pinned, positions
 from hsae.cache.remote import Place, exists, place, sizes
 
 CPU_FLOPS, GPU_FLOPS = 1e11, 1e14  # sustained, per machine: only for the estimate before the first batch is timed
@@ -38,11 +37,14 @@ class Estimate:
 
 def estimate(spec: StoreSpec, root: str | Place, device: str) -> Estimate:
     """Sizes and time for `spec` in folder `root`; the weights are not read. Raises UserError if the request can't be met."""
-    check_dtype(spec.model)
     path = place(root) / spec.name
-    config, model_bytes = model_config(spec)
-    check_dtype(spec.model, config.get("model_type"))
-    layers, d_model = int(config["num_hidden_layers"]), int(config["hidden_size"])
+    config, model_bytes = model_config(pinned(spec.model, root))
+    check_dtype(spec.model, config.model_type)
+    layers, d_model = config.num_hidden_layers, config.hidden_size
+    if (longest := positions(config)) is not None and spec.context > longest:
+        raise ModelError(
+            f"rows of {spec.context} tokens were asked for; {spec.model.id} has positions for {longest}: --set cache.context={longest} or fewer"
+        )
     for hook in spec.hooks:
         layer, kind = hook_layer(hook)
         if spec.clean_rows and (layer, kind) == (0, "pre"):
@@ -74,39 +76,34 @@ def _free(path: Place) -> int | None:
     return None
 
 
-def _seconds(spec: StoreSpec, config: dict[str, Any], device: str) -> float:
+def _seconds(spec: StoreSpec, config: Any, device: str) -> float:
     """Two floating-point operations a weight and token: prefix layers for all rows, everything else for the clean ones."""
-    width, layers, vocabulary = int(config["hidden_size"]), int(config["num_hidden_layers"]), int(config["vocab_size"])
-    heads, groups = (
-        int(config["num_attention_heads"]),
-        int(config.get("num_key_value_heads") or config["num_attention_heads"]),
-    )
-    head = int(config.get("head_dim") or width // heads)
-    layer = width * head * (2 * heads + 2 * groups) + 3 * width * int(config["intermediate_size"])
+    width, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    groups = _number(config, "num_key_value_heads", heads)
+    layer = width * _number(config, "head_dim", width // heads) * (2 * heads + 2 * groups)
+    layer += 3 * width * _number(config, "intermediate_size", 4 * width)
     deepest = max(hook_layer(hook)[0] for hook in spec.hooks) + 1
-    weights_used = deepest * layer * spec.rows + ((layers - deepest) * layer + width * vocabulary) * spec.clean_rows
-    return 2.0 * weights_used * spec.context / (GPU_FLOPS if device.startswith("cuda") else CPU_FLOPS)
+    after = (layers - deepest) * layer + width * config.vocab_size
+    weights_used = deepest * layer * spec.rows + after * spec.clean_rows
+    return 2.0 * float(weights_used) * spec.context / (GPU_FLOPS if device.startswith("cuda") else CPU_FLOPS)
 
 
-def model_config(spec: StoreSpec) -> tuple[dict[str, Any], int | None]:
-    """(content of config.json, bytes of weights), without reading weights. Raises ModelError if there is no such model."""
-    size = weights.weight_bytes(spec.model)
-    path = weights.config_file(spec.model)
+def _number(config: Any, name: str, otherwise: int) -> int:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else otherwise  # some families have one for each layer
+
+
+def model_config(model: ModelConfig) -> tuple[Any, int | None]:
+    """(transformers' description of the language model, bytes of weights), without reading weights. Raises ModelError if there is no such model."""
+    size = weights.weight_bytes(model)
+    path = weights.config_file(model)
     if path is None:  # a GGUF file that was not converted yet: its metadata is read when it is
-        path = weights.model_folder(spec.model) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
-    text: dict[str, Any] = config.get("text_config", config)
-    if (
-        missing := {"hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "intermediate_size"}
-        - text.keys()
-    ):
-        raise ModelError(
-            f"{spec.model.id}: config.json has no {', '.join(sorted(missing))}; is it a decoder-only language model?"
-        )
-    return text, size
+        path = weights.model_folder(model) / "config.json"
+    config = weights.described(model.id, path.parent).get_text_config()
+    sizes = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+    if missing := [name for name in sizes if _number(config, name, 0) < 1]:
+        raise ModelError(f"{model.id}: config.json has no {', '.join(missing)}; is it a decoder-only language model?")
+    return config, size
 
 
 def check_space(estimates: list[Estimate]) -> None:

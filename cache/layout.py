@@ -99,6 +99,8 @@ class Header(Config):
     """pad, EOS and BOS ids: left out of training and of most metrics."""
     model_digest: str
     tokenizer_digest: str
+    model_commit: str | None = None
+    """The hub's commit that the model was taken from; None for models from elsewhere, and in stores that were made before there was one."""
     corpus_digest: str
     versions: dict[str, str]
     """Libraries that determine the content."""

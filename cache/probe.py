@@ -27,7 +27,7 @@ from torch import Tensor
 from hsae.cache.config import Config, ModelConfig
 from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.files import sweep
-from hsae.cache.lm import LanguageModel
+from hsae.cache.lm import LanguageModel, pinned
 from hsae.cache.parts import (
     PART_TEXTS,
     Part,
@@ -102,7 +102,7 @@ def build_probe(
         sweep_probes(root)
         if model is None:
             say(f"loading {spec.model.id}")
-            model = LanguageModel.load(spec.model, device=device, say=say)
+            model = LanguageModel.load(pinned(spec.model, root), device=device, say=say)
         model.check_hooks(spec.hooks)
         say(f"reading the texts of {spec.suite}")
         described, sets, position = _described(spec, model)

@@ -21,7 +21,7 @@ from hsae.cache.completion import Opened, Passes, complete
 from hsae.cache.config import Config
 from hsae.cache.entities import EntityType, counted, covering, entity_span, read_entities, verdict
 from hsae.cache.errors import CorpusError, StoreError
-from hsae.cache.lm import LanguageModel
+from hsae.cache.lm import LanguageModel, pinned
 from hsae.cache.parts import PART_TEXTS, ZEROS, Parts, SuiteHeader, kept, read_header, seal, write_header
 from hsae.cache.probe import Wanted, build_set, sets_folder, sweep_probes, versions
 from hsae.cache.probe_config import content_key, probe_folder
@@ -121,7 +121,7 @@ def build_ravel(
         sweep_probes(root)
         if model is None:
             say(f"loading {spec.model.id}")
-            model = LanguageModel.load(spec.model, device=device, say=say)
+            model = LanguageModel.load(pinned(spec.model, root), device=device, say=say)
         model.check_hooks(spec.hooks)
         coded = model.tokenizer([one.text for one in asked], return_offsets_mapping=True, verbose=False)
         ids = [list(row) for row in coded.input_ids]

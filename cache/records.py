@@ -209,7 +209,7 @@ def open_data_set(name: str, revision: str | None, subset: str | None, split: st
 
     set_verbosity_error()
     try:
-        return load_dataset(name, subset, split=split, revision=revision, streaming=True)
+        return load_dataset(name, subset, split=split, revision=revision, streaming=True, trust_remote_code=False)
     except Exception as error:  # the client has no common base for network, access and naming errors
         raise _unreachable(name, error, instead) from None
 

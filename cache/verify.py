@@ -170,9 +170,10 @@ class _Repair:
     ) -> None:
         from hsae.cache.build import Builder  # which loads transformers; checking needs none
         from hsae.cache.lm import LanguageModel
+        from hsae.cache.weights import at_commit
 
         say(f"loading {header.spec.model.id}")
-        model = LanguageModel.load(header.spec.model, device=device, say=say)
+        model = LanguageModel.load(at_commit(header.spec.model, header.model_commit), device=device, say=say)
         self.builder = Builder(header.spec, root, model, lambda spec, stage, done, total, row_bytes: None)
         self.builder.check_same(header, self.builder.header())
         self.root, self.header, self.say = root, header, say

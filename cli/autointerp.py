@@ -104,6 +104,7 @@ def autointerp(
     from hsae.cache.lm import load_tokenizer
     from hsae.cache.remote import place
     from hsae.cache.store import ActivationStore, check_tokenizer
+    from hsae.cache.weights import at_commit
     from hsae.cli.eval import of_folders, of_runs
     from hsae.eval.autointerp.evaluation import Autointerp, noise_note
     from hsae.eval.autointerp.judge import Judge, Prices
@@ -116,7 +117,7 @@ def autointerp(
     store = ActivationStore.of(loaded.store("autointerp"), loaded.cache.dir)
     if not sae:
         tell_common_text(loaded, ("autointerp",))
-    tokenizer = load_tokenizer(loaded.model)
+    tokenizer = load_tokenizer(at_commit(loaded.model, store.header.model_commit))
     check_tokenizer(store.root, store.header, tokenizer)
     prices = Prices(input=price_in, output=price_out) if price_in is not None and price_out is not None else None
     with Judge(

@@ -94,6 +94,7 @@ def core(
     from hsae.cache.device import pick_device
     from hsae.cache.lm import LanguageModel
     from hsae.cache.store import ActivationStore
+    from hsae.cache.weights import at_commit
     from hsae.eval.core.evaluation import CoreOptions
     from hsae.eval.core.schema import write_core
     from hsae.eval.core.targets import evaluate_targets
@@ -107,7 +108,7 @@ def core(
         evaluated = evaluate_targets(
             targets,
             store,
-            lambda: LanguageModel.load(store.spec.model, device=place),
+            lambda: LanguageModel.load(at_commit(store.spec.model, store.header.model_commit), device=place),
             options=CoreOptions(exclude_special_tokens=not all_tokens),
             force=force,
             listener=screen,

@@ -25,7 +25,7 @@ def evaluate(
     """Evaluate and print; raises NotApplicable if the hook carries nothing that could be exchanged."""
     from hsae.cache.device import pick_device
     from hsae.cache.errors import need
-    from hsae.cache.lm import LanguageModel
+    from hsae.cache.lm import LanguageModel, pinned
     from hsae.cache.ravel import RavelStore
     from hsae.cli.suite import print_results, targets_of
     from hsae.eval.suite.evaluations import evaluate_with
@@ -38,7 +38,13 @@ def evaluate(
     with waiting("ravel: reading") as tell:
         results = evaluate_with(
             lambda hook: RavelBench(
-                store, hook, draws, plan.ravel, lambda: LanguageModel.load(plan.model, device=place), place, tell
+                store,
+                hook,
+                draws,
+                plan.ravel,
+                lambda: LanguageModel.load(pinned(plan.model, plan.cache.dir), device=place),
+                place,
+                tell,
             ),
             targets,
             force=force,

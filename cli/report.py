@@ -46,13 +46,14 @@ def report(
 
     from hsae.cache.lm import load_tokenizer
     from hsae.cache.store import ActivationStore, check_tokenizer
+    from hsae.cache.weights import at_commit
     from hsae.eval.report.page import write_report
     from hsae.train.suites import SIDES
 
     store = tokenizer = None
     try:
         store = ActivationStore.of(loaded.store("eval"), loaded.cache.dir)
-        tokenizer = load_tokenizer(loaded.model)
+        tokenizer = load_tokenizer(at_commit(loaded.model, store.header.model_commit))
         check_tokenizer(store.root, store.header, tokenizer)
     except UserError as error:
         tokenizer = None

@@ -44,10 +44,7 @@ OutOption = Annotated[
     typer.Option("--out", help=f"Folder for the results of --sae; each evaluation has its own in it; default {OUT}."),
 ]
 DrawsOption = Annotated[
-    int,
-    typer.Option(
-        "--draws", min=1, max=1000, metavar="N", help="Seeds of the evaluation's own draws: what intervals span."
-    ),
+    int, typer.Option("--draws", min=1, metavar="N", help="Seeds of the evaluation's own draws: what intervals span.")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Compute anew what is there already.")]
 HELP = {
@@ -318,14 +315,14 @@ def _cell(measure: "dict[str, float | None] | None") -> str | Text:
 
 def build(plan: "Plan", suite: str, device: str, *, dry_run: bool) -> None:
     """Make the probe store of one suite, or of all (`hsae cache build --suite`)."""
-    from hsae.cache.lm import LanguageModel
+    from hsae.cache.lm import LanguageModel, pinned
     from hsae.cache.probe import build_probe
     from hsae.cache.probe_config import SUITES, probe_folder
     from hsae.cache.remote import check_writable
 
     _no_dry_run(dry_run)
     check_writable(probe_folder(plan.cache.dir))
-    model = LanguageModel.load(plan.model, device=device, say=say)
+    model = LanguageModel.load(pinned(plan.model, plan.cache.dir), device=device, say=say)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "texts")
     for name in SUITES if suite == "all" else (_suite(suite),):
         with progress_bars(*columns) as bars:

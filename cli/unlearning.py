@@ -53,7 +53,8 @@ def unlearning(
     loaded = load_plan(plan, overrides or ())
 
     from hsae.cache.device import pick_device
-    from hsae.cache.lm import LanguageModel
+    from hsae.cache.lm import LanguageModel, pinned
+    from hsae.cache.weights import at_commit
 
     place = pick_device(device)
     if qa:
@@ -65,7 +66,7 @@ def unlearning(
             scored = qa_runs.evaluate_runs(
                 runs,
                 sets,
-                lambda: LanguageModel.load(loaded.model, device=place),
+                lambda: LanguageModel.load(pinned(loaded.model, loaded.cache.dir), device=place),
                 force=force,
                 device=place,
                 progress=screen.listener(None),
@@ -81,7 +82,7 @@ def unlearning(
     with _Screen() as screen:
         done = evaluate_runs(
             chosen,
-            lambda store: LanguageModel.load(store.spec.model, device=place),
+            lambda store: LanguageModel.load(at_commit(store.spec.model, store.header.model_commit), device=place),
             force=force,
             device=place,
             progress=screen.listener,

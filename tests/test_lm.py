@@ -71,11 +71,13 @@ def test_prefix_and_suffix_are_bit_equal_to_the_whole_gemma_3_270m():
 
 def test_only_the_layers_up_to_the_deepest_hook_run():
     model = LanguageModel.load(ModelConfig(id=str(GOLDEN_MODEL), dtype="float32"))
+    hooks = ["blocks.2.hook_resid_post", "blocks.1.hook_resid_post"]
+    model.check_hooks(hooks)
     ran = []
     for index, layer in enumerate(model._layers):
         layer.register_forward_hook(lambda module, inputs, output, index=index: ran.append(index))
     model.model.model.norm.register_forward_hook(lambda *_: ran.append("norm"))
-    found = model.prefix(tokens_for(model), ["blocks.2.hook_resid_post", "blocks.1.hook_resid_post"])
+    found = model.prefix(tokens_for(model), hooks)
     assert ran == [0, 1, 2]
     ran.clear()
     model.suffix("blocks.2.hook_resid_post", found["blocks.2.hook_resid_post"])
@@ -164,7 +166,7 @@ def test_digests_name_the_content_and_are_remembered(tmp_path, monkeypatch):
     assert weights.weights_digest(first) == weights.weights_digest(second)
     (second / "model.safetensors").write_bytes(b"weight2")
     assert weights.weights_digest(first) != weights.weights_digest(second)
-    monkeypatch.setattr(weights, "_file_sha256", None)
+    monkeypatch.setattr(weights, "_crc32c", None)
     assert len(weights.weights_digest(first)) == 64  # from memory: the file is not read again
 
 

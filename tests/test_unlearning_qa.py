@@ -107,7 +107,8 @@ def test_sets_on_the_hub_are_read_at_their_pinned_revisions(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = {}
 
-    def load_dataset(name, subset, *, split, revision):
+    def load_dataset(name, subset, *, split, revision, trust_remote_code):
+        assert trust_remote_code is False
         asked[name, subset] = (split, revision)
         return [{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}]
 

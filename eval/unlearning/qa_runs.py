@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hsae.cache.lm import LanguageModel, load_tokenizer
+from hsae.cache.lm import LanguageModel, load_tokenizer, pinned
 from hsae.cache.store import check_model
 from hsae.eval.results import write_result
 from hsae.eval.unlearning import qa, selection
@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int], None]
 
 def check(plan: Plan) -> dict[Side, list[Question]]:
     """The questions, once everything that can be missing is there. Raises UserError before any compute."""
-    check_template(load_tokenizer(plan.model), plan.model.id)
+    check_template(load_tokenizer(pinned(plan.model, plan.cache.dir)), plan.model.id)
     sets = qa.read_sets(plan.unlearning.qa)
     open_texts(plan)
     return sets

@@ -117,7 +117,7 @@ def _hub(name: str, revision: str | None) -> list[Question]:
     set_verbosity_error()
     disable_progress_bar()
     try:
-        data = load_dataset(owner_name, subset, split="test", revision=revision)
+        data = load_dataset(owner_name, subset, split="test", revision=revision, trust_remote_code=False)
     except Exception as error:  # the client has no common base for network, access and naming errors
         first = str(error).splitlines()[0] if str(error) else ""
         raise UserError(
