@@ -46,7 +46,7 @@ from pydantic import Field, ValidationError
 from hsae.cache.config import FORMAT_VERSION, HOOK_PATTERN, Codec, Config, StoreSpec
 from hsae.cache.errors import StoreError
 from hsae.cache.files import CHECKSUM, check_seal, parse_json, sealed
-from hsae.cache.remote import Place, numbered, size_of
+from hsae.cache.remote import Place, again, numbered, size_of
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int32": 4, "uint32": 4}
 CRC_BYTES = 4
@@ -268,10 +268,14 @@ def _group(attributes: dict[str, Any]) -> dict[str, Any]:
 def read_header(root: Place) -> Header:
     """The header of the store at `root`. Raises LostHeaderError if there is none or it is damaged, StoreError if it is of another format."""
     path = root / METADATA
-    try:
+
+    def read() -> Header:
         held = parse_json(path.read_bytes())["attributes"]["hsae"]
         check_seal(held, required=False)
-        header = Header(**{key: value for key, value in held.items() if key != CHECKSUM})
+        return Header(**{key: value for key, value in held.items() if key != CHECKSUM})
+
+    try:
+        header = again(path, read, (ValueError, KeyError, TypeError, AttributeError))
     except (FileNotFoundError, NotADirectoryError):
         raise LostHeaderError(f"no activation store at {root}; make it with `{build_command(root)}`") from None
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
@@ -305,8 +309,8 @@ def read_header(root: Place) -> Header:
 
 
 def _lost(root: Place, problem: str) -> LostHeaderError:
-    again = f"`{build_command(root)}` with the store's plan writes it again and keeps the chunks that are whole"
-    return LostHeaderError(f"{root / METADATA} {problem}; {again}")
+    advice = f"`{build_command(root)}` with the store's plan writes it again and keeps the chunks that are whole"
+    return LostHeaderError(f"{root / METADATA} {problem}; {advice}")
 
 
 def build_command(root: Place) -> str:
@@ -349,31 +353,43 @@ def check_array(root: Place, array: ArraySpec) -> None:
 def check_metadata(root: Place, name: str, wanted: Mapping[str, Any]) -> None:
     """Raise DamagedFileError unless a zarr.json holds this; the header within is `read_header`'s to check."""
     path = root / name
+
+    def compare() -> None:
+        data = path.read_bytes()
+        try:
+            held = parse_json(data)
+            if name == METADATA:
+                held["attributes"]["hsae"] = wanted["attributes"]["hsae"]
+            given = dict(held)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedFileError(root, path, f"can't be read ({error})") from None
+        if wanted["node_type"] == "group" and given.get("consolidated_metadata", 0) is None:
+            del given["consolidated_metadata"]  # older versions of zarr-python wrote that
+        for key in {**wanted, **given}:
+            told = [json.dumps(content.get(key), sort_keys=True) for content in (given, wanted)]
+            if told[0] != told[1] or (key in given) != (key in wanted):
+                raise DamagedFileError(
+                    root, path, f"says {key} is {told[0][:200]}, the store's header leads to {told[1]}"
+                )
+
     try:
-        held = parse_json(path.read_bytes())
-        if name == METADATA:
-            held["attributes"]["hsae"] = wanted["attributes"]["hsae"]
-        given = dict(held)
+        again(path, compare, DamagedFileError)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise DamagedFileError(root, path, "is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFileError(root, path, f"can't be read ({error})") from None
-    if wanted["node_type"] == "group" and given.get("consolidated_metadata", 0) is None:
-        del given["consolidated_metadata"]  # older versions of zarr-python wrote that
-    for key in {**wanted, **given}:
-        told = [json.dumps(content.get(key), sort_keys=True) for content in (given, wanted)]
-        if told[0] != told[1] or (key in given) != (key in wanted):
-            raise DamagedFileError(root, path, f"says {key} is {told[0][:200]}, the store's header leads to {told[1]}")
 
 
 def read_documents(root: Place, header: Header) -> list[tuple[int, str | None]]:
     """For each row, the number of its document and its topic. Raises DamagedFileError if that is missing or is not what was written."""
     path = root / DOCUMENTS
-    try:
+
+    def read() -> list[tuple[int, str | None]]:
         data = path.read_bytes()
         if header.documents_digest not in (None, documents_digest(data)):
             raise ValueError("it fails its checksum")
-        held = [(number, topic) for number, topic in parse_json(data)]
+        return [(number, topic) for number, topic in parse_json(data)]
+
+    try:
+        held = again(path, read, (ValueError, TypeError))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise DamagedFileError(root, path, "is missing") from None
     except (ValueError, TypeError) as error:

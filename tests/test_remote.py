@@ -183,6 +183,10 @@ def test_what_comes_harmed_is_fetched_again_and_what_stays_harmed_is_named(bucke
         s3.harms += [harm] * (remote.TRIES - 1 if harm is harms[0] else 1)
         assert torch.equal(store.acts(HOOK, 0, 4), values[f"acts/{HOOK}"][:4])
         assert not s3.harms
+    for count in range(3):  # the header, the metadata of a group or an array, the list of checksums
+        s3.harms += [*[lambda body: body] * count, lambda body: body.replace(b"1", b"2")]
+        assert torch.equal(ActivationStore.open(str(far)).tokens(0, 4), values["tokens"][:4])
+        s3.harms.clear()
     for data, problem in ((b"x", "is 1 bytes long, not 116"), (bytes(10_000), "is more than 4320 bytes long")):
         publish(far / "tokens/c/1/0", data)
         with pytest.raises(StoreError, match=f"tokens/c/1/0 {problem}; find and mend"):
