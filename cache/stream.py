@@ -81,8 +81,11 @@ class TokenStream:
             torch.index_select(flat, 0, torch.from_numpy(places[start:stop]), out=gathered[start:stop])
         return gathered.index_select(0, torch.from_numpy(np.argsort(order)))
 
-    def batches(self, first_step: int, last_step: int, prefetch: int = PREFETCHED) -> Iterator[Tensor]:
-        """Batches first_step to last_step - 1; a thread prepares the next ones while one is used, and passes its errors on."""
+    def batches(
+        self, first_step: int, last_step: int, prefetch: int = PREFETCHED, *, pinned: bool = False
+    ) -> Iterator[Tensor]:
+        """Batches first_step to last_step - 1, in `pinned` memory for a GPU; a thread prepares the next ones while one is used, and passes
+        its errors on."""
         ready: queue.Queue[Tensor | BaseException] = queue.Queue(maxsize=prefetch)
         done = threading.Event()
 
@@ -99,7 +102,7 @@ class TokenStream:
                     if done.is_set():
                         return
                     batch = self.batch(step)
-                    put(batch.pin_memory() if torch.cuda.is_available() else batch)
+                    put(batch.pin_memory() if pinned else batch)
             except BaseException as error:
                 put(error)
 

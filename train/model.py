@@ -279,11 +279,13 @@ class StackedView:
     @classmethod
     def of(cls, levels: tuple[SAE, ...]) -> "StackedView":
         """The view of the last of `levels`, given finest first."""
-        rows, bias = levels[-1].W_dec, levels[-1].b_dec
-        for level in reversed(levels[:-1]):
+        given = levels[0].W_enc
+        wide = [level.to(dtype=torch.promote_types(given.dtype, torch.float32)) for level in levels]
+        rows, bias = wide[-1].W_dec, wide[-1].b_dec
+        for level in reversed(wide[:-1]):
             rows, bias = rows @ level.W_dec, bias @ level.W_dec + level.b_dec
-        product, offset = torch.eye(levels[0].d_in), torch.zeros(levels[0].d_in)
-        for level in levels:
+        product, offset = torch.eye(len(given)).to(rows), torch.zeros(len(given)).to(rows)
+        for level in wide:
             product, offset = product @ level.W_enc, (offset - level.b_dec) @ level.W_enc + level.b_enc
         norms = rows.norm(dim=1).clamp_min(1e-12)
         return cls(
@@ -295,7 +297,7 @@ class StackedView:
             b_dec=bias,
             norms=norms,
             metadata=levels[0].metadata,
-        )
+        ).to(dtype=given.dtype)
 
     @property
     def d_in(self) -> int:

@@ -196,9 +196,10 @@ def _train(
     batch_tokens = plan.train.batch_tokens
     stream = TokenStream(store, hook, batch_tokens=batch_tokens, seed=plan.train.seed, share=batch.share)
     first = min((trainee.run.step_number for trainee in trainees), default=plan.train.steps)
+    batches = stream.batches(first, plan.train.steps, pinned=torch.device(device).type == "cuda")
     clock = _Clock(batch_tokens)
     x_BD: Tensor | None = None
-    for step, vectors in enumerate(stream.batches(first, plan.train.steps), first):
+    for step, vectors in enumerate(batches, first):
         clock.loaded()
         x_BD = vectors.to(device, non_blocking=True).float() * scaling.scale
         for trainee in trainees:
