@@ -219,7 +219,7 @@ def test_missing_pieces_are_said(made, tmp_path):
     text = " ".join(Page(path.read_text()).words)
     for words in (
         "No run has been evaluated yet",
-        "no trained model: the run was not finished",
+        "train the run with: hsae train --run 3",
         "no core evaluation yet; run `hsae eval core`",
         "Not trained yet: 4.",
         "not evaluated",

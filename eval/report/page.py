@@ -25,7 +25,8 @@ from hsae.eval.report.composed import markdown as composed_markdown
 from hsae.eval.report.tables import LevelLine, Row
 from hsae.eval.unlearning import pareto
 from hsae.train.model import CONFIG_FILE, WEIGHTS_FILE, TrainedModel, load_model
-from hsae.train.rundir import read_metrics, read_run
+from hsae.train.record import check_same_model, read_run
+from hsae.train.rundir import damaged_metrics, read_metrics
 
 MOST_WARNINGS = 12
 
@@ -179,6 +180,15 @@ def _model(run_dir: Path) -> TrainedModel | None:
         return None
 
 
+def _harm(run_dir: Path) -> str:
+    """Why a finished run has no model to show."""
+    try:
+        load_model(run_dir / "model")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def _rows(run_dir: Path, info: dict[str, Any], current: Current | None) -> tuple[list[Row], list[str]]:
     """A row for each evaluated view of a run, in the order whole, level 1, level 2, ...; and what was left out."""
     rows: list[Row] = []
@@ -265,8 +275,10 @@ def _section(
     missing = [*unreadable]
     if not measured:
         missing.append("no training metrics")
+    if harmed := damaged_metrics(run_dir):
+        missing.append(f"damaged lines of metrics.jsonl, left out: {', '.join(map(str, harmed))}")
     if model is None:
-        missing.append("no trained model: the run was not finished")
+        missing.append("no trained model: the run was not finished" if not info.get("complete") else _harm(run_dir))
     if not rows:
         missing.append(f"no core evaluation {'of this store ' if unreadable else ''}yet; run `hsae eval core`")
     composed = composed_of(run_dir, model, current)
@@ -282,6 +294,7 @@ def _section(
             missing.append("no contexts: the evaluation store is one of another hook or width")
         else:
             try:
+                check_same_model(run_dir, store.url, store.header)
                 cards = cards_of(model, store, info["hook"], tokenizer)
             except UserError as error:
                 missing.append(f"no contexts: {error}")
