@@ -20,6 +20,7 @@ from hsae.eval.hierarchy.measures import Estimate
 from hsae.train.config import RunConfig
 from hsae.train.model import CompositionMap, TrainedModel, load_model
 from hsae.train.plan import load_plan
+from hsae.train.record import read_run, write_run
 from hsae.train.saelens import SAE
 from hsae.train.trainer import train
 
@@ -421,6 +422,7 @@ def test_stale_and_damaged_results_are_made_anew(trained, quick, tmp_path):
         assert not reused() and reused()
     (folder / hierarchy.MAPS_FILE).write_bytes(b"no tensors")
     assert not reused()
+    write_run(folder, {**read_run(folder), "files": None})
     shutil.copytree(original.seeded(1).run_dir(plan.runs[3]) / "model", folder / "model", dirs_exist_ok=True)
     assert not reused() and reused()
     assert not list(folder.rglob("*.partial"))

@@ -19,7 +19,7 @@ from hsae.cache.lm import LanguageModel
 from hsae.cache.store import ActivationStore
 from hsae.cache.verify import repair, verify
 from hsae.cli.main import app
-from hsae.eval.results import write_result
+from hsae.eval.results import read_result, write_result
 from hsae.eval.unlearning import arms, pareto, qa, qa_runs, selection
 from hsae.eval.unlearning import runs as unlearning_runs
 from hsae.eval.unlearning import sweep as unlearning
@@ -462,7 +462,7 @@ def test_every_arm_is_swept_chosen_on_tune_and_reported_on_test(plan, language):
         "unlearning.json is of another model than the one here; run `hsae eval unlearning --force`",
     )
     assert pareto.picture(folder / "absent.json", None) == (None, None)
-    assert json.loads((folder / "unlearning.json").read_text()) == result
+    assert read_result(folder / "unlearning.json", "") == result
 
 
 def refused(store):

@@ -161,7 +161,7 @@ def _begun(
 def read_results(path: Path) -> dict[str, Any]:
     """A results file. Raises UserError if it is damaged."""
     try:
-        content = read_result(path, "hsae eval synthetic --force")
+        content = read_result(path, "hsae eval synthetic (remove the file first, or give another folder with --out)")
         if content["format"] != FORMAT:
             raise UserError(f"{path}: format {content['format']!r}; this hsae reads format {FORMAT}")
         content["settings"], [(arm["fingerprint"], arm["seeds"]) for arm in content["arms"].values()]
