@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from hsae.cache.errors import UserError
-from hsae.cache.files import parse_json, sweep
+from hsae.cache.files import LEFT, PARTIAL, parse_json, sweep
 from hsae.cache.store import ActivationStore
 from hsae.train import saelens
 from hsae.train.checkpoint import FILE as CHECKPOINT
@@ -151,7 +151,11 @@ def finish(run_dir: Path) -> None:
 
 def _check_ours(run_dir: Path, *, restart: bool) -> None:
     """Raise UserError if there is something that `prepare` may not replace: no run of hsae's, or one without `restart`."""
-    there = sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else ["it is a file"] * run_dir.exists()
+    there = (
+        sorted(path.name for path in run_dir.iterdir() if not LEFT.fullmatch(path.name))
+        if run_dir.is_dir()
+        else ["it is a file"] * run_dir.exists()
+    )
     signs = (FILE, b'"identity"'), (MODEL_FILES[0], b'"structure"'), (CHECKPOINT, b'\\"identity\\"')
     ours = any(sign in _begins(run_dir / name) for name, sign in signs)
     if not there or (ours and restart):
@@ -184,8 +188,6 @@ def _known(run_dir: Path, about: dict[str, Any], say: Callable[[str], None]) -> 
             return held
     except UserError as error:
         say(str(error))
-    if run_dir.is_dir():
-        _sweep(run_dir)
     found = load_mark(run_dir / "model")
     complete = found is not None
     found = found or read_mark(run_dir)
@@ -255,7 +257,8 @@ def _sweep(run_dir: Path) -> None:
     """Delete what a killed training left half-written; evaluations, which may be under way, have their own."""
     for name in ("checkpoint", "model", "saelens"):
         sweep(run_dir / name)
-    sweep(run_dir, below=False)
+    for path in run_dir.glob(f".{FILE}.*{PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
 def _description(plan: Plan, config: RunConfig, store: ActivationStore, hardware: str) -> dict[str, Any]:
