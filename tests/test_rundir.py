@@ -20,7 +20,7 @@ from hsae.eval.core.schema import read_core, write_result
 from hsae.train import record, rundir, saelens
 from hsae.train.checkpoint import FILE as CHECKPOINT
 from hsae.train.checkpoint import load_checkpoint, save_checkpoint
-from hsae.train.model import load_model
+from hsae.train.model import TrainedModel, load_model
 from hsae.train.plan import load_plan
 from hsae.train.trainer import train
 
@@ -309,6 +309,21 @@ def test_odd_models_are_refused_in_a_sentence(run):
             load_model(run_dir / "model")
     with pytest.raises(UserError, match=r"there is no such folder"):
         load_model("nowhere/model")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_stack_in_another_type_has_views_of_that_type(dtype):
+    def level(number, d_in, d_sae):
+        W = torch.randn(d_in, d_sae, generator=torch.Generator().manual_seed(number))
+        parts = {"W_enc": W, "W_dec": W.T.clone(), "b_enc": torch.ones(d_sae), "b_dec": torch.ones(d_in)}
+        return saelens.SAE(name=f"level{number}", architecture="standard", **parts)
+
+    stack = TrainedModel(structure="stacked", levels=(level(1, 6, 9), level(2, 9, 4)), compositions=())
+    view, plain = stack.to(dtype=dtype).views()["level2"], stack.views()["level2"]
+    assert {view.W_enc.dtype, view.W_dec.dtype, view.b_enc.dtype, view.b_dec.dtype, view.norms.dtype} == {dtype}
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
+    assert view.decode(view.encode(x.to(dtype))).dtype == dtype
+    torch.testing.assert_close(view.W_enc.float(), plain.W_enc, rtol=0.05, atol=0.3)
 
 
 def test_a_model_is_given_as_text_or_path_and_its_files_have_the_usual_mode(run, tmp_path):

@@ -4,6 +4,7 @@ Runs that were made before there were digests have none, and are taken as they a
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ from hsae.cache.files import check_seal, file_sha256, parse_json, sealed, write_
 
 FILE = "run.json"
 MODEL_FILES = ("model/model.json", "model/model.safetensors")
+VIEW = re.compile(r"sae|level\d+(-effective)?")
+"""Names of the folders in saelens/."""
 SAELENS_FILES = ("saelens/*/cfg.json", "saelens/*/sae_weights.safetensors")
 
 
@@ -61,7 +64,10 @@ def command(run_dir: Path) -> str:
 
 def digests(run_dir: Path) -> dict[str, str]:
     """SHA-256 of the files of a run's model that are there, by their paths in the directory."""
-    found = sorted(path for pattern in (*MODEL_FILES, *SAELENS_FILES) for path in run_dir.glob(pattern))
+    found = sorted(path for pattern in MODEL_FILES for path in run_dir.glob(pattern))
+    found += sorted(
+        path for pattern in SAELENS_FILES for path in run_dir.glob(pattern) if VIEW.fullmatch(path.parent.name)
+    )
     return {path.relative_to(run_dir).as_posix(): file_sha256(path) for path in found}
 
 

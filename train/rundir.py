@@ -7,7 +7,6 @@ saelens/<view>/ (for other tools), eval/ (results). Nothing in it is pickled.
 import hashlib
 import json
 import platform
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -26,13 +25,11 @@ from hsae.train.checkpoint import read_mark
 from hsae.train.config import RunConfig
 from hsae.train.model import load_mark, load_model
 from hsae.train.plan import Plan
-from hsae.train.record import FILE, MODEL_FILES, damage, digests, harmed, read_run, write_run
+from hsae.train.record import FILE, MODEL_FILES, VIEW, damage, digests, harmed, read_run, write_run
 
 __all__ = ["read_run", "write_run"]
 
 TRAINED = ("metrics.jsonl", *MODEL_FILES)
-VIEW = re.compile(r"sae|level\d+(-effective)?")
-"""Names of the folders in saelens/."""
 EVALUATED = (
     "eval/*/*_eval_results.json",
     "eval/*/legacy/*_eval_results.json",
