@@ -447,20 +447,21 @@ def load_model(folder: Path | str) -> TrainedModel:
 def load_mark(folder: Path) -> dict[str, Any] | None:
     """What a model says it was trained with; None if it does not say so, is missing or damaged."""
     try:
-        found = _read_model(folder)[0].get("run")
+        found = _read_model(folder, recorded=False)[0].get("run")
     except UserError:
         return None
     return found if isinstance(found, dict) else None
 
 
-def _read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What model.json says, and the weights; both compared with their checksums, where they have them."""
+def _read_model(folder: Path, *, recorded: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What model.json says, and the weights; both compared with their checksums, and with what run.json has `recorded`, if they have them."""
     run_dir = folder.resolve().parent
     for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE):
         if not path.exists():
             name = f"{path.name} is missing" if path != folder else "there is no such folder"
             raise UserError(f"no trained model in {folder}: {name}; train the run with: {command(run_dir)}")
-    check_files(folder, [CONFIG_FILE])
+    if recorded:
+        check_files(folder, [CONFIG_FILE])
     try:
         described = parse_json((folder / CONFIG_FILE).read_bytes())
         if not isinstance(described, dict):
