@@ -505,3 +505,21 @@ def test_a_build_that_fails_in_the_text_leaves_no_store(tmp_path):
     (path,) = build([spec], tmp_path / "stores", say=said.append)
     assert (path / "zarr.json").is_file()
     assert f"corpus {str(texts)!r}: files read: 1; not read: 1 .md" in said
+
+
+def test_rows_of_a_data_set_on_the_hub_are_read_as_those_of_files(monkeypatch):
+    """FIX B."""
+
+    def rows():
+        yield from ({"text": "cut \ud83d"}, {"text": None}, {"text": b"bytes"})
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("hsae.cache.corpus.resolved_revision", lambda name, revision, instead: "abc")
+    monkeypatch.setattr("hsae.cache.corpus.open_data_set", lambda *asked: rows())
+    texts = open_corpus(CorpusConfig(corpus="owner/name"), "retain").open()
+    assert list(itertools.islice(texts, 3)) == ["cut \ufffd", "", "bytes"]
+    with pytest.raises(CorpusError, match=r"ConnectionError: no route\); .* --set unlearning.retain.corpus=PATH"):
+        next(texts)
+    monkeypatch.setattr("hsae.cache.corpus.open_data_set", lambda *asked: [{"text": "a"}, {"text": 4}])
+    with pytest.raises(CorpusError, match=r"data set owner/name, row 2: column 'text' holds 4, not text"):
+        read("owner/name")
