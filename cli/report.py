@@ -64,7 +64,7 @@ def report(
             run_dirs,
             out,
             compare=compare or (),
-            specs={split: loaded.store(split) for split in ("eval", *SIDES)},
+            specs={split: loaded.asked(split) for split in ("eval", *SIDES)},
             store=store,
             tokenizer=tokenizer,
             progress=lambda text: tell(f"report: {text}"),

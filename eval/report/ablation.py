@@ -205,7 +205,7 @@ def collect(plan: Plan, runs: Sequence[RunConfig], seeds: int, synthetic: Mappin
 def _line(plan: Plan, config: RunConfig, seeds: int, synthetic: Mapping[str, Any] | None, missing: list[str]) -> Line:
     cells: dict[str, dict[int, Entry]] = {column.key: {} for column in COLUMNS}
     compared: dict[str, dict[int, Entry]] = {column.key: {} for column in COLUMNS}
-    current = Current.of(plan.store("eval"))
+    current = Current.of(plan.asked("eval"))
     for seeded in (plan.seeded(index) for index in range(seeds)):
         run_dir = seeded.run_dir(config)
         if not is_trained(seeded, config):
@@ -294,7 +294,7 @@ def _unlearning(plan: Plan, run_dir: Path) -> Found | None:
         content = read_result(run_dir / "eval" / "unlearning.json", "hsae eval unlearning")
         inputs = content["inputs"]
         if inputs["sae"] != model_digest(run_dir / "model") or any(
-            inputs[f"{side}_store"] not in same_bits(plan.store(side)) for side in SIDES
+            inputs[f"{side}_store"] not in same_bits(plan.asked(side)) for side in SIDES
         ):
             return None
         arms = content["arms"]
