@@ -23,6 +23,7 @@ import atheris
 with atheris.instrument_imports(include=["hsae"]):
     from hsae.cache.codec import crc32c, decode_chunk
     from hsae.cache.errors import UserError
+    from hsae.cache.files import sealed
     from hsae.cache.layout import ArraySpec, every_array, read_header
     from hsae.cache.store import ActivationStore
     from hsae.cache.stream import TokenStream
@@ -111,7 +112,7 @@ class Target:
         return found
 
     def mutate(self, data: bytes, most: int, seed: int) -> bytes:
-        """Half of the time from a file as it was written. JSON: values replaced, removed or doubled; else, and now and then, libFuzzer's way."""
+        """Half of the time from a file as it was written. JSON: values replaced, removed or doubled, and mostly sealed; else, and now and then, libFuzzer's way."""
         chance = random.Random(seed)
         if chance.random() < 0.5:
             whole = chance.choice(self.whole)
@@ -129,8 +130,17 @@ class Target:
                     node[key] = [node[key], node[key]]
                 else:
                     node[key] = copy.deepcopy(chance.choice(HOSTILE))
+            if chance.random() < 0.8:
+                self._seal(tree[0])
             return (data[:2] + json.dumps(tree[0]).encode())[:most]
         return bytes(atheris.Mutate(data, most))
+
+    @staticmethod
+    def _seal(content: Any) -> None:
+        """A header with a right checksum again: what reads it must not trust who knows how to make one."""
+        attributes = content.get("attributes") if isinstance(content, dict) else None
+        if isinstance(attributes, dict) and isinstance(attributes.get("hsae"), dict):
+            attributes["hsae"] = sealed(attributes["hsae"])
 
     @staticmethod
     def _place(tree: Any, chance: random.Random) -> tuple[Any, Any]:
