@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from hsae.cache.config import ModelConfig
 from hsae.cache.errors import ModelError
@@ -68,6 +69,8 @@ def test_a_zeroed_residual_must_say_the_same_at_every_position(monkeypatch):
     model = LanguageModel.load(ModelConfig(id=str(ROOT / "tests/golden/model"), dtype="float32"))
     model.check_ablation([HOOK])
     real = model._suffix
-    monkeypatch.setattr(model, "_suffix", lambda hook, resid, **rest: real(hook, resid, **rest).cumsum(1))
+    monkeypatch.setattr(
+        model, "_suffix", lambda hook, resid, **rest: real(hook, resid, **rest) + torch.ones_like(resid).cumsum(1)
+    )
     with pytest.raises(ModelError, match="what follows from a zeroed residual depends on the position"):
         model.check_ablation([HOOK])
