@@ -8,7 +8,6 @@ crc32c of every part that it needs, which are compared when a part is first open
 Shapes: D residual width, N tokens of a part.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from hsae.cache import sigbus
 from hsae.cache.codec import crc32c
 from hsae.cache.config import Config
 from hsae.cache.errors import StoreError
+from hsae.cache.files import parse_json
 from hsae.cache.mapped import mapped_pages, scratch_pages
 from hsae.cache.probe_config import PROBE_FORMAT
 from hsae.cache.remote import Place, RemotePath, TooLongError, again, publish, sizes
@@ -116,7 +116,7 @@ def read_header(path: Place, kind: type[HeaderT], suite: str) -> HeaderT:
     def read() -> HeaderT:
         data = path.read_bytes()
         try:
-            content = json.loads(data)
+            content = parse_json(data)
             if isinstance(content, dict) and content.get("format") != PROBE_FORMAT:
                 raise StoreError(
                     f"{path} has format {content.get('format')!r}, not {PROBE_FORMAT}; make it again with: {build}"
@@ -126,7 +126,7 @@ def read_header(path: Place, kind: type[HeaderT], suite: str) -> HeaderT:
             return kind(**content)
         except StoreError:
             raise
-        except (ValidationError, ValueError, TypeError, RecursionError) as error:
+        except (ValidationError, ValueError, TypeError) as error:
             detail = str(error).splitlines()[0]
             raise StoreError(f"{path} is damaged ({detail}); make it again with: {build}") from None
 
@@ -242,7 +242,7 @@ def _tensors(pages: Tensor) -> dict[str, Tensor]:
     data = pages.numpy().data
     start = 8 + int.from_bytes(data[:8], "little")
     found = {}
-    for name, told in json.loads(bytes(data[8:start])).items():
+    for name, told in parse_json(bytes(data[8:start])).items():
         if name != "__metadata__":
             dtype, (first, last) = DTYPES[told["dtype"]], told["data_offsets"]
             count = (last - first) // dtype.itemsize
