@@ -194,13 +194,14 @@ def _known(run_dir: Path, about: dict[str, Any], say: Callable[[str], None]) -> 
     unknown = {"versions": {"hsae": "not recorded"}, "hardware": "not recorded"}
     held = {**about, "identity": found["identity"], "content": found["content"], **unknown}
     if (held["identity"], held["content"]) == (about["identity"], about["content"]):
+        write_run(run_dir, held | {"complete": complete})
         if complete:
             _write_saelens(run_dir)
-            held |= {"files": digests(run_dir), "complete": True}
-        write_run(run_dir, held)
+            finish(run_dir)
         say(
             f"{run_dir / FILE} was lost, and is written again from the {'model' if complete else 'checkpoint'} beside it"
         )
+        return read_run(run_dir)
     return held
 
 
