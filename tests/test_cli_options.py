@@ -73,6 +73,34 @@ def test_options_without_effect_are_refused(arguments, message, elsewhere):
 
 
 @pytest.mark.parametrize(
+    "config",
+    [None, "[" * 100_000, "9" * 5000, "[1]", '{"text_config": [1]}', '{"hidden_size": "48", "vocab_size": 0}'],
+    ids=range(6),
+)
+def test_odd_model_folders_end_a_dry_run_in_one_line(elsewhere, config):
+    """FIX C14: deep JSON, huge numbers, and other odd configurations of a model."""
+    model = elsewhere / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(bytes(100))
+    if config is not None:
+        (model / "config.json").write_text(config)
+    assert str(model) in refused(
+        "cache", "build", "--dry-run", "--plan", "tiny", "--device", "cpu", "--set", f"model.id='{model}'"
+    )
+
+
+def test_numbers_beyond_reason_are_usage_mistakes(elsewhere):
+    for arguments in (
+        ["train", "--run", "3", "--seeds", "9" * 40],
+        ["eval", "scr", "--draws", "1001"],
+        ["ablate", "--seeds", "0"],
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2 and "Invalid value for" in result.output, result.output
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("arguments", "package"),
     [
         (["eval", "ravel", "--run", "3", "--plan", "tiny"], "scipy"),

@@ -8,12 +8,12 @@ before any tier was trained and blind to its truth:
   to say of a vector as the next; a split in proportion to width, which the levels' sizes may suggest, starves the coarse one.
 """
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from hsae.cache.files import parse_toml
 from hsae.train.config import RunConfig, StreamConfig
 from hsae.train.plan import DEFAULT_PLAN, apply_override, checked_runs, read_tables, select_runs
 from hsae.train.synthetic import Tier, tier_named
@@ -41,7 +41,7 @@ class Arms:
 def load_arms(tier: str, overrides: Sequence[str] = ()) -> Arms:
     """The packaged arms for a tier, with `key=value` overrides (`train.` and `runs.`) applied. Raises UserError."""
     world = tier_named(tier)
-    tables: dict[str, Any] = tomllib.loads(resources.files("hsae.train").joinpath("synthetic.toml").read_text())
+    tables: dict[str, Any] = parse_toml(resources.files("hsae.train").joinpath("synthetic.toml").read_bytes())
     train = tables["train"] | tables["tiers"].get(tier, {})
     plan = read_tables(DEFAULT_PLAN)[1]["runs"]
     given = {number: plan[number] for number in map(str, NUMBERS)}
