@@ -44,7 +44,18 @@ from hsae.cache.layout import (
 )
 from hsae.cache.lm import LanguageModel, pinned
 from hsae.cache.mapped import MappedArray
-from hsae.cache.remote import IN_FLIGHT, Place, RemotePath, exists, locked, many, place, publish, remove
+from hsae.cache.remote import (
+    IN_FLIGHT,
+    Place,
+    RemotePath,
+    exists,
+    locked,
+    many,
+    place,
+    publish,
+    refuse_read_only,
+    remove,
+)
 from hsae.cache.salvage import keep_what_is_right
 from hsae.cache.share import Share
 from hsae.cache.statistics import summarise
@@ -99,6 +110,8 @@ def build(
             "int8 stores are made from finished ones: build with --set cache.codec=mappable, then "
             "`hsae cache recode STORE FOLDER --codec int8`"
         )
+    for _, target in missing:
+        refuse_read_only(target)
     for spec, _ in missing if documents is None and share.rank == 0 else ():
         check_corpus(spec.corpus, spec.split)
     if isinstance(folder, Path):
