@@ -53,7 +53,6 @@ from hsae.cache.remote import (
     many,
     place,
     publish,
-    refuse_read_only,
     remove,
 )
 from hsae.cache.salvage import keep_what_is_right
@@ -110,15 +109,13 @@ def build(
             "int8 stores are made from finished ones: build with --set cache.codec=mappable, then "
             "`hsae cache recode STORE FOLDER --codec int8`"
         )
-    for _, target in missing:
-        refuse_read_only(target)
-    for spec, _ in missing if documents is None and share.rank == 0 else ():
-        check_corpus(spec.corpus, spec.split)
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:
         for _, target in missing:
             locks.enter_context(locked(target, f".rank{share.rank}" if share.rank else ""))
+        for spec, _ in missing if documents is None and share.rank == 0 else ():
+            check_corpus(spec.corpus, spec.split)
         if share.world > 1 and device == "cuda":
             torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
         say(f"loading {specs[0].model.id}")

@@ -476,7 +476,7 @@ def locked(target: Place, suffix: str = "") -> AbstractContextManager[object]:
     Raises StoreError if another process builds or mends it, or if nothing can be written there.
     """
     if isinstance(target, RemotePath):
-        refuse_read_only(target)
+        _refuse_read_only(target)
         return contextlib.nullcontext()
     try:
         return FileLock(target.with_name(f".{target.name}{suffix}.lock")).acquire(timeout=0)
@@ -488,7 +488,7 @@ def locked(target: Place, suffix: str = "") -> AbstractContextManager[object]:
 
 def check_writable(folder: Place) -> None:
     """Write something there, and delete it. Raises StoreError or OSError if that can't be done, so before anything is computed."""
-    refuse_read_only(folder)
+    _refuse_read_only(folder)
     trial = folder / f".{secrets.token_hex(4)}{PARTIAL}"
     try:
         publish(trial, b"")
@@ -501,7 +501,7 @@ def check_writable(folder: Place) -> None:
         ) from None
 
 
-def refuse_read_only(target: Place) -> None:
+def _refuse_read_only(target: Place) -> None:
     """Raise StoreError for an address where nothing can be written whatever the server says."""
     if isinstance(target, RemotePath) and target.read_only:
         raise StoreError(f"{target}: stores at {target.protocol}:// can only be read; write where they lie")
