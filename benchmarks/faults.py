@@ -1,10 +1,10 @@
 """Injects every fault of the table in docs/stores.md by running its tests, and prints the table with what was counted.
 
-    python benchmarks/faults.py [--examples 80] [--outage 60] [--fast] [--report report.xml] [--out docs/results/faults]
+    python benchmarks/faults.py [--examples 80] [--outage 60] [--fast] [--report report.xml] [--also FILE.md ...] [--out docs/results/faults]
 
 Needs hsae[dev]. `--examples` is how many random cases each property gets, `--outage` for how many seconds S3 is gone in the middle of a
 training; `--fast` leaves out tests marked slow. `--report` takes what pytest wrote with `--junit-xml` (and HSAE_EXAMPLES and HSAE_OUTAGE set to
-the same) and runs nothing. Prints Markdown and, last, one JSON document; with `--out` also writes both. Status 1 if a test failed.
+the same) and runs nothing. `--also` puts Markdown of other tools behind the table (`inject.py --out` writes such a file). Prints Markdown and, last, one JSON document; with `--out` also writes both. Status 1 if a test failed.
 """
 
 import argparse
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--outage", type=float, default=60.0)
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--also", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     table = rows()
@@ -117,7 +118,7 @@ def main() -> None:
         "outage": f"{arguments.outage:g}",
         "command": " ".join(["python benchmarks/faults.py", *sys.argv[1:]]),
     }
-    text = markdown(table, about)
+    text = "\n".join([markdown(table, about), *(path.read_text() for path in arguments.also)])
     content = json.dumps({**about, "rows": [asdict(row) for row in table]}, indent=2)
     if arguments.out:
         arguments.out.with_suffix(".md").write_text(text)

@@ -428,7 +428,7 @@ def _stop_after(end: str) -> None:
 
 def markdown(flips: list[Flips], kills: list[Kills], about: dict[str, str]) -> str:
     """Both tables."""
-    lines = [f"Made by `{about['command']}` on {about['date']} ({about['hardware']}; {about['versions']}; {about['minutes']} minutes).", ""]  # fmt: skip
+    lines = ["## From outside", "", f"Made by `{about['command']}` on {about['date']} ({about['hardware']}; {about['versions']}; {about['minutes']} minutes).", ""]  # fmt: skip
     for title, kinds in (("one bit or digit changed in", flips), ("killed at a rename, then run again", kills)):
         shown = ("refused", "told and left out or made again", "no effect", "silently accepted", "crashed")
         lines += [f"| {title} | trials | {' | '.join(shown)} |", f"|:--|--:|{'--:|' * len(OUTCOMES)}"]
