@@ -208,7 +208,7 @@ class Builder:
             model.check_ablation(spec.hooks)
         self.documents, self.share = documents, share
         self.corpus = (
-            open_corpus(spec.corpus, spec.split)
+            open_corpus(spec.corpus, spec.split, anew=True)
             if documents is None
             else Corpus("token ids", "given", lambda: iter(()))
         )

@@ -63,10 +63,11 @@ class Corpus:
         return (document.text for document in self.documents())
 
 
-def open_corpus(config: CorpusConfig, split: Split = "train") -> Corpus:
+def open_corpus(config: CorpusConfig, split: Split = "train", *, anew: bool = False) -> Corpus:
     """The documents `config` asks for. Raises CorpusError, naming keys of the table of `split`, if they can't be had.
 
-    A row without text (null) is a document without tokens: document numbers are row numbers.
+    A row without text (null) is a document without tokens: document numbers are row numbers. With `anew` files are read for their digest
+    in any case, not only if their sizes or times changed.
     """
     name, path, table = config.corpus, _path(config), TEXT_TABLES[split]
     notes: list[str] = []
@@ -76,7 +77,7 @@ def open_corpus(config: CorpusConfig, split: Split = "train") -> Corpus:
         every: Callable[[], Iterator[Document]] = lambda: iter(packaged)  # noqa: E731
     elif path.exists():
         files, notes = _files(path, config.column)
-        digest = files_digest(files)
+        digest = files_digest(files, anew=anew)
         every = lambda: (document for file in files for document in _read(file, path, config.column, table))  # noqa: E731
     elif name.count("/") <= 1 and not name.startswith((".", "~")) and file_kind(path) not in KINDS:
         digest, every = _hub(config, table)

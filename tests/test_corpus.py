@@ -527,3 +527,15 @@ def test_rows_of_a_data_set_on_the_hub_are_read_as_those_of_files(monkeypatch):
     monkeypatch.setattr("hsae.cache.corpus.open_data_set", lambda *asked: [{"text": "a"}, {"text": 4}])
     with pytest.raises(CorpusError, match=r"data set owner/name, row 2: column 'text' holds 4, not text"):
         read("owner/name")
+
+
+def test_a_build_knows_text_that_changed_under_an_unchanged_time(tmp_path, monkeypatch):  # FIX C9
+    monkeypatch.setenv("HSAE_HOME", str(tmp_path / "home"))
+    path = tmp_path / "text.txt"
+    path.write_text("one two three")
+    before, config = path.stat(), CorpusConfig(corpus=str(path))
+    digest = open_corpus(config, anew=True).digest
+    path.write_text("one two thrEe")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert open_corpus(config).digest == digest
+    assert open_corpus(config, anew=True).digest != digest
