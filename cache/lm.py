@@ -128,6 +128,8 @@ class LanguageModel:
                 raise ModelError(
                     f"what follows from the residual there is not the model's logits (relative error {error:.2g})"
                 )
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # foreign code, run in a way that was not foreseen
             what = str(error) if isinstance(error, ModelError) else f"its code ends in {weights.in_a_line(error)}"
             raise ModelError(
