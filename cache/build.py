@@ -34,6 +34,7 @@ from hsae.cache.layout import (
     HookSummary,
     LostHeaderError,
     arrays,
+    checks_array,
     chunk_rows,
     documents_digest,
     every_array,
@@ -600,8 +601,11 @@ class Builder:
             }
             header = self.header().model_copy(update=update)
             writer.write_list(self.target, kept_array(self.spec, self.model.d_model), kept)
-            header = header.model_copy(update={"checks": writer.seal(self.target, every_array(header), checks)})
-            writer.write_header(self.target, header)
+            every = every_array(header)
+            header = header.model_copy(update={"checks": writer.seal(self.target, every, checks)})
+            writer.write_metadata(
+                self.target, header, [*every, checks_array(every)]
+            )  # all: it may have been harmed since
         if read_header(self.target).complete:
             clear(self.target)
 

@@ -56,7 +56,7 @@ def stores(tmp_path_factory, model):
         patch.setattr(LanguageModel, "load", lambda *arguments, **settings: model)
         patch.setattr(module.written, "EVERY", 0.0)
         whole = build([spec()], root / "whole")[0]
-        return whole, stopped(root / "last", "write_header", 0), stopped(root / "packing", "write_chunk", 3)
+        return whole, stopped(root / "last", "write_metadata", 1), stopped(root / "packing", "write_chunk", 3)
 
 
 def exchange(first, second):
@@ -86,6 +86,10 @@ HARMS = {
     "the tally cut": lambda root: (root / "tally/0").write_bytes(b""),
     "a bit of what is written down": lambda root: flip(written(root), 60),
     "what is written down is gone": lambda root: shutil.rmtree(root / "written"),
+    "a digit of an array's metadata": lambda root: (root / "tokens/zarr.json").write_text(
+        (root / "tokens/zarr.json").read_text().replace("3", "4", 1)
+    ),
+    "metadata of a group is gone": lambda root: (root / "acts/zarr.json").unlink(),
     "what is written down is not JSON": lambda root: written(root).write_bytes(b"[" * 100_000),
 }
 
@@ -176,7 +180,7 @@ def test_what_a_kill_after_the_last_step_leaves_goes_with_the_next_build(stores,
 
 def test_it_is_the_same_on_a_remote_store(stores, model, monkeypatch):
     monkeypatch.setattr(LanguageModel, "load", lambda *arguments, **settings: model)
-    root = stopped("memory://unfinished", "write_header", 0)
+    root = stopped("memory://unfinished", "write_metadata", 0)
     first, second = (root / ACTS / f"{number}/0/0" for number in (0, 2))
     data = first.read_bytes()
     first.write_bytes(second.read_bytes())
