@@ -8,7 +8,6 @@ command of `hsae` maps its first chunk, never for users of the library, and cost
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 
@@ -63,8 +62,9 @@ def _start() -> bool:
     try:
         if before != -1:
             raise OSError("another part of the process is told of signals")
-        watcher = [sys.executable, "-I", "-S", "-c", WATCHER, str(os.getpid())]
-        subprocess.Popen(watcher, stdin=reads, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-I", "-S", "-c", WATCHER, str(os.getpid())]
+        quiet = [(os.POSIX_SPAWN_DUP2, reads, 0), (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+        os.posix_spawn(sys.executable, command, os.environ, file_actions=quiet)
     except OSError:
         signal.set_wakeup_fd(before)
         os.close(writes)

@@ -20,7 +20,7 @@ PARTS = ("core", "composition", "synthetic", "unlearning")
 
 def ablate(
     run: RunOption = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, metavar="N", help="Seeds of every run.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=1000, metavar="N", help="Seeds of every run.")] = 3,
     plan: PlanOption = None,
     overrides: SetOption = None,
     without: Annotated[
@@ -36,7 +36,7 @@ def ablate(
         ),
     ] = None,
     unlearning_seeds: Annotated[
-        int | None, typer.Option("--unlearning-seeds", min=1, metavar="N", help="Their seeds; default all.")
+        int | None, typer.Option("--unlearning-seeds", min=1, max=1000, metavar="N", help="Their seeds; default all.")
     ] = None,
     out: Annotated[
         Path, typer.Option("--out", help="Folder for ablations.json, ablations.md and ablations.png.")

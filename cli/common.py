@@ -112,6 +112,7 @@ SeedsOption = Annotated[
     typer.Option(
         "--seeds",
         min=1,
+        max=1000,
         metavar="N",
         help="Seeds train.seed to train.seed + N - 1; seed i lies in <train.dir>/seed<i>.",
     ),

@@ -44,7 +44,10 @@ OutOption = Annotated[
     typer.Option("--out", help=f"Folder for the results of --sae; each evaluation has its own in it; default {OUT}."),
 ]
 DrawsOption = Annotated[
-    int, typer.Option("--draws", min=1, metavar="N", help="Seeds of the evaluation's own draws: what intervals span.")
+    int,
+    typer.Option(
+        "--draws", min=1, max=1000, metavar="N", help="Seeds of the evaluation's own draws: what intervals span."
+    ),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Compute anew what is there already.")]
 HELP = {

@@ -42,7 +42,7 @@ TABLES = (
 def synthetic(
     tier: Annotated[str, typer.Option("--tier", help="T1, T2, T3 (1,024 features), or T3-full (16,384).")] = "T2",
     run: RunOption = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds of each arm, from 0.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=1000, help="Seeds of each arm, from 0.")] = 3,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Vectors an arm is trained on.")] = None,
     overrides: SetOption = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("eval_results/synthetic"),

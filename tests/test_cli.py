@@ -145,7 +145,7 @@ def test_the_default_plans_sizes_are_told_without_reading_weights(tmp_path):
         (["cache", "verify", "nowhere"], "no activation store at nowhere"),
         (["cache", "ls", "nowhere"], "there is no folder nowhere"),
         (["eval", "core", "--run", "2"], "run 2 (stacked-curriculum) of plan mine has not been trained to its end"),
-        (["eval", "core", "--sae", "nowhere"], "nowhere is not a SAELens folder: cfg.json is missing"),
+        (["eval", "core", "--sae", "nowhere"], "nowhere is not a SAELens folder: there is no such folder"),
         (["eval", "core", "--run", "3", "--all"], "--run and --all exclude each other"),
         (["report", "--compare", "nowhere.json"], "nowhere.json can't be read"),
         (["report", "--compare", "hsae.toml"], "hsae.toml is not JSON"),

@@ -30,6 +30,7 @@ import os, signal, time
 from hsae.cache import sigbus
 sigbus.enable()
 sigbus.note("a.zarr")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
 try:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)

@@ -205,7 +205,7 @@ def test_a_third_of_the_requests_fails_and_no_part_is_lost(near, plan, s3, scrat
 
 
 def test_over_http_stores_are_read_and_nothing_else_is_shown(given, near, plan, serve, token, scratch_home, language, results, monkeypatch):  # fmt: skip
-    monkeypatch.setattr(console, "width", 300)
+    monkeypatch.setattr(console, "_width", 300)
     monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     with serve(near) as (url, _, _):
         assert evaluated(plan, url, language) == results

@@ -472,7 +472,7 @@ def test_an_sae_and_every_level_of_a_run_are_evaluated(overrides, plan, store, t
 
 
 def test_all_leaves_out_what_lacks_its_store_or_means_nothing(overrides, plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.console, "width", 400)
+    monkeypatch.setattr(common.console, "_width", 400)
     saelens.save(an_sae(11), tmp_path / "sae")
     chosen = ["--sae", tmp_path / "sae", "--out", tmp_path / "out", "--draws", 1]
     done = invoke("eval", "all", *chosen, *settings([*overrides, "ravel.least_ceiling=1.0"]))

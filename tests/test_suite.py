@@ -184,7 +184,7 @@ def test_probe_stores_are_listed_with_the_others(overrides, plan, tmp_path):
 def test_all_evaluates_without_a_language_model_and_goes_on_when_one_fails(
     overrides, plan, tmp_path, no_language_model, monkeypatch
 ):
-    monkeypatch.setattr(common.console, "width", 300)  # a long temporary path must not break a message in two
+    monkeypatch.setattr(common.console, "_width", 300)  # a long temporary path must not break a message in two
     for latents in (29, 37):
         saelens.save(an_sae(latents, seed=latents), tmp_path / f"sae{latents}")
     chosen = [part for latents in (29, 37) for part in ("--sae", tmp_path / f"sae{latents}")]

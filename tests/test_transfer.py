@@ -34,7 +34,7 @@ def test_there_and_back_again_gives_the_same_bytes(make_store, s3, scratch_home,
 
 
 def test_commands_take_urls(make_store, monkeypatch):
-    monkeypatch.setattr(console, "width", 300)
+    monkeypatch.setattr(console, "_width", 300)
     url = f"memory://{uuid.uuid4().hex}"
     target, _ = make_store(url)
     run = CliRunner()

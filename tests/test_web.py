@@ -153,7 +153,7 @@ def test_a_store_over_http_is_read_as_the_local_one(folder, url, tmp_path, codec
     assert torch.equal(batches(far), batches(near))
     here, there = contents(near), contents(copy(far, tmp_path / "copied"))
     assert {name: here[name] for name in there} == there and "checks/c/0" in there
-    monkeypatch.setattr(console, "width", 300)
+    monkeypatch.setattr(console, "_width", 300)
     for arguments, words in (
         (["verify", far], "all chunks are whole"), (["info", far], f"6 of 4 rows, {codec}"), (["ls", url], f"{near.name} │ complete"),
     ):  # fmt: skip

@@ -16,7 +16,7 @@ from hsae.cli import train as cli_train
 from hsae.cli.main import app
 
 GOLDEN = Path(__file__).parent / "golden"
-VOLATILE = {"time", "eval_id", "datetime_epoch_millis", "dir"}
+VOLATILE = {"time", "eval_id", "datetime_epoch_millis", "dir", "checksum"}
 
 
 def hsae(folder, command, **settings):
