@@ -7,9 +7,9 @@ process forked from this one, so that nothing is imported twice.
 
 A flip changes one bit, or in text one digit, of one file. Then come the commands that use the file, and the trial is one of
   refused     a command ended with status 2 and one line
-  told        it ended with status 0, said what is damaged, and left it out or made it again
-  unchanged   it ended with status 0, and everything it made is what it makes without the flip
-  accepted    it ended with status 0, with other results and not a word: a fault of hsae's
+  told        all ended with status 0, and one said what is damaged, and left it out or made it again
+  unchanged   all ended with status 0, and everything they made is what they make without the flip
+  accepted    all ended with status 0, with other results and not a word: a fault of hsae's
   crashed     a traceback, a signal or no end within two minutes: a fault of hsae's
 A kill ends a command with SIGKILL before or after one of its renames, chosen at random. Then the same command is run again, and the trial is `unchanged` if everything
 is as without the kill and no partial file is left. Prints Markdown and, last, one JSON document; status 1 if anything was accepted or crashed.
@@ -246,10 +246,10 @@ def flip(kind: Flips, base: Path, trials: int, chance: random.Random, work: Path
             outcome = "refused"
         elif kind.log and lost(work.with_name("log"), folder / kind.log) > 1:
             outcome = "accepted"
-        elif state(folder, kind.compared) == wanted:
-            outcome = "unchanged"
         elif any(TOLD.search(one.output) for one in ended):
             outcome = "told"
+        elif state(folder, kind.compared) == wanted:
+            outcome = "unchanged"
         else:
             outcome = "accepted"
         kind.counts[outcome] += 1

@@ -7,6 +7,8 @@ import typer
 
 from hsae.cli.common import AllOption, PlanOption, RunOption, SetOption, check_folder, named_runs, say, waiting
 
+MOST_TOLD = 12  # lines of what the report lacks
+
 
 def report(
     run: RunOption = None,
@@ -59,6 +61,7 @@ def report(
         tokenizer = None
         say(f"no contexts in this report: {error}", style="yellow")
     run_dirs = [loaded.run_dir(config) for config in selected]
+    absent: list[str] = []
     with waiting("report") as tell:
         path = write_report(
             run_dirs,
@@ -68,5 +71,10 @@ def report(
             store=store,
             tokenizer=tokenizer,
             progress=lambda text: tell(f"report: {text}"),
+            say=absent.append,
         )
+    for text in absent[:MOST_TOLD]:
+        say(text, style="yellow")
+    if len(absent) > MOST_TOLD:
+        say(f"and {len(absent) - MOST_TOLD} more such lines, which are in the page", style="yellow")
     say("report: ", (str(path), "bold"), f", table: {path.with_name('report.md')}")

@@ -237,7 +237,13 @@ def test_missing_pieces_are_said(made, tmp_path):
 def test_a_damaged_result_is_said_and_the_others_are_shown(made, tmp_path):
     copy = tmp_path / "runs/3"
     shutil.copytree(made[1][2], copy)
-    victim = sorted((copy / "eval/core").glob("*.json"))[0]
+    victim, said = sorted((copy / "eval/core").glob("*.json"))[0], []
+    text = victim.read_text()
+    victim.write_text(re.sub(r'("l0": \d*)(\d)', lambda found: f"{found[1]}{(int(found[2]) + 1) % 10}", text, count=1))
+    path = write_report([copy], tmp_path / "out", say=said.append)
+    wrong = f"{victim} is damaged (it fails its checksum); make it again with: hsae eval core --run 3"
+    assert victim.read_text() != text and wrong in " ".join(Page(path.read_text()).words)
+    assert f"run 3 full: {wrong}" in said
     victim.write_text("{")
     path = write_report([copy], tmp_path / "out")
     assert f"{victim} is not JSON" in " ".join(Page(path.read_text()).words)

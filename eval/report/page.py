@@ -57,12 +57,13 @@ def write_report(
     store: ActivationStore | None = None,
     tokenizer: Any = None,
     progress: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Write `index.html`, `report.md` and `summary.png` into `out`; returns the page's path.
 
     `specs` are of the plan's stores `eval`, `forget` and `retain`, which need not be there: results of others are left out and named. `store` and `tokenizer`
-    give the top contexts; without them the page says so. `progress` is told what is being looked at. Raises
-    UserError if there is nothing to report, a file to compare can't be read, or matplotlib or jinja2 is missing.
+    give the top contexts; without them the page says so. `progress` is told what is being looked at, `say` what is
+    damaged, missing or left out. Raises UserError if there is nothing to report, a file to compare can't be read, or matplotlib or jinja2 is missing.
     """
     template = _template()
     figures.pyplot()
@@ -85,6 +86,8 @@ def write_report(
         left_out += [(f"{info['number']} {info['name']}", text) for text in unreadable]
         maps += [(model.structure != "additive", info, model.compositions[-1])] if model and model.compositions else []
         sections.append(_section(run_dir, info, model, own, unreadable, current, texts, store, tokenizer))
+        for text in sections[-1].missing:
+            say(f"run {info['number']} {info['name']}: {text}")
     others = [replace(row, notes=[*row.notes, *_differing(row, rows)]) for row in others]
     every = [*rows, *others]
     title, panels = _title(list(runs.values())), tables.panels(rows)
