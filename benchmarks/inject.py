@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests/golden/model"
 LIMIT = 120  # seconds for one command
 VOLATILE = re.compile(r"eval_id|datetime_epoch_millis|time|checksum|seconds|.*_seconds|tokens_per_s|date|.*commit_hash")
-TOLD = re.compile(r"damaged|checksum|cut short|left out|skipped|made again|computed again", re.IGNORECASE)
+TOLD = re.compile(r"damaged|checksum|cut short|left out|skipped|made again|make it again|computed again", re.IGNORECASE)
 OUTCOMES = ("refused", "told", "unchanged", "accepted", "crashed")
 LIBRARIES = ("torch", "transformers", "zarr", "safetensors")
 Command = Sequence[str]
@@ -230,7 +230,9 @@ def flip(kind: Flips, base: Path, trials: int, chance: random.Random, work: Path
     """All trials of a kind."""
     whole = copied(base / kind.base, work)
     for command in kind.commands:
-        run(command, whole)
+        ended_well = run(command, whole)
+        if ended_well.status or TOLD.search(ended_well.output):
+            sys.exit(f"without any harm, hsae {' '.join(command)} says:\n{ended_well.output[-2000:]}")
     wanted = state(whole, kind.compared)
     if kind.log:
         shutil.copy(whole / kind.log, work.with_name("log"))

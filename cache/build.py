@@ -23,9 +23,9 @@ from torch import Tensor
 
 from hsae.cache import losses, tally, weights, writer, written
 from hsae.cache.codec import DamagedChunkError, crc32c, read_chunk
-from hsae.cache.config import FORMAT_VERSION, StoreSpec
+from hsae.cache.config import FORMAT_VERSION, CorpusConfig, StoreSpec
 from hsae.cache.corpus import TEXT_TABLES, Corpus, Packer, check_corpus, open_corpus, tokenised
-from hsae.cache.errors import CorpusError, ModelError, StoreError
+from hsae.cache.errors import CorpusError, ModelError, StoreError, UnreachableError
 from hsae.cache.files import check_seal, content_digest, parse_json, sealed, sweep
 from hsae.cache.layout import (
     DOCUMENTS,
@@ -115,8 +115,8 @@ def build(
     with contextlib.ExitStack() as locks:
         for _, target in missing:
             locks.enter_context(locked(target, f".rank{share.rank}" if share.rank else ""))
-        for spec, _ in missing if documents is None and share.rank == 0 else ():
-            check_corpus(spec.corpus, spec.split)
+        for spec, target in missing if documents is None and share.rank == 0 else ():
+            check_corpus(text_of(spec, target), spec.split)
         if share.world > 1 and device == "cuda":
             torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
         say(f"loading {specs[0].model.id}")
@@ -163,7 +163,7 @@ def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[st
             "tokenizer": partial(weights.tokenizer_digest, folder),
         }
     if not given:
-        now["corpus"] = lambda: open_corpus(spec.corpus, spec.split).digest
+        now["corpus"] = partial(_corpus_now, header)
     not_compared = {} if folder is not None else {"model": f"{spec.model.id} is not on this machine"}
     for what, digest in now.items():
         try:
@@ -179,6 +179,26 @@ def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[st
             )
     for what, reason in not_compared.items():
         say(f"{target.name}: its {what} was not compared with what there is now ({reason})")
+
+
+def _corpus_now(header: Header) -> str:
+    """The digest of the text that a store is made of, as it is now. Raises CorpusError if it can't be had, or if no one knows which it was."""
+    corpus = open_corpus(at_commit(header.spec.corpus, header.corpus_commit), header.spec.split)
+    if corpus.commit is not None and header.corpus_commit is None and corpus.digest != header.corpus_digest:
+        raise CorpusError(f"an older hsae made it, and did not write down which commit of {corpus.name} it read")
+    return corpus.digest
+
+
+def text_of(spec: StoreSpec, target: Place) -> CorpusConfig:
+    """Where a store's text is: of a data set on the hub the commit that the store was begun with, whatever its branch has become since."""
+    with contextlib.suppress(StoreError, OSError):
+        return at_commit(spec.corpus, read_header(target).corpus_commit)
+    return spec.corpus
+
+
+def at_commit(corpus: CorpusConfig, commit: str | None) -> CorpusConfig:
+    """A corpus at a commit of the hub, if there is one."""
+    return corpus if commit is None else corpus.model_copy(update={"revision": commit})
 
 
 def _clear_finished(target: Place) -> None:
@@ -209,7 +229,7 @@ class Builder:
             model.check_ablation(spec.hooks)
         self.documents, self.share = documents, share
         self.corpus = (
-            open_corpus(spec.corpus, spec.split, anew=True)
+            open_corpus(text_of(spec, target), spec.split, anew=True)
             if documents is None
             else Corpus("token ids", "given", lambda: iter(()))
         )
@@ -243,7 +263,7 @@ class Builder:
             make = writer.write_metadata if exists(self.target) else writer.create
             make(self.target, header, every.values())
             self.check_same(read_header(self.target), header)
-        if isinstance(self.target, Path):
+        if isinstance(self.target, Path) and self.share.world == 1:  # locks of files may not reach other machines
             sweep(self.target)
         written.clear(self.target, tally.FOLDER)
         if self._finished():
@@ -251,6 +271,8 @@ class Builder:
         try:
             self.write_tokens()
             self._refuse_unknown()
+        except UnreachableError:
+            raise  # what is packed stays: reading a data set on the hub may have taken hours
         except (CorpusError, ModelError):
             if not any(
                 spec.written(self.target).any() for path, spec in self.specs.items() if path.startswith("acts/")
@@ -299,6 +321,7 @@ class Builder:
             tokenizer_digest=model.tokenizer_digest,
             model_commit=model.commit,
             corpus_digest=self.corpus.digest,
+            corpus_commit=self.corpus.commit,
             versions={
                 "python": platform.python_version(),
                 "device": torch.device(model.device).type,

@@ -57,6 +57,8 @@ class Corpus:
     """Starts over at the first document that is used."""
     notes: tuple[str, ...] = ()
     """What people should know: files that are not read."""
+    commit: str | None = None
+    """The commit of a data set on the hub."""
 
     def open(self) -> Iterator[str]:
         """The texts of `documents`."""
@@ -71,6 +73,7 @@ def open_corpus(config: CorpusConfig, split: Split = "train", *, anew: bool = Fa
     """
     name, path, table = config.corpus, _path(config), TEXT_TABLES[split]
     notes: list[str] = []
+    commit = None
     if name in CORPORA:
         packaged = CORPORA[name]()
         digest = _digest(hashlib.sha256(document.text.encode()).hexdigest() for document in packaged)
@@ -80,7 +83,7 @@ def open_corpus(config: CorpusConfig, split: Split = "train", *, anew: bool = Fa
         digest = files_digest(files, anew=anew)
         every = lambda: (document for file in files for document in _read(file, path, config.column, table))  # noqa: E731
     elif name.count("/") <= 1 and not name.startswith((".", "~")) and file_kind(path) not in KINDS:
-        digest, every = _hub(config, table)
+        digest, every, commit = _hub(config, table)
     else:
         raise CorpusError(
             f"corpus {name!r}: there is no such file or folder; a data set on the hub is written owner/name, and the packaged "
@@ -100,7 +103,7 @@ def open_corpus(config: CorpusConfig, split: Split = "train", *, anew: bool = Fa
                 f"{config.first_document} leaves none of them; lower {table}.first_document, or use more text"
             )
 
-    return Corpus(name, digest, documents, tuple(notes))
+    return Corpus(name, digest, documents, tuple(notes), commit)
 
 
 def check_corpus(config: CorpusConfig, split: Split) -> None:
@@ -220,7 +223,7 @@ def _text(value: Any, where: str, column: str, table: str) -> str:
     return value or ""
 
 
-def _hub(config: CorpusConfig, table: str) -> tuple[str, Callable[[], Iterator[Document]]]:
+def _hub(config: CorpusConfig, table: str) -> tuple[str, Callable[[], Iterator[Document]], str]:
     name, instead = config.corpus, f"give a local file or folder of its own with --set {table}.corpus=PATH"
     revision = resolved_revision(name, config.revision, instead)
     data = open_data_set(name, revision, config.subset, config.split, instead)
@@ -236,9 +239,8 @@ def _hub(config: CorpusConfig, table: str) -> tuple[str, Callable[[], Iterator[D
                 raise CorpusError(f"{error}; set {table}.column") from None
             yield Document(_text(value, where, config.column, table))
 
-    return _digest(
-        iter([config.corpus, revision, str(config.subset), config.split, str(config.shuffle_seed)])
-    ), documents
+    parts = [config.corpus, revision, str(config.subset), config.split, str(config.shuffle_seed)]
+    return _digest(iter(parts)), documents, revision
 
 
 # ---- text in common -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,10 @@ class CorpusError(UserError):
     """A corpus can't be read, or has too little text."""
 
 
+class UnreachableError(CorpusError):
+    """A data set on the hub can't be reached now; what was read of it stays."""
+
+
 class NotApplicable(UserError):
     """An evaluation lacks what it needs here, or would mean nothing: it is left out, and others go on."""
 

@@ -96,10 +96,10 @@ def sync_folder(folder: Path) -> None:
             os.close(opened)
 
 
-def sweep(folder: Path, *, below: bool = True) -> int:
+def sweep(folder: Path, *, below: bool = True, youngest: float = 0.0) -> int:
     """Delete what killed writers left half-written in a folder (and `below` it); returns how many files. What is being written stays."""
     left = folder.glob("**/.*" if below else ".*")
-    return sweep_files(path for path in left if LEFT.fullmatch(path.name) and path.is_file())
+    return sweep_files((path for path in left if LEFT.fullmatch(path.name) and path.is_file()), youngest)
 
 
 def sweep_files(partial: Iterable[Path], youngest: float = 0.0) -> int:

@@ -102,6 +102,8 @@ class Header(Config):
     model_commit: str | None = None
     """The hub's commit that the model was taken from; None for models from elsewhere, and in stores that were made before there was one."""
     corpus_digest: str
+    corpus_commit: str | None = None
+    """The same for a data set on the hub."""
     versions: dict[str, str]
     """Libraries that determine the content."""
     statistics: dict[str, HookSummary] = Field(default_factory=dict)

@@ -275,10 +275,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
 def pinned(config: ModelConfig, root: str | Place) -> ModelConfig:
     """A model of the hub at the commit that stores in folder `root` were made with, whatever its branch has become since."""
     if weights.on_hub(config):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             for store in children(place(root)):
                 with contextlib.suppress(StoreError):
-                    if store.name.endswith(".zarr") and (header := read_header(store)).spec.model == config:
+                    header = read_header(store) if store.name.endswith(".zarr") else None
+                    if header is not None and header.spec.model == config and header.model_commit is not None:
                         return weights.at_commit(config, header.model_commit)
     return config
 

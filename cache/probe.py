@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hsae.cache.config import Config, ModelConfig
 from hsae.cache.errors import CorpusError, StoreError
-from hsae.cache.files import sweep
+from hsae.cache.files import JUST_MADE, sweep
 from hsae.cache.lm import LanguageModel, pinned
 from hsae.cache.parts import (
     PART_TEXTS,
@@ -133,7 +133,7 @@ def sweep_probes(root: str | Place) -> None:
     """Delete what killed builds of suites left half-written; what others are writing stays."""
     folder = probe_folder(root)
     if isinstance(folder, Path):
-        sweep(folder)
+        sweep(folder, youngest=JUST_MADE)
 
 
 def _described(spec: ProbeSpec, model: LanguageModel) -> tuple[list[TaskEntry], list[Wanted], int | None]:

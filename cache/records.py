@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypeVar
 from pydantic import ValidationError
 
 from hsae.cache.config import Config
-from hsae.cache.errors import CorpusError
+from hsae.cache.errors import CorpusError, UnreachableError
 from hsae.cache.files import parse_json, parse_toml
 
 TableT = TypeVar("TableT", bound=Config)
@@ -233,8 +233,8 @@ def resolved_revision(name: str, revision: str | None, instead: str = INSTEAD) -
         raise _unreachable(name, error, instead) from None
 
 
-def _unreachable(name: str, error: Exception, instead: str) -> CorpusError:
+def _unreachable(name: str, error: Exception, instead: str) -> UnreachableError:
     first = str(error).splitlines()[0] if str(error) else ""
-    return CorpusError(
+    return UnreachableError(
         f"data set {name!r} can't be found on the hub ({type(error).__name__}: {first}); check the network, or {instead}"
     )

@@ -14,7 +14,8 @@ import threading
 END = b"\x7f"  # of a store's name; signals have smaller numbers, and a name is sent without such bytes
 WATCHER = r"""
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(ignored, signal.SIG_IGN)
 told = b""
 while data := os.read(0, 65536):
     told += bytes(byte for byte in data if byte >= 32)

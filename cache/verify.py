@@ -152,7 +152,7 @@ def _refuse_lossy(root: Place, header: Header, damages: Sequence[Damage]) -> Non
     if header.spec.codec != "int8" or not lost:
         return
     codecs: tuple[Codec, ...] = ("mappable", "compact")
-    folder = place(str(root).rpartition("/")[0] or ".")
+    folder = place(root.url.rpartition("/")[0]) if isinstance(root, RemotePath) else root.parent
     names = [header.spec.model_copy(update={"codec": codec}).name for codec in codecs]
     known = next((str(folder / name) for name in names if exists(folder / name)), None)
     where = "" if known else f", where STORE is the one that it was made from ({' or '.join(names)})"

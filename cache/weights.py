@@ -97,13 +97,14 @@ def tokenizer_folder(config: ModelConfig) -> Path:
     if not on_hub(config):
         return model_folder(config)
     cached = _hub_snapshot(config)
-    if cached is not None and (cached / "tokenizer.json").is_file():
+    if cached is not None and _hub_cached(config) is not None:
         return cached
     try:
         _hub_info(config)  # fails within seconds where there is no hub or no access
         return _fetched(config, TOKENIZER_PATTERNS)
     except ModelError:
-        if cached is not None and any(any(cached.glob(pattern)) for pattern in VOCABULARIES):
+        known = ("tokenizer.json", *VOCABULARIES)
+        if cached is not None and (cached / "config.json").is_file() and any(any(cached.glob(name)) for name in known):
             return cached
         raise
 

@@ -125,7 +125,8 @@ def autointerp(
         place(loaded.cache.dir) / "answers",
         lambda text: len(tokenizer(text, verbose=False).input_ids),
         prices=prices,
-        named=base_url is not None,
+        named=base_url is not None
+        or any("judge.base_url" in override.partition("=")[0] for override in overrides or ()),
         most=max_cost,
     ) as asked:
         bench = Autointerp(store, tokenizer, loaded.autointerp, asked, pick_device(device))

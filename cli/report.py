@@ -39,7 +39,7 @@ def report(
     loaded = load_plan(plan, overrides or ())
     run = named_runs(loaded, run, all_runs)
     selected = loaded.select(run) if run is not None else list(loaded.runs.values())
-    for config in selected if run is not None else ():
+    for config in selected if run is not None and not all_runs else ():
         if read_run(loaded.run_dir(config)) is None:
             raise UserError(
                 f"run {loaded.label(config)} of plan {loaded.name} has not been trained in {loaded.run_dir(config)}; "

@@ -7,7 +7,7 @@ saelens/<view>/ (for other tools), eval/ (results). Nothing in it is pickled.
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -134,7 +134,9 @@ def prepare(
     _remove(run_dir, [CHECKPOINT])
     write_run(run_dir, about)
     _sweep(run_dir)
-    _remove(run_dir, [*TRAINED, *_saelens_files(run_dir), *(EVALUATED if restart else ())])
+    _remove(run_dir, TRAINED)
+    if restart:  # else the folders for other tools may be all that is left of a model, until it is made again
+        _remove(run_dir, [*_saelens_files(run_dir), *EVALUATED])
     return "new"
 
 
@@ -241,9 +243,11 @@ def _saelens_files(run_dir: Path) -> list[str]:
     return [f"saelens/{name}/{file}" for name in folders for file in (saelens.CONFIG_FILE, saelens.WEIGHTS_FILE)]
 
 
-def _remove(run_dir: Path, patterns: list[str]) -> None:
+def _remove(run_dir: Path, patterns: Sequence[str]) -> None:
     """Delete hsae's own files, and the folders that are empty without them."""
     for path in [path for pattern in patterns for path in run_dir.glob(pattern) if path.is_file()]:
+        if path.name.endswith("_eval_results.json") and b'"hsae"' not in _begins(path):
+            continue  # SAEBench's own
         path.unlink(missing_ok=True)
         folder = path.parent
         while folder != run_dir and not any(folder.iterdir()):

@@ -287,7 +287,7 @@ def stability_of(plan: Plan, config: RunConfig, seeds: int) -> tuple[Path, list[
     if len(sources) > 1:
         raise UserError(
             f"the maps of the seeds of run {plan.label(config)} were read off on different stores or settings; "
-            f"make them alike with: hsae eval composition --run {config.number} --seeds {seeds}"
+            f"make them alike with: hsae eval composition --run {config.number} --seeds {seeds} --force"
         )
     found = stability(members)
     path = plan.run_dir(config) / STABILITY_FILE
