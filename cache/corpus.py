@@ -314,7 +314,10 @@ def _in_both_files(one: CorpusConfig, other: CorpusConfig, mine: list[Path], oth
     if len(mine) == len(others) == len(twins) and all(place == twin for place, twin in twins):
         same = "" if one.corpus == other.corpus else f", which is {other.corpus!r}"
         return _in_both(one, other, f"{one.corpus!r}{same}")
+    whole = all((window.first_document, window.last_document) == (0, None) for window in (one, other))
     for place, twin in twins:
+        if whole:  # its documents need not be counted
+            return f"both read {str(mine[place])!r}"
         starts = (_documents(mine[:place], one.column), _documents(others[:twin], one.column))
         if found := _in_both(one, other, repr(str(mine[place])), starts, _documents([mine[place]], one.column)):
             return found

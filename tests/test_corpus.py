@@ -471,6 +471,9 @@ def test_a_plan_whose_evaluation_text_is_trained_on_is_refused_or_told(tmp_path,
     assert str(raised.value).startswith(told)
     tell_common_text(plan, ("eval", "autointerp"))
     assert capsys.readouterr().out.count(told) == 2
+    later = load_plan("tiny", [*sets, "cache.train.first_document=0", "cache.eval.first_document=5"])
+    tell_common_text(later, ("eval",), refuse=True)  # training rows may end before document 5
+    assert "documents 5 to 79 of it" in capsys.readouterr().out
     allowed = load_plan("tiny", [*sets, "cache.train.first_document=3", "cache.eval.training_text=true"])
     assert allowed.store("eval").name == plan.store("eval").name
     tell_common_text(allowed, ("eval",), refuse=True)
