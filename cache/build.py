@@ -110,6 +110,8 @@ def build(
             "int8 stores are made from finished ones: build with --set cache.codec=mappable, then "
             "`hsae cache recode STORE FOLDER --codec int8`"
         )
+    if (there := weights.folder_here(pinned(specs[0].model, folder))) is not None:
+        weights.check_weights(there)  # what can't be loaded leaves no folder behind
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:

@@ -208,7 +208,12 @@ class Bench:
 
     def inputs(self, target: Target) -> dict[str, Any]:
         """All that a result depends on."""
-        return {**target.inputs, "store": self.store.digest, "seeds": len(self.seeds)}
+        return {
+            **target.inputs,
+            "store": self.store.spec.fingerprint,
+            "state": self.store.digest,
+            "seeds": len(self.seeds),
+        }
 
     def config(self) -> dict[str, Any]:
         """SAEBench's `eval_config`."""
@@ -328,7 +333,14 @@ def read_measured(path: Path, suite: str) -> tuple[dict[str, Any], dict[str, Any
     content = read_suite(path, suite)
     hsae = content.get("hsae")
     inputs = hsae.get("inputs") if isinstance(hsae, dict) and isinstance(hsae.get("measures"), dict) else None
-    return content, inputs if isinstance(inputs, dict) else {}
+    if not isinstance(hsae, dict) or not isinstance(inputs, dict):
+        return content, {}
+    store = hsae.get("store")
+    if (
+        "state" not in inputs and isinstance(store, dict) and isinstance(store.get("path"), str)
+    ):  # made by an older hsae
+        inputs = {**inputs, "store": Path(store["path"]).stem.rpartition("-")[2], "state": inputs.get("store")}
+    return content, inputs
 
 
 def noise_note(results: Sequence[SuiteResult], suite: str) -> str | None:

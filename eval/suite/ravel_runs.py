@@ -227,7 +227,8 @@ class RavelBench:
     def inputs(self, target: Target) -> dict[str, Any]:
         """All that a result depends on."""
         config = hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()[:16]
-        return {**target.inputs, "store": self.store.digest, "config": config, "seeds": len(self.seeds)}
+        store = {"store": self.store.spec.fingerprint, "state": self.store.digest}
+        return {**target.inputs, **store, "config": config, "seeds": len(self.seeds)}
 
     def eval_config(self) -> dict[str, Any]:
         """SAEBench's `eval_config`."""
