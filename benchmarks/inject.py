@@ -228,6 +228,9 @@ def copied(base: Path, folder: Path) -> Path:
 
 def flip(kind: Flips, base: Path, trials: int, chance: random.Random, work: Path) -> None:
     """All trials of a kind."""
+    os.environ["HSAE_HOME"] = str(
+        work.with_name(f"home {kind.name}")
+    )  # digests that it remembers are of this kind's trials
     whole = copied(base / kind.base, work)
     for command in kind.commands:
         ended_well = run(command, whole)

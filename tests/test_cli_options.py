@@ -54,7 +54,6 @@ def refused(*arguments):
         (["eval", "synthetic", "--out", "/dev/null"], "--out /dev/null: /dev/null is not a folder"),
         (["eval", "tpp", "--sae", "x", "--out", "/dev/null"], "--out /dev/null: /dev/null is not a folder"),
         (["eval", "all", "--run", "99", "--plan", "tiny"], "no run '99' in plan tiny"),
-        (["report", "--all", "--plan", "tiny"], "run 0 baseline of plan tiny has not been trained in runs/0"),
         (["report", "--run", "3", "--plan", "tiny"], "run 3 full of plan tiny has not been trained in runs/3"),
         (["eval", "core", "--all", "--plan", "tiny"], "run 0 (baseline) of plan tiny has not been trained to its end"),
         (["eval", "tpp", "--all", "--plan", "tiny"], "run 0 (baseline) of plan tiny has not been trained to its end"),
