@@ -110,7 +110,8 @@ def build(
             "int8 stores are made from finished ones: build with --set cache.codec=mappable, then "
             "`hsae cache recode STORE FOLDER --codec int8`"
         )
-    if (there := weights.folder_here(pinned(specs[0].model, folder))) is not None:
+    config = pinned(specs[0].model, folder)
+    if (there := weights.folder_here(config)) is not None:
         weights.check_weights(there)  # what can't be loaded leaves no folder behind
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def build(
         if share.world > 1 and device == "cuda":
             torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
         say(f"loading {specs[0].model.id}")
-        model = LanguageModel.load(pinned(specs[0].model, folder), device=device, say=say)
+        model = LanguageModel.load(config, device=device, say=say)
         builders = [Builder(spec, target, model, progress, documents, share) for spec, target in missing]
         for note in dict.fromkeys(note for builder in builders for note in builder.corpus.notes):
             say(note)

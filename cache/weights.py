@@ -85,6 +85,8 @@ def folder_here(config: ModelConfig) -> Path | None:
         return done if done.is_dir() else None
     path = _local(config)
     if path.suffix == ".gguf":
+        if not path.is_file():
+            return None
         done = home() / "models" / f"{path.stem}-{file_sha256(path)[:16]}"
         return done if done.is_dir() else None
     if path.is_dir():
