@@ -10,7 +10,10 @@ import hsae.eval
 import hsae.train
 from hsae.train.plan import load_plan, packaged_plans
 
-OF_EXTRAS = {"hsae.cache.web": "aiohttp", "hsae.cache.connections": "uvicorn"}  # modules that cannot be imported without the package of an extra
+OF_EXTRAS = {
+    "hsae.cache.web": "aiohttp",
+    "hsae.cache.connections": "uvicorn",
+}  # modules that cannot be imported without the package of an extra
 
 assert "site-packages" in hsae.cache.__file__, hsae.cache.__file__
 count = 0
