@@ -89,7 +89,10 @@ def _seconds(spec: StoreSpec, config: Any, device: str) -> float:
 
 
 def _number(config: Any, name: str, otherwise: int) -> int:
-    value = getattr(config, name, None)
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # "a per-layer attribute", of gemma4
+        return otherwise
     return value if isinstance(value, int) else otherwise  # some families have one for each layer
 
 

@@ -19,12 +19,14 @@ import torch
 import zarr
 from filelock import FileLock
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from hsae.cache import layout
 from hsae.cache.build import Builder, build
 from hsae.cache.codec import crc32c
 from hsae.cache.config import CorpusConfig, ModelConfig, StoreSpec
 from hsae.cache.errors import CorpusError, ModelError, StoreError, UserError
+from hsae.cache.estimate import _seconds as estimated_seconds
 from hsae.cache.estimate import check_space, estimate
 from hsae.cache.files import sealed
 from hsae.cache.lm import LanguageModel
@@ -281,6 +283,14 @@ def test_too_little_text_is_said_before_activations_are_computed(tmp_path):
     ):
         build([spec(rows=90_000, corpus=CorpusConfig(corpus="python-docs", last_document=2))], tmp_path)
     assert not list(tmp_path.glob("*.zarr"))
+
+
+def test_sizes_that_differ_between_layers_are_estimated():
+    """FIX A6: transformers refuses to tell one head_dim of a Gemma 4."""
+    config = AutoConfig.for_model("gemma4_text", num_hidden_layers=4)
+    with pytest.raises(RuntimeError, match="per-layer"):
+        _ = config.head_dim
+    assert 0 < estimated_seconds(spec(), config, "cpu") < 1
 
 
 def test_estimates_and_what_they_refuse(built, tmp_path, monkeypatch):
