@@ -161,4 +161,4 @@ def _print(table: "Ablations") -> None:
         console.print(f"• {judgement.sentence}")
     console.print(f"\n{method(table)}")
     if table.missing:
-        say(f"not there: {', '.join(table.missing)}", style="yellow")
+        say(f"not there, or of another model, text or store: {', '.join(table.missing)}", style="yellow")

@@ -67,6 +67,11 @@ def composition(
     place = pick_device(device)
     runs = trained_runs(loaded, run, seeds)
     sources = Sources.of(loaded)
+    if sources.lacking is not None and any(config.levels > 1 for _, config in runs):
+        say(
+            f"{sources.lacking}; maps that are not there yet are read on the evaluation store's reconstruction rows",
+            style="yellow",
+        )
     with waiting("composition") as tell:
 
         def progress(label: str) -> "Progress":
@@ -75,8 +80,6 @@ def composition(
         done = evaluate_runs(
             runs, sources, compare=flat[0] if flat else None, force=force, device=place, progress=progress
         )
-    if sources.fit is None and any(len(item.result.levels) > 1 for item in done):
-        say("no training store here: maps are read on the evaluation store's reconstruction rows", style="dim")
     for item in done:
         _print(item)
     if reused := sum(item.reused for item in done):

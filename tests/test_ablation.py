@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hsae.eval.report.ablation import COLUMNS, Ablations, Cell, Component, Line, judge, markdown, method, text
+from hsae.cache.errors import UserError
+from hsae.eval.report.ablation import COLUMNS, Ablations, Cell, Component, Line, collect, judge, markdown, method, text
 from hsae.eval.report.ablation_tests import compare
+from hsae.eval.results import envelope_text, read_envelope, read_result, write_result
+from hsae.train.plan import load_plan
 
 GOLDEN_MODEL = Path(__file__).parent / "golden" / "model"
 
@@ -121,7 +124,7 @@ def test_cells_show_spread_null_and_whether_the_map_was_fitted():
     table = Ablations(plan="p", seeds=3, lines=list(LINES.values()), judgements=[], missing=["core of 3 full"])
     page = markdown(table)
     assert "| 3 full | 0.910 ± 0.010 | 0.300 ± 0.000 | 0.510 ± 0.010 |" in page
-    assert "Not there: core of 3 full." in page
+    assert "Not there, or of another model, text or store: core of 3 full." in page
 
 
 def test_ablate_trains_and_evaluates_what_is_missing_and_answers(tmp_path, monkeypatch):
@@ -163,9 +166,36 @@ def test_ablate_trains_and_evaluates_what_is_missing_and_answers(tmp_path, monke
     assert again.exit_code == 0 and "already trained" in again.output
     assert json.loads((tmp_path / "ablations" / "ablations.json").read_text()) == found
 
+    # FIX A7: results of other texts than the others' are neither averaged nor compared with them
+    plan = load_plan("tiny", [f"model.id={str(GOLDEN_MODEL)!r}", "train.tokens=20_000"])
+    runs = plan.select("0,3,5")
+
+    def collected():
+        return collect(plan, runs, 1, None).missing
+
+    assert collected() == []
+    (core,) = (plan.run_dir(plan.runs[3]) / "eval" / "core").glob("*_eval_results.json")
+    held = core.read_text()
+    content = read_envelope(core, "")
+    content["hsae"]["inputs"]["corpus"] = "0" * 64
+    core.write_text(envelope_text(content))
+    assert collected() == ["core of 3 full"]  # the store tells which text is the plan's
+    (tmp_path / plan.cache.dir).rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"are of different models or evaluation texts.*with: hsae eval co.* --seeds 1"):
+        collected()
+    core.write_text(held)
+    assert collected() == []
+    composition = plan.run_dir(plan.runs[5]) / "eval" / "composition.json"
+    content = read_result(composition, "")
+    content["inputs"]["read_from"] = "reconstruction rows"
+    write_result(composition, content)
+    with pytest.raises(
+        UserError, match="composition of 3 full and composition of 5 no-composition are of different texts"
+    ):
+        collected()
+
 
 def test_ablate_refuses_unknown_parts_before_anything_is_computed(tmp_path, monkeypatch):
-    from hsae.cache.errors import UserError
     from hsae.cli.main import app
 
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -434,7 +435,16 @@ def test_a_training_store_that_has_gone_leaves_its_results_good(trained, quick, 
     shutil.copytree(original.run_dir(original.runs[3]), plan.run_dir(plan.runs[3]))
     runs, sources = [(plan, plan.runs[3])], hierarchy.Sources.of(plan)
     hierarchy.evaluate_runs(runs, sources)
-    without = dataclasses.replace(sources, fit=None)
+    stores = tmp_path / "stores"
+    shutil.copytree(plan.cache.dir, stores, copy_function=os.link)
+    harmed = load_plan("tiny", [*trained, f"cache.dir={str(stores)!r}"])
+    header = stores / plan.store("train").name / "zarr.json"
+    header.unlink()
+    header.write_text("{")  # a training store that can't be used is as good as none, and that is said
+    without = hierarchy.Sources.of(harmed)
+    assert without.fit is None and without.lacking.startswith("the training store can't be used: ")
+    text = hsae([*trained, f"cache.dir={str(stores)!r}"], "composition", "--run", "3,11", "--device", "cpu")
+    assert "the training store can't be used: " in text and "the evaluation store's reconstruction rows" in text
     assert hierarchy.evaluate_runs(runs, without)[0].reused
     (fresh,) = hierarchy.evaluate_runs(runs, without, force=True)
     content = json.loads(fresh.path.read_text())
@@ -484,7 +494,14 @@ def test_mistakes_are_said(trained, tmp_path):
     assert plan.runs[3].levels == 2
 
 
-def test_stability_of_two_seeds(trained):
+def test_stability_of_two_seeds(trained, quick):
+    # FIX A7: maps as trained are not compared with maps read off a text
+    hsae(trained, "composition", "--run", "3", "--device", "cpu")
+    with pytest.raises(
+        UserError, match="or not of every seed; make them alike with: hsae eval composition --run 3 --see"
+    ):
+        hsae(trained, "stability", "--run", "3", "--seeds", "2")
+    hsae(trained, "composition", "--run", "3", "--seeds", "2", "--force", "--device", "cpu")
     text = hsae(trained, "stability", "--run", "3", "--seeds", "2")
     plan = load_plan("tiny", trained)
     content = json.loads((plan.run_dir(plan.runs[3]) / hierarchy.STABILITY_FILE).read_text())

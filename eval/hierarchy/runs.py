@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hsae.cache.errors import UserError
+from hsae.cache.errors import StoreError, UserError
 from hsae.cache.files import file_sha256
 from hsae.cache.store import ActivationStore
 from hsae.eval.core.current import Current, core_results
@@ -52,19 +52,26 @@ class RunComposition:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """The stores of an evaluation; `fit` is the training store, where it is there."""
+    """The stores of an evaluation; `fit` is the training store, where it is there and whole."""
 
     evaluation: ActivationStore
     fit: ActivationStore | None
     hook: str
+    lacking: str | None = None
+    """Why there is no training store."""
 
     @classmethod
     def of(cls, plan: Plan) -> "Sources":
         """The plan's stores. Raises StoreError if there is no evaluation store, or one that can't be trusted."""
-        evaluation, fit = ActivationStore.of(plan.store("eval"), plan.cache.dir), None
+        evaluation, hook = ActivationStore.of(plan.store("eval"), plan.cache.dir), plan.hook.names[0]
+        lacking = "no training store here"
         if plan.store_path("train").is_dir():
-            fit = ActivationStore.of(plan.store("train"), plan.cache.dir)
-        return cls(evaluation=evaluation, fit=fit, hook=plan.hook.names[0])
+            try:
+                fit = ActivationStore.of(plan.store("train"), plan.cache.dir)
+                return cls(evaluation=evaluation, fit=fit, hook=hook)
+            except StoreError as error:
+                lacking = f"the training store can't be used: {error}"
+        return cls(evaluation=evaluation, fit=None, hook=hook, lacking=lacking)
 
 
 def evaluate_runs(
@@ -255,12 +262,15 @@ def _ce_score(found: dict[str, CoreResult], result: CompositionResult, level: in
     return Estimate(measure.value, measure.low, measure.high, "rows" if measure.low is not None else None)
 
 
-def readings_of(model: TrainedModel, run_dir: Path) -> dict[str, Tensor]:
-    """Contributions by reading and level, as in `read_maps`; without a composition.json of this very model only the learned ones, as trained."""
+def readings_of(model: TrainedModel, run_dir: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+    """(contributions by reading and level, as in `read_maps`; what they were read from, by READ_FROM).
+
+    Without a composition.json of this very model (only the learned ones, as trained; None).
+    """
     content, maps = read_composition(run_dir), read_maps(run_dir)
-    if content is not None and maps is not None and content["inputs"]["sae"] == model_digest(run_dir / "model"):
-        return maps
-    return {f"learned{part.level}": part.contributions for part in model.compositions}
+    if content is not None and maps is not None and content["inputs"].get("sae") == model_digest(run_dir / "model"):
+        return maps, tuple(str(content["inputs"].get(key)) for key in READ_FROM)
+    return {f"learned{part.level}": part.contributions for part in model.compositions}, None
 
 
 def stability_of(plan: Plan, config: RunConfig, seeds: int) -> tuple[Path, list[Agreement]]:
@@ -279,14 +289,13 @@ def stability_of(plan: Plan, config: RunConfig, seeds: int) -> tuple[Path, list[
             )
         model = load_model(run_dir / "model")
         directions = [model.directions(level) for level in range(1, config.levels + 1)]
-        members.append((directions, readings_of(model, run_dir)))
+        maps, read_from = readings_of(model, run_dir)
+        members.append((directions, maps))
         digests.append(model_digest(run_dir / "model"))
-        content = read_composition(run_dir)
-        if content is not None and content["inputs"]["sae"] == digests[-1]:
-            sources.add(tuple(str(content["inputs"].get(key)) for key in READ_FROM))
-    if len(sources) > 1:
+        sources.add(read_from)
+    if len(sources) > 1 and config.levels > 1:
         raise UserError(
-            f"the maps of the seeds of run {plan.label(config)} were read off on different stores or settings; "
+            f"the maps of the seeds of run {plan.label(config)} were read off on different stores or settings, or not of every seed; "
             f"make them alike with: hsae eval composition --run {config.number} --seeds {seeds} --force"
         )
     found = stability(members)

@@ -4,16 +4,23 @@ Nothing is computed here: results of core, composition, unlearning and of a synt
 
 A component is judged by two runs that differ in nothing else: it helps or hurts if Welch's t test of their means over seeds says so,
 corrected for all comparisons of the table (`ablation_tests`). Below three seeds there is no verdict.
+
+Results of another model, text or store than the plan's have no place in the table; where the evaluation store is not there to tell which
+text is the plan's, all must at least be of the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
 from hsae.cache.errors import UserError
-from hsae.eval.core.current import Current, core_results, same_bits
+from hsae.cache.remote import place
+from hsae.cache.store import ActivationStore
+from hsae.eval.core.current import DIGESTS, Current, core_results, inputs_of, same_bits
 from hsae.eval.core.targets import is_trained, model_digest, whole_view
 from hsae.eval.hierarchy.runs import read_composition
 from hsae.eval.report.ablation_tests import LEVEL, MANY, MIN_SEEDS, POWER, Comparison, compare
@@ -24,6 +31,9 @@ from hsae.train.suites import SIDES
 
 BUDGET = "0.01"
 """Loss on retain, in nats a token, at which unlearning is compared."""
+TEXT = "models or evaluation texts"
+UNLEARNING = ("model", "tokenizer", "hook", "config", *(f"{side}_corpus" for side in SIDES))
+"""Inputs that all results of unlearning share."""
 Kind = Literal["core", "composition", "synthetic", "unlearning"]
 
 
@@ -161,7 +171,7 @@ class Ablations:
     comparisons: int = 0
     """How many tests were made, which each is corrected for."""
     missing: list[str] = field(default_factory=list)
-    """Results that are not there."""
+    """Results that are not there, or of another model, text or store."""
 
     def json(self) -> dict[str, Any]:
         """JSON-ready content."""
@@ -192,9 +202,14 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
 
 
 def collect(plan: Plan, runs: Sequence[RunConfig], seeds: int, synthetic: Mapping[str, Any] | None) -> Ablations:
-    """The table of these runs over seeds; `synthetic` is the content of a tier's results file. Raises UserError if a run isn't trained."""
+    """The table of these runs over seeds; `synthetic` is the content of a tier's results file.
+
+    Raises UserError if a run isn't trained, or if results that would be averaged or compared are of different texts or settings.
+    """
     missing: list[str] = []
-    lines = [_line(plan, config, seeds, synthetic, missing) for config in runs]
+    current, made = _current(plan), _Made()
+    lines = [_line(plan, config, seeds, current, synthetic, missing, made) for config in runs]
+    made.check(f"--run {','.join(str(config.number) for config in runs)} --seeds {seeds}")
     by_name = {line.name: line for line in lines}
     judged, comparisons = judge(COMPONENTS, by_name)
     return Ablations(
@@ -202,10 +217,48 @@ def collect(plan: Plan, runs: Sequence[RunConfig], seeds: int, synthetic: Mappin
     )
 
 
-def _line(plan: Plan, config: RunConfig, seeds: int, synthetic: Mapping[str, Any] | None, missing: list[str]) -> Line:
+def _current(plan: Plan) -> Current:
+    """What the plan's evaluation store stands for, with its digests if it lies on this machine and is whole."""
+    store = None
+    if isinstance(place(plan.cache.dir), Path):
+        with suppress(UserError):
+            store = ActivationStore.of(plan.store("eval"), plan.cache.dir)
+    return Current.of(plan.asked("eval"), store)
+
+
+class _Made:
+    """What the results of a table were made of, which must be the same for all."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, dict[str, tuple[str, str]]] = {}
+
+    def add(self, kind: str, label: str, what: str, *values: object) -> None:
+        """A result of a run and its inputs of one sort."""
+        self.seen.setdefault(what, {}).setdefault(str(values), (kind, label))
+
+    def check(self, options: str) -> None:
+        """Raise UserError if two results differ; `options` name the table's runs."""
+        for what, found in self.seen.items():
+            if len(found) > 1:
+                (first, one), (kind, other) = list(found.values())[:2]
+                force = " --force" if kind == "composition" else ""
+                raise UserError(
+                    f"{first} of {one} and {kind} of {other} are of different {what}, so they can't stand in one table; make them "
+                    f"alike with: hsae eval {kind} {options}{force}"
+                )
+
+
+def _line(
+    plan: Plan,
+    config: RunConfig,
+    seeds: int,
+    current: Current,
+    synthetic: Mapping[str, Any] | None,
+    missing: list[str],
+    made: _Made,
+) -> Line:
     cells: dict[str, dict[int, Entry]] = {column.key: {} for column in COLUMNS}
     compared: dict[str, dict[int, Entry]] = {column.key: {} for column in COLUMNS}
-    current = Current.of(plan.asked("eval"))
     for seeded in (plan.seeded(index) for index in range(seeds)):
         run_dir = seeded.run_dir(config)
         if not is_trained(seeded, config):
@@ -213,14 +266,15 @@ def _line(plan: Plan, config: RunConfig, seeds: int, synthetic: Mapping[str, Any
                 f"run {seeded.label(config)} has not been trained to its end in {run_dir}; train it with: "
                 f"hsae train --run {config.number} --seeds {seeds}"
             )
+        label = seeded.label(config)
         for kind, found in (
-            ("core", _core(run_dir, config, current)),
-            ("composition", _composition(run_dir, config, current)),
-            ("unlearning", _unlearning(seeded, run_dir)),
+            ("core", _core(run_dir, config, current, partial(made.add, "core", label))),
+            ("composition", _composition(seeded, config, current, partial(made.add, "composition", label))),
+            ("unlearning", _unlearning(seeded, run_dir, partial(made.add, "unlearning", label))),
         ):
             if found is None:
                 if kind != "unlearning":  # measured on some runs only: its cells are empty for the others
-                    missing.append(f"{kind} of {seeded.label(config)}")
+                    missing.append(f"{kind} of {label}")
                 continue
             for key, shown, fitted in found:
                 if shown is not None:
@@ -253,10 +307,15 @@ def _cell(entries: Mapping[int, Entry]) -> Cell:
 Found = list[tuple[str, Entry | None, Entry | None]]
 
 
-def _core(run_dir: Path, config: RunConfig, current: Current) -> Found | None:
+Made = Callable[..., None]
+"""Is told what a result was made of: a name for it, and values."""
+
+
+def _core(run_dir: Path, config: RunConfig, current: Current, made: Made) -> Found | None:
     result = core_results(run_dir, model_digest(run_dir / "model"), current).get(whole_view(config))
     if result is None:
         return None
+    made(TEXT, *map(inputs_of(result.hsae).get, DIGESTS))
     entries: Found = []
     for column in COLUMNS:
         if column.kind == "core" and (measure := result.measure(column.key)) is not None:
@@ -265,15 +324,22 @@ def _core(run_dir: Path, config: RunConfig, current: Current) -> Found | None:
     return entries
 
 
-def _composition(run_dir: Path, config: RunConfig, current: Current) -> Found | None:
+def _composition(plan: Plan, config: RunConfig, current: Current, made: Made) -> Found | None:
     """Hierarchy numbers of the two coarsest levels; none for a flat run."""
     if config.levels == 1:
         return []
+    run_dir = plan.run_dir(config)
     content = read_composition(run_dir)
-    if content is None or content["inputs"]["sae"] != model_digest(run_dir / "model"):
+    if content is None or content["inputs"].get("sae") != model_digest(run_dir / "model"):
         return None
-    if current.why_not(content["inputs"]) is not None:
+    inputs = content["inputs"]
+    if current.why_not(inputs) is not None:
         return None
+    made(TEXT, *map(inputs.get, DIGESTS))
+    read_from = (
+        "training store" if inputs.get("read_from") in same_bits(plan.asked("train")) else inputs.get("read_from")
+    )
+    made("texts to read maps on, or settings", read_from, inputs.get("settings"))
     readings = content["parsed"].pairs[-1].readings
     found: Found = []
     for column in COLUMNS:
@@ -288,7 +354,7 @@ def _composition(run_dir: Path, config: RunConfig, current: Current) -> Found | 
     return found
 
 
-def _unlearning(plan: Plan, run_dir: Path) -> Found | None:
+def _unlearning(plan: Plan, run_dir: Path, made: Made) -> Found | None:
     """Loss on the forgotten text at BUDGET, of the run's main arm; of its very model on the plan's very texts."""
     try:
         content = read_result(run_dir / "eval" / "unlearning.json", "hsae eval unlearning")
@@ -300,6 +366,7 @@ def _unlearning(plan: Plan, run_dir: Path) -> Found | None:
         arms = content["arms"]
         main = next(name for name in ("descend", "sae", "level1") if name in arms)
         value = arms[main]["at_retain"][BUDGET]["forget_dce"]
+        made("texts to forget and retain, or settings", *(inputs[key] for key in UNLEARNING))
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return None
     entry = None if value is None else (float(value), None, False)
@@ -484,5 +551,5 @@ def markdown(table: Ablations) -> str:
         "",
     ]
     if table.missing:
-        lines += [f"Not there: {', '.join(table.missing)}.", ""]
+        lines += [f"Not there, or of another model, text or store: {', '.join(table.missing)}.", ""]
     return "\n".join(lines)
