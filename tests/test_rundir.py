@@ -203,7 +203,11 @@ def test_a_log_heals_at_its_tail_only(tmp_path):
     assert [line["step"] for line in rundir.read_metrics(tmp_path)] == [1, 3, 5, 6, 7]
     assert rundir.damaged_metrics(tmp_path) == [2, 4]
     rundir.MetricsLog(tmp_path, 5).write({"kind": "stage", "step": 5})
+    lines[1] = b'{"kind": "damaged", "step": 1, "text": "{\\"kind\\": \\"metrics\\", \\\\xff"}\n'
+    lines[3] = b'{"kind": "damaged", "step": 3, "text": "[1]"}\n'
     assert path.read_bytes() == b"".join(lines[:5]) + b'{"kind": "stage", "step": 5}\n'
+    assert [line["step"] for line in rundir.read_metrics(tmp_path)] == [1, 3, 5, 5]
+    assert rundir.damaged_metrics(tmp_path) == [2, 4]
     lines[0] = lines[0].replace(b"1", b"9")  # a step beyond the checkpoint, in the middle
     path.write_bytes(b"".join(lines))
     rundir.MetricsLog(tmp_path, 6)

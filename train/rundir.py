@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from hsae.cache.errors import UserError
-from hsae.cache.files import LEFT, PARTIAL, parse_json, sweep
+from hsae.cache.files import LEFT, PARTIAL, parse_json, sweep, write_atomically
 from hsae.cache.store import ActivationStore
 from hsae.train import saelens
 from hsae.train.checkpoint import FILE as CHECKPOINT
@@ -296,20 +296,33 @@ def hardware(device: str, world: int = 1) -> str:
     return one if world == 1 else f"{world} workers, each: {one}"
 
 
+DAMAGED = "damaged"
+"""Kind of the lines that stand in a log for damaged ones, with what is left of them."""
+
+
 class MetricsLog:
-    """metrics.jsonl, appended to line by line. When a run goes on at `step`, what lies behind that step is cut off; nothing else is changed."""
+    """metrics.jsonl, appended to line by line. When a run goes on at `step`, what lies behind that step is cut off.
+
+    A damaged line before it is replaced by one that any reader of JSON lines understands and that holds what is left of it.
+    """
 
     def __init__(self, run_dir: Path, step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
-        lines, end = _lines(self.path), 0
-        kept = [number for number, (_, _, line) in enumerate(lines) if line is not None and _before(line, step)]
-        for number, (start, text, line) in enumerate(lines):
-            if line is not None and number > max(kept, default=-1):
-                break
-            if text.endswith(b"\n"):  # the last one may have been cut off
-                end = start + len(text)
-        with _named(self.path), self.path.open("ab") as file:
-            file.truncate(end)
+        lines = _lines(self.path)
+        before = [number for number, (_, line) in enumerate(lines) if line is not None and _before(line, step)]
+        kept, reached = [], 0
+        for number, (text, line) in enumerate(lines):
+            if line is not None:
+                if number > max(before, default=-1):
+                    break
+                kept.append(text)
+                reached = line["step"]
+            elif text.endswith(b"\n"):  # the last one may have been cut off
+                rest = {"kind": DAMAGED, "step": reached, "text": text.decode("utf-8", "backslashreplace").rstrip("\n")}
+                kept.append(json.dumps(rest).encode() + b"\n")
+        content = b"".join(kept)
+        if not self.path.is_file() or content != b"".join(text for text, _ in lines):
+            write_atomically(self.path, lambda partial: partial.write_bytes(content))
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one object."""
@@ -319,13 +332,16 @@ class MetricsLog:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; damaged ones, and a last one cut off by a crash, are left out."""
-    return [line for _, _, line in _lines(run_dir / "metrics.jsonl") if line is not None]
+    return [line for _, line in _lines(run_dir / "metrics.jsonl") if line is not None and line["kind"] != DAMAGED]
 
 
 def damaged_metrics(run_dir: Path) -> list[int]:
     """Numbers (from 1) of the damaged lines of metrics.jsonl, the last one apart if it was cut off."""
-    held = _lines(run_dir / "metrics.jsonl")
-    return [number for number, (_, text, line) in enumerate(held, 1) if line is None and text.endswith(b"\n")]
+    harmed = [
+        text.endswith(b"\n") if line is None else line["kind"] == DAMAGED
+        for text, line in _lines(run_dir / "metrics.jsonl")
+    ]
+    return [number for number, is_harmed in enumerate(harmed, 1) if is_harmed]
 
 
 @contextmanager
@@ -342,14 +358,10 @@ def _before(line: dict[str, Any], step: int) -> bool:
     return bool(line["step"] < step or (line["kind"] != "stage" and line["step"] == step))
 
 
-def _lines(path: Path) -> list[tuple[int, bytes, dict[str, Any] | None]]:
-    """Where each line of a log begins, its bytes, and what it says; None if that is damaged."""
-    found: list[tuple[int, bytes, dict[str, Any] | None]] = []
-    start = 0
-    for text in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-        found.append((start, text, _parsed(text)))
-        start += len(text)
-    return found
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The bytes of each line of a log, and what it says; None if that is damaged."""
+    held = path.read_bytes() if path.is_file() else b""
+    return [(text, _parsed(text)) for text in held.splitlines(keepends=True)]
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:

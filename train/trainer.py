@@ -187,7 +187,7 @@ def _train(
         log = rundir.MetricsLog(plan.run_dir(config), run.step_number) if workers.leads else None
         for number in rundir.damaged_metrics(plan.run_dir(config)) if workers.leads else ():
             say(
-                f"line {number} of {plan.run_dir(config) / 'metrics.jsonl'} is damaged; it stays as it is, and nobody reads it"
+                f"line {number} of {plan.run_dir(config) / 'metrics.jsonl'} is damaged; what is left of it stays, as text in a line of the kind damaged"
             )
         trainees.append(Trainee(run, log, rundir.mark(plan, config, store)))
         listener.started(config, run.step_number, run.steps)
