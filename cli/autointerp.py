@@ -108,6 +108,7 @@ def autointerp(
     from hsae.cli.eval import of_folders, of_runs
     from hsae.eval.autointerp.evaluation import Autointerp, noise_note
     from hsae.eval.autointerp.judge import Judge, Prices
+    from hsae.eval.suite.evaluations import told_changes
 
     targets = (
         of_folders(loaded, sae, (out or OUT) / "autointerp")
@@ -134,6 +135,8 @@ def autointerp(
             bench.check(target)
         results = {id(target): bench.found(target) for target in targets if not force}
         missing = [target for target in targets if results.get(id(target)) is None]
+        for text in told_changes([(target.label, bench.changed(target)) for target in missing]):
+            say(text)
         with waiting("autointerp: reading") as tell:
             prepared = []
             for target in missing:

@@ -49,6 +49,7 @@ def evaluate(
             targets,
             force=force,
             say=tell,
+            warn=say,
         )
     print_results(results, "ravel")
     _print_passes(store, [result.content["hsae"] for result in results])

@@ -266,6 +266,7 @@ def _evaluate(
             force=force,
             device=pick_device(device),
             say=tell,
+            warn=say,
         )
     print_results(results, suite)
     return results

@@ -70,6 +70,7 @@ def unlearning(
                 force=force,
                 device=place,
                 progress=screen.listener(None),
+                say=say,
             )
         _print_scores(scored)
         return
@@ -86,6 +87,7 @@ def unlearning(
             force=force,
             device=place,
             progress=screen.listener,
+            say=say,
         )
     for item in done:
         console.print(_table(item))

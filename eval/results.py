@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 from hsae.cache.errors import UserError
 from hsae.cache.files import CHECKSUM, check_seal, content_digest, parse_json, sealed, sweep, write_atomically
 
+DIGEST = re.compile("[0-9a-f]{16,}")
+NAMED = {"sae": "SAE", "hsae": "version", "seeds": "draws", "state": "state of the store", "corpus": "text"}
+NAMED |= {"config": "settings", "model": "weights of the language model"}
 WRITER = "sae_bench_commit_hash"  # says in SAEBench's schema who wrote a file
 
 
@@ -79,6 +83,23 @@ def read_envelope(path: Path, again: str) -> Any:
     if isinstance(content, dict) and not content.keys() & {"hsae"} and str(content.get(WRITER)).startswith("hsae "):
         raise _damaged(path, again, "its block hsae is missing")
     return content
+
+
+def changes(inputs: Mapping[str, Any], held: Mapping[str, Any]) -> str:
+    """In what the inputs of a result differ from those `held` by the one whose place it takes: `draws 3 (was 5), other text`."""
+    parts = []
+    for key in dict.fromkeys((*inputs, *held)):
+        now, before = inputs.get(key), held.get(key)
+        if now == before:
+            continue
+        name = NAMED.get(key, key.replace("_", " "))
+        if isinstance(now, dict) and isinstance(before, dict):
+            parts.append(changes(now, before))
+        elif any(isinstance(value, str) and DIGEST.fullmatch(value) for value in (now, before)):
+            parts.append(f"other {name}")
+        else:
+            parts.append(f"{name} {now} (was {before})")
+    return ", ".join(parts)
 
 
 def run_option(path: Path) -> str:

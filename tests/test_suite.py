@@ -217,6 +217,8 @@ def test_all_evaluates_without_a_language_model_and_goes_on_when_one_fails(
     assert "within noise of it" in again.output or "apart from it" in again.output
     other = invoke("eval", "tpp", *chosen, "--out", tmp_path / "out", "--draws", 1, *settings(overrides))
     assert "were there already" not in other.output and "one draw gives no measure of noise" in other.output
+    # FIX A7: what is evaluated anew because settings differ says so
+    assert "evaluated anew, with draws 1 (was 2): " in other.output and "evaluated anew" not in again.output
 
 
 def test_absorption_from_a_store_of_words_for_a_hierarchy_and_one_of_its_levels(plan, tmp_path, no_language_model):

@@ -477,7 +477,11 @@ def test_results_are_used_again_only_if_made_of_the_same_inputs(plan, overrides,
     forced = unlearning_runs.evaluate_runs([run], lambda store: language, force=True)[0]
     assert not forced.reused and forced.result == first.result  # the same bits
     other = load_plan("tiny", [*overrides, f"train.dir={plan.train.dir!r}", "unlearning.multipliers=[0, 2]"])
-    assert not unlearning_runs.evaluate_runs([(other, other.runs[0])], lambda store: language)[0].reused
+    told = []
+    assert not unlearning_runs.evaluate_runs([(other, other.runs[0])], lambda store: language, say=told.append)[
+        0
+    ].reused
+    assert told == ["evaluated anew, with other settings: 0 baseline"]
     changed_model = a_model("flat")
     changed_model.levels[0].W_dec[0] += 1
     save_model(changed_model, plan.run_dir(run[1]) / "model")

@@ -95,6 +95,10 @@ class Autointerp:
         content = self._find(target).result
         return SuiteResult(target=target, content=content, reused=True) if content is not None else None
 
+    def changed(self, target: Target) -> str:
+        """In what the inputs differ from those of the result that gives way, if one does."""
+        return self._find(target).changed
+
     def check(self, target: Target) -> None:
         """Refuse an SAE that does not belong to the store. Raises UserError."""
         check_views([target.view], self.store, target.hook)

@@ -12,6 +12,7 @@ from hsae.cache.store import ActivationStore
 from hsae.eval.core.evaluation import CoreOptions, Listener, check, evaluate
 from hsae.eval.core.fits import doubts, same_hook
 from hsae.eval.core.schema import CoreResult, file_name, hsae_version, read_core, write_core
+from hsae.eval.results import changes
 from hsae.train import saelens
 from hsae.train.config import RunConfig
 from hsae.train.model import CONFIG_FILE, WEIGHTS_FILE, load_model
@@ -73,6 +74,8 @@ class Found(Generic[ResultT]):
 
     path: Path
     result: ResultT | None
+    changed: str = ""
+    """In what the inputs differ from those of the result that gives way, if one does."""
 
 
 def find(
@@ -87,7 +90,7 @@ def find(
     make, keeps the first name if it has it; what is damaged, or of an earlier state of the same store and SAE, gives way.
     """
     first, own = target.path(*apart), target.path(*apart, str(inputs["store"]))
-    path = first
+    path, changed = first, {}
     for place in (first, own):
         try:
             result, held = read(place)
@@ -95,9 +98,10 @@ def find(
             continue  # missing or damaged: made anew
         if held == inputs:
             return Found(path=place, result=result)
+        changed[place] = changes(inputs, held) if held else ""
         if place == first and (not held or any(held.get(key) != inputs.get(key) for key in KEPT_APART)):
             path = own
-    return Found(path=path, result=None)
+    return Found(path=path, result=None, changed=changed.get(path, ""))
 
 
 def is_trained(plan: Plan, run: RunConfig) -> bool:

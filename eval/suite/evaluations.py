@@ -291,13 +291,15 @@ def evaluate_suite(
     force: bool = False,
     device: str = "cpu",
     say: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> list[SuiteResult]:
     """Evaluate targets and write their results; results made of the same inputs are read back unless `force`.
 
-    Raises UserError before any compute if a target can't be evaluated.
+    `say` is told what is under way, `warn` which earlier results will give way and in what they differ. Raises UserError before any
+    compute if a target can't be evaluated.
     """
     store = open_store()
-    return evaluate_with(lambda hook: Bench(store, hook, seeds, device), targets, force=force, say=say)
+    return evaluate_with(lambda hook: Bench(store, hook, seeds, device), targets, force=force, say=say, warn=warn)
 
 
 def evaluate_with(
@@ -306,6 +308,7 @@ def evaluate_with(
     *,
     force: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> list[SuiteResult]:
     """The same with any evaluator of a hook."""
     benches = {hook: bench_at(hook) for hook in dict.fromkeys(target.hook for target in targets)}
@@ -313,10 +316,15 @@ def evaluate_with(
         bench = benches[target.hook]
         bench.check(target.view)
         check_same_model(target.run_dir, str(bench.store.path), bench.store.header)
+    places = [
+        find(target, bench.inputs(target), partial(read_measured, suite=bench.suite))
+        for target, bench in ((target, benches[target.hook]) for target in targets)
+    ]
+    for text in told_changes([(target.label, found.changed) for target, found in zip(targets, places, strict=True)]):
+        warn(text)
     results = []
-    for target in targets:
+    for target, found in zip(targets, places, strict=True):
         bench = benches[target.hook]
-        found = find(target, bench.inputs(target), partial(read_measured, suite=bench.suite))
         content = None if force else found.result
         if reused := content is not None:
             assert content is not None
@@ -326,6 +334,14 @@ def evaluate_with(
             write_result(content, target.folder, found.path.name)
         results.append(SuiteResult(target=target, content=content, reused=reused))
     return results
+
+
+def told_changes(changed: Sequence[tuple[str, str]]) -> list[str]:
+    """What is said of earlier results that will give way, each given as its SAE's label and what is different now; nothing of those without."""
+    return [
+        f"evaluated anew, with {text}: {', '.join(label for label, other in changed if other == text)}"
+        for text in dict.fromkeys(text for _, text in changed if text)
+    ]
 
 
 def read_measured(path: Path, suite: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -37,8 +37,9 @@ def evaluate_runs(
     force: bool = False,
     device: str = "cpu",
     progress: Progress = lambda what, done, total: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Unlearned]:
-    """The score of every level, and of all levels together, of each run. `sets` are from `check`."""
+    """The score of every level, and of all levels together, of each run. `sets` are from `check`; `say` is told which earlier results give way."""
     plan, config = runs[0][0], runs[0][0].unlearning.qa
     stores, hook = open_texts(plan), plan.hook.names[0]
     check_trained(runs, stores["forget"])
@@ -50,7 +51,7 @@ def evaluate_runs(
             :16
         ]
         inputs = {**inputs_of(seeded, run, stores), "config": asked, "questions": qa.digest(sets)}
-        result = None if force else found_at(folder / FILE, inputs)
+        result = None if force else found_at(folder / FILE, inputs, seeded.label(run), say)
         reused = result is not None
         if result is None:
             if exam is None:

@@ -18,7 +18,7 @@ from hsae.cache.lm import LanguageModel
 from hsae.cache.store import ActivationStore, check_model
 from hsae.eval.core.schema import hsae_version
 from hsae.eval.core.targets import is_trained, model_digest
-from hsae.eval.results import publish, read_result, write_result
+from hsae.eval.results import changes, publish, read_result, write_result
 from hsae.eval.unlearning import pareto
 from hsae.eval.unlearning.intervention import of_model
 from hsae.eval.unlearning.passes import Rows
@@ -85,11 +85,12 @@ def evaluate_runs(
     force: bool = False,
     device: str = "cpu",
     progress: Callable[[str], Progress] = lambda label: lambda arm, done, total: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Unlearned]:
     """Evaluate runs of one plan and write their results; what was made of the same inputs is read back unless `force`.
 
-    `load` gives the language model, and is called only if something has to be computed; `progress` makes a listener for a run.
-    Raises UserError before any compute.
+    `load` gives the language model, and is called only if something has to be computed; `progress` makes a listener for a run;
+    `say` is told which earlier results give way and in what they differ. Raises UserError before any compute.
     """
     plan = runs[0][0]
     stores = open_texts(plan)
@@ -100,7 +101,7 @@ def evaluate_runs(
     for seeded, run in runs:
         folder = seeded.run_dir(run) / "eval"
         inputs = inputs_of(seeded, run, stores)
-        result = None if force else found_at(folder / FILE, inputs)
+        result = None if force else found_at(folder / FILE, inputs, seeded.label(run), say)
         if (reused := result is not None) is False:
             if language is None:
                 language = load(stores["forget"])
@@ -158,10 +159,14 @@ def inputs_of(plan: Plan, run: RunConfig, stores: dict[Side, ActivationStore]) -
     }
 
 
-def found_at(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The result that lies there, if it was made of the same inputs."""
+def found_at(path: Path, inputs: dict[str, Any], label: str, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The result that lies there, if it was made of the same inputs; `say` is told in what others differ."""
     try:
         content = read_result(path, "hsae eval unlearning")
-        return content if content["inputs"] == inputs and "arms" in content else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not there or damaged: made anew
+        if content["inputs"] == inputs and "arms" in content:
+            return content
+        if changed := changes(inputs, content["inputs"]):
+            say(f"evaluated anew, with {changed}: {label}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # not there or damaged: made anew
+    return None
