@@ -11,7 +11,7 @@ import itertools
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -59,6 +59,7 @@ from hsae.cache.remote import (
 from hsae.cache.salvage import keep_what_is_right
 from hsae.cache.share import Share
 from hsae.cache.statistics import summarise
+from hsae.cache.store import DIGESTS, is_made_of
 from hsae.cache.verify import mend_documents
 
 Stage = Literal["tokens", "activations", "statistics"]
@@ -119,7 +120,7 @@ def build(
         for _, target in missing:
             locks.enter_context(locked(target, f".rank{share.rank}" if share.rank else ""))
         for spec, target in missing if documents is None and share.rank == 0 else ():
-            check_corpus(text_of(spec, target), spec.split)
+            check_corpus(text_of(spec, begun(target)))
         if share.world > 1 and device == "cuda":
             torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
         say(f"loading {specs[0].model.id}")
@@ -159,22 +160,20 @@ def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[st
     folder = None
     with contextlib.suppress(ModelError, OSError):
         folder = weights.folder_here(weights.at_commit(spec.model, header.model_commit))
-    now: dict[str, Callable[[], str]] = {}
+    now: dict[str, Callable[[], bool]] = {}
     if folder is not None:
-        now |= {
-            "model": partial(weights.weights_digest, folder),
-            "tokenizer": partial(weights.tokenizer_digest, folder),
-        }
+        for what, digest in DIGESTS.items():
+            now[what] = lambda what=what, digest=digest: is_made_of(what, header, digest(folder), folder)  # type: ignore[misc]
     if not given:
-        now["corpus"] = partial(_corpus_now, header)
+        now["corpus"] = lambda: _is_text(header)
     not_compared = {} if folder is not None else {"model": f"{spec.model.id} is not on this machine"}
-    for what, digest in now.items():
+    for what, is_same in now.items():
         try:
-            found = digest()
+            same = is_same()
         except (ModelError, CorpusError, OSError) as error:
             not_compared[what] = str(error)
             continue
-        if found != getattr(header, f"{what}_digest"):
+        if not same:
             name = spec.corpus.corpus if what == "corpus" else spec.model.id
             raise StoreError(
                 f"{target} was made from another {what} than {name} is now; nothing was written. Delete the store or move it away and "
@@ -184,19 +183,33 @@ def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[st
         say(f"{target.name}: its {what} was not compared with what there is now ({reason})")
 
 
-def _corpus_now(header: Header) -> str:
-    """The digest of the text that a store is made of, as it is now. Raises CorpusError if it can't be had, or if no one knows which it was."""
-    corpus = open_corpus(at_commit(header.spec.corpus, header.corpus_commit), header.spec.split)
+def _is_text(header: Header) -> bool:
+    """Whether the text that a store is made of is as it was. Raises CorpusError if it can't be had, or if no one knows which it was."""
+    corpus = text_of(header.spec, header)
     if corpus.commit is not None and header.corpus_commit is None and corpus.digest != header.corpus_digest:
         raise CorpusError(f"an older hsae made it, and did not write down which commit of {corpus.name} it read")
-    return corpus.digest
+    return corpus.digest == header.corpus_digest
 
 
-def text_of(spec: StoreSpec, target: Place) -> CorpusConfig:
-    """Where a store's text is: of a data set on the hub the commit that the store was begun with, whatever its branch has become since."""
+def begun(target: Place) -> Header | None:
+    """The header of a store that was begun, if it can be read."""
     with contextlib.suppress(StoreError, OSError):
-        return at_commit(spec.corpus, read_header(target).corpus_commit)
-    return spec.corpus
+        return read_header(target)
+    return None
+
+
+def text_of(spec: StoreSpec, held: Header | None, *, anew: bool = False) -> Corpus:
+    """The text of a store; of one that was begun with the header `held`, what that was begun with.
+
+    Of a data set on the hub that is the commit, whatever its branch has become since; of a folder that an older hsae read, the files that
+    it read. Raises CorpusError if it can't be had.
+    """
+    config = spec.corpus if held is None else at_commit(spec.corpus, held.corpus_commit)
+    corpus = open_corpus(config, spec.split, anew=anew)
+    if held is not None and held.older and corpus.commit is None and corpus.digest != held.corpus_digest:
+        before = open_corpus(config, spec.split, anew=anew, older=True)
+        return before if before.digest == held.corpus_digest else corpus
+    return corpus
 
 
 def at_commit(corpus: CorpusConfig, commit: str | None) -> CorpusConfig:
@@ -231,10 +244,10 @@ class Builder:
         if spec.split == "eval":
             model.check_ablation(spec.hooks)
         self.documents, self.share = documents, share
+        held = begun(target)
+        self.older = held is not None and held.older
         self.corpus = (
-            open_corpus(text_of(spec, target), spec.split, anew=True)
-            if documents is None
-            else Corpus("token ids", "given", lambda: iter(()))
+            text_of(spec, held, anew=True) if documents is None else Corpus("token ids", "given", lambda: iter(()))
         )
         self.specs = arrays(spec, model.d_model)
         self.step = chunk_rows(spec, model.d_model)
@@ -330,6 +343,7 @@ class Builder:
                 "device": torch.device(model.device).type,
                 **{name: version(name) for name in LIBRARIES},
             },
+            older=self.older,
         )
 
     def check_same(self, held: Header, wanted: Header) -> None:
@@ -345,6 +359,8 @@ class Builder:
         ):
             if getattr(held, name) != getattr(wanted, name):
                 what = name.removesuffix("_digest")
+                if what in DIGESTS and is_made_of(what, held, getattr(wanted, name), self.model.folder):
+                    continue
                 change = f"another {what} of the same name"
                 if name == "versions":  # the same numbers are promised on the same libraries and kind of device only
                     pairs = ((key, held.versions.get(key), now) for key, now in wanted.versions.items())

@@ -36,6 +36,7 @@ from hsae.cache.weights import files_digest
 
 TOKENISED_AT_ONCE = 64  # documents: the tokenizer takes them on all cores
 KINDS = (".txt", *READERS)
+OLDER_KINDS = (".txt", ".jsonl", ".parquet")
 COMPARED_BYTES = 1 << 20
 TEXT_TABLES: dict[Split, str] = {
     "train": "cache.train",
@@ -65,11 +66,11 @@ class Corpus:
         return (document.text for document in self.documents())
 
 
-def open_corpus(config: CorpusConfig, split: Split = "train", *, anew: bool = False) -> Corpus:
+def open_corpus(config: CorpusConfig, split: Split = "train", *, anew: bool = False, older: bool = False) -> Corpus:
     """The documents `config` asks for. Raises CorpusError, naming keys of the table of `split`, if they can't be had.
 
     A row without text (null) is a document without tokens: document numbers are row numbers. With `anew` files are read for their digest
-    in any case, not only if their sizes or times changed.
+    in any case, not only if their sizes or times changed. With `older` a folder's files are those that hsae read before it told of the others.
     """
     name, path, table = config.corpus, _path(config), TEXT_TABLES[split]
     notes: list[str] = []
@@ -79,7 +80,7 @@ def open_corpus(config: CorpusConfig, split: Split = "train", *, anew: bool = Fa
         digest = _digest(hashlib.sha256(document.text.encode()).hexdigest() for document in packaged)
         every: Callable[[], Iterator[Document]] = lambda: iter(packaged)  # noqa: E731
     elif path.exists():
-        files, notes = _files(path, config.column)
+        files, notes = _older_files(path) if older else _files(path, config.column)
         digest = files_digest(files, anew=anew)
         every = lambda: (document for file in files for document in _read(file, path, config.column, table))  # noqa: E731
     elif name.count("/") <= 1 and not name.startswith((".", "~")) and file_kind(path) not in KINDS:
@@ -106,9 +107,9 @@ def open_corpus(config: CorpusConfig, split: Split = "train", *, anew: bool = Fa
     return Corpus(name, digest, documents, tuple(notes), commit)
 
 
-def check_corpus(config: CorpusConfig, split: Split) -> None:
-    """Open a corpus and read its first documents, before a model is loaded for it. Raises CorpusError if they can't be had."""
-    for _ in islice(open_corpus(config, split).documents(), TOKENISED_AT_ONCE):
+def check_corpus(corpus: Corpus) -> None:
+    """Read a corpus's first documents, before a model is loaded for it. Raises CorpusError if they can't be had."""
+    for _ in islice(corpus.documents(), TOKENISED_AT_ONCE):
         pass
 
 
@@ -166,6 +167,15 @@ def _files(path: Path, column: str) -> tuple[list[Path], list[str]]:
             + (f" (there is: {told})" if told else "")
         )
     return found, [f"corpus {str(path)!r}: files read: {len(found)}; not read: {told}"] if told else []
+
+
+def _older_files(path: Path) -> tuple[list[Path], list[str]]:
+    if not path.is_dir():
+        return [path], []
+    found = sorted(file for file in path.rglob("*") if file.suffix in OLDER_KINDS and file.is_file())
+    return found, [
+        f"corpus {str(path)!r}: files read: {len(found)}, those that the older hsae read which began the store"
+    ]
 
 
 def _walk(path: Path) -> Iterator[Path]:

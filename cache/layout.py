@@ -117,6 +117,8 @@ class Header(Config):
     documents_digest: str | None = None
     """SHA-256 of `documents.json`; None while unfinished, without such a file, and in stores that were made before there was a digest."""
     complete: bool = False
+    older: bool = False
+    """Whether the store was begun before headers had a checksum: then its digests may be by that hsae's rules."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,8 @@ def read_header(root: Place) -> Header:
     def read() -> Header:
         held = parse_json(path.read_bytes())["attributes"]["hsae"]
         check_seal(held, required=False)
-        return Header(**{key: value for key, value in held.items() if key != CHECKSUM})
+        older = {} if CHECKSUM in held else {"older": True}
+        return Header(**{**{key: value for key, value in held.items() if key != CHECKSUM}, **older})
 
     try:
         header = again(path, read, (ValueError, KeyError, TypeError, AttributeError))

@@ -11,7 +11,7 @@ Shapes: D residual width, N tokens of a part.
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -55,6 +55,8 @@ class SuiteHeader(Config):
     """Set of residuals -> its parts."""
     passes: int
     """Prefix passes (texts) that the sets took."""
+    older: ClassVar[bool] = False
+    """As an activation store's; these files have always had a checksum, so that it can't be told of them."""
 
     @property
     def sets(self) -> dict[str, int]:

@@ -38,6 +38,8 @@ from hsae.cache.scratch import Prefetcher
 if TYPE_CHECKING:
     from hsae.cache.lm import LanguageModel
 
+DIGESTS = {"model": weights.weights_digest, "tokenizer": weights.tokenizer_digest}
+
 
 @dataclass(frozen=True, kw_only=True)
 class HookStatistics:
@@ -166,18 +168,26 @@ class ActivationStore:
 
 def check_model(store: Place, made: Header | SuiteHeader, model: "LanguageModel", suite: str | None = None) -> None:
     """Raise StoreError unless a store was made with the weights and the tokenizer of a model that was loaded for it."""
-    _compare(store, "weights", made.model_digest, model.model_digest, suite)
-    _compare(store, "tokenizer files", made.tokenizer_digest, model.tokenizer_digest, suite)
+    for what, noun in (("model", "weights"), ("tokenizer", "tokenizer files")):
+        if not is_made_of(what, made, getattr(model, f"{what}_digest"), model.folder):
+            raise _other(store, noun, suite)
 
 
 def check_tokenizer(store: Place, made: Header, tokenizer: Any) -> None:
     """Raise StoreError unless a store was made with a tokenizer that was loaded for it."""
-    _compare(store, "tokenizer files", made.tokenizer_digest, weights.tokenizer_digest(Path(tokenizer.name_or_path)))
+    folder = Path(tokenizer.name_or_path)
+    if not is_made_of("tokenizer", made, weights.tokenizer_digest(folder), folder):
+        raise _other(store, "tokenizer files")
 
 
-def _compare(store: Place, what: str, made: str, now: str, suite: str | None = None) -> None:
-    if made != now:
-        command = build_command(store) if suite is None else f"hsae cache build --suite {suite}"
-        raise StoreError(
-            f"{store} was made with other {what} than the model has now; move it away and make it again with `{command}`"
-        )
+def is_made_of(what: str, made: Header | SuiteHeader, now: str, folder: Path) -> bool:
+    """Whether a store was made with the `model` or the `tokenizer` of a folder, whose digest is `now`; an older one by the rule of its time."""
+    held = getattr(made, f"{what}_digest")
+    return held == now or (made.older and held == DIGESTS[what](folder, anew=True, older=True))
+
+
+def _other(store: Place, what: str, suite: str | None = None) -> StoreError:
+    command = build_command(store) if suite is None else f"hsae cache build --suite {suite}"
+    return StoreError(
+        f"{store} was made with other {what} than the model has now; move it away and make it again with `{command}`"
+    )

@@ -215,9 +215,12 @@ def check_weights(folder: Path) -> None:
                 )
 
 
-def weights_digest(folder: Path, *, anew: bool = False) -> str:
-    """SHA-256 over config.json and the weight files; see `files_digest`."""
-    files, loaded = [folder / "config.json", *sorted(folder.glob(WEIGHTS))], weight_files(folder)
+def weights_digest(folder: Path, *, anew: bool = False, older: bool = False) -> str:
+    """SHA-256 over config.json and the weight files; see `files_digest`. With `older` as hsae made it before it looked at the index."""
+    files = [folder / "config.json", *sorted(folder.glob(WEIGHTS))]
+    if older:
+        return files_digest(files, anew=anew)
+    loaded = weight_files(folder)
     others = {path.name for path in files[1:] if not path.name.startswith("consolidated")} - {
         path.name for path in loaded
     }
@@ -226,10 +229,10 @@ def weights_digest(folder: Path, *, anew: bool = False) -> str:
     return files_digest(files, anew=anew)
 
 
-def tokenizer_digest(folder: Path, *, anew: bool = False) -> str:
-    """SHA-256 over the tokenizer's files; see `files_digest`."""
+def tokenizer_digest(folder: Path, *, anew: bool = False, older: bool = False) -> str:
+    """SHA-256 over the tokenizer's files; see `files_digest`. With `older` as hsae made it before it looked at vocabularies."""
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not (folder / "tokenizer.json").is_file():  # which would hold the whole vocabulary
+    if not older and not (folder / "tokenizer.json").is_file():  # which would hold the whole vocabulary
         files += sorted({path for pattern in VOCABULARIES for path in folder.glob(pattern)} - set(files))
     return files_digest(files, anew=anew)
 
