@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hsae.cache import losses, tally, weights, writer, written
 from hsae.cache.codec import DamagedChunkError, crc32c, read_chunk
-from hsae.cache.config import FORMAT_VERSION, CorpusConfig, StoreSpec
+from hsae.cache.config import FORMAT_VERSION, CorpusConfig, ModelConfig, StoreSpec
 from hsae.cache.corpus import TEXT_TABLES, Corpus, Packer, check_corpus, open_corpus, tokenised
 from hsae.cache.errors import CorpusError, ModelError, StoreError, UnreachableError
 from hsae.cache.files import check_seal, content_digest, parse_json, sealed, sweep
@@ -45,10 +45,12 @@ from hsae.cache.layout import (
 )
 from hsae.cache.lm import LanguageModel, pinned
 from hsae.cache.mapped import MappedArray
+from hsae.cache.packaged import CORPORA
 from hsae.cache.remote import (
     IN_FLIGHT,
     Place,
     RemotePath,
+    check_writable,
     exists,
     locked,
     many,
@@ -97,23 +99,16 @@ def build(
     """
     folder = place(root)
     targets: list[Place] = [folder / spec.name for spec in specs]
-    missing = [(spec, target) for spec, target in zip(specs, targets, strict=True) if not is_finished(target, spec)]
-    for spec, target in zip(specs, targets, strict=True):
-        if (spec, target) not in missing and share.rank == 0:
-            check_current(target, spec, documents is not None, say)
-            _clear_finished(target)
-            if spec.rows_per_document is not None:
-                mend_documents(target, device=device, say=say)
+    finished, missing = _divided(specs, targets)
+    for spec, target in finished if share.rank == 0 else ():
+        check_current(target, spec, documents is not None, say)
+        _clear_finished(target)
+        if spec.rows_per_document is not None:
+            mend_documents(target, device=device, say=say)
     if not missing:
         return targets
-    if any(spec.codec == "int8" for spec, _ in missing):
-        raise StoreError(
-            "int8 stores are made from finished ones: build with --set cache.codec=mappable, then "
-            "`hsae cache recode STORE FOLDER --codec int8`"
-        )
     config = pinned(specs[0].model, folder)
-    if (there := weights.folder_here(config)) is not None:
-        weights.check_weights(there)  # what can't be loaded leaves no folder behind
+    _check_makeable(missing, config)
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:
@@ -134,6 +129,43 @@ def build(
             builder.write_activations()
             builder.finish()
     return targets
+
+
+def check(specs: Sequence[StoreSpec], root: str | Place, say: Callable[[str], None] = lambda text: None) -> None:
+    """Refuse what `build` would refuse before it loads the model, writing nothing. Raises UserError.
+
+    Packaged text is there, and is not gathered, which takes long, to count its documents.
+    """
+    folder = place(root)
+    finished, missing = _divided(specs, [folder / spec.name for spec in specs])
+    for spec, target in finished:
+        check_current(target, spec, False, say)
+    if missing:
+        _check_makeable(missing, pinned(specs[0].model, folder))
+        check_writable(folder, trial=False)
+    for spec, target in missing:
+        if spec.corpus.corpus not in CORPORA:
+            check_corpus(text_of(spec, begun(target)))
+
+
+def _divided(
+    specs: Sequence[StoreSpec], targets: Sequence[Place]
+) -> tuple[list[tuple[StoreSpec, Place]], list[tuple[StoreSpec, Place]]]:
+    """The stores that are finished, and the others."""
+    every = list(zip(specs, targets, strict=True))
+    missing = [(spec, target) for spec, target in every if not is_finished(target, spec)]
+    return [one for one in every if one not in missing], missing
+
+
+def _check_makeable(missing: Sequence[tuple[StoreSpec, Place]], model: ModelConfig) -> None:
+    """Raise UserError for a codec that no build makes, and for weights on this machine that can't be loaded."""
+    if any(spec.codec == "int8" for spec, _ in missing):
+        raise StoreError(
+            "int8 stores are made from finished ones: build with --set cache.codec=mappable, then "
+            "`hsae cache recode STORE FOLDER --codec int8`"
+        )
+    if (there := weights.folder_here(model)) is not None:
+        weights.check_weights(there)  # what can't be loaded leaves no folder behind
 
 
 def is_finished(target: Place, spec: StoreSpec) -> bool:

@@ -13,6 +13,7 @@ signatures in URLs stand in no message.
 import contextlib
 import errno
 import logging
+import os
 import random
 import re
 import secrets
@@ -486,13 +487,21 @@ def locked(target: Place, suffix: str = "") -> AbstractContextManager[object]:
         raise StoreError(f"nothing can be written in {target.parent} ({error.strerror}); use another folder") from None
 
 
-def check_writable(folder: Place) -> None:
-    """Write something there, and delete it. Raises StoreError or OSError if that can't be done, so before anything is computed."""
+def check_writable(folder: Place, *, trial: bool = True) -> None:
+    """Write something there, and delete it. Raises StoreError or OSError if that can't be done, so before anything is computed.
+
+    Without a `trial` nothing is written: a folder is asked for its mode, an address for what kind it is of.
+    """
     _refuse_read_only(folder)
-    trial = folder / f".{secrets.token_hex(4)}{PARTIAL}"
     try:
-        publish(trial, b"")
-        trial.unlink(missing_ok=True)
+        if trial:
+            file = folder / f".{secrets.token_hex(4)}{PARTIAL}"
+            publish(file, b"")
+            file.unlink(missing_ok=True)
+        elif isinstance(folder, Path):
+            there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except RemoteError:
         raise
     except OSError as error:

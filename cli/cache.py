@@ -49,6 +49,7 @@ def build(
     Example: hsae cache build --plan gemma-3-270m
     """
     from hsae.cache.build import build as build_store
+    from hsae.cache.build import check
     from hsae.cache.device import pick_device
     from hsae.cache.errors import UserError
     from hsae.cache.estimate import check_space, estimate
@@ -70,7 +71,7 @@ def build(
     console.print(_sizes(estimates, loaded.name, chosen))
     check_space(estimates)
     if dry_run:
-        return
+        return check(specs, loaded.cache.dir, say)
     with _progress() as progress:
         paths = build_store(
             specs,
@@ -187,11 +188,14 @@ def verify(
     Example: hsae cache verify activations/gemma-3-270m-train-0123456789abcdef.zarr --repair
     """
     from hsae.cache.device import pick_device
+    from hsae.cache.errors import UserError
     from hsae.cache.layout import is_sealed
     from hsae.cache.remote import place, redacted
     from hsae.cache.verify import repair as repair_store
     from hsae.cache.verify import verify as verify_store
 
+    if device != "auto" and not repair:
+        raise UserError(f"--device {device} says where --repair computes; it doesn't go without it")
     with progress_bars("checking", BarColumn(), "{task.completed}/{task.total} chunks") as bars:
         task = bars.add_task("", total=None, visible=False)
         damages = verify_store(store, lambda done, total: bars.update(task, completed=done, total=total, visible=True))

@@ -34,6 +34,7 @@ def refused(*arguments):
         (["cache", "build", "--suite", "ravel", "--split", "both"], "--split both doesn't go with --suite ravel"),
         (["cache", "build", "--suite", "unlearning", "--split", "eval"], "--split eval doesn't go with --suite unl"),
         (["cache", "ls", ".", "--plan", "tiny"], "it doesn't go with --plan or --set"),
+        (["cache", "verify", "x.zarr", "--device", "cpu"], "--device cpu says where --repair computes; it doesn't go"),
         (["eval", "core", "--run", "3", "--all"], "--run and --all exclude each other"),
         (["eval", "core", "--sae", "x", "--all"], "--all and --sae exclude each other"),
         (["eval", "core", "--sae", "x", "--seeds", "2"], "--seeds 2 is for runs; it doesn't go with --sae"),
@@ -86,6 +87,35 @@ def test_odd_model_folders_end_a_dry_run_in_one_line(elsewhere, config):
     assert str(model) in refused(
         "cache", "build", "--dry-run", "--plan", "tiny", "--device", "cpu", "--set", f"model.id='{model}'"
     )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("cache.eval.corpus='absent.txt'", "corpus 'absent.txt': there is no such file"),
+        ("cache.eval.corpus='python-nothing'", "data set 'python-nothing' can't be found on the hub"),
+        ("cache.eval.corpus='text'", "cache.eval.first_document = 9 leaves none of them"),
+        ("cache.codec='int8'", "int8 stores are made from finished ones"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_build_would_refuse_at_its_start(elsewhere, monkeypatch, setting, message):
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *given, **named: 1 / 0)
+    (elsewhere / "text").mkdir()
+    (elsewhere / "text/a.txt").write_text("words")
+    settings = [f"model.id='{ROOT / 'tests/golden/model'}'", "cache.eval.first_document=9", setting]
+    options = [word for setting in settings for word in ("--set", setting)]
+    for dry in (["--dry-run"], []):
+        assert message in refused("cache", "build", *TINY, "--split", "eval", *dry, *options)
+    assert list(elsewhere.rglob("zarr.json")) == []
+
+
+def test_a_dry_run_writes_nothing(elsewhere, monkeypatch):
+    model = f"model.id='{ROOT / 'tests/golden/model'}'"
+    result = CliRunner().invoke(app, ["cache", "build", *TINY, "--dry-run", "--set", model])
+    assert result.exit_code == 0, result.output
+    assert list(elsewhere.iterdir()) == []
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "nothing can be written in" in refused("cache", "build", *TINY, "--dry-run", "--set", model)
 
 
 def test_numbers_beyond_reason_are_usage_mistakes(elsewhere):
