@@ -84,8 +84,12 @@ def ablate(
 
     from hsae.cli import cache, hierarchy, synthetic, train, unlearning
     from hsae.cli import eval as eval_commands
+    from hsae.eval.synthetic.tiers import read_results
     from hsae.train.arms import NUMBERS
 
+    held = out / "synthetic" / "T2.json"
+    if held.is_file():
+        read_results(held)  # raises UserError for a damaged one
     common: dict[str, Any] = {"plan": plan, "overrides": overrides}
     arms = ",".join(str(config.number) for config in selected if config.number in NUMBERS)
     stages: dict[str, Callable[[], object]] = {
@@ -117,9 +121,7 @@ def ablate(
     from hsae.cache.files import write_atomically
     from hsae.eval.report import ablation
     from hsae.eval.report.ablation_figure import ablation_png
-    from hsae.eval.synthetic.tiers import read_results
 
-    held = out / "synthetic" / "T2.json"
     table = ablation.collect(loaded, selected, seeds, read_results(held) if held.is_file() else None)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(

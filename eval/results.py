@@ -14,6 +14,7 @@ from typing import Any
 
 from hsae.cache.errors import UserError
 from hsae.cache.files import CHECKSUM, check_seal, content_digest, parse_json, sealed, sweep, write_atomically
+from hsae.train.record import options
 
 DIGEST = re.compile("[0-9a-f]{16,}")
 NAMED = {"sae": "SAE", "hsae": "version", "seeds": "draws", "state": "state of the store", "corpus": "text"}
@@ -103,9 +104,9 @@ def changes(inputs: Mapping[str, Any], held: Mapping[str, Any]) -> str:
 
 
 def run_option(path: Path) -> str:
-    """` --run N` for a result in a run directory; nothing elsewhere."""
-    run = next((folder.parent.name for folder in path.parents if folder.name == "eval"), "")
-    return f" --run {run}" if run.isdecimal() else ""
+    """` --run N`, with its seed, for a result in a run directory; nothing elsewhere."""
+    run = next((folder.parent for folder in path.parents if folder.name == "eval"), None)
+    return f" {options(run)}" if run is not None and run.name.isdecimal() else ""
 
 
 def _read(path: Path, again: str, kind: str = "a result file") -> Any:

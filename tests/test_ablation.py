@@ -203,3 +203,16 @@ def test_ablate_refuses_unknown_parts_before_anything_is_computed(tmp_path, monk
     assert isinstance(result.exception, UserError)
     assert str(result.exception) == "--without sleep: it must be one of core, composition, synthetic, unlearning"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_synthetic_results_are_told_before_anything_is_computed(tmp_path, monkeypatch):
+    """FIX C3."""
+    from hsae.cli.main import app
+
+    monkeypatch.chdir(tmp_path)
+    damaged = tmp_path / "ablations" / "synthetic" / "T2.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    result = CliRunner().invoke(app, ["ablate", "--plan", "tiny"])
+    assert isinstance(result.exception, UserError) and "T2.json is not a result file" in str(result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["ablations"]

@@ -453,6 +453,20 @@ def test_a_training_store_that_has_gone_leaves_its_results_good(trained, quick, 
     assert not hierarchy.evaluate_runs(runs, sources)[0].reused
 
 
+def test_a_flat_run_of_another_model_is_not_compared_with(trained, quick, tmp_path):
+    """FIX A4."""
+    plan = load_plan("tiny", [*trained, f"train.dir={str(tmp_path / 'runs')!r}"])
+    original = load_plan("tiny", trained)
+    for number in (3, 11):
+        shutil.copytree(original.run_dir(original.runs[number]), plan.run_dir(plan.runs[number]))
+    flat, sources = plan.run_dir(plan.runs[11]), hierarchy.Sources.of(plan)
+    held = read_run(flat)
+    write_run(flat, {**held, "content": {**held["content"], "model_digest": "0" * 64}})
+    assert hierarchy.evaluate_runs([(plan, plan.runs[3])], sources)[0].compared is None
+    with pytest.raises(UserError, match="with other weights than those of"):
+        hierarchy.evaluate_runs([(plan, plan.runs[3])], sources, compare=plan.runs[11])
+
+
 def test_ce_scores_come_from_core_results_of_this_very_model(trained, quick):
     plan = load_plan("tiny", trained)
     folder = plan.run_dir(plan.runs[3])
@@ -481,6 +495,8 @@ def test_mistakes_are_said(trained, tmp_path):
     plan = load_plan("tiny", trained)
     with pytest.raises(UserError, match="run 4 no-curriculum of plan tiny has not been trained to its end in "):
         hsae(trained, "composition", "--run", "4")
+    with pytest.raises(UserError, match=r"run 3 full seed 2 .* train it with: hsae train --run 3 --seeds 3"):
+        hsae(trained, "composition", "--run", "3", "--seeds", "3")
     with pytest.raises(UserError, match="--run and --all exclude each other"):
         hsae(trained, "composition", "--run", "4", "--all")
     with pytest.raises(UserError, match="--compare 3: name one run without levels"):

@@ -57,9 +57,14 @@ def write_run(run_dir: Path, content: dict[str, Any]) -> None:
 
 def command(run_dir: Path) -> str:
     """The command that trains the run of a directory."""
+    return f"hsae train {options(run_dir)}"
+
+
+def options(run_dir: Path) -> str:
+    """What names the run of a directory to a command: `--run 3`, `--run 3 --seeds 2`."""
     seed = run_dir.parent.name.removeprefix("seed")
     more = f" --seeds {int(seed) + 1}" if run_dir.parent.name.startswith("seed") and seed.isdecimal() else ""
-    return f"hsae train --run {run_dir.name}{more}"
+    return f"--run {run_dir.name}{more}"
 
 
 def digests(run_dir: Path) -> dict[str, str]:

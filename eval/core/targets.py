@@ -17,7 +17,7 @@ from hsae.train import saelens
 from hsae.train.config import RunConfig
 from hsae.train.model import CONFIG_FILE, WEIGHTS_FILE, load_model
 from hsae.train.plan import Plan
-from hsae.train.record import check_same_model, read_run, run_of
+from hsae.train.record import check_same_model, command, read_run, run_of
 from hsae.train.rundir import is_complete
 from hsae.train.views import View
 
@@ -123,7 +123,7 @@ def run_targets(plan: Plan, run: RunConfig, evaluation: str = "core", *, whole: 
     if not is_trained(plan, run):
         raise UserError(
             f"run {run.number} ({run.name}) of plan {plan.name} has not been trained to its end in {run_dir}; "
-            f"train it with: hsae train --run {run.number}"
+            f"train it with: {command(run_dir)}"
         )
     held = read_run(run_dir)
     assert held is not None  # it is trained
@@ -145,8 +145,11 @@ def run_targets(plan: Plan, run: RunConfig, evaluation: str = "core", *, whole: 
 
 
 def model_digest(model_dir: Path) -> str:
-    """SHA-256 of a trained model's files."""
-    return _digest(model_dir / CONFIG_FILE, model_dir / WEIGHTS_FILE)
+    """SHA-256 of a trained model's files. Raises UserError if one is missing."""
+    try:
+        return _digest(model_dir / CONFIG_FILE, model_dir / WEIGHTS_FILE)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing; make it again with: {command(model_dir.parent)}") from None
 
 
 def folder_targets(plan: Plan, folders: Sequence[Path], out: Path) -> list[Target]:

@@ -5,6 +5,7 @@ the contributions [F_l, F_{l-1}] of every reading, `learned2`, `fitted2`, `fitte
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from hsae.eval.results import publish, read_result, write_result
 from hsae.train.config import RunConfig
 from hsae.train.model import TrainedModel, load_model
 from hsae.train.plan import Plan
-from hsae.train.record import check_same_model
+from hsae.train.record import check_same_model, command
 from hsae.train.rundir import read_metrics
 
 FORMAT = 1
@@ -93,13 +94,18 @@ def evaluate_runs(
         if not is_trained(plan, config):
             raise UserError(
                 f"run {plan.label(config)} of plan {plan.name} has not been trained to its end in {plan.run_dir(config)}; "
-                f"train it with: hsae train --run {config.number}"
+                f"train it with: {command(plan.run_dir(config))}"
             )
-        for store in (sources.evaluation, sources.fit):
-            if store is not None:
-                check_same_model(plan.run_dir(config), store.url, store.header)
+        _check_model(plan, config, sources)
     job = _Job(sources, force, device, progress or (lambda _label: lambda _name, _done, _total: None))
     return [job.run(plan, config, compare) for plan, config in runs]
+
+
+def _check_model(plan: Plan, config: RunConfig, sources: Sources) -> None:
+    """Raise UserError if a run was trained on activations of another model than the stores'."""
+    for store in (sources.evaluation, sources.fit):
+        if store is not None:
+            check_same_model(plan.run_dir(config), store.url, store.header)
 
 
 class _Job:
@@ -113,7 +119,7 @@ class _Job:
         run_dir = plan.run_dir(config)
         result, inputs, reused = self.measured(plan, config)
         result = replace(result, levels=_with_core(result, run_dir, inputs["sae"], self.sources.evaluation))
-        other = compare or _flat_like(plan, config)
+        other = compare or _flat_like(plan, config, self.sources)
         comparison = None
         if other is not None and len(result.levels) > 1:
             comparison = plan.label(other), self.measured(plan, other)[0].levels[0].explained_variance
@@ -213,7 +219,7 @@ def read_composition(run_dir: Path) -> dict[str, Any] | None:
         content = read_result(run_dir / FILE, "hsae eval composition")
         if content["format"] != FORMAT:
             return None
-        return {**content, "inputs": content["inputs"], "parsed": CompositionResult.of_json(content["result"])}
+        return {**content, "inputs": dict(content["inputs"]), "parsed": CompositionResult.of_json(content["result"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -241,10 +247,14 @@ def read_verdict(content: dict[str, Any]) -> Verdict | None:
     return Verdict([Failure(**entry) for entry in content["failures"]], content["unchecked"])
 
 
-def _flat_like(plan: Plan, config: RunConfig) -> RunConfig | None:
-    """The first trained run without levels and with the same activation."""
-    flat = (other for other in plan.runs.values() if other.levels == 1 and other.activation == config.activation)
-    return next((other for other in flat if is_trained(plan, other)), None)
+def _flat_like(plan: Plan, config: RunConfig, sources: Sources) -> RunConfig | None:
+    """The first trained run without levels, with the same activation, and of the stores' model."""
+    for other in plan.runs.values():
+        if other.levels == 1 and other.activation == config.activation and is_trained(plan, other):
+            with suppress(UserError):
+                _check_model(plan, other, sources)
+                return other
+    return None
 
 
 def _with_core(result: CompositionResult, run_dir: Path, digest: str, store: ActivationStore) -> list[LevelResult]:

@@ -31,6 +31,7 @@ from hsae.train.suites import SIDES
 
 BUDGET = "0.01"
 """Loss on retain, in nats a token, at which unlearning is compared."""
+UNLEARNED = Path("eval") / "unlearning.json"
 TEXT = "models or evaluation texts"
 UNLEARNING = ("model", "tokenizer", "hook", "config", *(f"{side}_corpus" for side in SIDES))
 """Inputs that all results of unlearning share."""
@@ -273,7 +274,7 @@ def _line(
             ("unlearning", _unlearning(seeded, run_dir, partial(made.add, "unlearning", label))),
         ):
             if found is None:
-                if kind != "unlearning":  # measured on some runs only: its cells are empty for the others
+                if kind != "unlearning" or (run_dir / UNLEARNED).is_file():  # which is measured on some runs only
                     missing.append(f"{kind} of {label}")
                 continue
             for key, shown, fitted in found:
@@ -357,7 +358,7 @@ def _composition(plan: Plan, config: RunConfig, current: Current, made: Made) ->
 def _unlearning(plan: Plan, run_dir: Path, made: Made) -> Found | None:
     """Loss on the forgotten text at BUDGET, of the run's main arm; of its very model on the plan's very texts."""
     try:
-        content = read_result(run_dir / "eval" / "unlearning.json", "hsae eval unlearning")
+        content = read_result(run_dir / UNLEARNED, "hsae eval unlearning")
         inputs = content["inputs"]
         if inputs["sae"] != model_digest(run_dir / "model") or any(
             inputs[f"{side}_store"] not in same_bits(plan.asked(side)) for side in SIDES

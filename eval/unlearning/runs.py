@@ -26,7 +26,7 @@ from hsae.eval.unlearning.sweep import Pieces, Progress, Texts, evaluate
 from hsae.train.config import RunConfig
 from hsae.train.model import load_model
 from hsae.train.plan import Plan
-from hsae.train.record import check_same_model
+from hsae.train.record import check_same_model, command
 from hsae.train.suites import SIDES, Side
 
 FILE, PARTIAL, FIGURE = "unlearning.json", "unlearning.partial.json", "unlearning.png"
@@ -73,7 +73,7 @@ def check_trained(runs: Sequence[tuple[Plan, RunConfig]], store: ActivationStore
         if not is_trained(seeded, run):
             raise UserError(
                 f"run {run.number} ({run.name}) of plan {seeded.name} has not been trained to its end in {seeded.run_dir(run)}; "
-                f"train it with: hsae train --run {run.number}"
+                f"train it with: {command(seeded.run_dir(run))}"
             )
         check_same_model(seeded.run_dir(run), store.url, store.header)
 
