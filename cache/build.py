@@ -9,6 +9,8 @@ build that was killed goes on where it was, and ends with the same bytes.
 import contextlib
 import itertools
 import platform
+import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -25,7 +27,7 @@ from hsae.cache import losses, tally, weights, writer, written
 from hsae.cache.codec import DamagedChunkError, crc32c, read_chunk
 from hsae.cache.config import FORMAT_VERSION, CorpusConfig, ModelConfig, StoreSpec
 from hsae.cache.corpus import TEXT_TABLES, Corpus, Packer, check_corpus, open_corpus, tokenised
-from hsae.cache.errors import CorpusError, ModelError, StoreError, UnreachableError
+from hsae.cache.errors import CorpusError, ModelError, StoreError, UnreachableError, UserError
 from hsae.cache.files import check_seal, content_digest, parse_json, sealed, sweep
 from hsae.cache.layout import (
     DOCUMENTS,
@@ -70,7 +72,7 @@ Progress = Callable[[StoreSpec, Stage, int, int, int], None]
 
 SLICE_TOKENS = 128  # tokens unembedded at once: 64 MiB of bfloat16 logits at V = 262,144
 ALONE = Share()
-WAIT, POLL = 3600.0, 1.0  # seconds
+WAIT, POLL, BEAT = 3600.0, 1.0, 60.0  # seconds
 PACKING = "packing.json"
 UNFINISHED = (tally.FOLDER, written.FOLDER)  # folders of a store that is not complete
 PACKED_AT_ONCE = 64  # chunks of tokens between two states of the packing
@@ -114,6 +116,8 @@ def build(
     with contextlib.ExitStack() as locks:
         for _, target in missing:
             locks.enter_context(locked(target, f".rank{share.rank}" if share.rank else ""))
+        if share.world > 1 and share.rank == 0:
+            locks.enter_context(_signs_of_life([target for _, target in missing]))
         for spec, target in missing if documents is None and share.rank == 0 else ():
             check_corpus(text_of(spec, begun(target)))
         if share.world > 1 and device == "cuda":
@@ -131,15 +135,48 @@ def build(
     return targets
 
 
+@contextlib.contextmanager
+def _signs_of_life(targets: Sequence[Place]) -> Iterator[None]:
+    """Tell workers that wait for something at these stores, every BEAT seconds, that worker 0 is at work, whatever takes it long."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while True:
+            for target in targets:
+                with contextlib.suppress(OSError, UserError):
+                    publish(_sign(target), secrets.token_hex(8).encode())
+            if ended.wait(BEAT):
+                return
+
+    threading.Thread(target=beat, name="hsae-signs-of-life", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for target in targets:
+            with contextlib.suppress(OSError, UserError):
+                _sign(target).unlink(missing_ok=True)
+
+
+def _sign(target: Place) -> Place:
+    """The file beside a store whose content changes as long as worker 0 lives."""
+    name = f".{target.name}.alive"
+    return (
+        RemotePath(f"{target.url.rpartition('/')[0]}/{name}")
+        if isinstance(target, RemotePath)
+        else target.with_name(name)
+    )
+
+
 def check(specs: Sequence[StoreSpec], root: str | Place, say: Callable[[str], None] = lambda text: None) -> None:
     """Refuse what `build` would refuse before it loads the model, writing nothing. Raises UserError.
 
-    Packaged text is there, and is not gathered, which takes long, to count its documents.
+    Packaged text, which is there, is not looked at: to gather it takes long.
     """
     folder = place(root)
     finished, missing = _divided(specs, [folder / spec.name for spec in specs])
     for spec, target in finished:
-        check_current(target, spec, False, say)
+        check_current(target, spec, spec.corpus.corpus in CORPORA, say)
     if missing:
         _check_makeable(missing, pinned(specs[0].model, folder))
         check_writable(folder, trial=False)
@@ -345,14 +382,14 @@ class Builder:
         return read_header(self.target).complete
 
     def _await(self, there: Callable[[], bool]) -> None:
-        """Wait for something that worker 0 makes. Raises StoreError if its packing has not gone on for WAIT seconds."""
-        told, since = "", time.monotonic()
+        """Wait for something that worker 0 makes. Raises StoreError if that has given no sign of life for WAIT seconds."""
+        told, since = b"", time.monotonic()
         while not there():
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                if (now := (self.target / PACKING).read_text()) != told:
+                if (now := _sign(self.target).read_bytes()) != told:
                     told, since = now, time.monotonic()
             if time.monotonic() - since > WAIT:
-                raise StoreError(f"worker 0 has packed no tokens into {self.target} for {WAIT:.0f} s; is it running?")
+                raise StoreError(f"worker 0 gives no sign of life at {self.target} since {WAIT:.0f} s; is it running?")
             time.sleep(POLL)
 
     def header(self) -> Header:

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from hsae.cache.errors import UserError
@@ -107,12 +109,14 @@ def gemma_2_2b_in_the_hubs_cache(place):
         "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 9216, "vocab_size": 256000,
     }  # fmt: skip
     (snapshot / "config.json").write_text(json.dumps(config))
-    (snapshot / "model.safetensors").write_bytes(bytes(1000))
+    save_file({"x": np.zeros(250, np.float32)}, snapshot / "model.safetensors")
 
 
 def test_the_default_plans_sizes_are_told_without_reading_weights(tmp_path):
     gemma_2_2b_in_the_hubs_cache(tmp_path / "hub")
-    done = hsae("cache", "build", "--dry-run", "--split", "eval", cwd=tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"))
+    here = ("--set", "cache.eval.corpus='python-docs'")
+    dry = ("cache", "build", "--dry-run", "--split", "eval")
+    done = hsae(*dry, *here, cwd=tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"))
     assert done.returncode == 0, done.stderr
     for number in ("35,200", "4,505,600", "22.67 GB", "google/gemma-2-2b in bfloat16"):
         assert number in done.stdout
