@@ -148,11 +148,13 @@ def _signs_of_life(targets: Sequence[Place]) -> Iterator[None]:
             if ended.wait(BEAT):
                 return
 
-    threading.Thread(target=beat, name="hsae-signs-of-life", daemon=True).start()
+    thread = threading.Thread(target=beat, name="hsae-signs-of-life", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
+        thread.join()
         for target in targets:
             with contextlib.suppress(OSError, UserError):
                 _sign(target).unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 """Stores: built from the tiny Gemma-2, read back by us and by plain zarr, damaged and mended, killed and resumed."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import google_crc32c
 import ml_dtypes
@@ -464,6 +467,36 @@ def test_worker_0_alone_does_what_a_lost_worker_left_and_the_others_wait_for_its
         build([spec()], tmp_path, share=Share(1, 2))
     build([spec()], tmp_path, share=Share(0, 2))
     assert contents(tmp_path / built.name) == contents(built)
+
+
+def test_workers_wait_as_long_as_worker_0_lives_whatever_it_does(built, tmp_path, monkeypatch):
+    from hsae.cache import build as module
+
+    target, signs = tmp_path / built.name, set()
+    monkeypatch.setattr(module, "BEAT", 0.01)
+    monkeypatch.setattr(module, "POLL", 0.01)
+
+    def salvage(builder):  # as long as the workers would wait without a sign, and longer
+        while len(signs) < 3:
+            with contextlib.suppress(FileNotFoundError):
+                signs.add(module._sign(target).read_bytes())
+
+    monkeypatch.setattr(module, "keep_what_is_right", salvage)
+    build([spec()], tmp_path, share=Share(0, 2))
+    assert contents(target) == contents(built) and not module._sign(target).exists()
+
+    clock = itertools.count(0, module.WAIT / 2)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    waiting = SimpleNamespace(target=target)
+    calls = iter(range(20))
+
+    def there():
+        module._sign(target).write_text(str(number := next(calls)))
+        return number == 9
+
+    module.Builder._await(waiting, there)
+    with pytest.raises(StoreError, match="no sign of life"):
+        module.Builder._await(waiting, lambda: False)
 
 
 def test_shares_cover_every_chunk_and_impossible_ones_are_refused(monkeypatch):
