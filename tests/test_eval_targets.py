@@ -107,9 +107,14 @@ def test_results_are_used_again_until_something_they_depend_on_changes(plan, sto
     saelens.save(an_sae(17, seed=1), tmp_path / "second")
     load = Loader(store)
 
+    told = []
+    listener = SimpleNamespace(progress=lambda *_: None, warning=lambda *given: told.append(given))
+
     def run(options=None, force=False):
         chosen = targets.folder_targets(plan, [tmp_path / "first", tmp_path / "second"], tmp_path / "out")
-        done = targets.evaluate_targets(chosen, store, load, options=options or CoreOptions(), force=force)
+        done = targets.evaluate_targets(
+            chosen, store, load, options=options or CoreOptions(), force=force, listener=listener
+        )
         return [item.reused for item in done], done
 
     assert run()[0] == [False, False]
@@ -119,7 +124,9 @@ def test_results_are_used_again_until_something_they_depend_on_changes(plan, sto
     assert again[0].result.metrics == read_core(again[0].path).metrics
     assert run(force=True)[0] == [False, False]
     saelens.save(an_sae(17, seed=2), tmp_path / "second")
+    told.clear()
     assert run()[0] == [True, False]
+    assert [text for _, text in told] == ["evaluated anew, with other SAE"]
     again[0].path.write_text("{")
     assert run()[0] == [False, True]
     # FIX A7: other settings have a name of their own, and the standard results stay

@@ -200,6 +200,9 @@ def evaluate_targets(
     apart = () if options.exclude_special_tokens else (ALL_TOKENS,)
     found = [find(target, _inputs(target, store, options), _read, *apart) for target in targets]
     missing = [i for i, held in enumerate(found) if force or held.result is None]
+    for i in missing:
+        if listener is not None and found[i].changed:
+            listener.warning(targets[i].label, f"evaluated anew, with {found[i].changed}")
     computed: dict[int, CoreResult] = {}
     model = load() if missing else None
     for hook in dict.fromkeys(targets[i].hook for i in missing):
