@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def model_folder(config: ModelConfig, say: Say = lambda text: None) -> Path:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model.id {config.id!r}: there is no such file")
-        return _converted(path, path.stem, say)
+        done = _gguf_place(path)
+        return done if done.is_dir() else _convert(path, done, say)
     if path.is_dir():
         _check_folder(path)
         return path.resolve()
@@ -87,7 +89,7 @@ def folder_here(config: ModelConfig) -> Path | None:
     if path.suffix == ".gguf":
         if not path.is_file():
             return None
-        done = home() / "models" / f"{path.stem}-{file_sha256(path)[:16]}"
+        done = _gguf_place(path)
         return done if done.is_dir() else None
     if path.is_dir():
         return path.resolve()
@@ -480,9 +482,16 @@ def _packaged_place(name: str) -> Path:
     return home() / "models" / f"{name}-{import_module(PACKAGED[name]).EXPECTED_SHA256[:16]}"
 
 
-def _converted(path: Path, name: str, say: Say) -> Path:
-    done = home() / "models" / f"{name}-{file_sha256(path)[:16]}"
-    return done if done.is_dir() else _convert(path, done, say)
+def _gguf_place(path: Path) -> Path:
+    """Where a .gguf file's conversion is or will be."""
+    status = path.stat()
+    return home() / "models" / f"{path.stem}-{_sha256(path.resolve(), status.st_size, status.st_mtime_ns)[:16]}"
+
+
+@cache
+def _sha256(path: Path, size: int, time: int) -> str:
+    """That of a large file, read once in a process unless its size or time changes."""
+    return file_sha256(path)
 
 
 def _convert(path: Path, done: Path, say: Say) -> Path:

@@ -397,3 +397,17 @@ def test_what_a_killed_conversion_left_goes_with_the_next(tmp_path, monkeypatch)
     with pytest.raises(ModelError, match="can't be converted: no such architecture"):
         weights._convert(tmp_path / "small.gguf", tmp_path / "small-0123", lambda text: None)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_a_gguf_file_is_read_once_in_a_process_unless_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HSAE_HOME", str(tmp_path / "home"))
+    read, hashed = [], weights.file_sha256
+    monkeypatch.setattr(weights, "file_sha256", lambda path: read.append(path) or hashed(path))
+    monkeypatch.setattr(weights, "_convert", lambda path, done, say: done.mkdir(parents=True) or done)
+    path = tmp_path / "small.gguf"
+    path.write_bytes(b"one")
+    config = ModelConfig(id=str(path), dtype="float32")
+    first = weights.model_folder(config)
+    assert weights.folder_here(config) == weights.tokenizer_folder(config) == first and read == [path]
+    path.write_bytes(b"another")
+    assert weights.folder_here(config) is None and weights.model_folder(config) != first and read == [path, path]
