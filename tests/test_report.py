@@ -234,6 +234,20 @@ def test_missing_pieces_are_said(made, tmp_path):
         write_report([tmp_path / "nothing"], tmp_path / "none")
 
 
+def test_a_run_whose_run_json_is_damaged_is_named_and_the_others_are_shown(made, tmp_path):
+    """FIX C3."""
+    for number in (3, 4):
+        shutil.copytree(made[1][2], tmp_path / f"runs/{number}")
+    (tmp_path / "runs/4/run.json").write_text("{")
+    said = []
+    path = write_report([tmp_path / "runs/3", tmp_path / "runs/4"], tmp_path / "out", say=said.append)
+    assert any("runs/4/run.json is damaged" in text for text in said)
+    text = " ".join(Page(path.read_text()).words)
+    assert "runs/4/run.json is damaged" in text and "3 full" in text and "Not trained yet" not in text
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        write_report([tmp_path / "runs/4"], tmp_path / "none")
+
+
 def test_a_damaged_result_is_said_and_the_others_are_shown(made, tmp_path):
     copy = tmp_path / "runs/3"
     shutil.copytree(made[1][2], copy)

@@ -71,12 +71,21 @@ def write_report(
     current = Current.of(specs["eval"], store) if specs else None
     texts = {side: same_bits(spec) for side, spec in specs.items() if side != "eval"}
     others = _compared(compare)
-    infos = {run_dir: read_run(run_dir) for run_dir in run_dirs}
+    infos: dict[Path, dict[str, Any] | None] = {}
+    left_out: list[tuple[str, str]] = []
+    for run_dir in run_dirs:
+        try:
+            infos[run_dir] = read_run(run_dir)
+        except UserError as error:
+            left_out.append((run_dir.name, str(error)))
+            say(str(error))
     runs = {run_dir: info for run_dir, info in infos.items() if info is not None}
+    if not runs and not others and left_out:
+        raise UserError(left_out[0][1])
     if not runs and not others:
         raise UserError("there is nothing to report: no run has been trained yet; run `hsae train --all` first")
     rows: list[Row] = []
-    sections, maps, left_out = [], [], []
+    sections, maps = [], []
     for run_dir, info in runs.items():
         if progress is not None:
             progress(f"run {info['number']} {info['name']}")
