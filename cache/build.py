@@ -143,6 +143,8 @@ def _signs_of_life(targets: Sequence[Place]) -> Iterator[None]:
     def beat() -> None:
         while True:
             for target in targets:
+                if ended.is_set():
+                    return
                 with contextlib.suppress(OSError, UserError):
                     publish(_sign(target), secrets.token_hex(8).encode())
             if ended.wait(BEAT):
@@ -154,10 +156,10 @@ def _signs_of_life(targets: Sequence[Place]) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
-        for target in targets:
-            with contextlib.suppress(OSError, UserError):
-                _sign(target).unlink(missing_ok=True)
+    thread.join()  # after a failure it may be trying again for minutes, and the sign that it leaves goes with the next build
+    for target in targets:
+        with contextlib.suppress(OSError, UserError):
+            _sign(target).unlink(missing_ok=True)
 
 
 def _sign(target: Place) -> Place:
@@ -217,6 +219,7 @@ def is_finished(target: Place, spec: StoreSpec) -> bool:
 def clear(target: Place) -> None:
     """Delete what only an unfinished store needs."""
     (target / PACKING).unlink(missing_ok=True)
+    _sign(target).unlink(missing_ok=True)
     for folder in UNFINISHED:
         written.clear(target, folder)
 
@@ -276,11 +279,12 @@ def text_of(spec: StoreSpec, held: Header | None, *, anew: bool = False) -> Corp
     it read. Raises CorpusError if it can't be had.
     """
     config = spec.corpus if held is None else at_commit(spec.corpus, held.corpus_commit)
-    corpus = open_corpus(config, spec.split, anew=anew)
-    if held is not None and held.older and corpus.commit is None and corpus.digest != held.corpus_digest:
-        before = open_corpus(config, spec.split, anew=anew, older=True)
-        return before if before.digest == held.corpus_digest else corpus
-    return corpus
+    if held is not None and held.older:
+        with contextlib.suppress(CorpusError):
+            before = open_corpus(config, spec.split, anew=anew, older=True)
+            if before.digest == held.corpus_digest:
+                return before
+    return open_corpus(config, spec.split, anew=anew)
 
 
 def at_commit(corpus: CorpusConfig, commit: str | None) -> CorpusConfig:
@@ -293,7 +297,7 @@ def _clear_finished(target: Place) -> None:
     if isinstance(target, RemotePath) and target.read_only:
         return
     with contextlib.suppress(StoreError, OSError):
-        if any((target / folder).is_dir() for folder in UNFINISHED):
+        if _sign(target).is_file() or any((target / folder).is_dir() for folder in UNFINISHED):
             with locked(target):
                 clear(target)
 
@@ -391,7 +395,9 @@ class Builder:
                 if (now := _sign(self.target).read_bytes()) != told:
                     told, since = now, time.monotonic()
             if time.monotonic() - since > WAIT:
-                raise StoreError(f"worker 0 gives no sign of life at {self.target} since {WAIT:.0f} s; is it running?")
+                raise StoreError(
+                    f"worker 0 has given no sign of life at {self.target} for {WAIT:.0f} s; is it running?"
+                )
             time.sleep(POLL)
 
     def header(self) -> Header:

@@ -500,6 +500,8 @@ def check_writable(folder: Place, *, trial: bool = True) -> None:
             file.unlink(missing_ok=True)
         elif isinstance(folder, Path):
             there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             if not os.access(there, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except RemoteError:

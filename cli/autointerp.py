@@ -135,8 +135,6 @@ def autointerp(
             bench.check(target)
         results = {id(target): bench.found(target) for target in targets if not force}
         missing = [target for target in targets if results.get(id(target)) is None]
-        for text in told_changes([(target.label, bench.changed(target)) for target in missing]):
-            say(text)
         with waiting("autointerp: reading") as tell:
             prepared = []
             for target in missing:
@@ -147,6 +145,8 @@ def autointerp(
             say(_estimate(estimate, asked, prices))
         if dry_run:
             return
+        for text in told_changes([(target.label, bench.changed(target)) for target in missing]):
+            say(text)
         if estimate.requests:
             _agree(estimate, asked, prices, max_cost, yes)
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "latents")

@@ -463,7 +463,7 @@ def test_worker_0_alone_does_what_a_lost_worker_left_and_the_others_wait_for_its
 
     monkeypatch.setattr(module, "WAIT", 0.05)
     monkeypatch.setattr(module, "POLL", 0.01)
-    with pytest.raises(StoreError, match=r"worker 0 gives no sign of life at .* since 0 s; is it running\?"):
+    with pytest.raises(StoreError, match=r"worker 0 has given no sign of life at .* for 0 s; is it running\?"):
         build([spec()], tmp_path, share=Share(1, 2))
     build([spec()], tmp_path, share=Share(0, 2))
     assert contents(tmp_path / built.name) == contents(built)

@@ -5,6 +5,7 @@ saelens/<view>/ (for other tools), eval/ (results). Nothing in it is pickled.
 """
 
 import hashlib
+import io
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -361,7 +362,7 @@ def _before(line: dict[str, Any], step: int) -> bool:
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     """The bytes of each line of a log, and what it says; None if that is damaged."""
     held = path.read_bytes() if path.is_file() else b""
-    return [(text, _parsed(text)) for text in held.splitlines(keepends=True)]
+    return [(text, _parsed(text)) for text in io.BytesIO(held)]
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from hsae.eval.core.targets import is_trained, model_digest, whole_view
 from hsae.eval.hierarchy.runs import read_composition
 from hsae.eval.report.ablation_tests import LEVEL, MANY, MIN_SEEDS, POWER, Comparison, compare
 from hsae.eval.results import read_result
+from hsae.eval.unlearning.runs import config_digest
 from hsae.train.config import RunConfig
 from hsae.train.plan import Plan
 from hsae.train.suites import SIDES
@@ -210,7 +211,7 @@ def collect(plan: Plan, runs: Sequence[RunConfig], seeds: int, synthetic: Mappin
     missing: list[str] = []
     current, made = _current(plan), _Made()
     lines = [_line(plan, config, seeds, current, synthetic, missing, made) for config in runs]
-    made.check(f"--run {','.join(str(config.number) for config in runs)} --seeds {seeds}")
+    made.check(seeds)
     by_name = {line.name: line for line in lines}
     judged, comparisons = judge(COMPONENTS, by_name)
     return Ablations(
@@ -232,20 +233,26 @@ class _Made:
 
     def __init__(self) -> None:
         self.seen: dict[str, dict[str, tuple[str, str]]] = {}
+        self.runs: dict[str, dict[int, None]] = {}
 
-    def add(self, kind: str, label: str, what: str, *values: object) -> None:
-        """A result of a run and its inputs of one sort."""
-        self.seen.setdefault(what, {}).setdefault(str(values), (kind, label))
+    def add(self, kind: str, number: int, label: str, what: str, *values: object) -> None:
+        """A result of a run and its inputs of one sort; inputs that it says nothing of are not compared."""
+        self.runs.setdefault(kind, {})[number] = None
+        if any(value is not None for value in values):
+            self.seen.setdefault(what, {}).setdefault(str(values), (kind, label))
 
-    def check(self, options: str) -> None:
-        """Raise UserError if two results differ; `options` name the table's runs."""
+    def check(self, seeds: int) -> None:
+        """Raise UserError if two results differ, of a table over so many seeds."""
         for what, found in self.seen.items():
             if len(found) > 1:
                 (first, one), (kind, other) = list(found.values())[:2]
-                force = " --force" if kind == "composition" else ""
+                commands = (
+                    f"hsae eval {each} --run {','.join(map(str, self.runs[each]))} --seeds {seeds} --force"
+                    for each in dict.fromkeys((first, kind))
+                )
                 raise UserError(
                     f"{first} of {one} and {kind} of {other} are of different {what}, so they can't stand in one table; make them "
-                    f"alike with: hsae eval {kind} {options}{force}"
+                    f"alike with: {' and '.join(commands)}"
                 )
 
 
@@ -267,11 +274,11 @@ def _line(
                 f"run {seeded.label(config)} has not been trained to its end in {run_dir}; train it with: "
                 f"hsae train --run {config.number} --seeds {seeds}"
             )
-        label = seeded.label(config)
+        number, label = config.number, seeded.label(config)
         for kind, found in (
-            ("core", _core(run_dir, config, current, partial(made.add, "core", label))),
-            ("composition", _composition(seeded, config, current, partial(made.add, "composition", label))),
-            ("unlearning", _unlearning(seeded, run_dir, partial(made.add, "unlearning", label))),
+            ("core", _core(run_dir, config, current, partial(made.add, "core", number, label))),
+            ("composition", _composition(seeded, config, current, partial(made.add, "composition", number, label))),
+            ("unlearning", _unlearning(seeded, run_dir, partial(made.add, "unlearning", number, label))),
         ):
             if found is None:
                 if kind != "unlearning" or (run_dir / UNLEARNED).is_file():  # which is measured on some runs only
@@ -356,12 +363,14 @@ def _composition(plan: Plan, config: RunConfig, current: Current, made: Made) ->
 
 
 def _unlearning(plan: Plan, run_dir: Path, made: Made) -> Found | None:
-    """Loss on the forgotten text at BUDGET, of the run's main arm; of its very model on the plan's very texts."""
+    """Loss on the forgotten text at BUDGET, of the run's main arm; of its very model on the plan's very texts, with its settings."""
     try:
         content = read_result(run_dir / UNLEARNED, "hsae eval unlearning")
         inputs = content["inputs"]
-        if inputs["sae"] != model_digest(run_dir / "model") or any(
-            inputs[f"{side}_store"] not in same_bits(plan.asked(side)) for side in SIDES
+        if (
+            inputs["sae"] != model_digest(run_dir / "model")
+            or inputs["config"] != config_digest(plan)
+            or any(inputs[f"{side}_store"] not in same_bits(plan.asked(side)) for side in SIDES)
         ):
             return None
         arms = content["arms"]

@@ -146,17 +146,22 @@ def inputs_of(plan: Plan, run: RunConfig, stores: dict[Side, ActivationStore]) -
     """All that a result depends on, by content."""
     model_dir = plan.run_dir(run) / "model"
     headers = {side: store.header for side, store in stores.items()}
-    config = plan.unlearning.model_dump(mode="json", exclude={"qa", *SIDES})
     return {
         "hsae": hsae_version(),
         "sae": model_digest(model_dir),
         "hook": plan.hook.names[0],
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+        "config": config_digest(plan),
         "model": headers["forget"].model_digest,
         "tokenizer": headers["forget"].tokenizer_digest,
         **{f"{side}_store": store.spec.fingerprint for side, store in stores.items()},
         **{f"{side}_corpus": header.corpus_digest for side, header in headers.items()},
     }
+
+
+def config_digest(plan: Plan) -> str:
+    """What a plan's settings of unlearning are known by in results."""
+    config = plan.unlearning.model_dump(mode="json", exclude={"qa", *SIDES})
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def found_at(path: Path, inputs: dict[str, Any], label: str, say: Callable[[str], None]) -> dict[str, Any] | None:
