@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.pop("COLUMNS", None)  # which pytest-xdist sets, and a console keeps from its beginning
 ROOT = Path(__file__).resolve().parent.parent
 HOOK = "blocks.3.hook_resid_post"
 GOLDEN_MODEL = ROOT / "tests/golden/model"
