@@ -13,6 +13,7 @@ from hsae.train.plan import load_plan, packaged_plans
 OF_EXTRAS = {
     "hsae.cache.web": "aiohttp",
     "hsae.cache.connections": "uvicorn",
+    "hsae.cache.s3": "aiobotocore",
 }  # modules that cannot be imported without the package of an extra
 
 assert "site-packages" in hsae.cache.__file__, hsae.cache.__file__
