@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hsae.cache import losses, tally, weights, writer, written
 from hsae.cache.codec import DamagedChunkError, crc32c, read_chunk
-from hsae.cache.config import FORMAT_VERSION, CorpusConfig, ModelConfig, StoreSpec
+from hsae.cache.config import FORMAT_VERSION, ModelConfig, StoreSpec
 from hsae.cache.corpus import TEXT_TABLES, Corpus, Packer, check_corpus, open_corpus, tokenised
 from hsae.cache.errors import CorpusError, ModelError, StoreError, UnreachableError, UserError
 from hsae.cache.files import check_seal, content_digest, parse_json, sealed, sweep
@@ -236,10 +236,9 @@ def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[st
         folder = weights.folder_here(weights.at_commit(spec.model, header.model_commit))
     now: dict[str, Callable[[], bool]] = {}
     if folder is not None:
-        for what, digest in DIGESTS.items():
-            now[what] = lambda what=what, digest=digest: is_made_of(what, header, digest(folder), folder)  # type: ignore[misc]
+        now |= {what: partial(is_made_of, what, header, folder) for what in DIGESTS}
     if not given:
-        now["corpus"] = lambda: _is_text(header)
+        now["corpus"] = partial(_is_text, header)
     not_compared = {} if folder is not None else {"model": f"{spec.model.id} is not on this machine"}
     for what, is_same in now.items():
         try:
@@ -278,18 +277,13 @@ def text_of(spec: StoreSpec, held: Header | None, *, anew: bool = False) -> Corp
     Of a data set on the hub that is the commit, whatever its branch has become since; of a folder that an older hsae read, the files that
     it read. Raises CorpusError if it can't be had.
     """
-    config = spec.corpus if held is None else at_commit(spec.corpus, held.corpus_commit)
+    config = spec.corpus if held is None else weights.at_commit(spec.corpus, held.corpus_commit)
     if held is not None and held.older:
         with contextlib.suppress(CorpusError):
             before = open_corpus(config, spec.split, anew=anew, older=True)
             if before.digest == held.corpus_digest:
                 return before
     return open_corpus(config, spec.split, anew=anew)
-
-
-def at_commit(corpus: CorpusConfig, commit: str | None) -> CorpusConfig:
-    """A corpus at a commit of the hub, if there is one."""
-    return corpus if commit is None else corpus.model_copy(update={"revision": commit})
 
 
 def _clear_finished(target: Place) -> None:
@@ -436,7 +430,7 @@ class Builder:
         ):
             if getattr(held, name) != getattr(wanted, name):
                 what = name.removesuffix("_digest")
-                if what in DIGESTS and is_made_of(what, held, getattr(wanted, name), self.model.folder):
+                if what in DIGESTS and is_made_of(what, held, self.model.folder, getattr(wanted, name)):
                     continue
                 change = f"another {what} of the same name"
                 if name == "versions":  # the same numbers are promised on the same libraries and kind of device only

@@ -169,20 +169,23 @@ class ActivationStore:
 def check_model(store: Place, made: Header | SuiteHeader, model: "LanguageModel", suite: str | None = None) -> None:
     """Raise StoreError unless a store was made with the weights and the tokenizer of a model that was loaded for it."""
     for what, noun in (("model", "weights"), ("tokenizer", "tokenizer files")):
-        if not is_made_of(what, made, getattr(model, f"{what}_digest"), model.folder):
+        if not is_made_of(what, made, model.folder, getattr(model, f"{what}_digest")):
             raise _other(store, noun, suite)
 
 
 def check_tokenizer(store: Place, made: Header, tokenizer: Any) -> None:
     """Raise StoreError unless a store was made with a tokenizer that was loaded for it."""
-    folder = Path(tokenizer.name_or_path)
-    if not is_made_of("tokenizer", made, weights.tokenizer_digest(folder), folder):
+    if not is_made_of("tokenizer", made, Path(tokenizer.name_or_path)):
         raise _other(store, "tokenizer files")
 
 
-def is_made_of(what: str, made: Header | SuiteHeader, now: str, folder: Path) -> bool:
-    """Whether a store was made with the `model` or the `tokenizer` of a folder, whose digest is `now`; an older one by the rule of its time."""
+def is_made_of(what: str, made: Header | SuiteHeader, folder: Path, now: str | None = None) -> bool:
+    """Whether a store was made with the `model` or the `tokenizer` of a folder; an older one by the rule of its time.
+
+    `now` is the digest, where it is known.
+    """
     held = getattr(made, f"{what}_digest")
+    now = DIGESTS[what](folder) if now is None else now
     return held == now or (made.older and held == DIGESTS[what](folder, anew=True, older=True))
 
 

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 from filelock import FileLock
 
-from hsae.cache.config import ModelConfig
+from hsae.cache.config import CorpusConfig, ModelConfig
 from hsae.cache.errors import ModelError
 from hsae.cache.files import check_seal, file_sha256, parse_json, partial_name, sealed, write_bytes_atomically
 
@@ -51,6 +51,7 @@ ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.b
 NUMBERS = {"F64", "F32", "F16", "BF16"}  # types of tensors that are weights as they stand
 READ_BYTES = 1 << 24
 
+ConfigT = TypeVar("ConfigT", ModelConfig, CorpusConfig)
 Say = Callable[[str], None]
 
 
@@ -101,7 +102,7 @@ def tokenizer_folder(config: ModelConfig) -> Path:
     if not on_hub(config):
         return model_folder(config)
     cached = _hub_snapshot(config)
-    if cached is not None and _hub_cached(config) is not None:
+    if cached is not None and _has_weights(cached):
         return cached
     try:
         _hub_info(config)  # fails within seconds where there is no hub or no access
@@ -131,8 +132,8 @@ def commit_of(config: ModelConfig, folder: Path) -> str | None:
     return folder.name if on_hub(config) and COMMIT.fullmatch(folder.name) else None
 
 
-def at_commit(config: ModelConfig, commit: str | None) -> ModelConfig:
-    """The same model at the commit that a store was made with, whatever its branch has become since."""
+def at_commit(config: ConfigT, commit: str | None) -> ConfigT:
+    """The same model or text of the hub at the commit that a store was made with, whatever its branch has become since."""
     return config if commit is None else config.model_copy(update={"revision": commit})
 
 
@@ -551,13 +552,17 @@ def _hub_snapshot(config: ModelConfig) -> Path | None:
 def _hub_cached(config: ModelConfig) -> Path | None:
     """The same with all of its weights."""
     found = _hub_snapshot(config)
-    if found is None or not any(found.glob(WEIGHTS)):
-        return None
+    return found if found is not None and _has_weights(found) else None
+
+
+def _has_weights(snapshot: Path) -> bool:
+    if not any(snapshot.glob(WEIGHTS)):
+        return False
     try:
-        weight_files(found)
+        weight_files(snapshot)
     except ModelError:  # a download that broke off
-        return None
-    return found
+        return False
+    return True
 
 
 def _fetched(config: ModelConfig, patterns: list[str]) -> Path:

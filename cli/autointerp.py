@@ -108,7 +108,7 @@ def autointerp(
     from hsae.cli.eval import of_folders, of_runs
     from hsae.eval.autointerp.evaluation import Autointerp, noise_note
     from hsae.eval.autointerp.judge import Judge, Prices
-    from hsae.eval.suite.evaluations import told_changes
+    from hsae.eval.results import told_changes
 
     targets = (
         of_folders(loaded, sae, (out or OUT) / "autointerp")

@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,14 @@ def changes(inputs: Mapping[str, Any], held: Mapping[str, Any]) -> str:
         else:
             parts.append(f"{name} {now} (was {before})")
     return ", ".join(parts)
+
+
+def told_changes(changed: Sequence[tuple[str, str]]) -> list[str]:
+    """What is said of earlier results that will give way, each given as its SAE's label and what is different now; nothing of those without."""
+    return [
+        f"evaluated anew, with {text}: {', '.join(label for label, other in changed if other == text)}"
+        for text in dict.fromkeys(text for _, text in changed if text)
+    ]
 
 
 def run_option(path: Path) -> str:

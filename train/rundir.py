@@ -310,11 +310,12 @@ class MetricsLog:
     def __init__(self, run_dir: Path, step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
         lines = _lines(self.path)
-        before = [number for number, (_, line) in enumerate(lines) if line is not None and _before(line, step)]
+        before = (number for number, (_, line) in enumerate(lines) if line is not None and _before(line, step))
+        last = max(before, default=-1)
         kept, reached = [], 0
         for number, (text, line) in enumerate(lines):
             if line is not None:
-                if number > max(before, default=-1):
+                if number > last:
                     break
                 kept.append(text)
                 reached = line["step"]
@@ -338,11 +339,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def damaged_metrics(run_dir: Path) -> list[int]:
     """Numbers (from 1) of the damaged lines of metrics.jsonl, the last one apart if it was cut off."""
-    harmed = [
-        text.endswith(b"\n") if line is None else line["kind"] == DAMAGED
-        for text, line in _lines(run_dir / "metrics.jsonl")
-    ]
-    return [number for number, is_harmed in enumerate(harmed, 1) if is_harmed]
+    lines = enumerate(_lines(run_dir / "metrics.jsonl"), 1)
+    return [n for n, (text, line) in lines if (text.endswith(b"\n") if line is None else line["kind"] == DAMAGED)]
 
 
 @contextmanager

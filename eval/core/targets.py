@@ -109,6 +109,16 @@ def is_trained(plan: Plan, run: RunConfig) -> bool:
     return is_complete(plan, run)
 
 
+def need_trained(plan: Plan, run: RunConfig) -> None:
+    """Raise UserError unless this very run of the plan has been trained to its end."""
+    if not is_trained(plan, run):
+        run_dir = plan.run_dir(run)
+        raise UserError(
+            f"run {run.number} ({run.name}) of plan {plan.name} has not been trained to its end in {run_dir}; "
+            f"train it with: {command(run_dir)}"
+        )
+
+
 def whole_view(run: RunConfig) -> str:
     """The view that stands for a run: all levels together, or, in a stack, level 1 (what its other levels account for)."""
     return "level1" if run.structure == "stacked" else "sae"
@@ -119,12 +129,8 @@ def run_targets(plan: Plan, run: RunConfig, evaluation: str = "core", *, whole: 
 
     Raises UserError if it has not been trained, or with another configuration.
     """
+    need_trained(plan, run)
     run_dir = plan.run_dir(run)
-    if not is_trained(plan, run):
-        raise UserError(
-            f"run {run.number} ({run.name}) of plan {plan.name} has not been trained to its end in {run_dir}; "
-            f"train it with: {command(run_dir)}"
-        )
     held = read_run(run_dir)
     assert held is not None  # it is trained
     model_dir = run_dir / "model"

@@ -272,13 +272,13 @@ def _ce_score(found: dict[str, CoreResult], result: CompositionResult, level: in
     return Estimate(measure.value, measure.low, measure.high, "rows" if measure.low is not None else None)
 
 
-def readings_of(model: TrainedModel, run_dir: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+def readings_of(model: TrainedModel, run_dir: Path, weights: str) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     """(contributions by reading and level, as in `read_maps`; what they were read from, by READ_FROM).
 
-    Without a composition.json of this very model (only the learned ones, as trained; None).
+    Without a composition.json of this very model, whose digest is `weights` (only the learned ones, as trained; None).
     """
     content, maps = read_composition(run_dir), read_maps(run_dir)
-    if content is not None and maps is not None and content["inputs"].get("sae") == model_digest(run_dir / "model"):
+    if content is not None and maps is not None and content["inputs"].get("sae") == weights:
         return maps, tuple(str(content["inputs"].get(key)) for key in READ_FROM)
     return {f"learned{part.level}": part.contributions for part in model.compositions}, None
 
@@ -299,9 +299,9 @@ def stability_of(plan: Plan, config: RunConfig, seeds: int) -> tuple[Path, list[
             )
         model = load_model(run_dir / "model")
         directions = [model.directions(level) for level in range(1, config.levels + 1)]
-        maps, read_from = readings_of(model, run_dir)
-        members.append((directions, maps))
         digests.append(model_digest(run_dir / "model"))
+        maps, read_from = readings_of(model, run_dir, digests[-1])
+        members.append((directions, maps))
         sources.add(read_from)
     if len(sources) > 1 and config.levels > 1:
         raise UserError(

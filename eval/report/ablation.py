@@ -274,11 +274,16 @@ def _line(
                 f"run {seeded.label(config)} has not been trained to its end in {run_dir}; train it with: "
                 f"hsae train --run {config.number} --seeds {seeds}"
             )
-        number, label = config.number, seeded.label(config)
+        number, label, weights = config.number, seeded.label(config), model_digest(run_dir / "model")
         for kind, found in (
-            ("core", _core(run_dir, config, current, partial(made.add, "core", number, label))),
-            ("composition", _composition(seeded, config, current, partial(made.add, "composition", number, label))),
-            ("unlearning", _unlearning(seeded, run_dir, partial(made.add, "unlearning", number, label))),
+            ("core", _core(run_dir, config, weights, current, partial(made.add, "core", number, label))),
+            (
+                "composition",
+                _composition(
+                    run_dir, seeded, config, weights, current, partial(made.add, "composition", number, label)
+                ),
+            ),
+            ("unlearning", _unlearning(seeded, run_dir, weights, partial(made.add, "unlearning", number, label))),
         ):
             if found is None:
                 if kind != "unlearning" or (run_dir / UNLEARNED).is_file():  # which is measured on some runs only
@@ -319,8 +324,8 @@ Made = Callable[..., None]
 """Is told what a result was made of: a name for it, and values."""
 
 
-def _core(run_dir: Path, config: RunConfig, current: Current, made: Made) -> Found | None:
-    result = core_results(run_dir, model_digest(run_dir / "model"), current).get(whole_view(config))
+def _core(run_dir: Path, config: RunConfig, weights: str, current: Current, made: Made) -> Found | None:
+    result = core_results(run_dir, weights, current).get(whole_view(config))
     if result is None:
         return None
     made(TEXT, *map(inputs_of(result.hsae).get, DIGESTS))
@@ -332,13 +337,14 @@ def _core(run_dir: Path, config: RunConfig, current: Current, made: Made) -> Fou
     return entries
 
 
-def _composition(plan: Plan, config: RunConfig, current: Current, made: Made) -> Found | None:
+def _composition(
+    run_dir: Path, plan: Plan, config: RunConfig, weights: str, current: Current, made: Made
+) -> Found | None:
     """Hierarchy numbers of the two coarsest levels; none for a flat run."""
     if config.levels == 1:
         return []
-    run_dir = plan.run_dir(config)
     content = read_composition(run_dir)
-    if content is None or content["inputs"].get("sae") != model_digest(run_dir / "model"):
+    if content is None or content["inputs"].get("sae") != weights:
         return None
     inputs = content["inputs"]
     if current.why_not(inputs) is not None:
@@ -362,13 +368,13 @@ def _composition(plan: Plan, config: RunConfig, current: Current, made: Made) ->
     return found
 
 
-def _unlearning(plan: Plan, run_dir: Path, made: Made) -> Found | None:
+def _unlearning(plan: Plan, run_dir: Path, weights: str, made: Made) -> Found | None:
     """Loss on the forgotten text at BUDGET, of the run's main arm; of its very model on the plan's very texts, with its settings."""
     try:
         content = read_result(run_dir / UNLEARNED, "hsae eval unlearning")
         inputs = content["inputs"]
         if (
-            inputs["sae"] != model_digest(run_dir / "model")
+            inputs["sae"] != weights
             or inputs["config"] != config_digest(plan)
             or any(inputs[f"{side}_store"] not in same_bits(plan.asked(side)) for side in SIDES)
         ):

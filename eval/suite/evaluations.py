@@ -17,7 +17,8 @@ from hsae.cache.parts import PART_TEXTS
 from hsae.cache.probe import ProbeStore, TaskEntry
 from hsae.eval.core.fits import check_fits
 from hsae.eval.core.schema import envelope, hsae_version, write_result
-from hsae.eval.core.targets import Target, find
+from hsae.eval.core.targets import Found, Target, find
+from hsae.eval.results import told_changes
 from hsae.eval.suite import absorption, scr_tpp, sparse_probing
 from hsae.eval.suite.schema import LAYOUTS, read_suite
 from hsae.eval.suite.scr_tpp import Kind
@@ -316,10 +317,12 @@ def evaluate_with(
         bench = benches[target.hook]
         bench.check(target.view)
         check_same_model(target.run_dir, str(bench.store.path), bench.store.header)
-    places = [
-        find(target, bench.inputs(target), partial(read_measured, suite=bench.suite))
-        for target, bench in ((target, benches[target.hook]) for target in targets)
-    ]
+
+    def look(target: Target) -> Found[dict[str, Any]]:
+        bench = benches[target.hook]
+        return find(target, bench.inputs(target), partial(read_measured, suite=bench.suite))
+
+    places = [look(target) for target in targets]
     for text in told_changes([(target.label, found.changed) for target, found in zip(targets, places, strict=True)]):
         warn(text)
     results = []
@@ -327,7 +330,7 @@ def evaluate_with(
         bench = benches[target.hook]
         content = None if force else found.result
         if content is None and not force:  # somebody else may have made it by now
-            content = find(target, bench.inputs(target), partial(read_measured, suite=bench.suite)).result
+            content = look(target).result
         if reused := content is not None:
             assert content is not None
         else:
@@ -336,14 +339,6 @@ def evaluate_with(
             write_result(content, target.folder, found.path.name)
         results.append(SuiteResult(target=target, content=content, reused=reused))
     return results
-
-
-def told_changes(changed: Sequence[tuple[str, str]]) -> list[str]:
-    """What is said of earlier results that will give way, each given as its SAE's label and what is different now; nothing of those without."""
-    return [
-        f"evaluated anew, with {text}: {', '.join(label for label, other in changed if other == text)}"
-        for text in dict.fromkeys(text for _, text in changed if text)
-    ]
 
 
 def read_measured(path: Path, suite: str) -> tuple[dict[str, Any], dict[str, Any]]:

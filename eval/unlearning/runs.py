@@ -17,8 +17,8 @@ from hsae.cache.errors import StoreError, UserError
 from hsae.cache.lm import LanguageModel
 from hsae.cache.store import ActivationStore, check_model
 from hsae.eval.core.schema import hsae_version
-from hsae.eval.core.targets import is_trained, model_digest
-from hsae.eval.results import changes, publish, read_result, write_result
+from hsae.eval.core.targets import model_digest, need_trained
+from hsae.eval.results import changes, publish, read_result, told_changes, write_result
 from hsae.eval.unlearning import pareto
 from hsae.eval.unlearning.intervention import of_model
 from hsae.eval.unlearning.passes import Rows
@@ -26,7 +26,7 @@ from hsae.eval.unlearning.sweep import Pieces, Progress, Texts, evaluate
 from hsae.train.config import RunConfig
 from hsae.train.model import load_model
 from hsae.train.plan import Plan
-from hsae.train.record import check_same_model, command
+from hsae.train.record import check_same_model
 from hsae.train.suites import SIDES, Side
 
 FILE, PARTIAL, FIGURE = "unlearning.json", "unlearning.partial.json", "unlearning.png"
@@ -70,11 +70,7 @@ def open_texts(plan: Plan) -> dict[Side, ActivationStore]:
 def check_trained(runs: Sequence[tuple[Plan, RunConfig]], store: ActivationStore) -> None:
     """Raise UserError unless all runs have been trained, on activations of the store's model."""
     for seeded, run in runs:
-        if not is_trained(seeded, run):
-            raise UserError(
-                f"run {run.number} ({run.name}) of plan {seeded.name} has not been trained to its end in {seeded.run_dir(run)}; "
-                f"train it with: {command(seeded.run_dir(run))}"
-            )
+        need_trained(seeded, run)
         check_same_model(seeded.run_dir(run), store.url, store.header)
 
 
@@ -170,8 +166,8 @@ def found_at(path: Path, inputs: dict[str, Any], label: str, say: Callable[[str]
         content = read_result(path, "hsae eval unlearning")
         if content["inputs"] == inputs and "arms" in content:
             return content
-        if changed := changes(inputs, content["inputs"]):
-            say(f"evaluated anew, with {changed}: {label}")
+        for text in told_changes([(label, changes(inputs, content["inputs"]))]):
+            say(text)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not there or damaged: made anew
     return None
