@@ -8,12 +8,12 @@ import hsae.cache
 import hsae.cli
 import hsae.eval
 import hsae.train
-from hsae.train.plan import load_plan, packaged_plans
+from hsae.train.config.plan import load_plan, packaged_plans
 
 OF_EXTRAS = {
-    "hsae.cache.web": "aiohttp",
-    "hsae.cache.connections": "uvicorn",
-    "hsae.cache.s3": "aiobotocore",
+    "hsae.cache.storage.http": "aiohttp",
+    "hsae.cache.storage.connections": "uvicorn",
+    "hsae.cache.storage.s3": "aiobotocore",
 }  # modules that cannot be imported without the package of an extra
 
 assert "site-packages" in hsae.cache.__file__, hsae.cache.__file__

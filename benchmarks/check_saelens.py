@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from sae_lens import SAE
 
-from hsae.train import saelens
+from hsae.train.model import saelens_folder
 
 
 def check(folder: Path) -> dict[str, object]:
     """Largest differences between the two on 257 random vectors, large enough that latents fire."""
-    ours, theirs = saelens.load(folder), SAE.load_from_disk(str(folder))
+    ours, theirs = saelens_folder.load(folder), SAE.load_from_disk(str(folder))
     noise = torch.randn(257, ours.d_in, generator=torch.Generator().manual_seed(0))
     scale = float(ours.b_dec.norm()) / ours.d_in**0.5 + 1
     with torch.no_grad():

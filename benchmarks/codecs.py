@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from hsae.cache.codec import decode_chunk, encode_chunk
-from hsae.cache.config import Codec
-from hsae.cache.layout import arrays
-from hsae.cache.remote import sizes
-from hsae.cache.store import ActivationStore
-from hsae.cache.transfer import copy
-from hsae.train.model import load_model
-from hsae.train.plan import Plan, load_plan
-from hsae.train.trainer import train
+from hsae.cache.building.copying import copy
+from hsae.cache.format.chunk_codec import decode_chunk, encode_chunk
+from hsae.cache.format.layout import arrays
+from hsae.cache.format.spec import Codec
+from hsae.cache.reading.store import ActivationStore
+from hsae.cache.storage.paths import sizes
+from hsae.train.config.plan import Plan, load_plan
+from hsae.train.model.trained_model import load_model
+from hsae.train.training.trainer import train
 
 CODECS: tuple[Codec, ...] = ("mappable", "compact", "int8")
 

@@ -21,14 +21,14 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["hsae"]):
-    from hsae.cache.codec import crc32c, decode_chunk
+    from hsae.cache.building.copying import copy as copy_store
+    from hsae.cache.building.verification import verify
     from hsae.cache.errors import UserError
     from hsae.cache.files import sealed
-    from hsae.cache.layout import ArraySpec, every_array, read_header
-    from hsae.cache.store import ActivationStore
-    from hsae.cache.stream import TokenStream
-    from hsae.cache.transfer import copy as copy_store
-    from hsae.cache.verify import verify
+    from hsae.cache.format.chunk_codec import crc32c, decode_chunk
+    from hsae.cache.format.layout import ArraySpec, every_array, read_header
+    from hsae.cache.reading.store import ActivationStore
+    from hsae.cache.reading.token_stream import TokenStream
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE: list[Any] = [

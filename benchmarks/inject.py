@@ -456,8 +456,8 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.monotonic()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "300"}
-    for name in ("torch", "zarr", "transformers.models.gemma2.modeling_gemma2", "hsae.cli.main", "hsae.cache.build", "hsae.train.trainer",
-        "hsae.eval.core.evaluation", "hsae.eval.hierarchy.runs", "hsae.eval.report.page"):  # fmt: skip
+    for name in ("torch", "zarr", "transformers.models.gemma2.modeling_gemma2", "hsae.cli.main", "hsae.cache.building.builder", "hsae.train.training.trainer",
+        "hsae.eval.core.core", "hsae.eval.hierarchy.runs", "hsae.eval.report.page"):  # fmt: skip
         import_module(name)
     with tempfile.TemporaryDirectory(prefix="hsae-inject-") as temporary:
         base = Path(temporary)

@@ -14,12 +14,12 @@ from collections.abc import Callable
 import torch
 
 from hsae.cache.device import pick_device
-from hsae.cache.lm import LanguageModel
-from hsae.cache.store import ActivationStore
-from hsae.cache.stream import TokenStream
-from hsae.train.plan import Plan, load_plan
-from hsae.train.run import TrainingRun
-from hsae.train.trainer import scaling_of
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.reading.store import ActivationStore
+from hsae.cache.reading.token_stream import TokenStream
+from hsae.train.config.plan import Plan, load_plan
+from hsae.train.training.trainer import scaling_of
+from hsae.train.training.training_run import TrainingRun
 
 
 def seconds(work: Callable[[], object], times: int) -> float:

@@ -26,16 +26,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from hsae.cache import tally, writer
-from hsae.cache.build import Builder, clear
-from hsae.cache.config import FORMAT_VERSION, StoreSpec
-from hsae.cache.layout import Header, HookSummary, arrays, checks_array, every_array, kept_array, statistics_arrays
-from hsae.cache.remote import place
-from hsae.cache.share import Share
-from hsae.cache.store import ActivationStore
-from hsae.cache.stream import TokenStream
-from hsae.cache.written import Written
-from hsae.train.plan import load_plan
+from hsae.cache.building import sealing, writer
+from hsae.cache.building.builder import Builder, clear
+from hsae.cache.building.chunk_log import Written
+from hsae.cache.format.layout import (
+    Header,
+    HookSummary,
+    arrays,
+    checks_array,
+    every_array,
+    kept_array,
+    statistics_arrays,
+)
+from hsae.cache.format.spec import FORMAT_VERSION, StoreSpec
+from hsae.cache.launcher import Share
+from hsae.cache.reading.store import ActivationStore
+from hsae.cache.reading.token_stream import TokenStream
+from hsae.cache.storage.paths import place
+from hsae.train.config.plan import load_plan
 
 HOOKS = ["blocks.5.hook_resid_post", "blocks.12.hook_resid_post", "blocks.19.hook_resid_post"]
 WIDTH, SPECIAL = 2304, (0, 1, 2)
@@ -70,12 +78,12 @@ def set_up(spec: StoreSpec) -> Measured:
     for bucket in ("partly", "empty"):
         writer.write_metadata(place(f"s3://{bucket}/{STORE}"), header_of(spec), specs)
     trailers = [writer.trailer(target, array, 0) for array in specs]
-    for part in range(-(-tokens.count // tally.TALLIED)):
-        size = min(tally.TALLIED, tokens.count - part * tally.TALLIED)
+    for part in range(-(-tokens.count // sealing.TALLIED)):
+        size = min(sealing.TALLIED, tokens.count - part * sealing.TALLIED)
         told = np.tile(np.array([tokens.chunks[0] * (spec.context - 1), *trailers], "<u4"), (size, 1))
-        if (part + 1) * tally.TALLIED >= tokens.count:
+        if (part + 1) * sealing.TALLIED >= tokens.count:
             told[-1, 0] = (spec.rows - (tokens.count - 1) * tokens.chunks[0]) * (spec.context - 1)
-        (target / tally.FOLDER / str(part)).write_bytes(told.tobytes() + tally._checksum(told.tobytes(), part, KEY))
+        (target / sealing.FOLDER / str(part)).write_bytes(told.tobytes() + sealing._checksum(told.tobytes(), part, KEY))
     return {}
 
 
@@ -91,7 +99,7 @@ def written_down(spec: StoreSpec) -> Written:
 def finish(spec: StoreSpec) -> Measured:
     """Worker 0's last steps: the parts of the tally, the lists, the header."""
     target, specs = place(f"s3://full/{STORE}"), list(arrays(spec, WIDTH).values())
-    told = tally.collected(target, specs, KEY)
+    told = sealing.collected(target, specs, KEY)
     assert told is not None
     kept, checks = told
     summary = {hook: HookSummary(mean_square_norm=1.0, tokens=1) for hook in spec.hooks}
@@ -141,7 +149,7 @@ def resume(spec: StoreSpec) -> Measured:
 def tally_part(spec: StoreSpec) -> Measured:
     """One part of the last pass: checksums of 1024 chunks of every array, and their tokens counted."""
     specs = list(arrays(spec, WIDTH).values())
-    told, wrong = tally._tallied(place(f"s3://full/{STORE}"), specs, 0, SPECIAL, written_down(spec))
+    told, wrong = sealing._tallied(place(f"s3://full/{STORE}"), specs, 0, SPECIAL, written_down(spec))
     assert len(wrong) < len(told)  # the last rows of the store are others
     return {"chunks": told.size - len(told)}
 

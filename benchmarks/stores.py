@@ -26,16 +26,16 @@ from typing import Any
 
 import torch
 
-from hsae.cache import writer
-from hsae.cache.build import build
-from hsae.cache.config import FORMAT_VERSION, CorpusConfig, ModelConfig, StoreSpec
-from hsae.cache.layout import Header, HookSummary, arrays, kept_array, statistics_arrays
-from hsae.cache.remote import place
-from hsae.cache.store import ActivationStore
-from hsae.cache.stream import TokenStream
-from hsae.cache.transfer import copy
-from hsae.train.plan import Plan, load_plan
-from hsae.train.trainer import train
+from hsae.cache.building import writer
+from hsae.cache.building.builder import build
+from hsae.cache.building.copying import copy
+from hsae.cache.format.layout import Header, HookSummary, arrays, kept_array, statistics_arrays
+from hsae.cache.format.spec import FORMAT_VERSION, CorpusConfig, ModelConfig, StoreSpec
+from hsae.cache.reading.store import ActivationStore
+from hsae.cache.reading.token_stream import TokenStream
+from hsae.cache.storage.paths import place
+from hsae.train.config.plan import Plan, load_plan
+from hsae.train.training.trainer import train
 
 HOOK = "blocks.3.hook_resid_post"
 ROWS, CONTEXT, WIDTH, BATCH = 512, 128, 2304, 4096

@@ -14,11 +14,11 @@ import time
 
 import torch
 
-from hsae.cache.share import share
-from hsae.train.config import CompositionConfig, RunConfig, Stage
-from hsae.train.latents import UNDIVIDED, Latents
-from hsae.train.run import Scaling, TrainingRun
-from hsae.train.workers import ALONE, Workers, joined
+from hsae.cache.launcher import share
+from hsae.train.config.run_config import CompositionConfig, RunConfig, Stage
+from hsae.train.training.latent_sharding import UNDIVIDED, Latents
+from hsae.train.training.training_run import Scaling, TrainingRun
+from hsae.train.training.workers import ALONE, Workers, joined
 
 
 def peak_bytes() -> int:

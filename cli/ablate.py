@@ -53,7 +53,7 @@ def ablate(
     """
     from hsae.cache.errors import UserError, need
     from hsae.eval.report.ablation_tests import MIN_SEEDS
-    from hsae.train.plan import load_plan
+    from hsae.train.config.plan import load_plan
 
     left_out = set(without or ())
     if unknown := left_out - set(PARTS):
@@ -84,8 +84,8 @@ def ablate(
 
     from hsae.cli import cache, hierarchy, synthetic, train, unlearning
     from hsae.cli import eval as eval_commands
+    from hsae.eval.synthetic.compared_runs import NUMBERS
     from hsae.eval.synthetic.tiers import read_results
-    from hsae.train.arms import NUMBERS
 
     held = out / "synthetic" / "T2.json"
     if held.is_file():

@@ -33,7 +33,7 @@ from hsae.cli.suite import OUT, ForceOption, OutOption
 if TYPE_CHECKING:
     from hsae.eval.autointerp.evaluation import Estimate
     from hsae.eval.autointerp.judge import Judge, Prices
-    from hsae.eval.suite.evaluations import SuiteResult
+    from hsae.eval.probing.probing_runs import SuiteResult
 
 
 def autointerp(
@@ -86,7 +86,7 @@ def autointerp(
     Example: hsae eval autointerp --run 3 --judge gpt-4o-mini --price-in 0.15 --price-out 0.6 --dry-run
     """
     from hsae.cache.errors import UserError
-    from hsae.train.plan import load_plan
+    from hsae.train.config.plan import load_plan
 
     check_sae_options(sae, seeds, out, whole)
     if yes and dry_run:
@@ -101,14 +101,14 @@ def autointerp(
     run = named_runs(loaded, run, all_runs, sae)
 
     from hsae.cache.device import pick_device
-    from hsae.cache.lm import load_tokenizer
-    from hsae.cache.remote import place
-    from hsae.cache.store import ActivationStore, check_tokenizer
-    from hsae.cache.weights import at_commit
+    from hsae.cache.language_model.lm import load_tokenizer
+    from hsae.cache.language_model.sources import at_commit
+    from hsae.cache.reading.store import ActivationStore, check_tokenizer
+    from hsae.cache.storage.paths import place
     from hsae.cli.eval import of_folders, of_runs
     from hsae.eval.autointerp.evaluation import Autointerp, noise_note
     from hsae.eval.autointerp.judge import Judge, Prices
-    from hsae.eval.results import told_changes
+    from hsae.eval.harness.result_files import told_changes
 
     targets = (
         of_folders(loaded, sae, (out or OUT) / "autointerp")
@@ -202,7 +202,7 @@ def _agree(estimate: "Estimate", judge: "Judge", prices: "Prices | None", max_co
 
 
 def _print(results: "list[SuiteResult]") -> None:
-    from hsae.eval.suite.evaluations import HEADLINES
+    from hsae.eval.probing.probing_runs import HEADLINES
 
     table = Table(
         title="autointerp; ± spans the 95 % interval over latents",

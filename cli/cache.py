@@ -14,9 +14,9 @@ from hsae.cli import suite as suite_commands
 from hsae.cli.common import DeviceOption, PlanOption, SetOption, console, progress_bars, say, tell_common_text
 
 if TYPE_CHECKING:
-    from hsae.cache.build import Progress as BuildProgress
-    from hsae.cache.config import Split, StoreSpec
-    from hsae.cache.estimate import Estimate
+    from hsae.cache.building.builder import Progress as BuildProgress
+    from hsae.cache.building.estimate import Estimate
+    from hsae.cache.format.spec import Split, StoreSpec
 
 app = typer.Typer(no_args_is_help=True)
 OWN_STORES: "dict[str, tuple[Split, ...]]" = {"unlearning": ("forget", "retain"), "autointerp": ("autointerp",)}
@@ -48,13 +48,13 @@ def build(
 
     Example: hsae cache build --plan gemma-3-270m
     """
-    from hsae.cache.build import build as build_store
-    from hsae.cache.build import check
+    from hsae.cache.building.builder import build as build_store
+    from hsae.cache.building.builder import check
+    from hsae.cache.building.estimate import check_space, estimate
     from hsae.cache.device import pick_device
     from hsae.cache.errors import UserError
-    from hsae.cache.estimate import check_space, estimate
-    from hsae.cache.share import share
-    from hsae.train.plan import load_plan
+    from hsae.cache.launcher import share
+    from hsae.train.config.plan import load_plan
 
     if suite is not None and split is not None:
         raise UserError(f"--split {split} doesn't go with --suite {suite}, which has stores of its own")
@@ -150,8 +150,8 @@ def info(store: StoreArgument) -> None:
 
     Example: hsae cache info activations/gemma-3-270m-train-0123456789abcdef.zarr
     """
-    from hsae.cache.layout import build_command, total_bytes
-    from hsae.cache.store import ActivationStore
+    from hsae.cache.format.layout import build_command, total_bytes
+    from hsae.cache.reading.store import ActivationStore
 
     opened = ActivationStore.open(store, require_complete=False)
     header, spec = opened.header, opened.spec
@@ -187,12 +187,12 @@ def verify(
 
     Example: hsae cache verify activations/gemma-3-270m-train-0123456789abcdef.zarr --repair
     """
+    from hsae.cache.building.verification import repair as repair_store
+    from hsae.cache.building.verification import verify as verify_store
     from hsae.cache.device import pick_device
     from hsae.cache.errors import UserError
-    from hsae.cache.layout import is_sealed
-    from hsae.cache.remote import place, redacted
-    from hsae.cache.verify import repair as repair_store
-    from hsae.cache.verify import verify as verify_store
+    from hsae.cache.format.layout import is_sealed
+    from hsae.cache.storage.paths import place, redacted
 
     if device != "auto" and not repair:
         raise UserError(f"--device {device} says where --repair computes; it doesn't go without it")
@@ -232,10 +232,10 @@ def list_stores(
     Example: hsae cache ls
     """
     from hsae.cache.errors import StoreError, UserError
-    from hsae.cache.layout import read_header, total_bytes
-    from hsae.cache.listing import probe_stores
-    from hsae.cache.remote import children, place
-    from hsae.train.plan import load_plan
+    from hsae.cache.format.layout import read_header, total_bytes
+    from hsae.cache.storage.paths import children, place
+    from hsae.cache.suites.catalogue import probe_stores
+    from hsae.train.config.plan import load_plan
 
     if folder is not None and (plan is not None or overrides):
         raise UserError("FOLDER says what to list; it doesn't go with --plan or --set")

@@ -28,10 +28,10 @@ from hsae.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from hsae.eval.core.schema import CoreResult
-    from hsae.eval.core.targets import Evaluated, Target
-    from hsae.train.config import RunConfig
-    from hsae.train.plan import Plan
+    from hsae.eval.harness.envelope import CoreResult
+    from hsae.eval.harness.targets import Evaluated, Target
+    from hsae.train.config.plan import Plan
+    from hsae.train.config.run_config import RunConfig
 
 app = typer.Typer(no_args_is_help=True)
 app.command()(hierarchy.composition)
@@ -85,19 +85,19 @@ def core(
 
     Example: hsae eval core --run 3
     """
-    from hsae.train.plan import load_plan
+    from hsae.train.config.plan import load_plan
 
     check_sae_options(sae, seeds, out, whole)
     loaded = load_plan(plan, overrides or ())
     run = named_runs(loaded, run, all_runs, sae)
 
     from hsae.cache.device import pick_device
-    from hsae.cache.lm import LanguageModel
-    from hsae.cache.store import ActivationStore
-    from hsae.cache.weights import at_commit
-    from hsae.eval.core.evaluation import CoreOptions
-    from hsae.eval.core.schema import write_core
-    from hsae.eval.core.targets import evaluate_targets
+    from hsae.cache.language_model.lm import LanguageModel
+    from hsae.cache.language_model.sources import at_commit
+    from hsae.cache.reading.store import ActivationStore
+    from hsae.eval.core.core import CoreOptions
+    from hsae.eval.harness.envelope import write_core
+    from hsae.eval.harness.targets import evaluate_targets
 
     place = pick_device(device)
     targets = of_folders(loaded, sae, out or Path("eval_results/core")) if sae else of_runs(loaded, run, seeds, whole)
@@ -135,7 +135,7 @@ def core(
 
 def of_runs(plan: "Plan", run: str | None, seeds: int, whole: bool = False, evaluation: str = "core") -> "list[Target]":
     """Every view (or the whole alone) of the named runs, or of all that are trained, for each seed."""
-    from hsae.eval.core.targets import run_targets
+    from hsae.eval.harness.targets import run_targets
 
     return [
         target
@@ -146,7 +146,7 @@ def of_runs(plan: "Plan", run: str | None, seeds: int, whole: bool = False, eval
 
 def of_folders(plan: "Plan", folders: list[Path], out: Path) -> "list[Target]":
     """The SAEs of SAELens folders; what is doubtful about them is printed."""
-    from hsae.eval.core.targets import folder_targets
+    from hsae.eval.harness.targets import folder_targets
 
     targets = folder_targets(plan, folders, out)
     for target in targets:
@@ -158,7 +158,7 @@ def of_folders(plan: "Plan", folders: list[Path], out: Path) -> "list[Target]":
 def trained_runs(plan: "Plan", run: str | None, seeds: int) -> "list[tuple[Plan, RunConfig]]":
     """The named runs, or all that are trained (those left out are said), for each seed. Raises UserError if there is none."""
     from hsae.cache.errors import UserError
-    from hsae.eval.core.targets import is_trained
+    from hsae.eval.harness.targets import is_trained
 
     every = [plan.seeded(index) for index in range(seeds)]
     if run is not None:

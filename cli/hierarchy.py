@@ -52,7 +52,7 @@ def composition(
     Example: hsae eval composition --run 3
     """
     from hsae.cache.errors import UserError
-    from hsae.train.plan import load_plan
+    from hsae.train.config.plan import load_plan
 
     loaded = load_plan(plan, overrides or ())
     run = named_runs(loaded, run, all_runs)
@@ -176,7 +176,7 @@ def stability(
     Example: hsae eval stability --run 3 --seeds 3
     """
     from hsae.cache.errors import UserError, need
-    from hsae.train.plan import load_plan
+    from hsae.train.config.plan import load_plan
 
     need("matching latents", "scipy", "eval")
     loaded = load_plan(plan, overrides or ())

@@ -50,15 +50,15 @@ def _options(
 
 def main() -> None:
     """Run a command. Status 2: the user can mend it; 1: the machine or the network failed; 130: interrupted. A bug shows its traceback."""
-    from hsae.cache import sigbus
     from hsae.cache.errors import UserError
+    from hsae.cache.reading import page_faults
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(
                 errors="backslashreplace"
             )  # names of files may hold anything, and the terminal's encoding may lack it
-    sigbus.enable()
+    page_faults.enable()
     try:
         app()
     except SystemExit as ended:
@@ -69,7 +69,7 @@ def main() -> None:
         line = one_line(error)
         if line is None:
             raise
-        from hsae.cache.remote import redacted
+        from hsae.cache.storage.paths import redacted
 
         errors.print(Text.assemble(("Error:", "bold red"), f" {redacted(line)}"), soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)

@@ -8,8 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID
 from hsae.cli.common import progress_bars, say, waiting
 
 if TYPE_CHECKING:
-    from hsae.cache.ravel import RavelStore
-    from hsae.train.plan import Plan
+    from hsae.cache.suites.ravel_store import RavelStore
+    from hsae.train.config.plan import Plan
 
 
 def evaluate(
@@ -25,11 +25,11 @@ def evaluate(
     """Evaluate and print; raises NotApplicable if the hook carries nothing that could be exchanged."""
     from hsae.cache.device import pick_device
     from hsae.cache.errors import need
-    from hsae.cache.lm import LanguageModel, pinned
-    from hsae.cache.ravel import RavelStore
+    from hsae.cache.language_model.lm import LanguageModel, pinned
+    from hsae.cache.suites.ravel_store import RavelStore
     from hsae.cli.suite import print_results, targets_of
-    from hsae.eval.suite.evaluations import evaluate_with
-    from hsae.eval.suite.ravel_runs import RavelBench, told
+    from hsae.eval.probing.probing_runs import evaluate_with
+    from hsae.eval.ravel.ravel_runs import RavelBench, told
 
     if draws > 1:
         need("the interval over several draws", "scipy", "eval")
@@ -57,7 +57,7 @@ def evaluate(
 
 
 def _print_passes(store: "RavelStore", blocks: list[dict[str, object]]) -> None:
-    from hsae.eval.suite.ravel_runs import passes_of
+    from hsae.eval.ravel.ravel_runs import passes_of
 
     spent = passes_of(blocks)
     say(
@@ -69,8 +69,8 @@ def _print_passes(store: "RavelStore", blocks: list[dict[str, object]]) -> None:
 def check_store(plan: "Plan") -> None:
     """Raise NotApplicable if RAVEL's store has not been built."""
     from hsae.cache.errors import NotApplicable, StoreError
-    from hsae.cache.ravel import RavelStore
-    from hsae.cache.remote import size_of
+    from hsae.cache.storage.paths import size_of
+    from hsae.cache.suites.ravel_store import RavelStore
 
     spec = plan.ravel_spec()
     try:
@@ -83,8 +83,8 @@ def check_store(plan: "Plan") -> None:
 
 def build(plan: "Plan", device: str) -> None:
     """Make RAVEL's store."""
-    from hsae.cache.ravel import RavelStore, build_ravel
-    from hsae.eval.suite.ravel_runs import told
+    from hsae.cache.suites.ravel_store import RavelStore, build_ravel
+    from hsae.eval.ravel.ravel_runs import told
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "prompts")
     with progress_bars(*columns) as bars:

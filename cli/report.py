@@ -32,8 +32,8 @@ def report(
     Example: hsae report --compare other_eval_results.json
     """
     from hsae.cache.errors import UserError
-    from hsae.train.plan import load_plan
-    from hsae.train.rundir import read_run
+    from hsae.train.config.plan import load_plan
+    from hsae.train.runs.run_directory import read_run
 
     check_folder(out)
     loaded = load_plan(plan, overrides or ())
@@ -46,11 +46,11 @@ def report(
                 f"train it with: hsae train --run {config.number}"
             )
 
-    from hsae.cache.lm import load_tokenizer
-    from hsae.cache.store import ActivationStore, check_tokenizer
-    from hsae.cache.weights import at_commit
+    from hsae.cache.language_model.lm import load_tokenizer
+    from hsae.cache.language_model.sources import at_commit
+    from hsae.cache.reading.store import ActivationStore, check_tokenizer
     from hsae.eval.report.page import write_report
-    from hsae.train.suites import SIDES
+    from hsae.train.config.suite_tables import SIDES
 
     store = tokenizer = None
     try:

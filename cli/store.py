@@ -53,8 +53,8 @@ def serve(
 
     Example: hsae cache serve activations --host 0.0.0.0
     """
-    from hsae.cache.remote import place
-    from hsae.cache.serve import serve as serve_stores
+    from hsae.cache.storage.paths import place
+    from hsae.cache.storage.server import serve as serve_stores
 
     place(str(path))
 
@@ -71,7 +71,7 @@ def serve(
 
 
 def _transfer(source: str, folder: str, codec: Literal["mappable", "compact", "int8"] | None) -> None:
-    from hsae.cache.transfer import copy as copy_store
+    from hsae.cache.building.copying import copy as copy_store
 
     columns = ("copying", BarColumn(), "{task.completed}/{task.total} chunks")
     with progress_bars(*columns, TimeRemainingColumn(compact=True)) as bars:

@@ -33,10 +33,10 @@ from hsae.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from hsae.cache.probe_config import Suite
-    from hsae.eval.core.targets import Target
-    from hsae.eval.suite.evaluations import SuiteResult
-    from hsae.train.plan import Plan
+    from hsae.cache.suites.suite_spec import Suite
+    from hsae.eval.harness.targets import Target
+    from hsae.eval.probing.probing_runs import SuiteResult
+    from hsae.train.config.plan import Plan
 
 OUT = Path("eval_results")
 OutOption = Annotated[
@@ -192,7 +192,7 @@ def _unlearning(
     device: str,
 ) -> None:
     from hsae.cache.errors import NotApplicable, StoreError
-    from hsae.cache.remote import exists
+    from hsae.cache.storage.paths import exists
     from hsae.cli.unlearning import unlearning
     from hsae.eval.unlearning.runs import open_texts
 
@@ -217,7 +217,7 @@ def _loaded(
     out: Path | None,
 ) -> "tuple[Plan, str | None]":
     """The plan, and the runs that are named."""
-    from hsae.train.plan import load_plan
+    from hsae.train.config.plan import load_plan
 
     check_sae_options(sae, seeds, out)
     loaded = load_plan(plan, overrides or ())
@@ -225,7 +225,7 @@ def _loaded(
 
 
 def _suite(name: str) -> "Suite":
-    from hsae.cache.probe_config import SUITES
+    from hsae.cache.suites.suite_spec import SUITES
 
     return next(suite for suite in SUITES if suite == name)
 
@@ -235,7 +235,7 @@ def targets_of(
 ) -> "list[Target]":
     """The SAEs an evaluation is asked to evaluate."""
     from hsae.cli.eval import of_folders, of_runs
-    from hsae.eval.suite.evaluations import FOLDERS
+    from hsae.eval.probing.probing_runs import FOLDERS
 
     if sae:
         return of_folders(plan, sae, out / FOLDERS[suite])
@@ -254,8 +254,8 @@ def _evaluate(
     device: str,
 ) -> "list[SuiteResult]":
     from hsae.cache.device import pick_device
-    from hsae.cache.probe import ProbeStore
-    from hsae.eval.suite.evaluations import evaluate_suite
+    from hsae.cache.suites.probe_store import ProbeStore
+    from hsae.eval.probing.probing_runs import evaluate_suite
 
     targets = targets_of(plan, suite, run, seeds, sae, out)
     with waiting(f"{suite}: reading") as tell:
@@ -274,7 +274,7 @@ def _evaluate(
 
 def print_results(results: "list[SuiteResult]", suite: str) -> None:
     """The table of measures, what is within noise, and where the files are."""
-    from hsae.eval.suite.evaluations import noise_note
+    from hsae.eval.probing.probing_runs import noise_note
 
     console.print(_table(results, suite))
     for name in dict.fromkeys(result.content["hsae"]["store"]["path"] for result in results):
@@ -288,7 +288,7 @@ def print_results(results: "list[SuiteResult]", suite: str) -> None:
 
 
 def _table(results: "list[SuiteResult]", suite: str) -> Table:
-    from hsae.eval.suite.evaluations import HEADLINES
+    from hsae.eval.probing.probing_runs import HEADLINES
 
     draws = results[0].content["hsae"]["inputs"]["seeds"]
     title = f"{suite}; ± spans the 95 % interval over {draws} draws"
@@ -319,10 +319,10 @@ def _cell(measure: "dict[str, float | None] | None") -> str | Text:
 
 def build(plan: "Plan", suite: str, device: str, *, dry_run: bool) -> None:
     """Make the probe store of one suite, or of all (`hsae cache build --suite`)."""
-    from hsae.cache.lm import LanguageModel, pinned
-    from hsae.cache.probe import build_probe
-    from hsae.cache.probe_config import SUITES, probe_folder
-    from hsae.cache.remote import check_writable
+    from hsae.cache.language_model.lm import LanguageModel, pinned
+    from hsae.cache.storage.paths import check_writable
+    from hsae.cache.suites.probe_store import build_probe
+    from hsae.cache.suites.suite_spec import SUITES, probe_folder
 
     _no_dry_run(dry_run)
     check_writable(probe_folder(plan.cache.dir))

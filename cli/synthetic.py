@@ -12,7 +12,7 @@ from rich.text import Text
 from hsae.cli.common import DeviceOption, RunOption, SetOption, check_folder, console, progress_bars, say
 
 if TYPE_CHECKING:
-    from hsae.train.config import RunConfig
+    from hsae.train.config.run_config import RunConfig
 
 TABLES = (
     (
@@ -56,7 +56,7 @@ def synthetic(
     Example: hsae eval synthetic --tier T2 --run full,batchtopk
     """
     from hsae.cache.errors import UserError
-    from hsae.train.arms import load_arms
+    from hsae.eval.synthetic.compared_runs import load_arms
 
     if tokens is not None and any(value.strip().startswith("train.tokens") for value in overrides or ()):
         raise UserError("--tokens and --set train.tokens exclude each other")

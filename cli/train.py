@@ -24,10 +24,10 @@ from hsae.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from hsae.train.config import RunConfig
-    from hsae.train.plan import Plan
-    from hsae.train.trainer import Divide
-    from hsae.train.workers import Workers
+    from hsae.train.config.plan import Plan
+    from hsae.train.config.run_config import RunConfig
+    from hsae.train.training.trainer import Divide
+    from hsae.train.training.workers import Workers
 
 
 def train(
@@ -55,7 +55,7 @@ def train(
     Example: hsae train --run 3
     """
     from hsae.cache.errors import UserError
-    from hsae.cache.share import share
+    from hsae.cache.launcher import share
 
     if (run is None) == (not all_runs):
         raise UserError("say which runs to train: --run 3, --run 0-5, --run baseline, or --all")
@@ -64,7 +64,7 @@ def train(
     with contextlib.ExitStack() as stack:
         workers = None
         if (own := share()).world > 1:
-            from hsae.train.workers import joined
+            from hsae.train.training.workers import joined
 
             workers = stack.enter_context(joined(own, device))
             console.quiet = not workers.leads
@@ -86,16 +86,16 @@ def _train(
     workers: "Workers | None",
 ) -> int:
     """Train, and return the exit status; `workers` is None without a launcher."""
-    from hsae.train.plan import load_plan
+    from hsae.train.config.plan import load_plan
 
     loaded = load_plan(plan, overrides or ())
     selected = list(loaded.runs.values()) if run is None else loaded.select(run)
 
     from hsae.cache.device import pick_device
-    from hsae.cache.store import ActivationStore
-    from hsae.train.trainer import check
-    from hsae.train.trainer import train as train_runs
-    from hsae.train.workers import ALONE
+    from hsae.cache.reading.store import ActivationStore
+    from hsae.train.training.trainer import check
+    from hsae.train.training.trainer import train as train_runs
+    from hsae.train.training.workers import ALONE
 
     workers = workers or ALONE
     store = ActivationStore.of(loaded.store("train"), loaded.cache.dir)

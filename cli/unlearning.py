@@ -48,13 +48,13 @@ def unlearning(
 
     Example: hsae eval unlearning --run 3 --plan gemma-3-270m
     """
-    from hsae.train.plan import load_plan
+    from hsae.train.config.plan import load_plan
 
     loaded = load_plan(plan, overrides or ())
 
     from hsae.cache.device import pick_device
-    from hsae.cache.lm import LanguageModel, pinned
-    from hsae.cache.weights import at_commit
+    from hsae.cache.language_model.lm import LanguageModel, pinned
+    from hsae.cache.language_model.sources import at_commit
 
     place = pick_device(device)
     if qa:
@@ -75,7 +75,7 @@ def unlearning(
         _print_scores(scored)
         return
     from hsae.eval.unlearning.runs import evaluate_runs, open_texts
-    from hsae.train.suites import SIDES
+    from hsae.train.config.suite_tables import SIDES
 
     open_texts(loaded)
     tell_common_text(loaded, SIDES)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsae.cache.store import ActivationStore
-from hsae.train.views import View
+from hsae.cache.reading.store import ActivationStore
+from hsae.train.model.views import View
 
 MOST_ROWS = 1024  # rows read, from the front of the store: bounds the time on large stores
 BATCH_ELEMENTS = 1 << 24  # activations held at once

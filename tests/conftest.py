@@ -31,10 +31,10 @@ def pytest_collection_modifyitems(items):
 
 def made(folder, *, rows=23, context=7, width=10, codec="mappable", clean=9, seed=0):
     """A complete store of random numbers at a folder or URL: chunks of 4 rows, token 0 special. Returns (its place, the numbers)."""
-    from hsae.cache import writer
-    from hsae.cache.config import FORMAT_VERSION, CorpusConfig, ModelConfig, StoreSpec
-    from hsae.cache.layout import Header, HookSummary, arrays, statistics_arrays
-    from hsae.cache.remote import place
+    from hsae.cache.building import writer
+    from hsae.cache.format.layout import Header, HookSummary, arrays, statistics_arrays
+    from hsae.cache.format.spec import FORMAT_VERSION, CorpusConfig, ModelConfig, StoreSpec
+    from hsae.cache.storage.paths import place
 
     spec = StoreSpec(
         split="eval", model=ModelConfig(id="none", dtype="bfloat16"), hooks=(HOOK,), corpus=CorpusConfig(corpus="none"), context=context,
@@ -69,8 +69,8 @@ def make_store():
 @pytest.fixture(scope="module")
 def activations(tmp_path_factory):
     """The training store of the tiny plan, of the golden model."""
-    from hsae.cache.build import build
-    from hsae.train.plan import load_plan
+    from hsae.cache.building.builder import build
+    from hsae.train.config.plan import load_plan
 
     folder = tmp_path_factory.mktemp("activations")
     build([load_plan("tiny", [f"model.id={str(GOLDEN_MODEL)!r}"]).store("train")], folder)

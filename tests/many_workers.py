@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hsae.cache.share import Share
-from hsae.train import rundir
-from hsae.train.workers import Workers
+from hsae.cache.launcher import Share
+from hsae.train.runs import run_directory
+from hsae.train.training.workers import Workers
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 HSAE = [sys.executable, "-c", "from hsae.cli.main import main; main()"]
@@ -25,6 +25,7 @@ HARD = (
     "train.log_steps=1",
     "train.checkpoint_steps=1000",
 )
+EVEN = (*HARD, "train.widths=[1408, 132]")  # what two and four workers divide equally
 
 
 class Silent:
@@ -49,7 +50,9 @@ def numbers(value):
 def assert_same_training(one, other, *, tolerance=1e-5):
     """The log's numbers agree to `tolerance`, steps, stages and dead latents exactly; weights to ten times `tolerance`, because Adam
     takes whole steps where a gradient is nothing but rounding."""
-    lines = [[line for line in rundir.read_metrics(place) if line["kind"] != "warning"] for place in (one, other)]
+    lines = [
+        [line for line in run_directory.read_metrics(place) if line["kind"] != "warning"] for place in (one, other)
+    ]
     for mine, theirs in zip(*lines, strict=True):
         for key in mine.keys() - {"time"}:
             if key in ("kind", "step", "stage", "tokens", "dead"):

@@ -9,7 +9,7 @@ import re
 
 from hsae.eval.autointerp.judge import Question
 from hsae.eval.autointerp.windows import CLOSE, OPEN, Case
-from hsae.train.suites import AutointerpConfig
+from hsae.train.config.suite_tables import AutointerpConfig
 
 LONGEST_EXPLANATION = 400  # characters that go into the second question
 PREFIX = "Explanation:"

@@ -10,7 +10,7 @@ from hsae.eval.autointerp import explain
 from hsae.eval.autointerp.judge import Answer, Question
 from hsae.eval.autointerp.windows import Case
 from hsae.eval.hierarchy.measures import UnitMean
-from hsae.train.suites import AutointerpConfig
+from hsae.train.config.suite_tables import AutointerpConfig
 
 MEASURES = ("balanced_accuracy", "accuracy", "sensitivity", "specificity")
 Ask = Callable[[Question, int], Answer | None]

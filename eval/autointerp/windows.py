@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hsae.cache.store import ActivationStore
+from hsae.cache.reading.store import ActivationStore
 from hsae.eval.contexts import BATCH_ELEMENTS, token_texts
-from hsae.eval.suite.text_probes import generator_for
-from hsae.train.suites import AutointerpConfig
-from hsae.train.views import View
+from hsae.eval.probing.text_probes import generator_for
+from hsae.train.config.suite_tables import AutointerpConfig
+from hsae.train.model.views import View
 
 ENTRIES_KEPT = 1 << 24
 OPEN, CLOSE = "«", "»"  # around active tokens; in the text itself they become ‹ and ›

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hsae.cache import losses
-from hsae.cache.lm import LanguageModel
-from hsae.cache.store import ActivationStore
-from hsae.eval.core import corrected
-from hsae.eval.core.metrics import Mean
-from hsae.train.views import View
+from hsae.cache.language_model import token_losses
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.reading.store import ActivationStore
+from hsae.eval.core import corrected_measures
+from hsae.eval.core.saebench_metrics import Mean
+from hsae.train.model.views import View
 
 SLICE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # of logits at a time
 
@@ -39,10 +39,10 @@ class ReconstructionPhase:
         self.dtype = getattr(torch, store.spec.model.dtype)
         self.shared_means = {name: Mean(self.dtype) for name in ("kl_ablation", "ce_ablation", "ce_clean")}
         self.sae_means = [{name: Mean(self.dtype) for name in ("kl", "ce")} for _ in views]
-        resampler = corrected.Resampler(store.clean_rows, device)
-        self.shared_sums = corrected.Sums(resampler, len(corrected.RECONSTRUCTION_COLUMNS))
-        self.sae_sums = [corrected.Sums(resampler, len(corrected.SAE_COLUMNS)) for _ in views]
-        self.memory: tuple[losses.Distribution, losses.Distribution] | tuple[None, None] = (None, None)
+        resampler = corrected_measures.Resampler(store.clean_rows, device)
+        self.shared_sums = corrected_measures.Sums(resampler, len(corrected_measures.RECONSTRUCTION_COLUMNS))
+        self.sae_sums = [corrected_measures.Sums(resampler, len(corrected_measures.SAE_COLUMNS)) for _ in views]
+        self.memory: tuple[token_losses.Distribution, token_losses.Distribution] | tuple[None, None] = (None, None)
 
     def run(
         self,
@@ -79,21 +79,23 @@ class ReconstructionPhase:
         faithful = [torch.empty(2, rows * context, dtype=self.dtype, device=self.device) for _ in finals]
         own = [torch.empty(2, rows * context, device=self.device) for _ in finals]
         row_bytes = self.model.vocab_size * final_ND.element_size()
-        for part in losses.slices(rows * context, row_bytes, SLICE_BYTES[torch.device(self.device).type]):
+        for part in token_losses.slices(rows * context, row_bytes, SLICE_BYTES[torch.device(self.device).type]):
             targets = targets_N[part]
             logits_NV = self.model.unembed(final_ND[part])
-            rounded = losses.distribution(logits_NV, self.memory[0])
-            exact = losses.stable_distribution(logits_NV, self.memory[1])
+            rounded = token_losses.distribution(logits_NV, self.memory[0])
+            exact = token_losses.stable_distribution(logits_NV, self.memory[1])
             if self.memory[0] is None or len(rounded.probs) > len(self.memory[0].probs):
                 self.memory = (rounded, exact)
             stable["clean"][part] = -exact.log_probs.gather(-1, targets.long()[:, None])[:, 0]
             ablated_NV = zero_logits_1V.expand(len(targets), -1)
-            stable["ablation"][part], stable["kl_ablation"][part] = losses.stable_losses(exact, ablated_NV, targets)
+            stable["ablation"][part], stable["kl_ablation"][part] = token_losses.stable_losses(
+                exact, ablated_NV, targets
+            )
             for index, sae_final_BTD in enumerate(finals):
                 logits_NV = self.model.unembed(sae_final_BTD.flatten(0, 1)[part])
-                faithful[index][0, part] = losses.cross_entropy(logits_NV, targets)
-                faithful[index][1, part] = losses.kl_divergence(*rounded, logits_NV)
-                own[index][0, part], own[index][1, part] = losses.stable_losses(exact, logits_NV, targets)
+                faithful[index][0, part] = token_losses.cross_entropy(logits_NV, targets)
+                faithful[index][1, part] = token_losses.kl_divergence(*rounded, logits_NV)
+                own[index][0, part], own[index][1, part] = token_losses.stable_losses(exact, logits_NV, targets)
         loss_mask_BT = mask_BT.clone()
         loss_mask_BT[:, -1] = False
         stored = {

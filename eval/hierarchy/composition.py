@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from hsae.cache.errors import StoreError, UserError
-from hsae.cache.store import ActivationStore
-from hsae.eval.core import corrected
-from hsae.eval.core.metrics import VarianceBatch
+from hsae.cache.reading.store import ActivationStore
+from hsae.eval.core import corrected_measures
+from hsae.eval.core.saebench_metrics import VarianceBatch
 from hsae.eval.hierarchy.fitted import FIT_L1, CodeMoments
 from hsae.eval.hierarchy.maps import (
     EDGE_SHARE,
@@ -41,7 +41,7 @@ from hsae.eval.hierarchy.measures import Estimate, PairGeometry, measures
 from hsae.eval.hierarchy.pairs import CONTRIBUTES, MapSums, PairCounts
 from hsae.eval.hierarchy.probes import TOKENS as PROBE_TOKENS
 from hsae.eval.hierarchy.probes import Probes, train_probes
-from hsae.train.model import TrainedModel
+from hsae.train.model.trained_model import TrainedModel
 
 BATCH_TOKENS = 4096
 FIT_TOKENS = 1 << 17  # most tokens on which maps are read
@@ -302,10 +302,10 @@ class _MeasurePass:
     def __init__(self, model: TrainedModel, read: _ReadPass, text: _Text, device: str) -> None:
         self.model, self.text, self.tokens = model, text, 0
         self.read = read
-        resampler = corrected.Resampler(text.last - text.first, device)
+        resampler = corrected_measures.Resampler(text.last - text.first, device)
         d_model = model.levels[0].d_in
-        self.inputs = corrected.InputMoments(resampler, d_model)
-        self.reconstructions = [corrected.ReconstructionMoments(resampler) for _ in model.levels]
+        self.inputs = corrected_measures.InputMoments(resampler, d_model)
+        self.reconstructions = [corrected_measures.ReconstructionMoments(resampler) for _ in model.levels]
         self.fires = [torch.zeros(level.d_sae, dtype=torch.int64, device=device) for level in model.levels]
         self.sums: dict[int, dict[str, list[MapSums]]] = {}
         self.counts: dict[int, PairCounts] = {}

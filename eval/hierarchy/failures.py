@@ -11,8 +11,8 @@ from typing import Any
 
 from hsae.eval.hierarchy.composition import CompositionResult, PairResult
 from hsae.eval.hierarchy.measures import Estimate
-from hsae.train.config import RunConfig
-from hsae.train.run import map_failures
+from hsae.train.config.run_config import RunConfig
+from hsae.train.training.training_run import map_failures
 
 NAMES = ("W-collapsed", "scale-drain", "copy", "dead-coarse", "wrong-k-split", "coarse-hurts-fine")
 DEAD_SHARE = 0.5  # of a coarse level's latents

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hsae.eval.core.corrected import LEVEL, RESAMPLES, SEED, measure
+from hsae.eval.core.corrected_measures import LEVEL, RESAMPLES, SEED, measure
 from hsae.eval.hierarchy import maps
 from hsae.eval.hierarchy.maps import LevelMap
 from hsae.eval.hierarchy.pairs import MapSums, PairCounts

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from hsae.eval.core.corrected import Resampler, Sums
+from hsae.eval.core.corrected_measures import Resampler, Sums
 from hsae.eval.hierarchy.maps import LevelMap
 
 CONTRIBUTES = 0.05  # a fine latent takes part in a coarse one's value where w_ij h_j exceeds this share of h_i

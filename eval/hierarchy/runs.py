@@ -16,20 +16,20 @@ from torch import Tensor
 
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.files import file_sha256
-from hsae.cache.store import ActivationStore
-from hsae.eval.core.current import Current, core_results
-from hsae.eval.core.schema import CoreResult, hsae_version
-from hsae.eval.core.targets import is_trained, model_digest
+from hsae.cache.reading.store import ActivationStore
+from hsae.eval.harness.current import Current, core_results
+from hsae.eval.harness.envelope import CoreResult, hsae_version
+from hsae.eval.harness.result_files import publish, read_result, write_result
+from hsae.eval.harness.targets import is_trained, model_digest
 from hsae.eval.hierarchy.composition import SETTINGS, CompositionResult, LevelResult, Progress, evaluate_composition
 from hsae.eval.hierarchy.failures import Failure, Verdict, failures
 from hsae.eval.hierarchy.measures import Estimate
 from hsae.eval.hierarchy.stability import Agreement, Member, stability
-from hsae.eval.results import publish, read_result, write_result
-from hsae.train.config import RunConfig
-from hsae.train.model import TrainedModel, load_model
-from hsae.train.plan import Plan
-from hsae.train.record import check_same_model, command
-from hsae.train.rundir import read_metrics
+from hsae.train.config.plan import Plan
+from hsae.train.config.run_config import RunConfig
+from hsae.train.model.trained_model import TrainedModel, load_model
+from hsae.train.runs.run_directory import read_metrics
+from hsae.train.runs.run_record import check_same_model, command
 
 FORMAT = 1
 READ_FROM = ("store", "corpus", "model", "read_from", "settings")  # inputs that maps of several seeds must share

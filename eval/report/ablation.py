@@ -18,17 +18,17 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from hsae.cache.errors import UserError
-from hsae.cache.remote import place
-from hsae.cache.store import ActivationStore
-from hsae.eval.core.current import DIGESTS, Current, core_results, inputs_of, same_bits
-from hsae.eval.core.targets import is_trained, model_digest, whole_view
+from hsae.cache.reading.store import ActivationStore
+from hsae.cache.storage.paths import place
+from hsae.eval.harness.current import DIGESTS, Current, core_results, inputs_of, same_bits
+from hsae.eval.harness.result_files import read_result
+from hsae.eval.harness.targets import is_trained, model_digest, whole_view
 from hsae.eval.hierarchy.runs import read_composition
 from hsae.eval.report.ablation_tests import LEVEL, MANY, MIN_SEEDS, POWER, Comparison, compare
-from hsae.eval.results import read_result
 from hsae.eval.unlearning.runs import config_digest
-from hsae.train.config import RunConfig
-from hsae.train.plan import Plan
-from hsae.train.suites import SIDES
+from hsae.train.config.plan import Plan
+from hsae.train.config.run_config import RunConfig
+from hsae.train.config.suite_tables import SIDES
 
 BUDGET = "0.01"
 """Loss on retain, in nats a token, at which unlearning is compared."""

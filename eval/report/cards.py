@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from hsae.cache.store import ActivationStore
+from hsae.cache.reading.store import ActivationStore
 from hsae.eval import contexts
 from hsae.eval.hierarchy import maps
-from hsae.train.model import CompositionMap, TrainedModel
-from hsae.train.views import View
+from hsae.train.model.trained_model import CompositionMap, TrainedModel
+from hsae.train.model.views import View
 
 COARSE_SHOWN, CHILDREN_SHOWN, LATENTS_SHOWN = 4, 3, 4
 CONTEXTS_SHOWN, CHILD_CONTEXTS_SHOWN = 3, 2

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from hsae.eval import figures
-from hsae.eval.core.current import Current
-from hsae.eval.core.targets import model_digest
+from hsae.eval.harness.current import Current
+from hsae.eval.harness.targets import model_digest
 from hsae.eval.hierarchy import maps
 from hsae.eval.hierarchy.composition import CompositionResult, Measured, PairResult
 from hsae.eval.hierarchy.runs import FILE, read_composition, read_maps, read_verdict
 from hsae.eval.report.tables import Cell, plain
-from hsae.train.model import TrainedModel
+from hsae.train.model.trained_model import TrainedModel
 
 MARKDOWN = (
     "participation_ratio", "composition_fvu", "gain_over_best_input", "coverage", "coverage_lift", "or_agreement",

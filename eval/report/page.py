@@ -10,23 +10,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hsae.cache.config import StoreSpec
 from hsae.cache.errors import UserError
 from hsae.cache.files import write_atomically
-from hsae.cache.store import ActivationStore
+from hsae.cache.format.spec import StoreSpec
+from hsae.cache.reading.store import ActivationStore
 from hsae.eval import figures
-from hsae.eval.core.current import Current, inputs_of, same_bits
-from hsae.eval.core.schema import read_core
-from hsae.eval.core.targets import model_digest
+from hsae.eval.harness.current import Current, inputs_of, same_bits
+from hsae.eval.harness.envelope import read_core
+from hsae.eval.harness.targets import model_digest
 from hsae.eval.report import tables
 from hsae.eval.report.cards import LatentCard, cards_of
 from hsae.eval.report.composed import Composed, composed_of
 from hsae.eval.report.composed import markdown as composed_markdown
 from hsae.eval.report.tables import LevelLine, Row
 from hsae.eval.unlearning import pareto
-from hsae.train.model import CONFIG_FILE, WEIGHTS_FILE, TrainedModel, load_model
-from hsae.train.record import check_same_model, read_run
-from hsae.train.rundir import damaged_metrics, read_metrics
+from hsae.train.model.trained_model import CONFIG_FILE, WEIGHTS_FILE, TrainedModel, load_model
+from hsae.train.runs.run_directory import damaged_metrics, read_metrics
+from hsae.train.runs.run_record import check_same_model, read_run
 
 MOST_WARNINGS = 12
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsae.eval import figures
-from hsae.eval.core.current import inputs_of
-from hsae.eval.core.schema import CoreResult, Measure
+from hsae.eval.harness.current import inputs_of
+from hsae.eval.harness.envelope import CoreResult, Measure
 
 COLUMNS = (  # key of a measure, heading, digits, whether more is better (None: neither)
     ("explained_variance", "explained variance", 3, True),

@@ -17,13 +17,13 @@ from filelock import FileLock, Timeout
 
 from hsae.cache.device import pick_device
 from hsae.cache.errors import UserError
-from hsae.eval.core.schema import hsae_version
-from hsae.eval.results import read_result, write_result
+from hsae.eval.harness.envelope import hsae_version
+from hsae.eval.harness.result_files import read_result, write_result
 from hsae.eval.synthetic import scores as synthetic
-from hsae.train.config import RunConfig, StreamConfig
-from hsae.train.model import TrainedModel, folded
-from hsae.train.run import TrainingRun
-from hsae.train.synthetic import Tier, World
+from hsae.train.config.run_config import RunConfig, StreamConfig
+from hsae.train.model.trained_model import TrainedModel, folded
+from hsae.train.synthetic_worlds import Tier, World
+from hsae.train.training.training_run import TrainingRun
 
 RESULTS = Path("eval_results") / "synthetic"
 FORMAT = 1

@@ -25,8 +25,8 @@ from hsae.eval.unlearning import selection
 from hsae.eval.unlearning.intervention import Dictionary, Intervention, firing_rates, of_means
 from hsae.eval.unlearning.passes import Rows
 from hsae.eval.unlearning.selection import Profile
-from hsae.train.model import TrainedModel
-from hsae.train.suites import UnlearningConfig
+from hsae.train.config.suite_tables import UnlearningConfig
+from hsae.train.model.trained_model import TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)

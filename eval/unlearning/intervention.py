@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hsae.train.model import TrainedModel
-from hsae.train.views import View
+from hsae.train.model.trained_model import TrainedModel
+from hsae.train.model.views import View
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hsae.eval import figures
-from hsae.eval.core import corrected
-from hsae.eval.results import read_result, run_option
+from hsae.eval.core import corrected_measures
+from hsae.eval.harness.result_files import read_result, run_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ def area(retain: Sequence[Tensor], forget: Sequence[Tensor], most: float) -> Ten
 
 def interval(values_S: Tensor) -> dict[str, float | None]:
     """Value with its 95 % interval."""
-    return corrected.measure(values_S)
+    return corrected_measures.measure(values_S)
 
 
 def draw(path: Path, arms: dict[str, Any], most: float, title: str) -> None:

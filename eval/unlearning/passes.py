@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hsae.cache import losses
 from hsae.cache.errors import UserError
-from hsae.cache.lm import LanguageModel
-from hsae.cache.store import ActivationStore
+from hsae.cache.language_model import token_losses
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.reading.store import ActivationStore
 from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed
 
 BATCH_ROWS = 16  # rows of one suffix pass
@@ -169,7 +169,7 @@ class LossMeter:
         kl_N = torch.empty(len(final_ND)) if clean_ND is not None else None
         if len(final_ND) == 0:
             return loss_N, kl_N
-        for part in losses.slices(len(final_ND), self.model.vocab_size * 4, UNEMBEDDED_BYTES):
+        for part in token_losses.slices(len(final_ND), self.model.vocab_size * 4, UNEMBEDDED_BYTES):
             log_probs_NV = self.model.unembed(final_ND[part]).float().log_softmax(-1)
             targets = targets_N[part].to(log_probs_NV.device)
             loss_N[part] = -log_probs_NV.gather(-1, targets[:, None])[:, 0].cpu()

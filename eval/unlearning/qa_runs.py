@@ -4,18 +4,18 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hsae.cache.lm import LanguageModel, load_tokenizer, pinned
-from hsae.cache.store import check_model
-from hsae.eval.results import write_result
+from hsae.cache.language_model.lm import LanguageModel, load_tokenizer, pinned
+from hsae.cache.reading.store import check_model
+from hsae.eval.harness.result_files import write_result
 from hsae.eval.unlearning import qa, selection
 from hsae.eval.unlearning.intervention import of_model
 from hsae.eval.unlearning.passes import Rows
 from hsae.eval.unlearning.questions import Question, check_template
 from hsae.eval.unlearning.runs import Unlearned, check_trained, found_at, inputs_of, open_texts, versions
-from hsae.train.config import RunConfig
-from hsae.train.model import load_model
-from hsae.train.plan import Plan
-from hsae.train.suites import SIDES, Side
+from hsae.train.config.plan import Plan
+from hsae.train.config.run_config import RunConfig
+from hsae.train.config.suite_tables import SIDES, Side
+from hsae.train.model.trained_model import load_model
 
 FILE = "unlearning_qa.json"
 Progress = Callable[[str, int, int], None]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hsae.cache.errors import UserError
 from hsae.cache.files import parse_json
-from hsae.cache.records import whole
+from hsae.cache.text.data_sets import whole
 
 LETTERS = "ABCDEFGH"
 PROBE = "hsae probe text"

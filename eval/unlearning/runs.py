@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from hsae.cache.errors import StoreError, UserError
-from hsae.cache.lm import LanguageModel
-from hsae.cache.store import ActivationStore, check_model
-from hsae.eval.core.schema import hsae_version
-from hsae.eval.core.targets import model_digest, need_trained
-from hsae.eval.results import changes, publish, read_result, told_changes, write_result
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.reading.store import ActivationStore, check_model
+from hsae.eval.harness.envelope import hsae_version
+from hsae.eval.harness.result_files import changes, publish, read_result, told_changes, write_result
+from hsae.eval.harness.targets import model_digest, need_trained
 from hsae.eval.unlearning import pareto
 from hsae.eval.unlearning.intervention import of_model
 from hsae.eval.unlearning.passes import Rows
 from hsae.eval.unlearning.sweep import Pieces, Progress, Texts, evaluate
-from hsae.train.config import RunConfig
-from hsae.train.model import load_model
-from hsae.train.plan import Plan
-from hsae.train.record import check_same_model
-from hsae.train.suites import SIDES, Side
+from hsae.train.config.plan import Plan
+from hsae.train.config.run_config import RunConfig
+from hsae.train.config.suite_tables import SIDES, Side
+from hsae.train.model.trained_model import load_model
+from hsae.train.runs.run_record import check_same_model
 
 FILE, PARTIAL, FIGURE = "unlearning.json", "unlearning.partial.json", "unlearning.png"
 LIBRARIES = ("torch", "transformers")

@@ -1,0 +1,1 @@
+"""Building, checking, mending and copying stores."""

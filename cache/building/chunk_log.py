@@ -1,0 +1,110 @@
+"""What a build has written so far: the checksum of each chunk, beside the chunks, until the store is complete.
+
+The crc32c that ends a chunk says that the chunk is whole, not that it is this store's or lies in its own place. So whoever writes chunks of an
+unfinished store writes down their checksums too, after them, in files `written/<random name>` of its own: sealed JSON, for each array
+[chunk, checksum] pairs. A chunk that is not written down, or not as it is, is made again: the same bytes. The folder goes when the store
+is complete.
+"""
+
+import contextlib
+import json
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hsae.cache.files import check_seal, parse_json, sealed
+from hsae.cache.format.layout import ArraySpec
+from hsae.cache.storage.paths import Place, many, publish, sizes
+
+FOLDER = "written"
+PER_FILE = 1024  # chunks in one file, which is written again as it grows
+EVERY = 1.0  # seconds at least between two such times: what a kill can cost
+
+
+class Written:
+    """The checksums of one unfinished store's chunks, as far as anyone has written them down.
+
+    `key` tells what the store is made from: what was written down of another one does not count.
+    """
+
+    def __init__(self, target: Place, key: str, specs: Iterable[ArraySpec]) -> None:
+        self.folder, self.key = target / FOLDER, key
+        self._checksums = {spec.path: np.full(spec.count, -1, np.int64) for spec in specs}
+        self._taken: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._begin()
+        self._waiting, self._told = False, time.monotonic()
+
+    def _begin(self) -> None:
+        self._name = secrets.token_hex(8)
+        self._chunks: dict[str, list[list[int]]] = {}
+
+    def __getitem__(self, path: str) -> NDArray[np.int64]:
+        """The checksum of each chunk of an array, -1 where none is written down."""
+        return self._checksums[path]
+
+    def load(self) -> None:
+        """Take in what workers have written down since the last time. A harmed file counts for nothing."""
+        with self._lock:
+            new: dict[str, int] = {}
+            with contextlib.suppress(FileNotFoundError):  # the store was finished meanwhile
+                new = {name: size for name, size in sizes(self.folder).items() if self._taken.get(name) != size}
+            for name, data in zip(new, many(self._read, new), strict=True):
+                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError):
+                    self._take(parse_json(data))
+                    self._taken[name] = new[name]
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return (self.folder / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
+
+    def _take(self, content: dict[str, Any]) -> None:
+        check_seal(content)
+        if content["store"] != self.key:
+            return
+        for path, pairs in content["chunks"].items():
+            if pairs and path in self._checksums:
+                indices, checksums = np.array(pairs, np.int64).T
+                self._checksums[path][indices] = checksums
+
+    def add(self, path: str, index: int, checksum: int) -> None:
+        """Write down the checksum of a chunk that is there, now or with the next ones."""
+        with self._lock:
+            self._checksums[path][index] = checksum
+            self._chunks.setdefault(path, []).append([index, checksum])
+            self._waiting = True
+            if time.monotonic() - self._told >= EVERY:
+                self._write()
+
+    def flush(self) -> None:
+        """Write down all that was added."""
+        with self._lock:
+            if self._waiting:
+                self._write()
+
+    def _write(self) -> None:
+        content = json.dumps(sealed({"store": self.key, "chunks": self._chunks})).encode()
+        with contextlib.suppress(FileNotFoundError):  # another worker has just finished the store
+            publish(self.folder / self._name, content)
+        self._taken[self._name] = len(content)
+        self._waiting, self._told = False, time.monotonic()
+        if sum(map(len, self._chunks.values())) >= PER_FILE:
+            self._begin()
+
+
+def clear(target: Place, folder: str = FOLDER) -> None:
+    """Delete a folder of a store's that is needed only while the store is unfinished."""
+    place = target / folder
+    if isinstance(place, Path):
+        shutil.rmtree(place, ignore_errors=True)  # another worker may be adding to it, and deletes that then
+    else:
+        place.remove()

@@ -1,0 +1,161 @@
+"""Copying a complete store elsewhere, or into another codec: resumable, checked on the way and read back at the end.
+
+Chunks first, metadata after them, the header last: a copy that was interrupted is no store yet, and the same call goes on with the chunks
+that are missing. Metadata is written anew from the header, so nothing that a foreign store names decides where a file is written.
+"""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hsae.cache.building import writer
+from hsae.cache.building.statistics import MOST_CHUNKS
+from hsae.cache.building.verification import verify
+from hsae.cache.errors import StoreError
+from hsae.cache.files import sweep
+from hsae.cache.format.chunk_codec import TORCH_DTYPES, decode_chunk, encode_chunk, encoded_chunk, read_chunk
+from hsae.cache.format.layout import (
+    DOCUMENTS,
+    ArraySpec,
+    Header,
+    LostHeaderError,
+    arrays,
+    check_array,
+    checks_array,
+    every_array,
+    read_documents,
+    read_header,
+    statistics_arrays,
+)
+from hsae.cache.format.spec import Codec
+from hsae.cache.reading.mapped_chunks import read_checks
+from hsae.cache.storage.paths import Place, locked, many, place, publish
+
+
+def copy(
+    source: str | Place,
+    folder: str | Place,
+    *,
+    codec: Codec | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Place:
+    """Copy the complete store at `source` into `folder`, in `codec` if one is given, and return its place.
+
+    Raises StoreError if the source is not complete or is damaged, if another store lies there, or if what was written reads back wrong.
+    """
+    root = place(source)
+    header = read_header(root)
+    if not header.complete:
+        raise StoreError(f"{root} is not finished; go on with `hsae cache build`")
+    wanted = header
+    if header.spec.codec == "int8" and codec not in (None, "int8"):
+        raise StoreError(f"{root} holds int8, which is not exact; recode the store that it was made from")
+    if codec is not None and codec != header.spec.codec:
+        wanted = header.model_copy(update={"spec": header.spec.model_copy(update={"codec": codec}), "checks": None})
+    target = place(folder) / wanted.spec.name
+    if str(target) == str(root):
+        raise StoreError(f"{root} is already there; give another folder, or another codec")
+    with contextlib.suppress(LostHeaderError):
+        held = read_header(target)
+        if held.model_copy(update={"checks": wanted.checks, "codec_error": wanted.codec_error}) != wanted:
+            raise StoreError(f"{target} is another store of the same name; move it away, or copy to another folder")
+    if isinstance(target, Path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target):
+        if isinstance(target, Path):
+            sweep(target)
+        damaged = set()
+        with contextlib.suppress(
+            LostHeaderError
+        ):  # a store that was finished is mended; one that was not has no header yet
+            damaged = {(damage.array, damage.index) for damage in verify(target)}
+        _copy_chunks(root, target, header, wanted, damaged, progress)
+        if header.spec.rows_per_document is not None:
+            writer.write_json(target / DOCUMENTS, read_documents(root, header))
+        specs = every_array(wanted)
+        if wanted.checks is None:
+            errors = _errors(root, header, wanted) if wanted.spec.codec == "int8" else {}
+            wanted = wanted.model_copy(update={"checks": writer.seal(target, specs), "codec_error": errors})
+        else:
+            listed = checks_array(specs)
+            publish(listed.chunk_file(target, 0), encoded_chunk(root, listed, 0, wanted.checks))
+        writer.write_metadata(target, wanted, [*specs, checks_array(specs)])
+        if damages := verify(target):
+            for damage in damages:
+                damage.path.unlink(missing_ok=True)
+            raise StoreError(
+                f"{len(damages)} chunks read back damaged, the first {damages[0].path}; they were removed: run the same command again"
+            )
+    return target
+
+
+def _mean(root: Place, header: Header, path: str) -> torch.Tensor:
+    """The mean [D] of the hook whose activations lie at `path`."""
+    spec = statistics_arrays(header.spec, header.d_model)[f"stats/{path.removeprefix('acts/')}/mean"]
+    return torch.frombuffer(bytearray(read_chunk(root, spec, 0)), dtype=torch.float64)
+
+
+def _numbers(root: Place, spec: ArraySpec, index: int, data: bytes) -> torch.Tensor:
+    numbers = decode_chunk(root, spec.chunk_file(root, index), data, spec)
+    return torch.frombuffer(bytearray(numbers), dtype=TORCH_DTYPES[spec.dtype]).view(spec.chunks)
+
+
+def _errors(root: Place, header: Header, wanted: Header) -> dict[str, float]:
+    """What int8 loses at each hook: E||x - decoded||^2 / E||x - mean||^2 over evenly spaced chunks."""
+    theirs = arrays(wanted.spec, wanted.d_model)
+    found: dict[str, float] = {}
+    for path, spec in arrays(header.spec, header.d_model).items():
+        if theirs[path].codec == "int8":
+            mean, lost, spread = _mean(root, header, path), 0.0, 0.0
+            for index in range(0, spec.count, -(-spec.count // MOST_CHUNKS)):
+                rows = min(spec.chunks[0], spec.shape[0] - index * spec.chunks[0])
+                values = _numbers(root, spec, index, encoded_chunk(root, spec, index))
+                decoded = _numbers(root, theirs[path], index, encode_chunk(theirs[path], values, mean))
+                lost += float((values - decoded)[:rows].double().square().sum())
+                spread += float((values[:rows].double() - mean).square().sum())
+            found[path.removeprefix("acts/")] = lost / spread
+    return found
+
+
+def _copy_chunks(
+    root: Place,
+    target: Place,
+    header: Header,
+    wanted: Header,
+    damaged: set[tuple[str, int]],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Copy the chunks that are missing or damaged."""
+    checks = read_checks(root, header)
+    pairs = list(zip(every_array(header), every_array(wanted), strict=True))
+    for spec, _ in pairs:
+        check_array(root, spec)
+    total, done = sum(spec.count for spec, _ in pairs), 0
+    for spec, other in pairs:
+        listed = checks.get(spec.path)
+        mean = _mean(root, header, spec.path) if other.codec == "int8" and spec != other else None
+        there = other.lengths(target)
+        whole = there == spec.lengths(root) if spec == other else there >= 0
+
+        def transfer(
+            index: int,
+            spec: ArraySpec = spec,
+            other: ArraySpec = other,
+            listed: object = listed,
+            mean: torch.Tensor | None = mean,
+        ) -> None:
+            expected = None if listed is None else int(np.asarray(listed)[index])
+            data = encoded_chunk(root, spec, index, expected)
+            if spec != other:
+                data = encode_chunk(other, _numbers(root, spec, index, data), mean)
+            publish(other.chunk_file(target, index), data)
+
+        whole &= [(other.path, index) not in damaged for index in range(other.count)]
+        missing = np.flatnonzero(~whole)
+        done += spec.count - len(missing)
+        for _ in many(transfer, map(int, missing)):
+            done += 1
+            progress(done, total)

@@ -1,0 +1,120 @@
+"""A chunk's numbers as the bytes of its file, and back: what zarr's `bytes`, `blosc` and `crc32c` codecs do, checked against a list.
+
+The crc32c of an encoded chunk ends its file and, once the store is complete, also stands in the store's list of checksums (`checks`):
+a flipped bit disagrees with both, a chunk in another's place with the list.
+"""
+
+from functools import cache
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsae.cache.format.int8 import dequantise, quantise
+from hsae.cache.format.layout import CRC_BYTES, ITEM_BYTES, ArraySpec, DamagedFileError
+from hsae.cache.storage.paths import Place, RemotePath, TooLongError, again
+
+TORCH_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "int32": torch.int32,
+    "uint32": torch.uint32,
+}
+
+
+class DamagedChunkError(DamagedFileError):
+    """A chunk is missing or is not what was written."""
+
+
+def crc32c(data: bytes | memoryview, before: int = 0) -> int:
+    """The crc32c checksum of some bytes, or of them and those before, whose checksum is given."""
+    return int(google_crc32c.extend(before, np.frombuffer(data, dtype=np.uint8)))
+
+
+@cache
+def _blosc(item_bytes: int) -> Any:
+    from numcodecs import Blosc
+
+    return Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE, typesize=item_bytes)
+
+
+def encode_chunk(spec: ArraySpec, values: Tensor, mean_D: Tensor | None = None) -> bytes:
+    """The bytes of a chunk's file, [rows, ...]; missing rows of the last chunk are padded with zeros. `int8` needs the mean [D]."""
+    padded = values.to(TORCH_DTYPES[spec.dtype]).contiguous()
+    if values.shape != spec.chunks:
+        padded = torch.zeros(spec.chunks, dtype=TORCH_DTYPES[spec.dtype])
+        padded[: len(values)] = values
+    body: Any = padded.flatten().view(torch.uint8).numpy().data  # no copy: a chunk is large
+    if spec.codec == "int8":
+        assert mean_D is not None
+        body = quantise(padded.float().numpy(), mean_D.float().numpy())
+    elif spec.codec == "compact":
+        body = _blosc(ITEM_BYTES[spec.dtype]).encode(body)
+    return b"".join((body, crc32c(body).to_bytes(CRC_BYTES, "little")))
+
+
+def check_sums(root: Place, path: Place, found: int, trailer: int, listed: int | None) -> None:
+    """Raise DamagedChunkError unless a chunk's checksum is the one at its end and the one in the store's list, if there is one."""
+    if found != trailer:
+        raise DamagedChunkError(root, path, "fails its checksum")
+    if listed is not None and found != listed:
+        raise DamagedChunkError(root, path, "is another chunk, put in this one's place")
+
+
+def decode_chunk(root: Place, path: Place, data: bytes, spec: ArraySpec, listed: int | None = None) -> bytes:
+    """The numbers of an encoded chunk. Raises DamagedChunkError if a checksum or a length is wrong."""
+    if spec.codec == "mappable" and len(data) != spec.chunk_bytes + CRC_BYTES:
+        raise DamagedChunkError(root, path, f"is {len(data)} bytes long, not {spec.chunk_bytes + CRC_BYTES}")
+    body = memoryview(data)[:-CRC_BYTES]
+    if len(data) <= CRC_BYTES:
+        raise DamagedChunkError(root, path, "fails its checksum")
+    check_sums(root, path, crc32c(body), int.from_bytes(data[-CRC_BYTES:], "little"), listed)
+    if spec.codec == "mappable":
+        return bytes(body)
+    if spec.codec == "int8":
+        try:
+            vectors = torch.from_numpy(dequantise(body, spec.shape[-1])).to(TORCH_DTYPES[spec.dtype])
+        except ValueError:
+            raise DamagedChunkError(root, path, "does not decode to a chunk of this array") from None
+        if vectors.numel() * ITEM_BYTES[spec.dtype] != spec.chunk_bytes:
+            raise DamagedChunkError(root, path, "does not decode to a chunk of this array")
+        return bytes(vectors.flatten().view(torch.uint8).numpy().tobytes())
+    # the header of a blosc chunk states both sizes, and blosc believes it: a hostile one must not make it allocate more or read beyond the end
+    decoded, encoded = int.from_bytes(body[4:8], "little"), int.from_bytes(body[12:16], "little")
+    if len(body) < 16 or (decoded, encoded) != (spec.chunk_bytes, len(body)):
+        raise DamagedChunkError(root, path, "does not decode to a chunk of this array")
+    try:
+        return bytes(_blosc(ITEM_BYTES[spec.dtype]).decode(body))
+    except (RuntimeError, ValueError):
+        raise DamagedChunkError(root, path, "does not decode to a chunk of this array") from None
+
+
+def read_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None = None) -> bytes:
+    """The numbers of chunk `index`, fetched and checked. Raises DamagedChunkError."""
+    return _fetched(root, spec, index, listed)[1]
+
+
+def encoded_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None = None) -> bytes:
+    """The bytes of chunk `index`'s file, fetched and checked. Raises DamagedChunkError."""
+    return _fetched(root, spec, index, listed)[0]
+
+
+def _fetched(root: Place, spec: ArraySpec, index: int, listed: int | None) -> tuple[bytes, bytes]:
+    """(the bytes of its file, its numbers)."""
+    path, most = spec.chunk_file(root, index), 2 * spec.chunk_bytes + 4096  # more than any codec needs
+
+    def read() -> tuple[bytes, bytes]:
+        try:
+            data = path.read_bytes(most) if isinstance(path, RemotePath) else path.read_bytes()
+        except TooLongError:
+            raise DamagedChunkError(root, path, f"is more than {most} bytes long") from None
+        return data, decode_chunk(root, path, data, spec, listed)
+
+    try:
+        return again(path, read, DamagedChunkError)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise DamagedChunkError(root, path, "is missing") from None

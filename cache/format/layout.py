@@ -1,0 +1,411 @@
+"""The on-disk format of an activation store; the only module that knows it.
+
+A store is a directory holding a zarr v3 group, written as zarr-python writes it and readable by any zarr v3 reader that knows `bfloat16`:
+
+    zarr.json                          group attributes, one key `hsae`: the header (see `Header`) and its `checksum` (see `files.sealed`)
+    tokens/                            int32   [R, T]         token ids
+    acts/<hook>/                       dtype   [R, T, D]      residual at the hook
+    clean/loss/                        float32 [C, T]         evaluation stores: next-token loss of the clean model, nats; last column 0
+    clean/final/                       dtype   [C, T, D]      evaluation stores: normed residual just before unembedding
+    ablation/<hook>/loss/, .../kl/     float32 [C, T]         split `eval` only: loss, and KL(clean||ablated), with the residual zeroed
+    stats/<hook>/mean/, .../geometric_median/  float64 [D]    over a sample of non-special tokens
+    stats/kept/                        uint32  [chunks]       non-special tokens of each chunk of `tokens`
+    checks/                            uint32  [chunks]       finished stores: the crc32c that ends each chunk of the arrays above, array by
+                                                              array in this order; the header holds the list's own crc32c
+
+R rows, C <= R clean rows (the first ones), T context length, D residual width; dtype is the model's (`bfloat16`, `float32`, `float16`).
+Losses hold what the model's dtype rounds to. Arrays with rows are cut into chunks of `chunk_rows` rows, never along T or D; chunk i
+holds rows i*chunk_rows and following and lies at `<array>/c/<i>/0/0` (`/0` for each further axis). The last chunk is padded to full size.
+
+Codec `mappable`: a chunk file is its numbers in C order, little-endian, then their crc32c in 4 bytes (little-endian). The numbers can
+be memory-mapped at offset 0. Codec `compact` applies to acts and clean/final: blosc (lz4, bitshuffle), then crc32c. Codec `int8` applies to
+acts (clean/final is compact then): see `int8`, then crc32c.
+
+Stores of split `forget` and `retain` have a file `documents.json` beside: for each row, the number of its document in the corpus
+window and its topic (or null). The header holds its SHA-256.
+
+Every zarr.json follows from the header, and is compared with what follows whenever a store is opened.
+
+Files are published by rename, so a chunk file is whole if it is there; its crc32c tells whether it is what was written, and the list of
+checksums whether it is in its own place. A store is finished
+when the header says `complete`. While it is being made, `packing.json` says how far the tokens are, and `tally/` what will become `checks`
+and `stats/kept`. Nothing in it depends on when or in how many goes it was built.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from hsae.cache.errors import StoreError
+from hsae.cache.files import CHECKSUM, check_seal, parse_json, sealed
+from hsae.cache.format.spec import FORMAT_VERSION, HOOK_PATTERN, Codec, Config, StoreSpec
+from hsae.cache.storage.paths import Place, again, numbered, size_of
+
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int32": 4, "uint32": 4}
+CRC_BYTES = 4
+MOST_CHUNKS, LARGEST_CHUNK = 1 << 26, 1 << 36  # 64 GiB: nothing that hsae writes comes near
+LARGEST = 1 << 40  # rows, widths or vocabularies beyond this are a damaged header, not a store
+METADATA, DOCUMENTS = "zarr.json", "documents.json"
+SUITES = {"forget": "unlearning", "retain": "unlearning", "autointerp": "autointerp"}
+"""What `hsae cache build --suite` is given for a store of another split than train and eval."""
+CODECS: dict[Codec, tuple[dict[str, Any], ...]] = {
+    "mappable": ({"name": "bytes", "configuration": {"endian": "little"}},),
+    "compact": (
+        {"name": "bytes", "configuration": {"endian": "little"}},
+        {"name": "blosc", "configuration": {"typesize": 0, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}},
+    ),
+    "int8": ({"name": "hsae.int8"},),
+}  # fmt: skip
+"""Before the crc32c; the type size is the array's."""
+
+
+class DamagedFileError(StoreError):
+    """A file of a store is missing or is not what was written, and can be made again."""
+
+    def __init__(self, root: Place, path: Place, problem: str) -> None:
+        super().__init__(f"{path} {problem}; find and mend all such files with: hsae cache verify {root} --repair")
+        self.path, self.problem = path, problem
+
+
+class LostHeaderError(StoreError):
+    """A store's header is missing, or is not what was written: a build writes it again, and keeps the chunks that are whole."""
+
+
+class HookSummary(Config):
+    """Scalar statistics of one hook, over the sampled tokens."""
+
+    mean_square_norm: float = Field(ge=0)
+    """E||x||^2."""
+    tokens: int = Field(ge=1)
+    """Non-special tokens the statistics were taken over."""
+
+
+class Header(Config):
+    """What the group's attribute `hsae` holds."""
+
+    format: int
+    spec: StoreSpec
+    d_model: int = Field(ge=1, le=1 << 24)
+    vocab_size: int = Field(ge=1, le=1 << 31)
+    bos_id: int = Field(ge=0, lt=1 << 31)
+    special_ids: tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...] = Field(strict=False)
+    """pad, EOS and BOS ids: left out of training and of most metrics."""
+    model_digest: str
+    tokenizer_digest: str
+    model_commit: str | None = None
+    """The hub's commit that the model was taken from; None for models from elsewhere, and in stores that were made before there was one."""
+    corpus_digest: str
+    corpus_commit: str | None = None
+    """The same for a data set on the hub."""
+    versions: dict[str, str]
+    """Libraries that determine the content."""
+    statistics: dict[str, HookSummary] = Field(default_factory=dict)
+    """Per hook; empty until the store is complete."""
+    kept_tokens: int | None = Field(default=None, ge=0)
+    """Non-special tokens in all, the sum of `stats/kept`; None while unfinished, and in stores that were made before there was one."""
+    checks: int | None = Field(default=None, ge=0, lt=1 << 32)
+    """crc32c of the list of checksums; None while unfinished, and in stores that were made before there was one."""
+    codec_error: dict[str, float] = Field(default_factory=dict)
+    """Codec int8: each hook's E||x - decoded||^2 / E||x - mean||^2 over a sample of chunks."""
+    documents_digest: str | None = None
+    """SHA-256 of `documents.json`; None while unfinished, without such a file, and in stores that were made before there was a digest."""
+    complete: bool = False
+    older: bool = False
+    """Whether the store was begun before headers had a checksum: then its digests may be by that hsae's rules."""
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Shape, type and chunking that an array of a store must have."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[int, ...]
+    codec: Codec = "mappable"
+
+    @property
+    def count(self) -> int:
+        """Number of chunks (all lie along the first axis)."""
+        return -(-self.shape[0] // self.chunks[0])
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk's numbers."""
+        size = ITEM_BYTES[self.dtype]
+        for length in self.chunks:
+            size *= length
+        return size
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The array's zarr.json, as zarr-python writes it."""
+        codecs = [dict(codec) for codec in (*CODECS[self.codec], {"name": "crc32c"})]
+        for codec in codecs:
+            if codec["name"] == "blosc":
+                codec["configuration"] = {**codec["configuration"], "typesize": ITEM_BYTES[self.dtype]}
+        return {
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunks)}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": 0 if "int" in self.dtype else 0.0,
+            "codecs": codecs,
+            "attributes": {},
+            "zarr_format": 3,
+            "node_type": "array",
+            "storage_transformers": [],
+        }
+
+    def lengths(self, root: Place) -> NDArray[np.int64]:
+        """Bytes of each chunk's file or object, -1 where there is none: one listing, 8 bytes a chunk."""
+        folder = root / self.path / "c"
+        if isinstance(folder, Path):
+            found = (size_of(Path(f"{folder}/{self.key(index)}")) for index in range(self.count))
+            return np.fromiter((-1 if size is None else size for size in found), np.int64, self.count)
+        lengths = np.full(self.count, -1, np.int64)
+        for name, size in numbered(folder, self.count):
+            index = name.partition("/")[0]
+            if index.isdecimal() and int(index) < self.count and name == self.key(int(index)):
+                lengths[int(index)] = size
+        return lengths
+
+    def written(self, root: Place) -> NDArray[np.bool_]:
+        """For each chunk, whether it is there and, where its length is known, whole. One listing."""
+        lengths = self.lengths(root)
+        return lengths == self.chunk_bytes + CRC_BYTES if self.codec == "mappable" else lengths >= 0
+
+    def is_written(self, root: Place, index: int) -> bool:
+        """Whether chunk `index` is there, and, where its length is known, is whole."""
+        size = size_of(self.chunk_file(root, index))
+        return size is not None and (self.codec != "mappable" or size == self.chunk_bytes + CRC_BYTES)
+
+    def key(self, index: int) -> str:
+        """Path of chunk `index` below the array's `c`."""
+        return "/".join([str(index), *["0"] * (len(self.shape) - 1)])
+
+    def chunk_file(self, root: Place, index: int) -> Place:
+        """File or object of chunk `index`."""
+        return root / self.path / "c" / self.key(index)
+
+
+def chunk_rows(spec: StoreSpec, d_model: int) -> int:
+    """Rows of a chunk: about `chunk_mib` of activations, in whole batches."""
+    row_bytes = spec.context * d_model * ITEM_BYTES[spec.model.dtype]
+    batches = round(spec.chunk_mib * 2**20 / (row_bytes * spec.batch_rows))
+    return max(1, batches) * spec.batch_rows
+
+
+def arrays(spec: StoreSpec, d_model: int) -> dict[str, ArraySpec]:
+    """Every array with rows that a store of this description has, by path."""
+    rows, step, context = spec.rows, chunk_rows(spec, d_model), spec.context
+    dtype, codec = spec.model.dtype, spec.codec
+    lossless: Codec = "compact" if codec == "int8" else codec
+    found = [ArraySpec("tokens", (rows, context), "int32", (step, context))]
+    for hook in spec.hooks:
+        found.append(ArraySpec(f"acts/{hook}", (rows, context, d_model), dtype, (step, context, d_model), codec))
+    if clean := spec.clean_rows:
+        found.append(ArraySpec("clean/final", (clean, context, d_model), dtype, (step, context, d_model), lossless))
+        names = ["clean/loss"]
+        if spec.split == "eval":
+            names += [f"ablation/{hook}/{kind}" for hook in spec.hooks for kind in ("loss", "kl")]
+        found.extend(ArraySpec(name, (clean, context), "float32", (step, context)) for name in names)
+    return {array.path: array for array in found}
+
+
+def statistics_arrays(spec: StoreSpec, d_model: int) -> dict[str, ArraySpec]:
+    """The arrays of statistics, by path."""
+    names = [f"stats/{hook}/{kind}" for hook in spec.hooks for kind in ("mean", "geometric_median")]
+    return {name: ArraySpec(name, (d_model,), "float64", (d_model,)) for name in names}
+
+
+def kept_array(spec: StoreSpec, d_model: int) -> ArraySpec:
+    """The list of the non-special tokens of each chunk."""
+    count = arrays(spec, d_model)["tokens"].count
+    return ArraySpec("stats/kept", (count,), "uint32", (count,))
+
+
+def every_array(header: Header) -> list[ArraySpec]:
+    """The arrays whose chunks a store of this header has, in the order of the list of checksums."""
+    found = list(arrays(header.spec, header.d_model).values())
+    if header.complete:
+        found.extend(statistics_arrays(header.spec, header.d_model).values())
+    if header.kept_tokens is not None:
+        found.append(kept_array(header.spec, header.d_model))
+    return found
+
+
+def checks_array(specs: Sequence[ArraySpec]) -> ArraySpec:
+    """The list of the checksums of all chunks of `specs`, in order."""
+    total = sum(spec.count for spec in specs)
+    return ArraySpec("checks", (total,), "uint32", (total,))
+
+
+def total_bytes(spec: StoreSpec, d_model: int) -> int:
+    """Bytes of all chunk files of a finished mappable store (an upper bound for a compact one)."""
+    every = [*arrays(spec, d_model).values(), *statistics_arrays(spec, d_model).values(), kept_array(spec, d_model)]
+    every.append(checks_array(every))
+    return sum(array.count * (array.chunk_bytes + CRC_BYTES) for array in every)
+
+
+def metadata(header: Header, specs: Iterable[ArraySpec]) -> dict[str, dict[str, Any]]:
+    """Every zarr.json of a store with these arrays, by its path from the root; the one with the header is the last."""
+    found: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        for folder in list(PurePosixPath(spec.path).parents)[-2::-1]:
+            found.setdefault(f"{folder}/{METADATA}", _group({}))
+        found[f"{spec.path}/{METADATA}"] = spec.metadata
+    return {**found, METADATA: _group({"hsae": sealed(header.model_dump(mode="json"))})}
+
+
+def _group(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+
+
+def read_header(root: Place) -> Header:
+    """The header of the store at `root`. Raises LostHeaderError if there is none or it is damaged, StoreError if it is of another format."""
+    path = root / METADATA
+
+    def read() -> Header:
+        held = parse_json(path.read_bytes())["attributes"]["hsae"]
+        check_seal(held, required=False)
+        older = {} if CHECKSUM in held else {"older": True}
+        return Header(**{**{key: value for key, value in held.items() if key != CHECKSUM}, **older})
+
+    try:
+        header = again(path, read, (ValueError, KeyError, TypeError, AttributeError))
+    except (FileNotFoundError, NotADirectoryError):
+        raise LostHeaderError(f"no activation store at {root}; make it with `{build_command(root)}`") from None
+    except (ValidationError, ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
+        raise _lost(root, f"is not the header of an hsae store: {' '.join(str(error).splitlines()[:3])}") from None
+    spec = header.spec
+    if header.format != FORMAT_VERSION:
+        raise StoreError(
+            f"{root} has format {header.format}; this hsae reads format {FORMAT_VERSION}: move it away and build the store again"
+        )
+    if not spec.hooks or len(set(spec.hooks)) < len(spec.hooks) or not all(map(HOOK_PATTERN.fullmatch, spec.hooks)):
+        raise _lost(root, f"names hooks hsae doesn't know: {', '.join(spec.hooks)}")
+    if not (
+        0 <= spec.clean_rows <= spec.rows <= LARGEST
+        and spec.rows > 0
+        and 0 < spec.context <= LARGEST
+        and 0 < spec.batch_rows <= LARGEST
+        and 0 < spec.chunk_mib <= 1 << 20
+        and all(
+            array.count <= MOST_CHUNKS and array.chunk_bytes <= LARGEST_CHUNK
+            for array in arrays(spec, header.d_model).values()
+        )
+    ):
+        raise _lost(
+            root,
+            f"gives impossible sizes: {spec.rows} rows of {spec.context} tokens, {spec.clean_rows} of them clean, in batches of "
+            f"{spec.batch_rows} and chunks of {spec.chunk_mib:g} MiB, width {header.d_model}",
+        )
+    if header.complete and set(header.statistics) != set(spec.hooks):
+        raise _lost(root, f"says the store is complete, but has no statistics of {', '.join(spec.hooks)}")
+    return header
+
+
+def _lost(root: Place, problem: str) -> LostHeaderError:
+    advice = f"`{build_command(root)}` with the store's plan writes it again and keeps the chunks that are whole"
+    return LostHeaderError(f"{root / METADATA} {problem}; {advice}")
+
+
+def build_command(root: Place) -> str:
+    """The command that makes, with its plan, the store of this name."""
+    suite = SUITES.get(("--" + root.name).rsplit("-", 2)[1])
+    return "hsae cache build" + (f" --suite {suite}" if suite else "")
+
+
+def held_by(root: Place, spec: StoreSpec) -> Header:
+    """The header of the store at `root`. Raises StoreError, beside what `read_header` raises, if it was made for another configuration."""
+    header = read_header(root)
+    if header.spec != spec:
+        key, held, wanted = _difference(header.spec.model_dump(mode="json"), spec.model_dump(mode="json"))
+        raise StoreError(
+            f"{root} was made for another configuration: its {key} is {held!r}, not {wanted!r}. Move it away and make the right one with "
+            f"`{build_command(root)}`, or use another folder with --set cache.dir=FOLDER"
+        )
+    return header
+
+
+def _difference(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """The first key whose values differ, and both."""
+    key = next(key for key in wanted if held.get(key) != wanted[key])
+    if isinstance(held.get(key), dict) and isinstance(wanted[key], dict):
+        inner, *values = _difference(held[key], wanted[key])
+        return f"{key}.{inner}", values[0], values[1]
+    return key, held.get(key), wanted[key]
+
+
+def is_sealed(root: Place) -> bool:
+    """Whether the header, which has been read, has a checksum; older stores have none."""
+    return CHECKSUM in parse_json((root / METADATA).read_bytes())["attributes"]["hsae"]
+
+
+def check_array(root: Place, array: ArraySpec) -> None:
+    """Raise DamagedFileError unless the array's own metadata is what the header leads one to expect."""
+    check_metadata(root, f"{array.path}/{METADATA}", array.metadata)
+
+
+def check_metadata(root: Place, name: str, wanted: Mapping[str, Any]) -> None:
+    """Raise DamagedFileError unless a zarr.json holds this; the header within is `read_header`'s to check."""
+    path = root / name
+
+    def compare() -> None:
+        data = path.read_bytes()
+        try:
+            held = parse_json(data)
+            if name == METADATA:
+                held["attributes"]["hsae"] = wanted["attributes"]["hsae"]
+            given = dict(held)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedFileError(root, path, f"can't be read ({error})") from None
+        if wanted["node_type"] == "group" and given.get("consolidated_metadata", 0) is None:
+            del given["consolidated_metadata"]  # older versions of zarr-python wrote that
+        for key in {**wanted, **given}:
+            told = [json.dumps(content.get(key), sort_keys=True) for content in (given, wanted)]
+            if told[0] != told[1] or (key in given) != (key in wanted):
+                raise DamagedFileError(
+                    root, path, f"says {key} is {told[0][:200]}, the store's header leads to {told[1]}"
+                )
+
+    try:
+        again(path, compare, DamagedFileError)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise DamagedFileError(root, path, "is missing") from None
+
+
+def read_documents(root: Place, header: Header) -> list[tuple[int, str | None]]:
+    """For each row, the number of its document and its topic. Raises DamagedFileError if that is missing or is not what was written."""
+    path = root / DOCUMENTS
+
+    def read() -> list[tuple[int, str | None]]:
+        data = path.read_bytes()
+        if header.documents_digest not in (None, documents_digest(data)):
+            raise ValueError("it fails its checksum")
+        return [(number, topic) for number, topic in parse_json(data)]
+
+    try:
+        held = again(path, read, (ValueError, TypeError))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise DamagedFileError(root, path, "is missing") from None
+    except (ValueError, TypeError) as error:
+        raise DamagedFileError(root, path, f"is damaged ({error})") from None
+    if not all(type(number) is int and (topic is None or isinstance(topic, str)) for number, topic in held):
+        raise DamagedFileError(root, path, "is damaged (a row has no number of a document and topic)")
+    if len(held) != header.spec.rows:
+        raise DamagedFileError(root, path, f"tells of {len(held)} rows, the store has {header.spec.rows}")
+    return held
+
+
+def documents_digest(data: bytes) -> str:
+    """SHA-256 of a `documents.json`."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,77 @@
+"""What a language model writes after a prompt, greedily, from cached residuals of the prompt, as they are or changed.
+
+A changed residual acts on every later token through attention, as a hook on the prompt's forward pass does. Each further token takes one
+prefix pass (the residuals of what was written) and one suffix pass; most answers are decided by the first.
+
+Shapes: B prompts of a batch, T tokens, D residual width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.suites.probe_store import padded
+
+
+@dataclass
+class Passes:
+    """Prompts sent through the model's parts, and those for which that was not needed."""
+
+    prefix: int = 0
+    suffix: int = 0
+    backward: int = 0
+    spared: int = 0
+
+
+@dataclass(kw_only=True)
+class Opened:
+    """A prompt that is to be completed."""
+
+    ids: Sequence[int]
+    resid_TD: Tensor
+    """Residuals at the hook."""
+    decided: Callable[[str], bool]
+    """Whether what has been written so far is enough."""
+    written: list[int] = field(default_factory=list)
+
+
+def complete(
+    model: LanguageModel, hook: str, opened: Sequence[Opened], most: int, batch_rows: int, passes: Passes
+) -> list[str]:
+    """The text written after each prompt: at most `most` tokens, and none once it is decided or the text has ended."""
+    pending = list(opened)
+    for step in range(most):
+        for start in range(0, len(pending), batch_rows):
+            batch = pending[start : start + batch_rows]
+            x_BTD = stacked([item.resid_TD for item in batch])
+            if step:
+                whole_BTD = model.prefix(padded([[*item.ids, *item.written] for item in batch], model), [hook])[hook]
+                x_BTD = torch.cat([x_BTD, whole_BTD.cpu()[:, x_BTD.shape[1] :]], 1)
+                for row, item in enumerate(batch):
+                    x_BTD[row, len(item.ids) :] = whole_BTD[row, len(item.ids) :].cpu()
+                passes.prefix += len(batch)
+            final_BTD = model.suffix(hook, x_BTD)
+            passes.suffix += len(batch)
+            ends = [len(item.ids) + len(item.written) - 1 for item in batch]
+            tokens = model.unembed(final_BTD[range(len(batch)), ends]).argmax(-1).tolist()
+            for item, token in zip(batch, tokens, strict=True):
+                item.written.append(token)
+        pending = [item for item in pending if not _ended(model, item)]
+    return [_text(model, item) for item in opened]
+
+
+def stacked(rows: Sequence[Tensor]) -> Tensor:
+    """[B, T, D] with zeros behind the shorter ones, which causal attention never sees."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def _ended(model: LanguageModel, item: Opened) -> bool:
+    return item.written[-1] == model.tokenizer.eos_token_id or item.decided(_text(model, item))
+
+
+def _text(model: LanguageModel, item: Opened) -> str:
+    text: str = model.tokenizer.decode(item.written, skip_special_tokens=True)
+    return text

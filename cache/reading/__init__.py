@@ -1,0 +1,1 @@
+"""Opening a store and reading from it: memory-mapped chunks, decoded copies of remote ones, batches."""

@@ -1,0 +1,199 @@
+"""Chunks as memory-mapped tensors: nothing is copied until someone gathers from them.
+
+A chunk's checksums are tested the first time this process maps it. A local, mappable chunk is mapped where it lies; any other
+from its decoded copy in the scratch folder.
+"""
+
+import errno
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hsae.cache.format.chunk_codec import TORCH_DTYPES, DamagedChunkError, check_sums, crc32c, encoded_chunk, read_chunk
+from hsae.cache.format.layout import CRC_BYTES, ArraySpec, Header, checks_array, every_array
+from hsae.cache.reading import page_faults
+from hsae.cache.reading.scratch import Scratch, named_checksum, scratch
+from hsae.cache.storage.paths import Place, RemotePath, many
+
+MOST_MAPPED = 16384  # chunks one array keeps mapped; Linux allows a process about 65,000 maps
+
+
+class MappedArray:
+    """One array of a store, chunk by chunk."""
+
+    def __init__(self, root: Place, spec: ArraySpec, checks: NDArray[np.uint32] | None = None) -> None:
+        self.root, self.spec, self.checks = root, spec, checks
+        page_faults.note(str(root))
+        self.in_place = spec.codec == "mappable" and isinstance(root, Path)
+        self._scratch: Scratch | None = None
+        self._chunks: OrderedDict[int, Tensor] = OrderedDict()
+        self._files: dict[int, Path] = {}
+        """Scratch files of the chunks in `_chunks`."""
+        self._checked = bytearray(spec.count if self.in_place else 0)
+        """1 for each chunk whose checksums were tested."""
+        self._fetched = 0
+
+    def chunk(self, index: int) -> Tensor:
+        """Chunk `index` as a tensor over mapped pages, without the padding of the last one. Writing to it changes no file."""
+        if index not in self._chunks:
+            rows = min(self.spec.chunks[0], self.spec.shape[0] - index * self.spec.chunks[0])
+            self._chunks[index] = (self._mapped(index) if self.in_place else self._mapped_copy(index))[:rows]
+            if len(self._chunks) > MOST_MAPPED:
+                dropped, _ = self._chunks.popitem(last=False)
+                self._files.pop(dropped, None)
+        self._chunks.move_to_end(index)
+        return self._chunks[index]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop: a view if one chunk holds them, else a copy."""
+        if not 0 <= start <= stop <= self.spec.shape[0]:
+            raise IndexError(f"rows {start} to {stop} of {self.spec.path}, which has {self.spec.shape[0]}")
+        step = self.spec.chunks[0]
+        parts = [
+            self.chunk(index)[max(start - index * step, 0) : stop - index * step]
+            for index in range(start // step, max(start // step + 1, -(-stop // step)))
+            if index < self.spec.count
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def fetch(self, index: int) -> Path:
+        """The scratch file of a chunk that can't be mapped in place, made if need be. Raises DamagedChunkError."""
+        if self._scratch is None:
+            self._scratch = scratch()
+        listed = self._listed(index)
+        key = f"{self.root}|{self.spec.path}|{index}|{self.spec.chunks}|{self.spec.dtype}|{listed}{self._stamp(index)}"
+        return self._scratch.fetch(
+            key, self.spec.chunk_bytes, lambda: read_chunk(self.root, self.spec, index, self._listed(index))
+        )
+
+    def _listed(self, index: int) -> int | None:
+        return None if self.checks is None else int(self.checks[index])
+
+    def _stamp(self, index: int) -> str:
+        """What tells a changed source from the one that was decoded; a remote chunk with a listed checksum needs no request for it."""
+        path = self.spec.chunk_file(self.root, index)
+        try:
+            if isinstance(path, RemotePath):
+                if self.checks is not None:
+                    return ""
+                told = path.status()
+                return "|".join(
+                    str(told.get(name)) for name in ("size", "ETag", "etag", "mtime", "created", "LastModified")
+                )
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DamagedChunkError(self.root, path, "is missing") from None
+        return f"|{status.st_size}:{status.st_mtime_ns}"
+
+    def _mapped(self, index: int) -> Tensor:
+        path, first = self.spec.chunk_file(self.root, index), not self._checked[index]
+        assert isinstance(path, Path)
+        tensor = map_chunk(self.root, path, self.spec, check=first, listed=self._listed(index))
+        self._checked[index] = 1
+        return tensor
+
+    def _mapped_copy(self, index: int) -> Tensor:
+        self._forget_evicted()
+        pages, self._files[index] = scratch_pages(partial(self.fetch, index), self.spec.chunk_bytes)
+        return tensor_of(pages, self.spec)
+
+    def _forget_evicted(self) -> None:
+        """Unmap chunks whose scratch files are gone: a mapped file takes room on the disk though it has no name any more."""
+        self._fetched += 1
+        if self._fetched % 64 == 0:
+            for index in [index for index, path in self._files.items() if not path.exists()]:
+                del self._files[index]
+                self._chunks.pop(index, None)
+
+
+def kept_tokens(
+    root: Place, spec: ArraySpec, index: int, special_ids: Sequence[int], listed: int | None = None
+) -> tuple[int, int]:
+    """(non-special tokens of chunk `index` of the tokens, its checksum). Raises DamagedChunkError."""
+    data = encoded_chunk(root, spec, index, listed)
+    rows = min(spec.chunks[0], spec.shape[0] - index * spec.chunks[0])
+    tokens = np.frombuffer(data, "<i4", rows * spec.chunks[1])
+    return int(np.isin(tokens, special_ids, invert=True).sum()), int.from_bytes(data[-CRC_BYTES:], "little")
+
+
+def count_kept(
+    root: Place, spec: ArraySpec, special_ids: Sequence[int], checks: NDArray[np.uint32] | None = None
+) -> NDArray[np.int64]:
+    """Non-special tokens of each chunk, by reading all tokens. Raises DamagedChunkError."""
+
+    def count(index: int) -> int:
+        return kept_tokens(root, spec, index, special_ids, None if checks is None else int(checks[index]))[0]
+
+    return np.fromiter(many(count, range(spec.count)), np.int64, spec.count)
+
+
+def read_checks(root: Place, header: Header) -> dict[str, NDArray[np.uint32]]:
+    """The listed checksums of each array's chunks; empty for a store that has no list. Raises DamagedChunkError if the list is damaged."""
+    if header.checks is None:
+        return {}
+    specs = every_array(header)
+    numbers = np.frombuffer(read_chunk(root, checks_array(specs), 0, header.checks), dtype="<u4")
+    return dict(
+        zip(
+            (array.path for array in specs),
+            np.split(numbers, np.cumsum([array.count for array in specs])[:-1]),
+            strict=True,
+        )
+    )
+
+
+def mapped_pages(path: Path, size: int) -> Tensor:
+    """A file's bytes as mapped pages, private: a write never reaches the file. No descriptor stays open, as one does behind Python's mmap.
+
+    Raises ValueError if the file has another size.
+    """
+    with path.open("rb") as file:
+        if (length := os.fstat(file.fileno()).st_size) != size:
+            raise ValueError(f"{path} is {length} bytes long, not {size}")
+        try:  # by the number: a name may have bytes that torch can't take
+            return torch.from_file(f"/dev/fd/{file.fileno()}", shared=False, size=size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise OSError(errno.ENOMEM, f"can't be mapped ({str(error).splitlines()[0]})", str(path)) from None
+
+
+def scratch_pages(fetch: Callable[[], Path], size: int) -> tuple[Tensor, Path]:
+    """The pages of a scratch file with `size` bytes of numbers, and the file, which is fetched again if it is damaged."""
+    for _ in range(8):
+        path = fetch()
+        try:
+            pages = mapped_pages(path, size + CRC_BYTES)
+        except (FileNotFoundError, ValueError):  # evicted between the two, or cut short
+            path.unlink(missing_ok=True)
+            continue
+        view = pages.numpy().data
+        if named_checksum(crc32c(view[:size]), path) == int.from_bytes(view[size:], "little"):
+            return pages, path
+        path.unlink(missing_ok=True)  # damaged: fetched again
+    raise OSError(f"the scratch folder {path.parent} does not keep what is written to it; is its disk full or failing?")
+
+
+def tensor_of(pages: Tensor, spec: ArraySpec) -> Tensor:
+    """Mapped pages, which begin with a chunk's numbers, as a tensor."""
+    return pages[: spec.chunk_bytes].view(TORCH_DTYPES[spec.dtype]).view(spec.chunks)
+
+
+def map_chunk(root: Place, path: Path, spec: ArraySpec, *, check: bool, listed: int | None = None) -> Tensor:
+    """A mappable chunk's file as a tensor over mapped pages. Raises DamagedChunkError."""
+    size = spec.chunk_bytes
+    try:
+        pages = mapped_pages(path, size + CRC_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedChunkError(root, path, "is missing") from None
+    except ValueError:
+        raise DamagedChunkError(root, path, f"is {path.stat().st_size} bytes long, not {size + CRC_BYTES}") from None
+    if check:
+        view = pages.numpy().data
+        check_sums(root, path, crc32c(view[:size]), int.from_bytes(view[size:], "little"), listed)
+    return tensor_of(pages, spec)

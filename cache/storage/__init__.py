@@ -1,0 +1,1 @@
+"""Where stores lie: local folders, S3, HTTP and other URLs; serving them to others."""

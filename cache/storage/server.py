@@ -1,0 +1,174 @@
+"""Stores over HTTP, for reading only: whole files, ranges and listings of what lies in `*.zarr` folders, and of the .json and .safetensors
+files in the folder `probe`, to who has the token.
+
+Nothing else is shown: no other file of the folder, no name that begins with a dot (partial files and locks do), nothing that a link leads
+to outside, and no method but GET and HEAD. The token is compared in constant time before a request's path is looked at, and who has
+none keeps no reader out (see `connections`).
+"""
+
+import hmac
+import socket
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from hsae.cache.errors import StoreError, UserError
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+SUFFIX = ".zarr"
+PROBE, PROBE_FILES = "probe", (".json", ".safetensors")
+PIECE_BYTES = 1 << 20  # read and sent at once
+SHORTEST_TOKEN = 16
+
+
+def served(path: Path) -> tuple[Path, str | None, list[str]]:
+    """For a store: its folder, its name, its name again; for a folder of stores: the folder, None, their names, `probe` too. Raises StoreError."""
+    path = path.expanduser().resolve()
+    if path.name.endswith(SUFFIX) and (path / "zarr.json").is_file():
+        return path.parent, path.name, [path.name]
+    names = sorted(found.name for found in path.glob(f"*{SUFFIX}") if (found / "zarr.json").is_file())
+    if (path / PROBE).is_dir():
+        names.append(PROBE)
+    if not names:
+        raise StoreError(f"{path} is no store and holds none; stores are made by `hsae cache build`")
+    return path, None, names
+
+
+def checked_token(token: str | None) -> str:
+    """The token, if it is one. Raises UserError, without showing it."""
+    if not token:
+        raise UserError("set HSAE_TOKEN to a secret that readers must know: export HSAE_TOKEN=$(openssl rand -hex 32)")
+    if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+        raise UserError(
+            f"HSAE_TOKEN must be {SHORTEST_TOKEN} or more ASCII characters without spaces, for example the output of openssl rand -hex 32"
+        )
+    return token
+
+
+def find(root: Path, only: str | None, name: str) -> Path | None:
+    """The file or folder of a request's path; None if there is none that may be shown. `only` is the one store served, or None for all."""
+    parts = name.strip("/").split("/") if name.strip("/") else []
+    if any(part in ("", "..") or part.startswith(".") for part in parts):
+        return None
+    try:
+        target = root.joinpath(*parts).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError):  # missing, too long, a null byte, a loop of links
+        return None
+    if not target.is_relative_to(root):
+        return None
+    real = target.relative_to(root).parts
+    if any(part.startswith(".") for part in real):
+        return None
+    if real and not ((root / real[0]).is_dir() and only in (None, real[0]) and _is_of_a_store(real, target)):
+        return None
+    return target if target.is_file() or target.is_dir() else None
+
+
+def _is_of_a_store(real: tuple[str, ...], target: Path) -> bool:
+    if real[0] == PROBE:
+        return target.is_dir() or target.name.endswith(PROBE_FILES)
+    return real[0].endswith(SUFFIX)
+
+
+def application(root: Path, only: str | None, token: str) -> "ASGIApp":
+    """The ASGI application over the folder `root`."""
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.requests import Request
+    from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+
+    class WholeFile(FileResponse):
+        chunk_size = PIECE_BYTES
+
+    def answer(request: Request) -> Response:
+        name = request.path_params["name"]
+        found = find(root, only, name)
+        try:
+            if found is None:
+                return PlainTextResponse("not found", status_code=404)
+            if found.is_file():
+                found.open("rb").close()
+                return WholeFile(found, stat_result=found.stat(), media_type="application/octet-stream")
+            inner = name.strip("/")
+            entries = [(child, find(root, only, f"{inner}/{child.name}")) for child in sorted(found.iterdir())]
+        except FileNotFoundError:
+            return PlainTextResponse("not found", status_code=404)
+        except PermissionError:
+            return PlainTextResponse("the server may not read this", status_code=403)
+        except OSError:  # it has no descriptor or memory left, or its disk fails
+            return PlainTextResponse("the server can't read this now", status_code=503)
+        names = [child.name + "/" * held.is_dir() for child, held in entries if held is not None]
+        links = (f'<a href="{quote(entry)}">{escape(entry)}</a><br>' for entry in names)
+        return HTMLResponse(f"<!doctype html>{''.join(links)}")
+
+    return Starlette(
+        routes=[Route("/{name:path}", answer, methods=["GET"])],
+        middleware=[Middleware(Bearer, token=token)],
+    )
+
+
+class Bearer:
+    """Lets through what shows the token; everything else gets 401, whatever it asks for."""
+
+    def __init__(self, app: "ASGIApp", token: str) -> None:
+        self.app, self._token = app, token.encode()
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Answer, or pass on."""
+        from starlette.responses import PlainTextResponse
+
+        given = next((value for name, value in scope.get("headers", ()) if name == b"authorization"), b"")
+        scheme, _, token = given.partition(b" ")
+        if hmac.compare_digest(token.strip(), self._token) and scheme.lower() == b"bearer":
+            return await self.app(scope, receive, send)
+        if scope["type"] == "http":
+            headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
+            refusal = PlainTextResponse("the token is missing or wrong", status_code=401, headers=headers)
+            await refusal(scope, receive, send)
+
+
+def serve(
+    path: Path,
+    token: str | None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    certificate: Path | None = None,
+    key: Path | None = None,
+    started: Callable[[str, list[str]], None] = lambda url, names: None,
+) -> None:
+    """Serve a store or a folder of stores until interrupted; `started` is told the URL and the stores. Raises UserError."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+
+        from hsae.cache.storage.connections import Limits, most_connections, server
+    except ImportError:
+        raise UserError("serving stores needs uvicorn and starlette; run: pip install 'hsae[serve]'") from None
+    root, only, names = served(path)
+    if (certificate is None) != (key is None):
+        raise UserError("TLS needs both --certificate and --key, or neither")
+    app = application(root, only, checked_token(token))
+    with _listener(host, port) as listener:
+        limits = Limits(connections=most_connections(Limits.connections))
+        try:
+            running = server(app, listener, limits, certificate, key)
+        except OSError as error:  # of which ssl's errors are
+            raise UserError(f"{certificate} and {key} can't be used for TLS: {error}") from None
+        at = f"[{host}]" if ":" in host else host
+        started(f"http{'s' * (key is not None)}://{at}:{listener.getsockname()[1]}", names)
+        running.run()
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"can't listen at {host}, port {port} ({error.strerror if isinstance(error, OSError) else error}); give another --host or --port"
+        ) from None

@@ -1,0 +1,1 @@
+"""What the evaluation suites need cached: labelled texts, words and entities, and their residuals."""

@@ -1,0 +1,250 @@
+"""Labelled texts that ship with every CPython: pieces of the standard library and of its documentation, told apart by what they are.
+
+No file gives texts to both the training and the test split of a class, so that a probe can't win by knowing a file.
+"""
+
+import ast
+import functools
+import importlib
+import random
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from hsae.cache.errors import CorpusError
+from hsae.cache.suites.labelled_texts import SPLITS, DataSet, Record
+from hsae.cache.suites.suite_spec import SuiteConfig
+
+PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")
+PAIRS = (("asyncio", "email"), ("unittest", "xml"))
+KINDS = ("code", "docstring", "comment", "reference")
+STYLES = ("imperative", "third person", "noun phrase", "example")
+SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "site-packages",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+    "__pycache__",
+    "pydoc_data",
+}
+IMPERATIVES = frozenset(
+    [
+        "return",
+        "create",
+        "get",
+        "set",
+        "make",
+        "convert",
+        "check",
+        "read",
+        "write",
+        "open",
+        "close",
+        "run",
+        "add",
+        "remove",
+        "find",
+        "parse",
+        "send",
+        "start",
+        "stop",
+        "call",
+        "raise",
+        "print",
+        "format",
+        "test",
+        "compare",
+        "build",
+        "load",
+        "compute",
+        "determine",
+        "initialize",
+        "execute",
+        "given",
+        "decode",
+        "encode",
+        "copy",
+        "delete",
+        "generate",
+        "handle",
+        "insert",
+        "join",
+        "list",
+        "register",
+        "replace",
+        "wait",
+        "yield",
+        "display",
+        "define",
+        "expand",
+        "extract",
+        "fetch",
+        "import",
+        "install",
+        "split",
+        "update",
+        "use",
+        "wrap",
+        "append",
+        "apply",
+    ]
+)
+NOUNS = frozenset(["a", "an", "the", "this", "these", "class", "base", "simple", "abstract", "internal", "helper"])
+PIECE, SHORTEST = 400, 60  # characters
+
+Piece = tuple[str, str]
+"""A file's name and a piece of its text."""
+
+
+def python_sets(config: SuiteConfig) -> list[DataSet]:
+    """Which package source code is of; code, docstring, comment or reference prose; how a docstring is written.
+
+    The first also has pairs for SCR: packages told apart where code and docstring are confounded with them.
+    """
+    source = f"the standard library of Python {sysconfig.get_python_version()}"
+
+    def one(name: str, pieces: Callable[[], dict[tuple[str, str], list[Piece]]], labels: tuple[str, ...]) -> DataSet:
+        return DataSet(name=name, read=lambda: _split(pieces(), config, scr=False), source=source, classes=labels)
+
+    return [
+        DataSet(
+            name="python/package",
+            read=lambda: _split(_packages(), config, scr=True),
+            source=source,
+            classes=PACKAGES,
+            pairs=PAIRS,
+            attribute_values=("code", "docstring"),
+        ),
+        one("python/kind", _kinds, KINDS),
+        one("python/docstring-style", _styles, STYLES),
+    ]
+
+
+def _split(pieces: dict[tuple[str, str], list[Piece]], config: SuiteConfig, scr: bool) -> dict[str, list[Record]]:
+    """Records of both splits: whole files go to the test split, in an order mixed by the seed, until it has enough."""
+    homes: dict[str, set[str]] = {}
+    for file, text in (piece for found in pieces.values() for piece in found):
+        homes.setdefault(text, set()).add(file)
+    needed = max(config.test_per_class, 2 * config.test_per_quadrant if scr else 0)
+    held: dict[str, list[Record]] = {split: [] for split in SPLITS}
+    for (label, attribute), found in sorted(pieces.items()):
+        by_file: dict[str, list[str]] = {}
+        for file, text in dict.fromkeys(piece for piece in found if len(homes[piece[1]]) == 1):
+            by_file.setdefault(file, []).append(text)
+        files = sorted(by_file)
+        random.Random(f"{config.seed} {label} {attribute}").shuffle(files)
+        count, share = 0, max(1, len(found) // 3)
+        parts: dict[str, list[Record]] = {split: [] for split in SPLITS}
+        for file in files:
+            texts = by_file[file]
+            split = "test" if count < needed and len(texts) <= share else "train"
+            count += len(texts) if split == "test" else 0
+            parts[split] += [Record(text, label, attribute) for text in texts]
+        for split, mine in parts.items():
+            random.Random(f"{config.seed} {split}").shuffle(mine)
+            held[split] += mine
+    return held
+
+
+def _packages() -> dict[tuple[str, str], list[Piece]]:
+    found: dict[tuple[str, str], list[Piece]] = {}
+    for package in PACKAGES:
+        for file, name in _files(package):
+            code, docstrings, _ = _parts(file)
+            found.setdefault((package, "code"), []).extend((name, text) for text in code)
+            found.setdefault((package, "docstring"), []).extend((name, text) for text in docstrings)
+    return found
+
+
+def _kinds() -> dict[tuple[str, str], list[Piece]]:
+    found: dict[tuple[str, str], list[Piece]] = {(kind, ""): [] for kind in KINDS}
+    for file, name in _files():
+        for kind, texts in zip(KINDS[:3], _parts(file), strict=True):
+            found[kind, ""] += [(name, text) for text in texts]
+    topics = importlib.import_module("pydoc_data.topics").topics
+    found["reference", ""] = [(topic, text) for topic, whole in topics.items() for text in pieces_of(whole)]
+    return found
+
+
+def _styles() -> dict[tuple[str, str], list[Piece]]:
+    found: dict[tuple[str, str], list[Piece]] = {(style, ""): [] for style in STYLES}
+    for file, name in _files():
+        for text in _parts(file)[1]:
+            if (style := style_of(text)) is not None:
+                found[style, ""].append((name, text))
+    return found
+
+
+def style_of(docstring: str) -> str | None:
+    """How a docstring is written, where its first word tells."""
+    if ">>>" in docstring:
+        return "example"
+    first = re.match(r"[A-Za-z]+", docstring)
+    word = first[0].lower() if first else ""
+    if word in IMPERATIVES:
+        return "imperative"
+    if word in NOUNS:
+        return "noun phrase"
+    return "third person" if word.removesuffix("s") in IMPERATIVES or word.removesuffix("es") in IMPERATIVES else None
+
+
+def _files(package: str = "") -> Iterator[tuple[Path, str]]:
+    library = Path(sysconfig.get_path("stdlib"))
+    found = False
+    for file in sorted((library / package).rglob("*.py")):
+        if not SKIPPED & set(file.relative_to(library).parts):
+            found = True
+            yield file, file.relative_to(library).as_posix()
+    if not found:
+        raise CorpusError(
+            f"this Python ships no sources of {package or 'its library'}; give other texts with --set suite.tasks=FILE.toml"
+        )
+
+
+@functools.cache
+def _parts(file: Path) -> tuple[list[str], list[str], list[str]]:
+    """Pieces of a file's code without docstrings and comments, its docstrings, and its blocks of comment lines."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return [], [], []
+    lines = text.splitlines()
+    docstrings, gone = [], set[int]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            docstring := ast.get_docstring(node)
+        ):
+            held = node.body[0]
+            gone.update(range(held.lineno - 1, held.end_lineno or held.lineno))
+            if len(docstring) >= SHORTEST:
+                docstrings.append(docstring[:PIECE])
+    code, comments, block = [], [], list[str]()
+    for number, line in enumerate([*lines, ""]):
+        bare = line.strip()
+        if bare.startswith("#"):
+            block.append(bare.lstrip("#! ").rstrip())
+            continue
+        if block and len(text := "\n".join(block)) >= SHORTEST:
+            comments += pieces_of(text)
+        block = []
+        if bare and number not in gone:
+            code.append(line)
+    return pieces_of("\n".join(code)), docstrings, comments
+
+
+def pieces_of(text: str) -> list[str]:
+    """A text cut at line ends into pieces of about PIECE characters; short rests are left out."""
+    pieces, piece = [], ""
+    for line in text.splitlines():
+        piece += f"{line}\n"
+        if len(piece) >= PIECE:
+            pieces.append(piece[: 2 * PIECE].rstrip())
+            piece = ""
+    if len(piece.strip()) >= SHORTEST:
+        pieces.append(piece.rstrip())
+    return pieces

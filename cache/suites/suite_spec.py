@@ -1,0 +1,76 @@
+"""What determines the probe stores of the evaluation suite. Frozen models, checked when they are made."""
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from hsae.cache.format.spec import Config, ModelConfig
+from hsae.cache.storage.paths import Place, place
+
+PROBE_FORMAT = 2
+Suite = Literal["sparse-probing", "scr", "tpp", "absorption"]
+SUITES: tuple[Suite, ...] = ("sparse-probing", "scr", "tpp", "absorption")
+
+
+class SuiteConfig(Config):
+    """The `[suite]` table: what the evaluations of labelled texts and words are made from."""
+
+    tasks: str = Field(default="saebench", min_length=1)
+    """`saebench` (data sets on the hub), `python` (texts that ship with Python), or a TOML file that lists local data sets."""
+    revisions: dict[str, str] = Field(default_factory=dict)
+    """Hub data set -> revision; what is not named is taken as it is now, and the revision found is recorded."""
+    train_per_class: int = Field(default=2000, ge=4)
+    """Training texts of a class (sparse probing, TPP)."""
+    test_per_class: int = Field(default=500, ge=2)
+    train_per_quadrant: int = Field(default=1000, ge=2)
+    """Training texts of each combination of two attributes (SCR)."""
+    test_per_quadrant: int = Field(default=250, ge=1)
+    context: int = Field(default=128, ge=4)
+    """Tokens after which a text is cut, BOS included."""
+    batch_rows: int = Field(default=16, ge=1)
+    """Texts of one forward pass: part of what the bits depend on."""
+    words: int | None = Field(default=None, ge=60)
+    """Words for absorption; None takes every word of the vocabulary."""
+    prompt_template: str = "{word} starts with the letter:"
+    """Absorption's question, which ends after the word's own tokens."""
+    icl_examples: int = Field(default=10, ge=0)
+    """Answered questions before the one asked."""
+    min_letters: int = Field(default=20, ge=1, le=26)
+    """Letters that the ground-truth probe must tell, or absorption is refused."""
+    seed: int = Field(default=42, ge=0)
+
+
+class ProbeSpec(Config):
+    """What determines the probe store of one suite."""
+
+    suite: Suite
+    model: ModelConfig
+    hooks: Annotated[tuple[str, ...], Field(strict=False)]
+    tasks: SuiteConfig
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits over every field and the format of the sets."""
+        return content_key({"format": PROBE_FORMAT, **self.model_dump(mode="json")})
+
+    def path(self, root: str | Place) -> Place:
+        """The suite's file in a folder or at a URL of stores."""
+        return probe_folder(root) / self.suite / f"{model_slug(self.model)}-{self.fingerprint}.json"
+
+
+def probe_folder(root: str | Place) -> Place:
+    """Where the probe stores lie in a folder or at a URL of stores. Raises StoreError for a URL that can't be a store's."""
+    return place(root) / "probe"
+
+
+def content_key(content: dict[str, Any]) -> str:
+    """Sixteen hex digits over JSON-ready content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def model_slug(model: ModelConfig) -> str:
+    """A model's name as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", model.id.rstrip("/").split("/")[-1]).strip("-.").lower() or "model"

@@ -1,0 +1,308 @@
+"""SAEBench's core evaluation from an evaluation store: no prefix pass, one suffix pass per SAE and reconstruction row.
+
+The store's first `clean_rows` rows are SAEBench's reconstruction rows, the rest its sparsity and variance rows; batches are
+those of the store, because several of SAEBench's numbers depend on them. Every SAE runs in the type of the store, which is the language model's.
+
+Shapes: B rows of a batch, T context, D residual width, F latents, N = B * T tokens of a batch, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hsae.cache.errors import StoreError, UserError
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.reading.store import ActivationStore, check_model
+from hsae.eval.core import corrected_measures
+from hsae.eval.core.reconstruction import ReconstructionPhase
+from hsae.eval.core.saebench_metrics import (
+    InputMetrics,
+    LatentMetrics,
+    VarianceBatch,
+    frequency_metrics,
+    score,
+    weight_metrics,
+)
+from hsae.eval.harness.envelope import CoreResult, dead_explanation, hsae_version, nan_to_minus_one
+from hsae.eval.harness.fits import check_fits
+from hsae.train.model.views import View
+
+DETAIL_DIGITS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreOptions:
+    """What a caller may choose; the defaults are SAEBench's standard run."""
+
+    exclude_special_tokens: bool = True
+    """Leave the residual of special tokens as it is in the run with the SAE (`exclude_special_tokens_from_reconstruction`)."""
+
+
+class Listener(Protocol):
+    """Hears how an evaluation goes."""
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """`done` of `total` batches of `phase` ("reconstruction" or "variance") are finished."""
+
+    def warning(self, view: str, message: str) -> None:
+        """Something about a view that is known before the end."""
+
+
+class _Silent:
+    """A listener that does nothing."""
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Nothing."""
+
+    def warning(self, view: str, message: str) -> None:
+        """Nothing."""
+
+
+def check(views: Sequence[View], store: ActivationStore, model: LanguageModel | None, hook: str) -> None:
+    """Refuse what can't be evaluated, before any compute. Raises UserError or StoreError."""
+    if not views:
+        raise UserError("there is nothing to evaluate")
+    check_views(views, store, hook)
+    if store.clean_rows == 0:
+        raise StoreError(
+            f"{store.url} keeps no clean losses, so it can't serve an evaluation; give the evaluation store (hsae cache build --split eval)"
+        )
+    if store.clean_rows >= store.rows:
+        raise StoreError(
+            f"{store.url} has no rows for the sparsity and variance phase; build it with cache.eval.batches_variance >= 1"
+        )
+    if model is not None:
+        check_model(store.root, store.header, model)
+
+
+def check_views(views: Sequence[View], store: ActivationStore, hook: str) -> None:
+    """Refuse SAEs that do not belong to a store and hook. Raises UserError or StoreError."""
+    if hook not in store.spec.hooks:
+        raise StoreError(f"{store.url} has no activations of {hook}; it has {', '.join(store.spec.hooks)}")
+    for view in views:
+        check_fits(view, hook, store.header.d_model, store.spec.model.id)
+
+
+@torch.no_grad()
+def evaluate(
+    views: Sequence[View],
+    store: ActivationStore,
+    model: LanguageModel,
+    *,
+    hook: str,
+    options: CoreOptions | None = None,
+    listener: Listener | None = None,
+    device: str = "cpu",
+) -> list[CoreResult]:
+    """Evaluate SAEs on a store; results in the order of `views`, each as if evaluated alone.
+
+    `model` must lie on `device`. Raises UserError or StoreError for what `check` refuses.
+    """
+    check(views, store, model, hook)
+    job = _Job(views, store, model, hook, options or CoreOptions(), listener or _Silent(), device)
+    job.warn_of_dead()
+    job.reconstruct()
+    job.measure_latents()
+    return [job.result(index) for index in range(len(views))]
+
+
+class _Job:
+    """One evaluation: the views in the store's type, and every accumulator."""
+
+    def __init__(
+        self,
+        views: Sequence[View],
+        store: ActivationStore,
+        model: LanguageModel,
+        hook: str,
+        options: CoreOptions,
+        listener: Listener,
+        device: str,
+    ) -> None:
+        self.given, self.store, self.model, self.hook = views, store, model, hook
+        self.options, self.listener, self.device = options, listener, device
+        self.dtype = getattr(torch, store.spec.model.dtype)
+        self.d_model = store.header.d_model
+        self.views = [view.to(dtype=self.dtype, device=device) for view in views]
+        self.batch_rows = store.spec.batch_rows
+        self.reconstruction = ReconstructionPhase(
+            self.views,
+            store,
+            model,
+            hook,
+            exclude_special_tokens=options.exclude_special_tokens,
+            device=device,
+        )
+        resampler = corrected_measures.Resampler(store.rows - store.clean_rows, device)
+        self.inputs = InputMetrics(self.dtype)
+        self.latents = [LatentMetrics(view.d_sae, self.dtype, device) for view in views]
+        self.input_moments = corrected_measures.InputMoments(resampler, self.d_model)
+        self.moments = [corrected_measures.ReconstructionMoments(resampler) for _ in views]
+
+    def batches(self, first: int, last: int) -> list[tuple[int, int]]:
+        return [(start, min(start + self.batch_rows, last)) for start in range(first, last, self.batch_rows)]
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, residuals and mask of kept tokens."""
+        tokens_BT = self.store.tokens(start, stop)
+        mask_BT = ~self.store.special_mask(tokens_BT)
+        x_BTD = self.store.acts(self.hook, start, stop)
+        return tokens_BT.to(self.device), x_BTD.to(self.device), mask_BT.to(self.device)
+
+    def warn_of_dead(self) -> None:
+        """Say before the long part if an SAE is silent on the first batch."""
+        start, stop = self.batches(0, self.store.clean_rows)[0]
+        _, x_BTD, mask_BT = self.rows(start, stop)
+        for view in self.views:
+            if not (view.encode(x_BTD)[mask_BT] != 0).any():
+                self.listener.warning(
+                    view.name,
+                    f"no latent fires on the first {stop - start} rows: the SAE looks dead; its scores will be those of a constant "
+                    "vector in place of the residual",
+                )
+
+    def reconstruct(self) -> None:
+        """The reconstruction phase."""
+        batches = self.batches(0, self.store.clean_rows)
+        self.reconstruction.run(batches, self.rows, partial(self.listener.progress, "reconstruction"))
+
+    def measure_latents(self) -> None:
+        first = self.store.clean_rows
+        batches = self.batches(first, self.store.rows)
+        for done, (start, stop) in enumerate(batches, 1):
+            _, x_BTD, mask_BT = self.rows(start, stop)
+            batch = VarianceBatch.of(x_BTD, mask_BT, start)
+            self.inputs.add(batch)
+            self.input_moments.add(batch, first)
+            for view, latents, moments in zip(self.views, self.latents, self.moments, strict=True):
+                acts_BTF = view.encode(x_BTD)
+                out_BTD = view.decode(acts_BTF)
+                latents.add(batch, acts_BTF, out_BTD)
+                moments.add(batch, first, acts_BTF, out_BTD)
+            self.listener.progress("variance", done, len(batches))
+
+    def result(self, index: int) -> CoreResult:
+        """SAEBench's numbers and hsae's for one view."""
+        weights = weight_metrics(self.views[index])
+        metrics = self._metrics(index, weights)
+        return CoreResult(
+            name=self.views[index].name,
+            eval_config=self._eval_config(),
+            metrics=metrics,
+            details=self._details(index, weights),
+            sae_config={**self.given[index].config, "dtype": self.store.spec.model.dtype, "device": self.device},
+            hsae=self._own(index, metrics),
+        )
+
+    def _metrics(self, index: int, weights: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+        latents = self.latents[index]
+        shared = {name: mean.value() for name, mean in self.reconstruction.shared_means.items()}
+        own = {name: mean.value() for name, mean in self.reconstruction.sae_means[index].items()}
+        means = {name: mean.value() for name, mean in latents.means.items()}
+        metrics: dict[str, dict[str, float]] = {
+            "model_behavior_preservation": {
+                "kl_div_score": score(shared["kl_ablation"], own["kl"], 0.0),
+                "kl_div_with_ablation": shared["kl_ablation"],
+                "kl_div_with_sae": own["kl"],
+            },
+            "model_performance_preservation": {
+                "ce_loss_score": score(shared["ce_ablation"], own["ce"], shared["ce_clean"]),
+                "ce_loss_with_ablation": shared["ce_ablation"],
+                "ce_loss_with_sae": own["ce"],
+                "ce_loss_without_sae": shared["ce_clean"],
+            },
+            "reconstruction_quality": {
+                "explained_variance": latents.explained_variance(self.inputs),
+                "explained_variance_legacy": means["legacy_variance"],
+                "mse": means["mse"],
+                "cossim": means["cosine"],
+            },
+            "shrinkage": {
+                "l2_norm_in": self.inputs.norm.value(),
+                "l2_norm_out": means["norm_out"],
+                "l2_ratio": means["ratio"],
+                "relative_reconstruction_bias": means["bias"],
+            },
+            "sparsity": {"l0": latents.l0.value(), "l1": means["l1"]},
+            "token_stats": {
+                "total_tokens_eval_reconstruction": self.store.clean_rows * self.store.context,
+                "total_tokens_eval_sparsity_variance": (self.store.rows - self.store.clean_rows) * self.store.context,
+            },
+            "misc_metrics": frequency_metrics(latents.density_F()),
+        }
+        for side in ("encoder", "decoder"):
+            cosines_F = weights[f"max_{side}_cosine_sim"].float()
+            metrics["misc_metrics"][f"average_max_{side}_cosine_sim"] = cosines_F.mean().item()
+        return {
+            category: {name: nan_to_minus_one(value) for name, value in values.items()}
+            for category, values in metrics.items()
+        }
+
+    def _details(self, index: int, weights: dict[str, Tensor]) -> list[dict[str, float]]:
+        latents = self.latents[index]
+        columns = {
+            "feature_density": latents.density_F(),
+            "consistent_activation_heuristic": latents.firings_per_row_F(),
+            **weights,
+        }
+        lists = {
+            name: [round(nan_to_minus_one(value), DETAIL_DIGITS) for value in column.tolist()]
+            for name, column in columns.items()
+        }
+        rows = zip(*lists.values(), strict=True)
+        return [{"index": number, **dict(zip(lists, row, strict=True))} for number, row in enumerate(rows)]
+
+    def _own(self, index: int, metrics: dict[str, dict[str, float]]) -> dict[str, Any]:
+        silent = int((self.latents[index].firings_F == 0).sum())
+        measures = {
+            **self.moments[index].measures(self.input_moments, self.d_model),
+            "dead_fraction": {"value": silent / self.views[index].d_sae, "low": None, "high": None},
+            **corrected_measures.loss_measures(self.reconstruction.shared_sums, self.reconstruction.sae_sums[index]),
+        }
+        tokens = {
+            "reconstruction": int(self.reconstruction.shared_sums.sums_SC[0, 3]),
+            "reconstruction_losses": int(self.reconstruction.shared_sums.sums_SC[0, 0]),
+            "variance": self.latents[index].tokens,
+        }
+        dead = silent == self.views[index].d_sae
+        return {
+            "version": hsae_version(),
+            "dead": dead,
+            "explanation": dead_explanation(metrics) if dead else None,
+            "measures": measures,
+            "tokens": tokens,
+            "bootstrap": {
+                "unit": "row",
+                "resamples": corrected_measures.RESAMPLES,
+                "seed": corrected_measures.SEED,
+                "level": corrected_measures.LEVEL,
+            },
+            "differences": corrected_measures.differences(metrics, measures, self.store.spec.model.dtype, tokens),
+            "store": self.store.spec.name,
+        }
+
+    def _eval_config(self) -> dict[str, Any]:
+        spec = self.store.spec
+        return {
+            "model_name": spec.model.id,
+            "llm_dtype": spec.model.dtype,
+            "batch_size_prompts": spec.batch_rows,
+            "n_eval_reconstruction_batches": math.ceil(self.store.clean_rows / spec.batch_rows),
+            "n_eval_sparsity_variance_batches": math.ceil((self.store.rows - self.store.clean_rows) / spec.batch_rows),
+            "dataset": spec.corpus.corpus,
+            "context_size": spec.context,
+            "compute_kl": True,
+            "compute_ce_loss": True,
+            "compute_l2_norms": True,
+            "compute_sparsity_metrics": True,
+            "compute_variance_metrics": True,
+            "compute_featurewise_density_statistics": True,
+            "compute_featurewise_weight_based_metrics": True,
+            "exclude_special_tokens_from_reconstruction": self.options.exclude_special_tokens,
+            "verbose": False,
+        }

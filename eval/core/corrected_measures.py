@@ -1,0 +1,157 @@
+"""hsae's own core measures, beside SAEBench's: float64 moments, real token counts, bootstrap intervals over rows.
+
+Sums are kept per measure and per bootstrap resample, never per row, so memory does not grow with the store (one byte a row and
+resample apart). Rows are the unit of resampling because tokens of a row depend on each other. Every SAE is resampled with the
+same draws, so intervals of several SAEs can be compared.
+
+Shapes: R rows of a phase, B rows of a batch, T context, D residual width, C columns (sums kept), S resamples.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsae.eval.core.saebench_metrics import VarianceBatch
+
+RESAMPLES = 1000
+SEED = 0
+LEVEL = 0.95
+RECONSTRUCTION_COLUMNS = ("ce_tokens", "ce_without_sae", "ce_with_ablation", "kl_tokens", "kl_with_ablation")
+SAE_COLUMNS = ("ce_with_sae", "kl_with_sae")
+
+
+class Resampler:
+    """How often each of R rows is drawn in each of S resamples with replacement; the first "resample" is the data itself."""
+
+    def __init__(self, rows: int, device: str) -> None:
+        generator = torch.Generator().manual_seed(SEED)
+        counts_SR = torch.ones(1 + RESAMPLES, rows, dtype=torch.uint8)
+        for index in range(1, 1 + RESAMPLES):
+            drawn = torch.randint(rows, (rows,), generator=generator)
+            counts_SR[index] = drawn.bincount(minlength=rows).clamp_max(255)
+        self.counts_SR = counts_SR.to(device)
+
+    def weights(self, start: int, stop: int) -> Tensor:
+        """[1 + S, stop - start] float64."""
+        return self.counts_SR[:, start:stop].double()
+
+
+class Sums:
+    """Sums of per-row columns, of the data and of every resample."""
+
+    def __init__(self, resampler: Resampler, columns: int) -> None:
+        counts = resampler.counts_SR
+        self.resampler = resampler
+        self.sums_SC = torch.zeros(len(counts), columns, dtype=torch.float64, device=counts.device)
+
+    def add(self, start: int, values_BC: Tensor) -> None:
+        """Take in the rows `start`, `start + 1`, ... of the phase."""
+        self.sums_SC += self.resampler.weights(start, start + len(values_BC)) @ values_BC.double()
+
+
+def measure(values_S: Tensor) -> dict[str, float | None]:
+    """Value and 95 % interval from a statistic of the data (first) and of the resamples (the rest); None where undefined."""
+    value = values_S[0].item()
+    drawn = values_S[1:]
+    if not math.isfinite(value):
+        return {"value": None, "low": None, "high": None}
+    if not torch.isfinite(drawn).all():
+        return {"value": value, "low": None, "high": None}
+    ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64, device=drawn.device)
+    low, high = torch.quantile(drawn, ends).tolist()
+    return {"value": value, "low": low, "high": high}
+
+
+class InputMoments:
+    """Kept tokens, sum of squared norms and sum of the residuals themselves: shared by all SAEs."""
+
+    def __init__(self, resampler: Resampler, d_model: int) -> None:
+        self.sums = Sums(resampler, 2 + d_model)
+
+    def add(self, batch: VarianceBatch, first_row: int) -> None:
+        """Take in one batch of the variance phase, which starts at row `first_row` of the store."""
+        x_BTD = _kept(batch.x_BTD, batch)
+        tokens_B = batch.mask_BT.sum(1).double()
+        columns = torch.cat([tokens_B[:, None], x_BTD.pow(2).sum((1, 2))[:, None], x_BTD.sum(1)], dim=1)
+        self.sums.add(batch.start - first_row, columns)
+
+    def total_variance_S(self) -> Tensor:
+        """E|x|^2 - |E x|^2 of the data and of each resample."""
+        mean_SC = self.sums.sums_SC / self.tokens_S()[:, None]
+        return mean_SC[:, 1] - mean_SC[:, 2:].pow(2).sum(1)
+
+    def tokens_S(self) -> Tensor:
+        """Kept tokens of the data and of each resample."""
+        return self.sums.sums_SC[:, 0]
+
+
+class ReconstructionMoments:
+    """Squared error and active latents of one SAE."""
+
+    def __init__(self, resampler: Resampler) -> None:
+        self.sums = Sums(resampler, 2)
+
+    def add(self, batch: VarianceBatch, first_row: int, acts_BTF: Tensor, out_BTD: Tensor) -> None:
+        """Take in one batch of the variance phase."""
+        error_B = _kept(batch.x_BTD.double() - out_BTD.double(), batch).pow(2).sum((1, 2))
+        active_B = ((acts_BTF != 0).sum(-1) * batch.mask_BT).sum(1)
+        self.sums.add(batch.start - first_row, torch.stack([error_B, active_B.double()], dim=1))
+
+    def measures(self, inputs: InputMoments, d_model: int) -> dict[str, dict[str, float | None]]:
+        """Explained variance 1 - E|r|^2 / (E|x|^2 - |E x|^2), squared error per element, and L0."""
+        mean_SC = self.sums.sums_SC / inputs.tokens_S()[:, None]
+        return {
+            "explained_variance": measure(1 - mean_SC[:, 0] / inputs.total_variance_S()),
+            "mse": measure(mean_SC[:, 0] / d_model),
+            "l0": measure(mean_SC[:, 1]),
+        }
+
+
+def _kept(values_BTD: Tensor, batch: VarianceBatch) -> Tensor:
+    return torch.where(batch.mask_BT[..., None], values_BTD.double(), 0.0)
+
+
+def loss_measures(shared: Sums, own: Sums) -> dict[str, dict[str, float | None]]:
+    """Mean losses, mean KL and the two scores; columns as in RECONSTRUCTION_COLUMNS (shared) and SAE_COLUMNS (own)."""
+    columns = dict(zip(RECONSTRUCTION_COLUMNS, shared.sums_SC.unbind(1), strict=True))
+    columns |= dict(zip(SAE_COLUMNS, own.sums_SC.unbind(1), strict=True))
+    ce = {name: columns[f"ce_{name}"] / columns["ce_tokens"] for name in ("without_sae", "with_ablation", "with_sae")}
+    kl = {name: columns[f"kl_{name}"] / columns["kl_tokens"] for name in ("with_ablation", "with_sae")}
+    score = _ratio(ce["with_ablation"] - ce["with_sae"], ce["with_ablation"] - ce["without_sae"])
+    return {
+        "ce_loss_score": measure(score),
+        "kl_div_score": measure(_ratio(kl["with_ablation"] - kl["with_sae"], kl["with_ablation"])),
+        **{f"ce_loss_{name}": measure(values) for name, values in ce.items()},
+        **{f"kl_div_{name}": measure(values) for name, values in kl.items()},
+    }
+
+
+def _ratio(above_S: Tensor, below_S: Tensor) -> Tensor:
+    return torch.where(below_S == 0, math.nan, above_S / below_S)
+
+
+def differences(
+    metrics: dict[str, dict[str, float]], own: dict[str, dict[str, Any]], dtype: str, tokens: dict[str, int]
+) -> list[str]:
+    """What differs between SAEBench's numbers and hsae's, and why, in plain words."""
+    quality, stats = metrics["reconstruction_quality"], metrics["token_stats"]
+    texts = [
+        f"explained_variance: {_shown(own['explained_variance'])} here, {quality['explained_variance']:.4f} in SAEBench 0.6.0, whose denominator is "
+        "E|x|^2 - (E|x|^2/D)^2 instead of E|x|^2 - |E x|^2: it measures variance about zero when that correction is small, and can exceed 1.",
+        f"explained_variance_legacy: {quality['explained_variance_legacy']:.4f} is a mean over tokens of 1 - |x - x'|^2 / |x - batch mean|^2 (a mean of "
+        "ratios); here it is the ratio of the sums.",
+        f"mse: {_shown(own['mse'])} here is the squared error per element (divided by the width); SAEBench's {quality['mse']:.6g} is the squared error "
+        "per token divided by the number of kept tokens of a batch, so it depends on the batch size.",
+        f"token counts: {tokens['reconstruction']} and {tokens['variance']} tokens were used; SAEBench reports the nominal "
+        f"{stats['total_tokens_eval_reconstruction']:.0f} and {stats['total_tokens_eval_sparsity_variance']:.0f}, special tokens included.",
+        "losses and KL: here in float32 from log-softmax, averaged in float64; SAEBench takes the logarithm of a softmax, "
+        f"rounds every step and every mean to {dtype}, and computes scores from the rounded means.",
+        "undefined numbers are null here; in SAEBench's part -1 stands for NaN.",
+    ]
+    return texts
+
+
+def _shown(entry: dict[str, Any]) -> str:
+    return "undefined" if entry["value"] is None else f"{entry['value']:.6g}"

@@ -1,0 +1,76 @@
+"""Which results may stand in one table: those of the plan's evaluation store and of the standard settings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from hsae.cache.errors import UserError
+from hsae.cache.format.spec import StoreSpec
+from hsae.cache.reading.store import ActivationStore
+from hsae.eval.harness.envelope import CoreResult, read_core
+
+LOSSLESS = ("mappable", "compact")
+DIGESTS = {"model": "weights", "tokenizer": "tokenizer", "corpus": "text"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Current:
+    """What results are made of now."""
+
+    name: str
+    """The store's."""
+    fingerprints: frozenset[str]
+    """Those of the store in any codec that keeps the bits."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Of `DIGESTS`, where the store is there to tell."""
+
+    @classmethod
+    def of(cls, spec: StoreSpec, store: ActivationStore | None = None) -> Self:
+        """What a plan's evaluation store stands for, whether it is there or not."""
+        header = store.header if store is not None else None
+        return cls(
+            name=spec.name,
+            fingerprints=same_bits(spec),
+            digests={key: getattr(header, f"{key}_digest") for key in DIGESTS} if header is not None else {},
+        )
+
+    def why_not(self, inputs: Mapping[str, Any]) -> str | None:
+        """Why a result of these inputs does not belong beside the others; None if it does, or says nothing of where it is from."""
+        if inputs.get("exclude_special_tokens") is False:
+            return "of other settings (--all-tokens)"
+        if inputs.get("store") is not None and str(inputs["store"]) not in self.fingerprints:
+            return f"of another store ({inputs['store']}) than the plan's evaluation store {self.name}"
+        for key, noun in DIGESTS.items():
+            if key in self.digests and inputs.get(key) not in (None, self.digests[key]):
+                return f"of another state of {self.name}, with other {noun}"
+        return None
+
+
+def same_bits(spec: StoreSpec) -> frozenset[str]:
+    """Fingerprints of a store in every codec that keeps its bits."""
+    same = LOSSLESS if spec.codec in LOSSLESS else (spec.codec,)
+    return frozenset(spec.model_copy(update={"codec": codec}).fingerprint for codec in same)
+
+
+def core_results(run_dir: Path, weights: str, current: Current) -> dict[str, CoreResult]:
+    """A run's core results by view: those of the very model whose digest is `weights`, that may stand beside others."""
+    found: dict[str, CoreResult] = {}
+    for path in sorted((run_dir / "eval" / "core").glob("*_eval_results.json")):
+        try:
+            result = read_core(path)
+        except UserError:
+            continue
+        inputs = inputs_of(result.hsae)
+        if inputs.get("sae") == weights and current.why_not(inputs) is None:
+            found.setdefault(result.name, result)
+    return found
+
+
+def inputs_of(hsae: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the block `hsae` of a core result says it was made of; empty if it says nothing."""
+    block = hsae or {}
+    inputs, store = block.get("inputs"), block.get("store")
+    if isinstance(inputs, dict):
+        return inputs
+    return {"store": store.removesuffix(".zarr").rpartition("-")[2]} if isinstance(store, str) else {}

@@ -1,0 +1,326 @@
+"""SAEBench's result files for core: written as version 0.6.0 writes them, read back in that and in the older layout.
+
+A file is one JSON object with SAEBench's twelve keys in its order; hsae adds a thirteenth, `hsae`, with the corrected measures. In
+SAEBench's part -1 stands for NaN. Layouts: *current* (0.2 on); *legacy* (up to 0.1): no `misc_metrics`, no
+`explained_variance_legacy`, whose place `explained_variance` has.
+"""
+
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hsae.cache.errors import UserError
+from hsae.eval.harness.result_files import envelope_text, publish, read_envelope, run_option
+
+Layout = Literal["current", "legacy"]
+CURRENT: dict[str, tuple[str, ...]] = {
+    "model_behavior_preservation": ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"),
+    "model_performance_preservation": (
+        "ce_loss_score",
+        "ce_loss_with_ablation",
+        "ce_loss_with_sae",
+        "ce_loss_without_sae",
+    ),
+    "reconstruction_quality": ("explained_variance", "explained_variance_legacy", "mse", "cossim"),
+    "shrinkage": ("l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias"),
+    "sparsity": ("l0", "l1"),
+    "token_stats": ("total_tokens_eval_reconstruction", "total_tokens_eval_sparsity_variance"),
+    "misc_metrics": (
+        "freq_over_1_percent",
+        "freq_over_10_percent",
+        "normalized_freq_over_1_percent",
+        "normalized_freq_over_10_percent",
+        "average_max_encoder_cosine_sim",
+        "average_max_decoder_cosine_sim",
+        "frac_alive",
+    ),
+}
+DETAILS = (
+    "index",
+    "feature_density",
+    "consistent_activation_heuristic",
+    "encoder_bias",
+    "encoder_norm",
+    "encoder_decoder_cosine_sim",
+    "max_decoder_cosine_sim",
+    "max_encoder_cosine_sim",
+)
+SCORES = {
+    "kl_div_score": ("kl_div_with_ablation", "kl_div_with_sae"),
+    "ce_loss_score": ("ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae"),
+    "explained_variance": ("l2_norm_in", "mse"),
+    "explained_variance_legacy": ("l2_norm_in", "mse"),
+}
+
+
+def hsae_version() -> str:
+    """What hsae calls itself in result files, for example `hsae 0.1.0`."""
+    try:
+        return f"hsae {version('hsae')}"
+    except PackageNotFoundError:
+        return "hsae (not installed)"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A corrected measure and its 95 % bootstrap interval; None where it is undefined or has no interval."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreResult:
+    """Result of the core evaluation of one SAE: computed by hsae, or read from a file of hsae's or SAEBench's."""
+
+    name: str
+    """The view's name (`sae`, `level1`, ...); of a file read, its `sae_lens_id`."""
+    eval_config: dict[str, Any]
+    metrics: dict[str, dict[str, float]]
+    """SAEBench's categories and numbers, -1 for NaN; `explained_variance` means what the layout says it means."""
+    details: list[dict[str, float]]
+    """One object for each latent; empty if featurewise statistics were off."""
+    sae_config: dict[str, Any] | None
+    release: str | None = None
+    hsae: dict[str, Any] | None = None
+    """hsae's own block; None in files that SAEBench wrote."""
+    source: str | None = None
+    """File the result was read from."""
+    unstructured: Any = field(default_factory=dict)
+
+    @property
+    def legacy(self) -> bool:
+        """Whether this is in the layout of SAEBench up to 0.1."""
+        return "explained_variance_legacy" not in self.metrics["reconstruction_quality"]
+
+    @property
+    def dead(self) -> bool:
+        """Whether no latent ever fired."""
+        return self.metrics["sparsity"]["l0"] == 0
+
+    def metric(self, name: str) -> float | None:
+        """One of SAEBench's numbers by its key; None if it is absent or stands for NaN.
+
+        `explained_variance_legacy` is answered for legacy files too; their `explained_variance` is None, because the
+        quantity of that name did not exist then.
+        """
+        if self.legacy and name in ("explained_variance", "explained_variance_legacy"):
+            return self._raw("explained_variance") if name == "explained_variance_legacy" else None
+        return self._raw(name)
+
+    def _raw(self, name: str) -> float | None:
+        value = next((values[name] for values in self.metrics.values() if name in values), None)
+        if value is None or math.isnan(value):
+            return None
+        if name in SCORES:
+            parts = [self._raw(part) for part in SCORES[name]]
+            range_is_empty = name.endswith("_score") and parts[0] == (parts[2] if len(parts) > 2 else 0)
+            return None if any(part is None for part in parts) or (value == -1 and range_is_empty) else value
+        return None if value == -1 else value
+
+    def measure(self, name: str) -> Measure | None:
+        """One of hsae's corrected measures by its key; None in files that have none."""
+        measures = (self.hsae or {}).get("measures")
+        entry = measures.get(name) if isinstance(measures, dict) else None
+        return (
+            None
+            if not isinstance(entry, dict) or "value" not in entry
+            else Measure(entry["value"], entry.get("low"), entry.get("high"))
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know before comparing these numbers, in plain words."""
+        notes = []
+        if self.legacy:
+            notes.append(
+                "Legacy SAEBench layout (up to 0.1): its explained_variance is the mean over tokens of "
+                "1 - |x - x'|^2 / |x - batch mean|^2, which later versions call explained_variance_legacy; "
+                "latent frequencies were not recorded."
+            )
+        undefined = [key for values in self.metrics.values() for key in values if self._raw(key) is None]
+        if undefined:
+            notes.append(f"-1 stands for NaN, not for a value, in {', '.join(undefined)}.")
+        if self.dead:
+            notes.append(dead_explanation(self.metrics))
+        else:
+            notes.extend(negative_explanation(self.metrics))
+        return notes
+
+
+def dead_explanation(metrics: dict[str, dict[str, float]]) -> str:
+    """Why the numbers of an SAE with no active latent look as they do."""
+    norm_out = metrics["shrinkage"]["l2_norm_out"]
+    text = (
+        "The SAE is dead: no latent fired on any token (L0 = 0), so every reconstruction is the same constant vector"
+        f"{', zero' if norm_out == 0 else f' of norm {norm_out:g}'}. "
+    )
+    if norm_out == 0:
+        text += "Cosine similarity and reconstruction bias are 0/0. "
+    return text + " ".join(negative_explanation(metrics))
+
+
+def negative_explanation(metrics: dict[str, dict[str, float]]) -> list[str]:
+    """Why a loss or KL score below zero is below zero: one text, or none."""
+    behaviour, loss = metrics["model_behavior_preservation"], metrics["model_performance_preservation"]
+    parts = []
+    if behaviour["kl_div_with_sae"] > behaviour["kl_div_with_ablation"] > 0:
+        parts.append(f"KL {behaviour['kl_div_with_sae']:g} against {behaviour['kl_div_with_ablation']:g}")
+    if loss["ce_loss_with_sae"] > loss["ce_loss_with_ablation"] > 0:
+        parts.append(f"cross-entropy {loss['ce_loss_with_sae']:g} against {loss['ce_loss_with_ablation']:g}")
+    if not parts:
+        return []
+    return [
+        f"Scores are negative because the model does worse with the SAE than with the residual set to zero ({', '.join(parts)} nats): "
+        "a zero residual gives near-uniform predictions, whereas with the SAE the tokens kept as they are (BOS) draw the "
+        "attention and the predictions are confidently wrong. Scores have no lower bound."
+    ]
+
+
+def nan_to_minus_one(value: float) -> float:
+    """SAEBench's mark for NaN; infinity is left as it is."""
+    return -1.0 if math.isnan(value) else value
+
+
+def as_json(
+    result: CoreResult, *, release: str, sae_id: str, layout: Layout = "current", eval_id: str | None = None
+) -> dict[str, Any]:
+    """The result as the JSON object that SAEBench writes, in its key order, and `hsae` behind it."""
+    metrics: dict[str, dict[str, float]] = {}
+    for category, keys in CURRENT.items():
+        if layout == "legacy" and category == "misc_metrics":
+            continue
+        values = dict(result.metrics[category])
+        if layout == "legacy" and category == "reconstruction_quality":
+            values["explained_variance"] = values.pop("explained_variance_legacy")
+        metrics[category] = {key: values[key] for key in keys if key in values}
+    kept = DETAILS[:-2] if layout == "legacy" else DETAILS
+    return envelope(
+        "core",
+        eval_config=result.eval_config,
+        metrics=metrics,
+        details=[{key: entry[key] for key in kept} for entry in result.details],
+        sae_config=result.sae_config,
+        unstructured=result.unstructured,
+        hsae=result.hsae,
+        release=release,
+        sae_id=sae_id,
+        eval_id=eval_id,
+    )
+
+
+def envelope(
+    eval_type_id: str,
+    *,
+    eval_config: dict[str, Any],
+    metrics: Mapping[str, Mapping[str, float | None]],
+    details: Sequence[Mapping[str, Any]],
+    sae_config: dict[str, Any] | None,
+    unstructured: Any,
+    hsae: dict[str, Any] | None,
+    release: str,
+    sae_id: str,
+    eval_id: str | None = None,
+) -> dict[str, Any]:
+    """Any evaluation's result as the JSON object that SAEBench writes, in its key order, and `hsae` behind it."""
+    return {
+        "eval_type_id": eval_type_id,
+        "eval_config": eval_config,
+        "eval_id": eval_id or str(uuid.uuid4()),
+        "datetime_epoch_millis": int(time.time() * 1000),
+        "eval_result_metrics": metrics,
+        "eval_result_details": details,
+        "sae_bench_commit_hash": hsae_version(),
+        "sae_lens_id": sae_id,
+        "sae_lens_release_id": release,
+        "sae_lens_version": None,
+        "sae_cfg_dict": sae_config,
+        "eval_result_unstructured": unstructured,
+        "hsae": hsae,
+    }
+
+
+def file_name(release: str, sae_id: str, *apart: str) -> str:
+    """SAEBench's name for a result file; `apart` is what tells it from the standard result, such as `all-tokens`."""
+    return f"{'_'.join((release, sae_id, *apart))}_eval_results.json".replace("/", "_")
+
+
+def write_core(
+    result: CoreResult,
+    folder: Path,
+    *,
+    release: str,
+    sae_id: str,
+    layout: Layout = "current",
+    eval_id: str | None = None,
+    name: str | None = None,
+) -> Path:
+    """Write a result into `folder` under SAEBench's file name or another, atomically; returns the file."""
+    content = as_json(result, release=release, sae_id=sae_id, layout=layout, eval_id=eval_id)
+    return write_result(content, folder, name)
+
+
+def write_result(content: dict[str, Any], folder: Path, name: str | None = None) -> Path:
+    """Write any evaluation's JSON object into `folder` under SAEBench's file name or another, atomically; returns the file."""
+    path = folder / (name or file_name(content["sae_lens_release_id"], content["sae_lens_id"]))
+    text = envelope_text(content)
+    publish(path, lambda partial: partial.write_text(text))
+    return path
+
+
+class _File(BaseModel):
+    """What a core result file must have; keys that hsae has no use for are let through."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    eval_type_id: str
+    eval_config: dict[str, Any]
+    eval_result_metrics: dict[str, dict[str, int | float]]
+    eval_result_details: list[dict[str, int | float]] = Field(default_factory=list)
+    sae_lens_id: str | None = None
+    sae_lens_release_id: str | None = None
+    sae_cfg_dict: dict[str, Any] | None = None
+    eval_result_unstructured: Any = None
+    hsae: dict[str, Any] | None = None
+
+
+def read_core(path: Path) -> CoreResult:
+    """Read a core result of hsae or of SAEBench, current or legacy layout.
+
+    Raises UserError naming the file, the key and what is wrong with it.
+    """
+    try:
+        content = _File.model_validate(read_envelope(path, f"hsae eval core{run_option(path)}"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the top level"
+        raise UserError(f"{path} is not a SAEBench core result: {place}: {first['msg']}") from None
+    if content.eval_type_id != "core":
+        raise UserError(f"{path} holds a {content.eval_type_id!r} result; only 'core' results can be read here")
+    metrics = content.eval_result_metrics
+    for category, keys in CURRENT.items():
+        optional = category == "misc_metrics"
+        needed = set() if optional else set(keys) - {"explained_variance_legacy"}
+        if missing := sorted(needed - metrics.get(category, {}).keys()):
+            raise UserError(
+                f"{path} is not a SAEBench core result: eval_result_metrics.{category}.{missing[0]} is missing"
+            )
+    return CoreResult(
+        name=content.sae_lens_id or path.stem.removesuffix("_eval_results"),
+        eval_config=content.eval_config,
+        metrics=metrics,
+        details=content.eval_result_details,
+        sae_config=content.sae_cfg_dict,
+        release=content.sae_lens_release_id,
+        hsae=content.hsae,
+        source=str(path),
+        unstructured=content.eval_result_unstructured,
+    )

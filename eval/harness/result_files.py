@@ -1,0 +1,133 @@
+"""Result files: JSON under a checksum, so that a digit that changed is not shown as a result. Files without one are older, or SAEBench's.
+
+Evaluations share folders without knowing of each other: whoever writes into one holds its lock, and clears away what killed ones left.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hsae.cache.errors import UserError
+from hsae.cache.files import CHECKSUM, check_seal, content_digest, parse_json, sealed, sweep, write_atomically
+from hsae.train.runs.run_record import options
+
+DIGEST = re.compile("[0-9a-f]{16,}")
+NAMED = {"sae": "SAE", "hsae": "version", "seeds": "draws", "state": "state of the store", "corpus": "text"}
+NAMED |= {"config": "settings", "model": "weights of the language model"}
+WRITER = "sae_bench_commit_hash"  # says in SAEBench's schema who wrote a file
+
+
+def publish(path: Path, write: Callable[[Path], Any]) -> None:
+    """Make or replace a file of an evaluation atomically, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent) as alone:
+        if alone:
+            sweep(path.parent, below=False)
+        write_atomically(path, write)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock on a folder itself; False on a file system that has no such locks."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(opened)
+
+
+def write_result(path: Path, content: Mapping[str, Any], *, indent: int = 1, allow_nan: bool = False) -> None:
+    """Write a JSON object with its checksum, unless just that is there already."""
+    text = json.dumps(sealed(content), indent=indent, allow_nan=allow_nan)
+    if not path.is_file() or path.read_bytes() != text.encode():
+        publish(path, lambda partial: partial.write_text(text))
+
+
+def read_result(path: Path, again: str) -> dict[str, Any]:
+    """The content of a result file without its checksum. Raises UserError, which says to make it `again`, if it is missing or damaged."""
+    content = _read(path, again)
+    try:
+        check_seal(content, required=False)
+    except ValueError as error:
+        raise _damaged(path, again, error) from None
+    return {key: value for key, value in content.items() if key != CHECKSUM}
+
+
+def envelope_text(content: Mapping[str, Any]) -> str:
+    """A result in SAEBench's schema, whose keys are fixed, as JSON text: the checksum of all else stands in hsae's own block."""
+    hsae = content.get("hsae")
+    if isinstance(hsae, dict):
+        plain = parse_json(json.dumps(content))
+        content = {**content, "hsae": {**hsae, CHECKSUM: content_digest(plain)}}
+    return json.dumps(content, indent=2)
+
+
+def read_envelope(path: Path, again: str) -> Any:
+    """The content of a file in SAEBench's schema, hsae's or not, without its checksum. Raises UserError as `read_result` does."""
+    content = _read(path, again, "JSON")
+    hsae = content.get("hsae") if isinstance(content, dict) else None
+    if isinstance(hsae, dict) and CHECKSUM in hsae:
+        plain = {**content, "hsae": {key: value for key, value in hsae.items() if key != CHECKSUM}}
+        if hsae[CHECKSUM] != content_digest(plain):
+            raise _damaged(path, again, "it fails its checksum")
+        return plain
+    if isinstance(content, dict) and not content.keys() & {"hsae"} and str(content.get(WRITER)).startswith("hsae "):
+        raise _damaged(path, again, "its block hsae is missing")
+    return content
+
+
+def changes(inputs: Mapping[str, Any], held: Mapping[str, Any]) -> str:
+    """In what the inputs of a result differ from those `held` by the one whose place it takes: `draws 3 (was 5), other text`."""
+    parts = []
+    for key in dict.fromkeys((*inputs, *held)):
+        now, before = inputs.get(key), held.get(key)
+        if now == before:
+            continue
+        name = NAMED.get(key, key.replace("_", " "))
+        if isinstance(now, dict) and isinstance(before, dict):
+            parts.append(changes(now, before))
+        elif any(isinstance(value, str) and DIGEST.fullmatch(value) for value in (now, before)):
+            parts.append(f"other {name}")
+        else:
+            parts.append(f"{name} {now} (was {before})")
+    return ", ".join(parts)
+
+
+def told_changes(changed: Sequence[tuple[str, str]]) -> list[str]:
+    """What is said of earlier results that will give way, each given as its SAE's label and what is different now; nothing of those without."""
+    return [
+        f"evaluated anew, with {text}: {', '.join(label for label, other in changed if other == text)}"
+        for text in dict.fromkeys(text for _, text in changed if text)
+    ]
+
+
+def run_option(path: Path) -> str:
+    """` --run N`, with its seed, for a result in a run directory; nothing elsewhere."""
+    run = next((folder.parent for folder in path.parents if folder.name == "eval"), None)
+    return f" {options(run)}" if run is not None and run.name.isdecimal() else ""
+
+
+def _read(path: Path, again: str, kind: str = "a result file") -> Any:
+    try:
+        content = parse_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not {kind}: {error}; make it again with: {again}") from None
+    if kind != "JSON" and not isinstance(content, dict):
+        raise _damaged(path, again, "not a JSON object")
+    return content
+
+
+def _damaged(path: Path, again: str, problem: object) -> UserError:
+    return UserError(f"{path} is damaged ({problem}); make it again with: {again}")

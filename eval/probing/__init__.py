@@ -1,0 +1,1 @@
+"""SAEBench's probing evaluations: sparse probing, SCR, TPP and absorption."""

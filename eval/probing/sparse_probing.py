@@ -1,0 +1,152 @@
+"""SAEBench's sparse probing: how much of a labelled class a few latents tell, from sums over each text's tokens.
+
+`faithful` gives SAEBench's numbers; `ideal` the same question with fixed negatives, a validation split and float32, under several seeds.
+
+Shapes: U texts of a task, D residual width, F latents.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsae.eval.probing.text_probes import (
+    Task,
+    Training,
+    balanced,
+    ideal_probe,
+    mean,
+    over_seeds,
+    sample,
+    top_k_accuracy,
+    train_probe,
+)
+
+K_VALUES = (1, 2, 5)
+SCHEMA_K = (1, 2, 5, 10, 20, 50, 100)
+TRAINING = Training(batch=250, epochs=100, lr=1e-2, patience=10)
+RANDOM_SEED = 42
+
+Latents = Callable[[Task], Tensor]
+"""Gives the sums [U, F] of latent activations of a task's texts."""
+Accuracies = dict[str, dict[str, float]]
+"""Kind of probe (`llm_test_accuracy`, `sae_top_5_test_accuracy`, ...) -> class -> accuracy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """SAEBench's three result fields."""
+
+    metrics: dict[str, dict[str, float | None]]
+    details: list[dict[str, Any]]
+    unstructured: Any
+
+
+def baselines(tasks: Sequence[Task], k_values: Sequence[int] = K_VALUES) -> dict[str, Accuracies]:
+    """What probes on the residual itself reach, by task: from a random stream of their own, so they belong to no SAE."""
+    generator = torch.Generator().manual_seed(RANDOM_SEED)
+    return {task.name: dict(_probes("llm", task, task.sums_UD, k_values, generator)) for task in tasks}
+
+
+@torch.no_grad()
+def faithful(
+    tasks: Sequence[Task], latents: Latents, llm: dict[str, Accuracies] | None, k_values: Sequence[int] = K_VALUES
+) -> Outcome:
+    """SAEBench's numbers. With `llm` (its "cached" run) only the SAE's probes draw; without, the residual's draw before them."""
+    generator = torch.Generator().manual_seed(RANDOM_SEED)
+    results: dict[str, Accuracies] = {}
+    for task in tasks:
+        found = dict(_probes("llm", task, task.sums_UD, k_values, generator)) if llm is None else dict(llm[task.name])
+        found |= dict(_probes("sae", task, latents(task), k_values, generator))
+        results[task.name] = found
+    return _outcome(results)
+
+
+def _probes(
+    kind: str, task: Task, sums: Tensor, k_values: Sequence[int], generator: torch.Generator
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """The probe on all columns, then those on the best k: accuracy by class."""
+    vectors = task.means(sums)
+
+    def drawn(chosen: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        train_rows, train_labels = balanced(task.train, chosen, generator)
+        test_rows, test_labels = balanced(task.test, chosen, generator)
+        return (vectors[train_rows], train_labels), (vectors[test_rows], test_labels)
+
+    accuracies = {}
+    for chosen in task.train:
+        train, test = drawn(chosen)
+        with torch.enable_grad():
+            accuracies[chosen] = train_probe(train, test, TRAINING, generator)[1]
+    yield f"{kind}_test_accuracy", accuracies
+    for k in k_values:
+        yield f"{kind}_top_{k}_test_accuracy", {chosen: top_k_accuracy(*drawn(chosen), k) for chosen in task.train}
+
+
+def _outcome(results: dict[str, Accuracies]) -> Outcome:
+    means = {name: {key: mean(values.values()) for key, values in found.items()} for name, found in results.items()}
+    keys = [f"{kind}{key}" for kind in ("llm", "sae") for key in ("_test_accuracy", *_top_keys())]
+    details: list[dict[str, Any]] = [
+        {"dataset_name": f"{name}_results", **{key: found.get(key) for key in keys}} for name, found in means.items()
+    ]
+    overall = {key: _mean_or_none([entry[key] for entry in details]) for key in keys}
+    metrics = {kind: {key: overall[key] for key in keys if key.startswith(kind)} for kind in ("llm", "sae")}
+    unstructured = {
+        f"{name}_results": {
+            key: found[key]
+            for key in sorted(found, key=lambda key: not key.endswith(("sae_test_accuracy", "llm_test_accuracy")))
+        }
+        for name, found in results.items()
+    }
+    return Outcome(metrics=metrics, details=details, unstructured=unstructured)
+
+
+def _top_keys() -> list[str]:
+    return [f"_top_{k}_test_accuracy" for k in SCHEMA_K]
+
+
+def _mean_or_none(values: list[float | None]) -> float | None:
+    kept = [value for value in values if value is not None]
+    return mean(kept) if kept else None
+
+
+# ---- ideal --------------------------------------------------------------------------------------------------------------
+
+
+def ideal(
+    tasks: Sequence[Task], vectors: Latents, seeds: Sequence[int], k_values: Sequence[int] = K_VALUES
+) -> dict[str, Any]:
+    """Measures with intervals over seeds, overall and by task: `test_accuracy` and `top_k_test_accuracy`.
+
+    `vectors` gives float32 sums of latents, or of the residual for what the residual itself reaches. Under one seed the negatives,
+    the validation texts and the test texts of a class are the same for every k and every SAE.
+    """
+    by_task: dict[str, dict[str, list[float]]] = {}
+    for task in tasks:
+        means = task.means(vectors(task).float())
+        found: dict[str, list[float]] = {}
+        for seed in seeds:
+            texts = {chosen: sample(task, chosen, seed) for chosen in task.train}
+            full = [
+                ideal_probe(means, one).accuracy(means[one.test[0]].double(), one.test[1]) for one in texts.values()
+            ]
+            found.setdefault("test_accuracy", []).append(mean(full))
+            for k in k_values:
+                accuracies = [
+                    top_k_accuracy(
+                        (means[one.train[0]], one.train[1]), (means[one.test[0]], one.test[1]), k, stable=True
+                    )
+                    for one in texts.values()
+                ]
+                found.setdefault(f"top_{k}_test_accuracy", []).append(mean(accuracies))
+        by_task[task.name] = found
+    keys = ["test_accuracy", *(f"top_{k}_test_accuracy" for k in k_values)]
+    overall = {
+        key: [mean(column) for column in zip(*(found[key] for found in by_task.values()), strict=True)] for key in keys
+    }
+    return {
+        "measures": {key: over_seeds(values) for key, values in overall.items()},
+        "tasks": {name: {key: over_seeds(values) for key, values in found.items()} for name, found in by_task.items()},
+    }

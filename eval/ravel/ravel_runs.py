@@ -1,0 +1,267 @@
+"""`hsae eval ravel`: each SAE's result from RAVEL's store. The language model is loaded only if something has to be computed."""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsae.cache.errors import NotApplicable
+from hsae.cache.language_model.generation import Passes
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.reading.store import check_model
+from hsae.cache.suites.entities import counted
+from hsae.cache.suites.ravel_store import RavelStore
+from hsae.eval.harness.envelope import envelope, hsae_version
+from hsae.eval.harness.fits import check_fits
+from hsae.eval.harness.targets import Target
+from hsae.eval.probing.text_probes import generator_for, over_seeds
+from hsae.eval.ravel.exchange import (
+    Attributes,
+    Exchange,
+    Pair,
+    Scores,
+    averaged,
+    drawn_scores,
+    own_scores,
+    pairs_of,
+    saebench_scores,
+    split_entities,
+)
+from hsae.train.config.suite_tables import RavelConfig
+from hsae.train.model.views import View
+
+MEASURES = {
+    "disentanglement_score": "disentangle_score",
+    "cause_score": "cause_score",
+    "isolation_score": "isolation_score",
+}
+"""SAEBench's names of the means -> those of one attribute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One attribute's pairs."""
+
+    kind: str
+    attribute: str
+    train: list[Pair]
+    test: list[Pair]
+
+    @property
+    def name(self) -> str:
+        """SAEBench's name of the attribute."""
+        return f"{self.kind}_{self.attribute}"
+
+
+class RavelBench:
+    """RAVEL at one hook, ready to evaluate SAEs."""
+
+    suite = "ravel"
+
+    def __init__(
+        self,
+        store: RavelStore,
+        hook: str,
+        seeds: int,
+        config: RavelConfig,
+        load: Callable[[], LanguageModel],
+        device: str = "cpu",
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.store, self.hook, self.config, self.device = store, hook, config, device
+        self.seeds, self._load, self.say = list(range(seeds)), load, say
+
+    # --- what all SAEs share ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def language(self) -> LanguageModel:
+        """The language model, checked to be the store's."""
+        model = self._load()
+        check_model(self.store.path, self.store.header, model, "ravel")
+        return model
+
+    @cached_property
+    def saebench_splits(self) -> list[Split]:
+        """SAEBench's pairs: one random stream over all attributes; the first of the mixed pairs train, the rest test."""
+        mixed, found = random.Random(self.config.seed), []
+        for kind, prompts in self.store.kept.items():
+            for attribute in prompts:
+                pairs = pairs_of(prompts, attribute, self.config.pairs, mixed)
+                cut = int(self.config.train_share * len(pairs))
+                found.append(Split(kind=kind, attribute=attribute, train=pairs[:cut], test=pairs[cut:]))
+        return found
+
+    @cached_property
+    def splits(self) -> list[Split]:
+        """Pairs whose entities are either trained on or tested on."""
+        found = []
+        for kind, prompts in self.store.kept.items():
+            sides: tuple[Attributes, Attributes] = split_entities(
+                prompts, self.config.train_share, random.Random(f"{self.config.seed} {kind}")
+            )
+            shares = (self.config.train_share, 1 - self.config.train_share)
+            for attribute in prompts:
+                mixed = random.Random(f"{self.config.seed} {kind} {attribute}")
+                train, test = (
+                    pairs_of(side, attribute, max(1, round(share * self.config.pairs)), mixed)
+                    for side, share in zip(sides, shares, strict=True)
+                )
+                found.append(Split(kind=kind, attribute=attribute, train=train, test=test))
+        return found
+
+    @cached_property
+    def residual(self) -> dict[str, Any]:
+        """Measures with the whole residual exchanged. Raises NotApplicable if that changes too few answers for RAVEL to mean anything."""
+        self.say("ravel: the whole residual exchanged")
+        exchange = self._exchange()
+        outcomes = [exchange.whole(split.test) for split in self.splits]
+        found = self._measures(self.splits, outcomes)
+        cause = found["cause_score"]["value"]
+        if cause is None or cause < self.config.least_ceiling:
+            raise NotApplicable(
+                f"exchanging the whole residual of an entity at {self.hook} changes {cause or 0:.0%} of the answers to the other entity's: by "
+                "there the attributes have moved on to later tokens, and no latent can score; evaluate SAEs of an earlier layer "
+                "(or lower ravel.least_ceiling)"
+            )
+        return found
+
+    def _exchange(self) -> Exchange:
+        return Exchange(store=self.store, hook=self.hook, language=self.language, config=self.config)
+
+    # --- one SAE ---------------------------------------------------------------------------------------------------------
+
+    def check(self, view: View) -> None:
+        """Refuse an SAE that does not belong to the store's hook. Raises UserError."""
+        check_fits(view, self.hook, self.store.header.d_model, self.store.spec.model.id)
+
+    def content(self, target: Target) -> dict[str, Any]:
+        """A target's result as SAEBench's JSON object with hsae's block."""
+        residual = self.residual
+        exchange, label = self._exchange(), target.label
+        plain = target.view.to(dtype=self.language.dtype, device=self.device)
+        faithful = []
+        for split in self.saebench_splits:
+            self.say(f"ravel: {label}, {split.name}")
+            mask_F = exchange.train(plain, split.train, keep_error=False)
+            faithful.append(saebench_scores(split.test, exchange.outcomes(plain, split.test, mask_F, keep_error=False)))
+        spent = {"saebench": asdict(exchange.passes)}
+        exchange.passes = Passes()
+        exact = target.view.to(dtype=torch.float32, device=self.device)
+        chosen, outcomes, by_chance = [], [], []
+        for split in self.splits:
+            self.say(f"ravel: {label}, {split.name}, error kept")
+            mask_F = exchange.train(exact, split.train, keep_error=True)
+            chosen.append(mask_F)
+            outcomes.append(exchange.outcomes(exact, split.test, mask_F, keep_error=True))
+            other_F = self._random(exchange, exact, split, mask_F)
+            by_chance.append(exchange.outcomes(exact, split.test, other_F, keep_error=True))
+        spent["measures"] = asdict(exchange.passes)
+        means, unstructured = self._tables(self.saebench_splits, faithful)
+        own = [
+            {
+                **own_scores(split.test, held),
+                "latents": mask_F.nonzero()[:, 0].tolist(),
+                "pairs": {"train": len(split.train), "test": len(split.test)},
+            }
+            for split, held, mask_F in zip(self.splits, outcomes, chosen, strict=True)
+        ]
+        return envelope(
+            "ravel",
+            eval_config=self.eval_config(),
+            metrics={"ravel": {name: means[short] for name, short in MEASURES.items()}},
+            details=[],
+            sae_config={**target.view.config, "dtype": self.store.spec.model.dtype, "device": self.device},
+            unstructured=unstructured,
+            hsae={
+                "version": hsae_version(),
+                "measures": self._measures(self.splits, outcomes),
+                "random": self._measures(self.splits, by_chance),
+                "residual": residual,
+                "attributes": {split.name: entry for split, entry in zip(self.splits, own, strict=True)},
+                "interval": "mean over seeds +- Student's t times the standard deviation over seeds, 95 %; a seed draws the tested entities "
+                "with replacement, the mask is trained once",
+                "lm_passes": spent,
+                "store": {"path": self.store.path.name, "passes": self.store.header.passes},
+                "asked": self.store.header.asked,
+                "right": self.store.header.right,
+                "sources": self.store.header.sources,
+                "inputs": self.inputs(target),
+            },
+            release=target.release,
+            sae_id=target.sae_id,
+        )
+
+    def _random(self, exchange: Exchange, view: View, split: Split, mask_F: Tensor) -> Tensor:
+        """As many other latents, drawn among those that differ in some tested pair."""
+        alive_F = torch.zeros_like(mask_F)
+        base_BF, source_BF = exchange.latents(view, split.test)
+        alive_F |= (base_BF != source_BF).any(0)
+        others = (alive_F & ~mask_F).nonzero()[:, 0]
+        order = torch.randperm(len(others), generator=generator_for("random latents", split.name, self.config.seed))
+        found_F = torch.zeros_like(mask_F)
+        found_F[others[order.to(others.device)[: int((mask_F & alive_F).sum())]]] = True
+        return found_F
+
+    def _tables(self, splits: Sequence[Split], entries: Sequence[Scores]) -> tuple[Scores, dict[str, Any]]:
+        """The means over attributes, then types; and SAEBench's table of the attributes."""
+        by_kind: dict[str, dict[str, Scores]] = {}
+        for split, entry in zip(splits, entries, strict=True):
+            by_kind.setdefault(split.kind, {})[split.name] = entry
+        means = averaged([averaged(list(held.values())) for held in by_kind.values()])
+        return means, {f"{kind}_results": held for kind, held in by_kind.items()}
+
+    def _measures(self, splits: Sequence[Split], outcomes: Sequence[Sequence[bool]]) -> dict[str, Any]:
+        drawn = []
+        for seed in self.seeds:
+            entries = [
+                drawn_scores(split.test, held, split.name, seed) for split, held in zip(splits, outcomes, strict=True)
+            ]
+            drawn.append(self._tables(splits, entries)[0])
+        return {name: over_seeds([entry[short] for entry in drawn]) for name, short in MEASURES.items()}
+
+    def inputs(self, target: Target) -> dict[str, Any]:
+        """All that a result depends on."""
+        config = hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()[:16]
+        store = {"store": self.store.spec.fingerprint, "state": self.store.digest}
+        return {**target.inputs, **store, "config": config, "seeds": len(self.seeds)}
+
+    def eval_config(self) -> dict[str, Any]:
+        """SAEBench's `eval_config`."""
+        config, kept = self.config, self.store.kept
+        return {
+            "entity_attribute_selection": {kind: list(prompts) for kind, prompts in kept.items()},
+            "top_n_entities": config.top_entities,
+            "top_n_templates": 90,
+            "full_dataset_downsample": None,
+            "num_pairs_per_attribute": config.pairs,
+            "train_test_split": config.train_share,
+            "force_dataset_recompute": False,
+            "model_name": self.store.spec.model.id,
+            "llm_dtype": self.store.spec.model.dtype,
+            "llm_batch_size": config.batch_pairs,
+            "learning_rate": config.learning_rate,
+            "num_epochs": config.epochs,
+            "train_mdas": False,
+            "n_generated_tokens": config.new_tokens,
+            "random_seed": config.seed,
+            "artifact_dir": "",
+        }
+
+
+def passes_of(blocks: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The passes behind several results together."""
+    spent = [part for block in blocks for part in block["lm_passes"].values()]
+    return {name: sum(part[name] for part in spent) for name in asdict(Passes())}
+
+
+def told(store: RavelStore) -> str:
+    """What was asked and what of it was answered right, for people."""
+    header = store.header
+    right = {kind: header.right.get(kind, {}) for kind in header.asked}
+    used = sum(len(held) for prompts in store.kept.values() for held in prompts.values())
+    return f"answered right and kept: {counted(right, header.asked)}; {used} prompts used"

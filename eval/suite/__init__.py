@@ -1,1 +1,0 @@
-"""SAEBench's other evaluations, from probe stores."""

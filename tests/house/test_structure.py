@@ -1,0 +1,94 @@
+"""The layout rules: arrows cli -> eval -> train -> cache, light start-up, nothing missing from the wheel."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+import hsae.cache
+import hsae.cli
+import hsae.eval
+import hsae.train
+
+RANK = {"cache": 0, "train": 1, "eval": 2, "cli": 3}
+HEAVY = ["torch", "transformers", "zarr", "numpy", "pandas", "plotly", "matplotlib", "jinja2", "datasets"]
+
+
+def modules():
+    return [path for package in RANK for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(path, *, everywhere=True):
+    """hsae and other modules a file imports; at the top level only unless `everywhere`."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else tree.body
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("package", [hsae.cache, hsae.train, hsae.eval, hsae.cli])
+def test_the_tests_run_against_this_checkout(package):
+    assert Path(package.__file__).resolve().parent.parent == ROOT
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_arrows_go_one_way(path):
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "hsae" and len(parts) > 1:
+            assert RANK[parts[1]] <= RANK[path.relative_to(ROOT).parts[0]], f"{path} imports {name}"
+        assert parts[0] not in RANK, f"{path} imports {name} without hsae."
+
+
+def test_only_one_module_loads_language_models():
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in modules()
+        for name in imports(path)
+        if name.split(".")[0] == "transformers"
+    }
+    assert users <= {"cache/language_model/lm.py", "cache/language_model/sources.py"}
+    assert users
+
+
+def test_training_never_imports_the_language_model():
+    for path in (ROOT / "train").rglob("*.py"):
+        assert "hsae.cache.language_model.lm" not in set(imports(path)), path
+
+
+def test_help_is_light():
+    code = "import sys; from hsae.cli.main import app; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "typer" in loaded
+    assert sorted(set(HEAVY) & set(loaded)) == []
+
+
+def test_every_data_file_is_packaged():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(settings["package-dir"]) == {"hsae", *(f"hsae.{part}" for part in RANK)}
+    for package in ("hsae", *RANK):
+        for path in (ROOT / package).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".py":
+                assert any(path.match(pattern) for pattern in settings["package-data"]["*"]), (
+                    f"{path} would not be in the wheel"
+                )
+            assert not path.is_dir() or path.name == "__pycache__" or (path / "__init__.py").is_file(), (
+                f"{path} is no package"
+            )
+
+
+def test_no_pickle_and_no_remote_code():
+    for path in modules():
+        text = path.read_text()
+        names = {name.split(".")[0] for name in imports(path)}
+        assert not names & {"pickle", "cloudpickle", "joblib", "dill", "shelve"}, path
+        assert "trust_remote_code=True" not in text and "torch.load(" not in text and "torch.save(" not in text, path

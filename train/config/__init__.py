@@ -1,0 +1,1 @@
+"""The plan, its runs, and the tables they are made of."""

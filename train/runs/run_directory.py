@@ -1,0 +1,376 @@
+"""A run directory, `runs/<N>/`: what is in it, whose it is, and how its log is kept.
+
+run.json (what was trained on what), metrics.jsonl (one JSON object a line), checkpoint/ (while training), model/ (native),
+saelens/<view>/ (for other tools), eval/ (results). Nothing in it is pickled.
+"""
+
+import hashlib
+import io
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock, Timeout
+
+from hsae.cache.errors import UserError
+from hsae.cache.files import LEFT, PARTIAL, parse_json, sweep, write_atomically
+from hsae.cache.reading.store import ActivationStore
+from hsae.train.config.plan import Plan
+from hsae.train.config.run_config import RunConfig
+from hsae.train.model import saelens_folder
+from hsae.train.model.trained_model import load_mark, load_model
+from hsae.train.runs.run_record import FILE, MODEL_FILES, VIEW, damage, digests, harmed, read_run, write_run
+from hsae.train.training.checkpoints import FILE as CHECKPOINT
+from hsae.train.training.checkpoints import read_mark
+
+__all__ = ["read_run", "write_run"]
+
+TRAINED = ("metrics.jsonl", *MODEL_FILES)
+EVALUATED = (
+    "eval/*/*_eval_results.json",
+    "eval/*/legacy/*_eval_results.json",
+    "eval/composition.json",
+    "eval/composition.safetensors",
+    "eval/stability.json",
+    "eval/unlearning.json",
+    "eval/unlearning.partial.json",
+    "eval/unlearning.png",
+    "eval/unlearning_qa.json",
+)
+"""What evaluations leave; it is a run's own, and all else in its directory is somebody else's."""
+State = Literal["complete", "unfinished", "new"]
+
+
+def identities(plan: Plan, config: RunConfig) -> tuple[str, ...]:
+    """Sixteen hex digits over all that determines a run's result: its configuration, the stream's and the training store's numbers.
+
+    A store's lossless codecs hold the same numbers: runs are known by the first identity, and, from before this was so, by the second
+    if they were trained on a compact store.
+    """
+    stream = plan.train.model_dump(mode="json", include={"tokens", "batch_tokens", "seed"})
+    spec = plan.asked("train")
+    codecs = ("int8",) if spec.codec == "int8" else ("mappable", "compact")
+    names = (spec.model_copy(update={"codec": codec}).name for codec in codecs)
+    texts = (
+        json.dumps([stream, config.model_dump(mode="json"), name, plan.hook.names[0]], sort_keys=True) for name in names
+    )
+    return tuple(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
+
+
+def mark(plan: Plan, config: RunConfig, store: ActivationStore) -> dict[str, Any]:
+    """What checkpoints and models say they belong to: a run, and digests of what its store was made from."""
+    return {"identity": identities(plan, config)[0], "content": content_of(store)}
+
+
+def lock(plan: Plan, config: RunConfig) -> AbstractContextManager[object]:
+    """The lock on a run directory, taken. Raises UserError if another process trains the run."""
+    folder = Path(plan.train.dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / f".{config.number}.lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is training {plan.run_dir(config)}; wait for it, or stop it") from None
+
+
+def content_of(store: ActivationStore) -> dict[str, str]:
+    """Digests of what the store was made from; its name says only what was asked for."""
+    return {name: getattr(store.header, name) for name in ("model_digest", "tokenizer_digest", "corpus_digest")}
+
+
+def is_complete(plan: Plan, config: RunConfig) -> bool:
+    """Whether this very run has been trained to its end."""
+    held = read_run(plan.run_dir(config))
+    return held is not None and held.get("identity") in identities(plan, config) and held.get("complete") is True
+
+
+def prepare(
+    plan: Plan,
+    config: RunConfig,
+    store: ActivationStore,
+    device: str,
+    *,
+    resume: bool,
+    restart: bool,
+    world: int = 1,
+    say: Callable[[str], None] = lambda text: None,
+) -> State:
+    """Make the run directory ready for `world` workers; `unfinished` means that there is a checkpoint to go on from.
+
+    What can be mended of a finished run is mended, and said. Raises UserError if the directory holds what hsae did not write, another
+    configuration's run, a harmed one, or an unfinished one and neither `resume` nor `restart` was asked for.
+    """
+    run_dir = plan.run_dir(config)
+    own = identities(plan, config)
+    about = _description(plan, config, store, hardware(device, world))
+    if restart:
+        _check_ours(run_dir, restart=True)
+    else:
+        if (held := _known(run_dir, about, say)) is not None:
+            if held.get("identity") not in own:
+                raise UserError(
+                    f"{run_dir} holds a run of another configuration or store (plan {held.get('plan')}); "
+                    "--restart replaces it, --set train.dir=FOLDER trains beside it"
+                )
+            if held.get("content") != about["content"]:
+                raise UserError(
+                    f"{run_dir} was trained on a store of the same name made from another model or text; --restart trains it again"
+                )
+            _sweep(run_dir)
+            if held.get("complete") is True:
+                if _whole(run_dir, held, say):
+                    _remove(run_dir, [CHECKPOINT])
+                    return "complete"
+            elif (run_dir / CHECKPOINT).is_file():
+                if not resume:
+                    raise UserError(
+                        f"{run_dir} was not finished; --resume goes on from its checkpoint, --restart begins again"
+                    )
+                return "unfinished"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _remove(run_dir, [CHECKPOINT])
+    write_run(run_dir, about)
+    _sweep(run_dir)
+    _remove(run_dir, TRAINED)
+    if restart:  # else the folders for other tools may be all that is left of a model, until it is made again
+        _remove(run_dir, [*_saelens_files(run_dir), *EVALUATED])
+    return "new"
+
+
+def finish(run_dir: Path) -> None:
+    """Say that a run is complete, with the digests of the files of its model."""
+    content = read_run(run_dir)
+    assert content is not None
+    write_run(run_dir, {**content, "files": digests(run_dir), "complete": True})
+    _remove(run_dir, [CHECKPOINT])
+
+
+def _check_ours(run_dir: Path, *, restart: bool) -> None:
+    """Raise UserError if there is something that `prepare` may not replace: no run of hsae's, or one without `restart`."""
+    there = (
+        sorted(path.name for path in run_dir.iterdir() if not LEFT.fullmatch(path.name))
+        if run_dir.is_dir()
+        else ["it is a file"] * run_dir.exists()
+    )
+    signs = (FILE, b'"identity"'), (MODEL_FILES[0], b'"structure"'), (CHECKPOINT, b'\\"identity\\"')
+    ours = any(sign in _begins(run_dir / name) for name, sign in signs)
+    if not there or (ours and restart):
+        return
+    listed = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
+    if ours:
+        raise UserError(
+            f"{run_dir} holds a run ({listed}), but no {FILE} that says which; put {FILE} back, or --restart replaces the run, or "
+            "--set train.dir=FOLDER trains beside it"
+        )
+    raise UserError(
+        f"{run_dir} is not empty ({listed}), and not a run of hsae's, which --restart could replace; move it away, or "
+        "--set train.dir=FOLDER trains beside it"
+    )
+
+
+def _begins(path: Path) -> bytes:
+    """The first bytes of a file; none if there is no such file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(1 << 22)
+    except OSError:
+        return b""
+
+
+def _known(run_dir: Path, about: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The content of run.json; of a lost or damaged one what the model or the checkpoint beside it tells. None in an empty directory."""
+    try:
+        if (held := read_run(run_dir)) is not None and "identity" in held:
+            return held
+    except UserError as error:
+        say(str(error))
+    found = load_mark(run_dir / "model")
+    complete = found is not None
+    found = found or read_mark(run_dir)
+    if found is None or "content" not in found:
+        _check_ours(run_dir, restart=False)
+        return None
+    unknown = {"versions": {"hsae": "not recorded"}, "hardware": "not recorded"}
+    held = {**about, "identity": found["identity"], "content": found["content"], **unknown}
+    if (held["identity"], held["content"]) == (about["identity"], about["content"]):
+        write_run(run_dir, held | {"complete": complete})
+        if complete:
+            _write_saelens(run_dir)
+            finish(run_dir)
+        say(
+            f"{run_dir / FILE} was lost, and is written again from the {'model' if complete else 'checkpoint'} beside it"
+        )
+        return read_run(run_dir)
+    return held
+
+
+def _whole(run_dir: Path, held: dict[str, Any], say: Callable[[str], None]) -> bool:
+    """Whether the files of a finished run are there, with folders for other tools made again; False if the model has to be.
+
+    Raises UserError if one of the model's files is harmed.
+    """
+    missing = [name for name in MODEL_FILES if not (run_dir / name).is_file()]
+    if missing:
+        say(f"{run_dir / missing[0]} is missing: the run is trained again; evaluations stay until they are made anew")
+        return False
+    wrong = damage(run_dir, held)
+    for name in MODEL_FILES:
+        if name in wrong:
+            raise harmed(run_dir / name, run_dir, wrong[name])
+    if wrong or not (run_dir / "saelens").is_dir():
+        _write_saelens(run_dir)
+        if "files" in held:
+            write_run(run_dir, {**held, "files": digests(run_dir)})
+        say(
+            f"{run_dir / next(iter(wrong), 'saelens')} {next(iter(wrong.values()), 'is missing')}: made again from the model"
+        )
+    elif "files" not in held:
+        load_model(run_dir / "model")  # made before there were digests: what can be seen of damage is seen here
+    return True
+
+
+def _write_saelens(run_dir: Path) -> None:
+    """Make the folders for other tools from the model."""
+    for name, sae in load_model(run_dir / "model").one_layer().items():
+        saelens_folder.save(sae, run_dir / "saelens" / name)
+
+
+def _saelens_files(run_dir: Path) -> list[str]:
+    folders = [path.name for path in run_dir.glob("saelens/*") if VIEW.fullmatch(path.name)]
+    return [
+        f"saelens/{name}/{file}"
+        for name in folders
+        for file in (saelens_folder.CONFIG_FILE, saelens_folder.WEIGHTS_FILE)
+    ]
+
+
+def _remove(run_dir: Path, patterns: Sequence[str]) -> None:
+    """Delete hsae's own files, and the folders that are empty without them."""
+    for path in [path for pattern in patterns for path in run_dir.glob(pattern) if path.is_file()]:
+        if path.name.endswith("_eval_results.json") and b'"hsae"' not in _begins(path):
+            continue  # SAEBench's own
+        path.unlink(missing_ok=True)
+        folder = path.parent
+        while folder != run_dir and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
+
+
+def _sweep(run_dir: Path) -> None:
+    """Delete what a killed training left half-written; evaluations, which may be under way, have their own."""
+    for name in ("checkpoint", "model", "saelens"):
+        sweep(run_dir / name)
+    for path in run_dir.glob(f".{FILE}.*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+
+
+def _description(plan: Plan, config: RunConfig, store: ActivationStore, hardware: str) -> dict[str, Any]:
+    """What run.json says of a run that begins."""
+    try:
+        own = version("hsae")
+    except PackageNotFoundError:
+        own = "not installed"
+    return {
+        "format": 1,
+        **mark(plan, config, store),
+        "number": config.number,
+        "name": config.name,
+        "plan": plan.name,
+        "model": plan.model.id,
+        "hook": plan.hook.names[0],
+        "d_in": store.header.d_model,
+        "train_store": store.spec.name,
+        "eval_store": plan.store("eval").name,
+        "config": {**plan.train.model_dump(mode="json"), **config.model_dump(mode="json")},
+        "versions": {"hsae": own, "torch": torch.__version__, "python": platform.python_version()},
+        "hardware": hardware,
+        "complete": False,
+    }
+
+
+def hardware(device: str, world: int = 1) -> str:
+    """What a run is trained on, in words."""
+    if device.startswith("cuda"):
+        one = torch.cuda.get_device_name(device)
+    else:
+        one = f"{platform.machine()} processor, {torch.get_num_threads()} threads"
+    return one if world == 1 else f"{world} workers, each: {one}"
+
+
+DAMAGED = "damaged"
+"""Kind of the lines that stand in a log for damaged ones, with what is left of them."""
+
+
+class MetricsLog:
+    """metrics.jsonl, appended to line by line. When a run goes on at `step`, what lies behind that step is cut off.
+
+    A damaged line before it is replaced by one that any reader of JSON lines understands and that holds what is left of it.
+    """
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        lines = _lines(self.path)
+        before = (number for number, (_, line) in enumerate(lines) if line is not None and _before(line, step))
+        last = max(before, default=-1)
+        kept, reached = [], 0
+        for number, (text, line) in enumerate(lines):
+            if line is not None:
+                if number > last:
+                    break
+                kept.append(text)
+                reached = line["step"]
+            elif text.endswith(b"\n"):  # the last one may have been cut off
+                rest = {"kind": DAMAGED, "step": reached, "text": text.decode("utf-8", "backslashreplace").rstrip("\n")}
+                kept.append(json.dumps(rest).encode() + b"\n")
+        content = b"".join(kept)
+        if not self.path.is_file() or content != b"".join(text for text, _ in lines):
+            write_atomically(self.path, lambda partial: partial.write_bytes(content))
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one object."""
+        with _named(self.path), self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; damaged ones, and a last one cut off by a crash, are left out."""
+    return [line for _, line in _lines(run_dir / "metrics.jsonl") if line is not None and line["kind"] != DAMAGED]
+
+
+def damaged_metrics(run_dir: Path) -> list[int]:
+    """Numbers (from 1) of the damaged lines of metrics.jsonl, the last one apart if it was cut off."""
+    lines = enumerate(_lines(run_dir / "metrics.jsonl"), 1)
+    return [n for n, (text, line) in lines if (text.endswith(b"\n") if line is None else line["kind"] == DAMAGED)]
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let an OSError say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _before(line: dict[str, Any], step: int) -> bool:
+    """Whether a line was written before a checkpoint of `step`."""
+    return bool(line["step"] < step or (line["kind"] != "stage" and line["step"] == step))
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The bytes of each line of a log, and what it says; None if that is damaged."""
+    held = path.read_bytes() if path.is_file() else b""
+    return [(text, _parsed(text)) for text in io.BytesIO(held)]
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = parse_json(text)
+    except ValueError:
+        return None
+    known = isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("kind"), str)
+    return line if known else None

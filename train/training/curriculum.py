@@ -1,0 +1,88 @@
+"""Progressive layer addition: which levels learn when (declared stages, in either order)."""
+
+from dataclasses import dataclass
+
+from hsae.train.config.run_config import RunConfig, Stage
+
+
+def stages(run: RunConfig) -> tuple[Stage, ...]:
+    """The stages of a run; a run without a curriculum has one stage in which everything learns."""
+    everything = tuple(range(1, run.levels + 1))
+    if isinstance(run.curriculum, tuple):
+        return run.curriculum
+    if run.curriculum == "none":
+        return (
+            (
+                Stage(name="joint", until=0.2, levels=everything),
+                Stage(name="joint, composition ramp", until=0.4, levels=everything, composition="ramp"),
+                Stage(name="joint, sparse composition", until=1.0, levels=everything, composition="on", sparsify=True),
+            )
+            if run.composition.mode != "none"
+            else (Stage(name="joint", until=1.0, levels=everything),)
+        )
+    order = everything[::-1] if run.curriculum == "coarse-first" else everything
+    return _progressive(order)
+
+
+def _progressive(order: tuple[int, ...]) -> tuple[Stage, ...]:
+    """One level alone until 30 %, the others added one after the other until 40 %, then all together.
+
+    A joining level warms up alone while those before it stand still; they are freed at 40 %, when composition ramps up to
+    60 %. The proximal step thins W from 60 % on. For two levels this is the schedule 30 / 40 / 60 / 80 / 100.
+    """
+    made = [Stage(name=f"level {order[0]} alone", until=0.3, levels=order[:1])]
+    joining = len(order) - 1
+    for count in range(1, joining + 1):
+        older = order[:count]
+        made.append(
+            Stage(
+                name=f"level {order[count]} joins",
+                until=0.3 + 0.1 * count / joining,
+                levels=order[: count + 1],
+                rates=dict.fromkeys(older, 0.0),
+            )
+        )
+    made.append(Stage(name="all levels, composition ramp", until=0.6, levels=order, composition="ramp"))
+    made.append(Stage(name="all levels, sparse composition", until=0.8, levels=order, composition="on", sparsify=True))
+    made.append(Stage(name="decay", until=1.0, levels=order, composition="on", sparsify=True))
+    return tuple(made)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What holds at one optimiser step."""
+
+    stage: Stage
+    index: int
+    """Number of the stage."""
+    composition: float
+    """Share of the composition weight that is on, 0 to 1."""
+    starts: bool
+    """Whether this is the stage's first step."""
+    joined: dict[int, int]
+    """For each level taking part, the step from which its learning rate warms up: when it joined, or a stage said so last."""
+
+
+class Curriculum:
+    """The stages of a run laid over its steps."""
+
+    def __init__(self, run: RunConfig, steps: int) -> None:
+        self.stages = stages(run)
+        self.ends = [max(1, round(stage.until * steps)) for stage in self.stages]
+        self.ends[-1] = steps
+
+    def at(self, step: int) -> Moment:
+        """The moment at `step` (0-based)."""
+        index = next((i for i, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
+        stage = self.stages[index]
+        start = self.ends[index - 1] if index else 0
+        share = {"off": 0.0, "on": 1.0, "ramp": (step + 1 - start) / max(1, self.ends[index] - start)}[
+            stage.composition
+        ]
+        joined = {}
+        for level in stage.levels:
+            first = next(i for i, earlier in enumerate(self.stages) if level in earlier.levels)
+            warmed = [i for i, earlier in enumerate(self.stages[: index + 1]) if level in earlier.warmup]
+            last = max([first, *warmed])
+            joined[level] = self.ends[last - 1] if last else 0
+        return Moment(stage=stage, index=index, composition=min(1.0, share), starts=step == start, joined=joined)

@@ -1,0 +1,79 @@
+"""The optimiser of a run: Adam with one parameter group a level, and the learning-rate schedule."""
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from hsae.train.config.run_config import RunConfig
+from hsae.train.model.hierarchical_sae import HierarchicalSAE
+from hsae.train.training.curriculum import Moment
+
+SHARED, COMPOSITION = 0, -1  # group names beside the level numbers
+
+
+def make_optimiser(model: HierarchicalSAE, compositions: nn.ModuleList, run: RunConfig) -> torch.optim.Adam:
+    """Adam (0.9, 0.999) over the levels, the shared bias and the maps W; groups are named by `level`."""
+    groups: dict[int, list[nn.Parameter]] = {
+        number: list(model.level(number).parameters()) for number in range(1, run.levels + 1)
+    }
+    if run.structure == "stacked":
+        for number in range(1, run.levels + 1):
+            groups[number].append(model.bias(number))
+    else:
+        groups[SHARED] = [model.bias(1)]
+    if learned := [parameter for parameter in compositions.parameters() if parameter.requires_grad]:
+        groups[COMPOSITION] = learned
+    named = [{"params": parameters, "level": level} for level, parameters in groups.items()]
+    return torch.optim.Adam(named, lr=run.rate, betas=(0.9, 0.999), fused=True)
+
+
+def schedule(run: RunConfig, step: int, steps: int, joined: int = 0) -> float:
+    """Learning-rate factor at `step` for what joined at step `joined`: linear warm-up, flat, linear fall to 0 at the end."""
+    warmup = max(1, min(run.warmup_steps, steps // 10))
+    rising = min(1.0, (step - joined + 1) / warmup)
+    decay_steps = run.decay * steps
+    falling = min(1.0, (steps - step) / decay_steps) if decay_steps >= 1 else 1.0
+    return rising * falling
+
+
+def set_rates(optimiser: torch.optim.Adam, run: RunConfig, moment: Moment, step: int, steps: int) -> float:
+    """Set every group's learning rate for `step`, freeze what stands still, and return the rate of an unfrozen old level."""
+    base = run.rate * schedule(run, step, steps)
+    for group in optimiser.param_groups:
+        level = group["level"]
+        if level > 0:
+            factor = moment.stage.rates.get(level, 1.0) if level in moment.stage.levels else 0.0
+            group["lr"] = run.rate * schedule(run, step, steps, moment.joined.get(level, 0)) * factor
+        else:
+            group["lr"] = base if level == SHARED or moment.composition > 0 else 0.0
+        for parameter in group["params"]:
+            parameter.requires_grad_(group["lr"] > 0)
+    return base
+
+
+def forget(optimiser: torch.optim.Adam, levels: Collection[int]) -> None:
+    """Drop Adam's moments and step counts of some levels, as if they had just been made."""
+    for group in optimiser.param_groups:
+        if group["level"] in levels:
+            for parameter in group["params"]:
+                optimiser.state.pop(parameter, None)
+
+
+def rename_state(optimiser: torch.optim.Adam, names: dict[nn.Parameter, str]) -> dict[str, torch.Tensor]:
+    """Adam's state as flat tensors `<parameter>/exp_avg`, `/exp_avg_sq`, `/step`."""
+    tensors: dict[str, torch.Tensor] = {}
+    for parameter, name in names.items():
+        tensors |= {f"{name}/{key}": value for key, value in optimiser.state.get(parameter, {}).items()}
+    return tensors
+
+
+def restore_state(
+    optimiser: torch.optim.Adam, names: dict[nn.Parameter, str], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put back what `rename_state` gave."""
+    for parameter, name in names.items():
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in tensors]
+        if keys:
+            device = parameter.device
+            optimiser.state[parameter] = {key: tensors[f"{name}/{key}"].clone().to(device) for key in keys}

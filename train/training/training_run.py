@@ -1,0 +1,371 @@
+"""One run in training: its model, optimiser and counters, and what a step does to them.
+
+Shapes: B vectors of a batch, D residual width, F latents of a level. x is scaled so that E||x||^2 = D.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hsae.cache.language_model.matmul import bfloat16_is_slow
+from hsae.train.config.run_config import RunConfig
+from hsae.train.model.composition_map import Composition
+from hsae.train.model.hierarchical_sae import HierarchicalSAE, LevelOutput, Output, seed_of
+from hsae.train.training.curriculum import Curriculum, Moment
+from hsae.train.training.latent_sharding import UNDIVIDED, Latents
+from hsae.train.training.optimiser import forget, make_optimiser, rename_state, restore_state, schedule, set_rates
+from hsae.train.training.resampling import resample
+from hsae.train.training.training_losses import (
+    SparsityController,
+    auxiliary,
+    explained_variance,
+    fraction_unexplained,
+    gated_auxiliary,
+    sparsity,
+    variance_of,
+    widened,
+)
+from hsae.train.training.workers import ALONE, Workers
+
+CONTROLLED = ("relu", "jumprelu", "gated")  # activations whose L0 a controller leads to its target
+MAPS_JUDGED = 0.7  # share of the run after which a map W that is no good is complained of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """How the store's vectors become the trainer's: x = scale * vector, so that E||x||^2 = D."""
+
+    scale: float
+    median: Tensor
+    """[D] geometric median, scaled: where the bias starts."""
+    variance: float
+    """E||x - E x||^2, scaled: what losses are a fraction of."""
+
+
+class TrainingRun:
+    """A run between its first and last step. Same configuration, stream, machine and number of workers: same bits.
+
+    `workers` are those who share its batches, `latents` says how others share its latents.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        scaling: Scaling,
+        *,
+        steps: int,
+        seed: int,
+        device: str,
+        workers: Workers = ALONE,
+        latents: Latents = UNDIVIDED,
+    ) -> None:
+        self.config, self.scaling, self.steps, self.seed, self.device = config, scaling, steps, seed, device
+        self.workers, self.latents = workers, latents
+        slow = bfloat16_is_slow(torch.device(device).type)
+        self.rounds = config.precision == "bfloat16" or (config.precision == "auto" and not slow)
+        self.step_number = 0
+        self.failure: str | None = None
+        d_in = len(scaling.median)
+        self.model = HierarchicalSAE(config, d_in, seed=seed, latents=latents)
+        with torch.no_grad():
+            self.model.bias(1).copy_(scaling.median)
+        generator = torch.Generator().manual_seed(seed_of(seed, config.number, 1))
+        pairs = pairwise(config.widths) if config.composition.mode != "none" else ()
+        maps = [Composition(fine, coarse, config.composition, generator, latents) for fine, coarse in pairs]
+        self.compositions = nn.ModuleList(maps)
+        self.model.to(device).train()
+        if torch.device(device).type == "cpu" and not self.rounds:
+            self.model.use_sparse()
+        self.compositions.to(device)
+        for number in range(1, config.levels + 1):
+            self.model.level(number).workers = workers
+        for module in maps:
+            module.workers = workers
+        self.curriculum = Curriculum(config, steps)
+        self.optimiser = make_optimiser(self.model, self.compositions, config)
+        owned = [latents.own(width) for width in config.widths]
+        self.tokens_since_fired = [torch.zeros(width, dtype=torch.int64, device=device) for width in owned]
+        self.controllers = [SparsityController(l0, config.sparsity_start, steps // 2) for l0 in config.l0]
+        self.warned: set[str] = set()
+
+    def composition(self, level: int) -> Composition:
+        """The map from level `level - 1` to `level`."""
+        module = self.compositions[level - 2]
+        assert isinstance(module, Composition)
+        return module
+
+    def step(self, x_BD: Tensor) -> dict[str, Tensor]:
+        """One optimiser step on a scaled batch, of which `x_BD` is this worker's share; returns the loss and its parts (scalars,
+        still on the device) over all of it."""
+        config, step = self.config, self.step_number
+        moment = self.curriculum.at(step)
+        if moment.starts and moment.stage.refresh:
+            forget(self.optimiser, moment.stage.refresh)
+        base_rate = set_rates(self.optimiser, config, moment, step, self.steps)
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.rounds):
+            output = self.model(x_BD, moment.stage.levels)
+            parts = self._losses(x_BD, output, moment)
+        loss = torch.stack([part.float() for part in parts.values()]).sum()
+        self.optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        self.workers.average_gradients(parameters)
+        self.latents.sum_gradients(self.model.biases)
+        active = [self.model.level(number) for number in moment.stage.levels]
+        for level in active:
+            level.remove_parallel_gradient()
+        self.latents.clip_gradients(parameters, self.model.biases, config.gradient_clip)
+        self.optimiser.step()
+        for level in active:
+            level.normalise_decoder()
+        if moment.composition > 0:
+            for number in range(2, config.levels + 1) if len(self.compositions) else ():
+                if {number, number - 1} <= output.levels.keys():
+                    self.composition(number).project(base_rate, moment.stage.sparsify)
+        if config.child_gate and moment.composition == 1:
+            self._set_parents()
+        self._count(output, moment)
+        self.step_number += 1
+        self.last_moment = moment
+        self.last_output = Output(
+            {number: LevelOutput(*(part.detach() for part in level[:4])) for number, level in output.levels.items()},
+            {number: reconstruction.detach() for number, reconstruction in output.reconstructions.items()},
+        )
+        self.resampled = dict.fromkeys(output.levels, 0)
+        if config.resample_steps and self.step_number % config.resample_steps == 0:
+            self._resample(x_BD)
+        return self.workers.means({"loss": loss, **parts})
+
+    def _losses(self, x_BD: Tensor, output: Output, moment: Moment) -> dict[str, Tensor]:
+        config = self.config
+        weights = config.level_weights or (1.0,) * config.levels
+        parts: dict[str, Tensor] = {}
+        for number, level in output.levels.items():
+            if moment.stage.rates.get(number, 1.0) == 0.0 and config.structure == "stacked":
+                continue  # a frozen stacked level has nothing of its own to learn
+            weight = weights[number - 1]
+            target, reconstruction = self.model.target(number, x_BD, output)
+            parts[f"reconstruction{number}"] = weight * fraction_unexplained(
+                x_BD, output.reconstructions[number], self.scaling.variance
+            )
+            if config.structure == "stacked" and number > 1:
+                variance = variance_of(target, self.workers)
+                parts[f"code{number}"] = weight * fraction_unexplained(target, reconstruction, variance)
+            module = self.model.level(number)
+            if config.activation in CONTROLLED:
+                parts[f"sparsity{number}"] = self.controllers[number - 1].coefficient * sparsity(module, level)
+            if config.activation == "gated":
+                bias = self.model.bias(number)
+                parts[f"gate{number}"] = gated_auxiliary(module, level, x_BD, bias, self.scaling.variance)
+            elif config.aux_weight and config.activation != "relu":  # below zero a dead relu latent has no gradient
+                dead = self.tokens_since_fired[number - 1] >= config.dead_after_tokens
+                bias = self.model.bias(number)
+                parts[f"auxiliary{number}"] = config.aux_weight * auxiliary(
+                    module, level.read, bias, target, reconstruction, dead, config.aux_latents, self.workers
+                )
+        for number in range(2, config.levels + 1):
+            if config.composition.mode != "none" and {number, number - 1} <= output.levels.keys():
+                fine, coarse = output.levels[number - 1].acts, output.levels[number].acts
+                self.composition(number).track(fine, coarse)
+                if moment.composition > 0:
+                    strength = config.composition.weight * moment.composition
+                    parts[f"composition{number}"] = strength * self.composition(number).loss(
+                        fine, coarse, output.levels[number - 1].active
+                    )
+        return parts
+
+    @torch.no_grad()
+    def _count(self, output: Output, moment: Moment) -> None:
+        """Per-level counters: tokens since each latent fired, and the controllers (a frozen level's stands still too)."""
+        for number, level in output.levels.items():
+            fired = level.acts > 0
+            counter = self.tokens_since_fired[number - 1]
+            counter += len(fired) * self.workers.world
+            counter[self.workers.either(fired.any(0))] = 0
+            if self.config.activation in CONTROLLED and moment.stage.rates.get(number, 1.0) > 0:
+                self.controllers[number - 1].update(self._mean_l0(level))
+
+    def _set_parents(self) -> None:
+        """Let the maps W say which coarse latent gates each fine one."""
+        for number in range(1, self.config.levels):
+            parents = self.model.parents(number)
+            assert parents is not None
+            parents.copy_(self.composition(number + 1).parents())
+
+    def _resample(self, x_BD: Tensor) -> None:
+        """Resample the dead latents of every level that learns, until the learning rate falls."""
+        config, output, moment = self.config, self.last_output, self.last_moment
+        if self.step_number > self.steps * (1 - config.decay):
+            return
+        for number, level in output.levels.items():
+            if moment.stage.rates.get(number, 1.0) == 0.0:
+                continue
+            target, reconstruction = self.model.target(number, x_BD, output)
+            loss_B = widened(target - reconstruction).square().sum(1)
+            counter = self.tokens_since_fired[number - 1]
+            dead = counter >= config.dead_after_tokens
+            generator = torch.Generator().manual_seed(seed_of(self.seed, config.number, self.step_number, number))
+            module, bias = self.model.level(number), self.model.bias(number)
+            self.resampled[number] = resample(module, level.read, bias, loss_B, dead, self.optimiser, generator)
+            counter[dead] = 0
+
+    @torch.no_grad()
+    def metrics(self, x_BD: Tensor, parts: dict[str, Tensor]) -> dict[str, Any]:
+        """What metrics.jsonl says of the step just taken on `x_BD`; levels finest first, null where one takes no part."""
+        output, moment = self.last_output, self.last_moment
+        numbers = range(1, self.config.levels + 1)
+        values = {name: part.item() for name, part in parts.items()}
+        composition = [value for name, value in values.items() if name.startswith("composition")]
+        strength = self.config.composition.weight * moment.composition
+        levels = {
+            number: explained_variance(x_BD, reconstruction, self.workers).item()
+            for number, reconstruction in output.reconstructions.items()
+        }
+        return {
+            "kind": "metrics",
+            "step": self.step_number,
+            "tokens": self.step_number * len(x_BD) * self.workers.world,
+            "stage": moment.stage.name,
+            "loss": values["loss"],
+            "parts": {name: value for name, value in values.items() if name != "loss"},
+            "explained_variance": levels[min(levels)],
+            "learning_rate": self.config.rate * schedule(self.config, self.step_number - 1, self.steps),
+            "l0": [self._l0(output, number) for number in numbers],
+            "dead": [self._dead(number) for number in numbers],
+            "level_explained_variance": [levels.get(number) for number in numbers],
+            "composition_loss": sum(composition) / strength if composition and strength else None,
+            "composition": [self._health(output, number) if moment.composition > 0 else None for number in numbers],
+        }
+
+    def _health(self, output: Output, number: int) -> dict[str, float] | None:
+        """How the map to level `number` does on the last batch."""
+        if number - 2 not in range(len(self.compositions)) or not {number, number - 1} <= output.levels.keys():
+            return None
+        return self.composition(number).health(output.levels[number - 1].acts, output.levels[number].acts)
+
+    def _l0(self, output: Output, number: int) -> float | None:
+        level = output.levels.get(number)
+        return None if level is None else self._mean_l0(level)
+
+    def _mean_l0(self, level: LevelOutput) -> float:
+        return self.workers.mean(self.latents.sum((level.acts > 0).sum(1)).float().mean()).item()
+
+    def _dead(self, number: int) -> float:
+        dead = self.tokens_since_fired[number - 1] >= self.config.dead_after_tokens
+        return self.latents.whole(dead).float().mean().item()
+
+    def complaints(self, metrics: dict[str, Any]) -> list[str]:
+        """What is wrong with the step `metrics` tells of, each said once: dead levels, and maps W that went bad, by name."""
+        found = {}
+        for index, (l0, dead) in enumerate(zip(metrics["l0"], metrics["dead"], strict=True)):
+            if l0 == 0:
+                found[f"silent{index}"] = f"level {index + 1} does not fire at all (L0 = 0)"
+            if dead > 0.5:
+                found[f"dead{index}"] = f"{dead:.0%} of level {index + 1}'s latents are dead"
+        if self.last_moment.composition == 1 and self.step_number >= MAPS_JUDGED * self.steps:
+            for number, health in enumerate(metrics["composition"], 1):
+                failures = map_failures(number, health) if health is not None else {}
+                found |= {f"{name}{number}": text for name, text in failures.items()}
+        new = [text for key, text in found.items() if key not in self.warned]
+        self.warned |= found.keys()
+        return new
+
+    def finite(self) -> bool:
+        """Whether every weight is finite."""
+        tensors = [*self.model.parameters(), *self.compositions.parameters()]
+        return not self.latents.workers.any(not all(bool(torch.isfinite(tensor).all()) for tensor in tensors))
+
+    def check_same(self) -> None:
+        """Raise UserError if what several workers hold has come to differ between them."""
+        maps = {f"map {name}": tensor for name, tensor in self.compositions.named_parameters()}
+        self.workers.check_same({**dict(self.model.named_parameters()), **maps})
+        self.latents.workers.check_same(dict(self.model.biases.named_parameters("biases")))
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        modules = {"model": self.model, "composition": self.compositions}
+        return {
+            parameter: f"{prefix}.{name}"
+            for prefix, module in modules.items()
+            for name, parameter in module.named_parameters()
+        }
+
+    def state(self, *, moments: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a resumed run needs: tensors by name, Adam's `moments` among them, and a JSON-ready rest.
+
+        Where latents are divided all workers take part, and worker 0 alone is given tensors, which are whole.
+        """
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"composition.{name}": tensor for name, tensor in self.compositions.state_dict().items()}
+        tensors |= {f"fired.{index}": counter for index, counter in enumerate(self.tokens_since_fired)}
+        adam = rename_state(self.optimiser, self._names()) if moments else {}
+        tensors |= {f"adam/{name}": tensor for name, tensor in adam.items()}
+        rest = {
+            "step": self.step_number,
+            "controllers": [controller.state() for controller in self.controllers],
+            "warned": sorted(self.warned),
+        }
+        return self.latents.collected({name: tensor.detach() for name, tensor in tensors.items()}), rest
+
+    def share_state(self) -> None:
+        """Take over the state of worker 0 of those who share batches."""
+        if self.workers.world > 1:
+            tensors, rest = self.state()
+            self.restore(self.workers.copies(tensors), self.workers.lead(lambda: rest))
+
+    def restore(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+        """Put back what `state` gave; the next step is the one an uninterrupted run would take."""
+        for prefix, module in (("model.", self.model), ("composition.", self.compositions)):
+            module.load_state_dict(
+                {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            )
+        for index, counter in enumerate(self.tokens_since_fired):
+            counter.copy_(tensors[f"fired.{index}"])
+        adam = {name.removeprefix("adam/"): tensor for name, tensor in tensors.items() if name.startswith("adam/")}
+        restore_state(self.optimiser, self._names(), adam)
+        self.step_number = int(rest["step"])
+        for controller, state in zip(self.controllers, rest["controllers"], strict=True):
+            controller.restore(state)
+        self.warned = set(rest["warned"])
+
+    def undivided(self) -> "TrainingRun":
+        """The run with whole levels, for its final model; where they are divided a copy, for worker 0 alone, on its processor."""
+        if self.latents.world == 1:
+            return self
+        tensors, rest = self.state(moments=False)
+        if not self.latents.workers.leads:
+            return self
+        whole = TrainingRun(self.config, self.scaling, steps=self.steps, seed=self.seed, device="cpu")
+        whole.restore(tensors, rest)
+        return whole
+
+    def last_step_done(self) -> bool:
+        """Whether all steps have been taken."""
+        return self.step_number >= self.steps
+
+    def diverged(self, loss: Tensor) -> bool:
+        """Whether the loss of the last step is not a finite number; remembers why the run stops."""
+        if math.isfinite(loss.item()):
+            return False
+        self.failure = f"the loss became {loss.item()} at step {self.step_number}"
+        return True
+
+
+def map_failures(number: int, health: dict[str, float]) -> dict[str, str]:
+    """Known ways in which the map W of level `number` fails, by name, from `Composition.health`."""
+    found = {}
+    if health["nonzero"] == 0:
+        found["W-collapsed"] = f"W-collapsed: the map of level {number} is all zero"
+    elif health["unexplained"] > 0.98:
+        found["scale-drain"] = (
+            f"scale-drain: W explains nothing of level {number}'s code (relative error {health['unexplained']:.2f}); "
+            "scale has moved out of W, or the codes have nothing to do with each other"
+        )
+    elif health["participation"] < 1.1:
+        found["copy"] = (
+            f"copy: half of level {number}'s latents copy one latent below (participation {health['participation']:.2f})"
+        )
+    return found
