@@ -21,8 +21,9 @@ from hsae.eval.harness.envelope import hsae_version
 from hsae.eval.harness.result_files import read_result, write_result
 from hsae.eval.synthetic import scores as synthetic
 from hsae.train.config.run_config import RunConfig, StreamConfig
-from hsae.train.model.trained_model import TrainedModel, folded
+from hsae.train.model.trained_model import TrainedModel
 from hsae.train.synthetic_worlds import Tier, World
+from hsae.train.training.folding import fold
 from hsae.train.training.training_run import TrainingRun
 
 RESULTS = Path("eval_results") / "synthetic"
@@ -113,7 +114,7 @@ def train_on(
     progress(stream.steps)
     if not run.finite():
         return f"a weight became NaN or infinite by step {run.step_number}"
-    return folded(run, {"model_name": f"synthetic {world.tier.name}", "hook_name": "x"}, x)
+    return fold(run, {"model_name": f"synthetic {world.tier.name}", "hook_name": "x"}, x)
 
 
 def _settings(tier: Tier, stream: StreamConfig, vectors: int) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from hsae.cache.reading.token_stream import TokenStream
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model import saelens_folder
-from hsae.train.model.trained_model import folded, save_model
+from hsae.train.model.trained_model import save_model
 from hsae.train.runs import run_directory
 from hsae.train.training.checkpoints import FILE as CHECKPOINT
 from hsae.train.training.checkpoints import State, load_checkpoint, save_checkpoint
 from hsae.train.training.curriculum import stages
+from hsae.train.training.folding import fold
 from hsae.train.training.latent_sharding import UNDIVIDED, Latents
 from hsae.train.training.training_run import Scaling, TrainingRun
 from hsae.train.training.workers import ALONE, Workers
@@ -338,7 +339,7 @@ def _finish(plan: Plan, store: ActivationStore, run: TrainingRun, x_BD: Tensor, 
         "dataset_path": store.spec.corpus.corpus,
         "exclude_special_tokens": True,
     }
-    model = folded(run, metadata, x_BD)
+    model = fold(run, metadata, x_BD)
     save_model(model, run_dir / "model", mark)
     for name, sae in model.one_layer().items():
         saelens_folder.save(sae, run_dir / "saelens" / name)

@@ -8,8 +8,9 @@ import torch
 from hsae.cache.errors import UserError
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model import saelens_folder
-from hsae.train.model.trained_model import folded, load_model, save_model
+from hsae.train.model.trained_model import load_model, save_model
 from hsae.train.model.views import View
+from hsae.train.training.folding import fold
 from hsae.train.training.training_run import Scaling, TrainingRun
 
 B, D, F1, F2, F3 = 17, 7, 13, 5, 3
@@ -44,7 +45,7 @@ def trained(structure, activation="batchtopk", steps=12, **changes):
 )  # fmt: skip
 def test_the_folded_model_gives_the_trained_reconstructions_in_raw_units(structure, activation, tmp_path):
     run, x = trained(structure, activation)
-    save_model(folded(run, METADATA, x * 5), tmp_path / "model")
+    save_model(fold(run, METADATA, x * 5), tmp_path / "model")
     model = load_model(tmp_path / "model")
     run.model.eval()
     output = run.model(x * 5)
@@ -75,7 +76,7 @@ def test_the_folded_model_gives_the_trained_reconstructions_in_raw_units(structu
 @pytest.mark.parametrize("structure", ["flat", "additive", "stacked"])
 def test_codes_reconstructions_and_directions_are_the_trained_ones(structure):
     run, x = trained(structure)
-    model = folded(run, METADATA, x * 5)
+    model = fold(run, METADATA, x * 5)
     run.model.eval()
     output, codes = run.model(x * 5), model.codes(x)
     assert [code.shape[1] for code in codes] == list(run.config.widths)
@@ -94,14 +95,14 @@ def test_joint_selection_shares_one_threshold_and_keeps_the_total_l0(tmp_path):
     run, x = trained("additive", selection="joint", composition={"mode": "none"})
     output = run.last_output
     assert sum((level.acts > 0).sum().item() for level in output.levels.values()) == round(B * 6)
-    save_model(folded(run, METADATA, x * 5), tmp_path)
+    save_model(fold(run, METADATA, x * 5), tmp_path)
     whole = load_model(tmp_path).views()["sae"]
     assert whole.architecture == "jumprelu" and len(set(whole.extra["threshold"].tolist())) == 1
 
 
 def test_a_gated_child_fires_only_with_its_parent_in_training_and_in_the_saved_model(tmp_path):
     run, x = trained("additive", child_gate=True, steps=30)
-    save_model(folded(run, METADATA, x * 5), tmp_path)
+    save_model(fold(run, METADATA, x * 5), tmp_path)
     model = load_model(tmp_path)
     assert [tuple(parents.shape) for parents in model.parents] == [(F1,), (F2,)]
     for fine, parents in enumerate(model.parents, 1):
@@ -128,7 +129,7 @@ def test_a_gated_child_fires_only_with_its_parent_in_training_and_in_the_saved_m
 
 def test_additive_topk_has_no_whole_form_for_other_tools():
     run, x = trained("additive", "topk")
-    model = folded(run, METADATA, x * 5)
+    model = fold(run, METADATA, x * 5)
     assert set(model.one_layer()) == {"level1", "level2", "level3"}
     assert model.views()["sae"].architecture == "additive" and model.views()["sae"].d_sae == F1 + F2 + F3
     assert [(code > 0).sum(1).max().item() for code in model.codes(x)] == [3, 2, 1]
@@ -136,7 +137,7 @@ def test_additive_topk_has_no_whole_form_for_other_tools():
 
 def test_unit_rows_of_a_stack_scale_its_code():
     run, x = trained("stacked", "relu")
-    view = folded(run, METADATA, x * 5).views()["level2"]
+    view = fold(run, METADATA, x * 5).views()["level2"]
     code = run.model.eval()(x * 5).levels[2].acts / 5
     rows = run.model.level(2).W_dec @ run.model.level(1).W_dec
     torch.testing.assert_close(view.encode(x), code * rows.norm(dim=1), rtol=1e-4, atol=1e-5)
@@ -145,7 +146,7 @@ def test_unit_rows_of_a_stack_scale_its_code():
 @pytest.mark.parametrize("structure", ["flat", "additive", "stacked"])
 def test_saelens_folders_round_trip(structure, tmp_path):
     run, x = trained(structure)
-    model = folded(run, METADATA, x * 5)
+    model = fold(run, METADATA, x * 5)
     saes = model.one_layer()
     assert (
         set(saes)
@@ -174,7 +175,7 @@ def test_saelens_folders_round_trip(structure, tmp_path):
 
 def test_composition_is_kept_in_the_codes_own_units(tmp_path):
     run, x = trained("additive", steps=40)
-    save_model(folded(run, METADATA, x * 5), tmp_path)
+    save_model(fold(run, METADATA, x * 5), tmp_path)
     model = load_model(tmp_path)
     assert [(part.level, tuple(part.weight.shape)) for part in model.compositions] == [(2, (F2, F1)), (3, (F3, F2))]
     part, module = model.compositions[0], run.composition(2)
@@ -189,7 +190,7 @@ def test_damaged_models_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="no trained model in"):
         load_model(tmp_path)
     run, x = trained("flat")
-    save_model(folded(run, METADATA, x * 5), tmp_path)
+    save_model(fold(run, METADATA, x * 5), tmp_path)
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="is damaged"):
@@ -210,7 +211,7 @@ def test_damaged_models_are_refused_by_name(tmp_path):
 )
 def test_foreign_saelens_folders_are_refused_clearly(change, message, tmp_path):
     run, x = trained("flat")
-    saelens_folder.save(folded(run, METADATA, x * 5).one_layer()["sae"], tmp_path)
+    saelens_folder.save(fold(run, METADATA, x * 5).one_layer()["sae"], tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(UserError, match=message):
