@@ -1,0 +1,1 @@
+../../hsae/registry.py
