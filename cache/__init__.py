@@ -1,1 +1,33 @@
-"""Stage 1: everything that touches bytes on disk or the language model."""
+"""Activation stores: everything that touches bytes on disk or the language model."""
+
+from typing import TYPE_CHECKING
+
+from hsae._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hsae.cache.errors import CorpusError as CorpusError
+    from hsae.cache.errors import ModelError as ModelError
+    from hsae.cache.errors import NotApplicable as NotApplicable
+    from hsae.cache.errors import StoreError as StoreError
+    from hsae.cache.errors import UserError as UserError
+    from hsae.cache.format.spec import StoreSpec as StoreSpec
+    from hsae.cache.language_model.lm import LanguageModel as LanguageModel
+    from hsae.cache.reading.store import ActivationStore as ActivationStore
+    from hsae.cache.reading.store import HookStatistics as HookStatistics
+    from hsae.cache.reading.token_stream import TokenStream as TokenStream
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            "ActivationStore": "hsae.cache.reading.store",
+            "CorpusError": "hsae.cache.errors",
+            "HookStatistics": "hsae.cache.reading.store",
+            "LanguageModel": "hsae.cache.language_model.lm",
+            "ModelError": "hsae.cache.errors",
+            "NotApplicable": "hsae.cache.errors",
+            "StoreError": "hsae.cache.errors",
+            "StoreSpec": "hsae.cache.format.spec",
+            "TokenStream": "hsae.cache.reading.token_stream",
+            "UserError": "hsae.cache.errors",
+        },
+    )

@@ -1,5 +1,17 @@
-"""Metrics, SAEBench-compatible results and the report.
+"""Metrics, SAEBench-compatible results and the report."""
 
-Rooms: `core` (reconstruction), `hierarchy` (composition and its nulls), `suite` (SAEBench's evaluations from probe stores), `autointerp`,
-`unlearning`, `synthetic` (known truth), `report`. `core` is what the others build on; `report` reads what they wrote.
-"""
+from typing import TYPE_CHECKING
+
+from hsae._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hsae.eval.core.core import CoreOptions as CoreOptions
+    from hsae.eval.harness.envelope import CoreResult as CoreResult
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            "CoreOptions": "hsae.eval.core.core",
+            "CoreResult": "hsae.eval.harness.envelope",
+        },
+    )

@@ -1,1 +1,41 @@
-"""Hierarchical sparse autoencoders: cache a language model's activations once, then train and evaluate as often as you like."""
+"""Hierarchical sparse autoencoders: cache a language model's activations once, then train and evaluate at will.
+
+A plan says which model, which text and which runs:
+
+>>> import hsae
+>>> plan = hsae.load_plan("tiny")
+>>> plan.runs[3].widths
+(57, 31)
+
+Names load their module when they are first used; `hsae.cache`, `hsae.train` and `hsae.eval` have more of them.
+"""
+
+from typing import TYPE_CHECKING
+
+from hsae._lazy import lazy_names
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hsae import cache as cache
+    from hsae import eval as eval
+    from hsae import train as train
+    from hsae.cache.errors import UserError as UserError
+    from hsae.cache.language_model.lm import LanguageModel as LanguageModel
+    from hsae.cache.reading.store import ActivationStore as ActivationStore
+    from hsae.train.config.plan import Plan as Plan
+    from hsae.train.config.plan import load_plan as load_plan
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            "ActivationStore": "hsae.cache.reading.store",
+            "LanguageModel": "hsae.cache.language_model.lm",
+            "Plan": "hsae.train.config.plan",
+            "UserError": "hsae.cache.errors",
+            "cache": "hsae.cache",
+            "eval": "hsae.eval",
+            "load_plan": "hsae.train.config.plan",
+            "train": "hsae.train",
+        },
+    )

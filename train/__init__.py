@@ -1,1 +1,33 @@
 """SAE definitions, losses, the run plan and the training loop."""
+
+from typing import TYPE_CHECKING
+
+from hsae._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hsae.train.config.plan import Plan as Plan
+    from hsae.train.config.plan import PlanError as PlanError
+    from hsae.train.config.plan import load_plan as load_plan
+    from hsae.train.config.plan import packaged_plans as packaged_plans
+    from hsae.train.config.run_config import RunConfig as RunConfig
+    from hsae.train.model.hierarchical_sae import HierarchicalSAE as HierarchicalSAE
+    from hsae.train.model.trained_model import TrainedModel as TrainedModel
+    from hsae.train.model.trained_model import load_model as load_model
+    from hsae.train.model.views import View as View
+    from hsae.train.training.trainer import train as train
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            "HierarchicalSAE": "hsae.train.model.hierarchical_sae",
+            "Plan": "hsae.train.config.plan",
+            "PlanError": "hsae.train.config.plan",
+            "RunConfig": "hsae.train.config.run_config",
+            "TrainedModel": "hsae.train.model.trained_model",
+            "View": "hsae.train.model.views",
+            "load_model": "hsae.train.model.trained_model",
+            "load_plan": "hsae.train.config.plan",
+            "packaged_plans": "hsae.train.config.plan",
+            "train": "hsae.train.training.trainer",
+        },
+    )

@@ -1,0 +1,1 @@
+../../hsae/_lazy.py
