@@ -26,6 +26,11 @@ CHECKSUM = "checksum"
 JUST_MADE = 1.0  # seconds in which the writer of a partial file may not have locked it yet
 
 
+def home() -> Path:
+    """hsae's own cache folder: `$HSAE_HOME`, else `~/.cache/hsae`."""
+    return Path(os.environ.get("HSAE_HOME") or Path.home() / ".cache" / "hsae")
+
+
 def partial_name(path: Path) -> Path:
     """A name beside `path` that no other writer has, on this machine or on another that shares the folder."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")

@@ -102,8 +102,9 @@ def autointerp(
 
     from hsae.cache.device import pick_device
     from hsae.cache.language_model.lm import load_tokenizer
+    from hsae.cache.language_model.provenance import check_tokenizer
     from hsae.cache.language_model.sources import at_commit
-    from hsae.cache.reading.store import ActivationStore, check_tokenizer
+    from hsae.cache.reading.store import ActivationStore
     from hsae.cache.storage.paths import place
     from hsae.cli.eval import of_folders, of_runs
     from hsae.eval.autointerp.evaluation import Autointerp, noise_note

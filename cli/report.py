@@ -47,8 +47,9 @@ def report(
             )
 
     from hsae.cache.language_model.lm import load_tokenizer
+    from hsae.cache.language_model.provenance import check_tokenizer
     from hsae.cache.language_model.sources import at_commit
-    from hsae.cache.reading.store import ActivationStore, check_tokenizer
+    from hsae.cache.reading.store import ActivationStore
     from hsae.eval.report.page import write_report
     from hsae.train.config.suite_tables import SIDES
 

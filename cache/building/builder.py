@@ -49,9 +49,9 @@ from hsae.cache.format.layout import (
 from hsae.cache.format.spec import FORMAT_VERSION, ModelConfig, StoreSpec
 from hsae.cache.language_model import sources, token_losses
 from hsae.cache.language_model.lm import LanguageModel, pinned
+from hsae.cache.language_model.provenance import DIGESTS, is_made_of
 from hsae.cache.launcher import Share
 from hsae.cache.reading.mapped_chunks import MappedArray
-from hsae.cache.reading.store import DIGESTS, is_made_of
 from hsae.cache.storage.paths import (
     IN_FLIGHT,
     Place,

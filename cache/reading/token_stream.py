@@ -2,19 +2,23 @@
 
 Shapes: B tokens of a batch, T context length, D residual width.
 
-Tokens of one epoch are laid out in one order, epoch after epoch, without gaps: batch s is positions s*B to (s+1)*B. Within an epoch the
-chunks are permuted and cut into windows of at most `window_tokens` tokens; within a window every token is permuted. A store
-that fits one window is shuffled completely. Only the current window's order is kept in memory (8 bytes a token). Where chunks are fetched
-into the scratch folder, a window is also at most `WINDOW_BYTES`, whatever the folder's budget is, so that the order depends on the store
-alone; its chunks and the next window's are fetched ahead, in the order in which they will be needed. Of W workers that share a batch, worker r reads
-positions s*B + r*B/W to s*B + (r+1)*B/W: together the same batch, whatever W is.
+The tokens of each epoch are laid out in one order, epoch after epoch, without gaps: batch s is positions s*B to (s+1)*B.
+Within an epoch the chunks are permuted and cut into windows of at most `window_tokens` tokens; within a window every
+token is permuted. A store that fits into one window is shuffled completely. Only the order of the current window is in
+memory (8 bytes a token).
+
+Where chunks are fetched into the scratch folder, a window is also at most `WINDOW_BYTES`, whatever the folder's budget
+is, so that the order depends on the store alone. Its chunks and the next window's are fetched ahead, in the order in
+which they will be needed. Of W workers that share a batch, worker r reads positions s*B + r*B/W to s*B + (r+1)*B/W:
+together the same batch, whatever W is.
 """
 
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,11 +27,39 @@ from torch import Tensor
 
 from hsae.cache.errors import StoreError
 from hsae.cache.launcher import Share
-from hsae.cache.reading.store import ActivationStore
 
 PREFETCHED = 2
 WINDOW_BYTES = 16 << 30
 ALONE = Share()
+
+
+class ChunkedTokens(Protocol):
+    """What a stream reads from: an `ActivationStore`, or what has the same of it."""
+
+    url: str
+    rows: int
+    context: int
+    chunk_rows: int
+    token_bytes: int
+
+    @property
+    def tokens_per_chunk(self) -> NDArray[np.int64]:
+        """Non-special tokens of each chunk."""
+
+    def tokens(self, start: int, stop: int) -> Tensor:
+        """Token ids [stop - start, T]."""
+
+    def special_mask(self, tokens: Tensor) -> Tensor:
+        """True where a token is left out."""
+
+    def acts_chunk(self, hook: str, index: int) -> Tensor:
+        """Residuals of a chunk, [rows, T, D]."""
+
+    def mapped_in_place(self, hook: str) -> bool:
+        """Whether chunks are read where they lie."""
+
+    def prefetch(self, wanted: Iterable[tuple[str, int]]) -> None:
+        """Fetch these chunks, (array, number), in the background."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +78,7 @@ class TokenStream:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: ChunkedTokens,
         hook: str,
         *,
         batch_tokens: int,
@@ -59,7 +91,7 @@ class TokenStream:
         self.window_tokens = window_tokens
         if not store.mapped_in_place(hook):
             self.window_tokens = min(window_tokens, max(1, WINDOW_BYTES // store.token_bytes))
-        self._counts = store.kept
+        self._counts = store.tokens_per_chunk
         self.tokens_per_epoch = int(self._counts.sum())
         if self.tokens_per_epoch == 0:
             raise StoreError(f"{store.url} holds special tokens only; use another corpus")
@@ -74,18 +106,24 @@ class TokenStream:
         order = np.argsort(addresses)  # whole rows are copied chunk by chunk, then put in their places
         chunks, places = np.divmod(addresses[order], self._chunk_tokens)
         edges = [0, *(np.flatnonzero(np.diff(chunks)) + 1), len(chunks)]
-        some = self.store.acts_chunk(self.hook, int(chunks[0]))
-        gathered = torch.empty(len(chunks), some.shape[-1], dtype=some.dtype)
+        first_chunk = self.store.acts_chunk(self.hook, int(chunks[0]))
+        gathered = torch.empty(len(chunks), first_chunk.shape[-1], dtype=first_chunk.dtype)
         for start, stop in itertools.pairwise(edges):
-            flat = self.store.acts_chunk(self.hook, int(chunks[start])).view(-1, some.shape[-1])
+            flat = self.store.acts_chunk(self.hook, int(chunks[start])).flatten(0, 1)
             torch.index_select(flat, 0, torch.from_numpy(places[start:stop]), out=gathered[start:stop])
         return gathered.index_select(0, torch.from_numpy(np.argsort(order)))
 
     def batches(
-        self, first_step: int, last_step: int, prefetch: int = PREFETCHED, *, pinned: bool = False
+        self, first_step: int, last_step: int | None, prefetch: int = PREFETCHED, *, pinned: bool = False
     ) -> Iterator[Tensor]:
-        """Batches first_step to last_step - 1, in `pinned` memory for a GPU; a thread prepares the next ones while one is used, and passes
-        its errors on."""
+        """Batches first_step to last_step - 1 (None: without end), in `pinned` memory for a GPU.
+
+        A thread prepares the next batches while one is used, and passes its errors on.
+        """
+
+        def steps() -> Iterable[int]:
+            return itertools.count(first_step) if last_step is None else range(first_step, last_step)
+
         ready: queue.Queue[Tensor | BaseException] = queue.Queue(maxsize=prefetch)
         done = threading.Event()
 
@@ -98,7 +136,7 @@ class TokenStream:
 
         def produce() -> None:
             try:
-                for step in range(first_step, last_step):
+                for step in steps():
                     if done.is_set():
                         return
                     batch = self.batch(step)
@@ -109,7 +147,7 @@ class TokenStream:
         thread = threading.Thread(target=produce, name="hsae-stream", daemon=True)
         thread.start()
         try:
-            for _ in range(first_step, last_step):
+            for _ in steps():
                 item = ready.get()
                 if isinstance(item, BaseException):
                     raise item
@@ -119,17 +157,16 @@ class TokenStream:
             thread.join()
 
     def mixing(self, step: int) -> tuple[int, float]:
-        """(distinct source rows of batch `step`, what drawing its tokens at random from the whole store would give on average)."""
+        """(distinct source rows of batch `step`, their mean number if its tokens were drawn at random from the store)."""
         addresses = np.concatenate(list(self._addresses(step * self.batch_tokens, (step + 1) * self.batch_tokens)))
         rows, size = self.store.rows, len(addresses)
         return len(np.unique(addresses // self.store.context)), rows * (1 - (1 - 1 / rows) ** size)
 
-    def _kept(self, chunk: int) -> NDArray[np.int64]:
+    def _positions(self, chunk: int) -> NDArray[np.int64]:
         """Positions of a chunk's non-special tokens, within the chunk."""
         step = self.store.chunk_rows
         tokens = self.store.tokens(chunk * step, min((chunk + 1) * step, self.store.rows))
-        kept: NDArray[np.int64] = np.flatnonzero(~self.store.special_mask(tokens).flatten().numpy()).astype(np.int64)
-        return kept
+        return np.flatnonzero(~self.store.special_mask(tokens).flatten().numpy()).astype(np.int64, copy=False)
 
     def _addresses(self, first: int, last: int) -> Iterator[NDArray[np.int64]]:
         """Token addresses at positions first to last - 1 of the endless sequence of epochs."""
@@ -150,7 +187,7 @@ class TokenStream:
             self.store.prefetch(self._needed(epoch, index))
             self._window = None  # let the old order go before the new one is made
             order = np.concatenate(
-                [self._kept(int(chunk)) + int(chunk) * self._chunk_tokens for chunk in groups[index]]
+                [self._positions(int(chunk)) + int(chunk) * self._chunk_tokens for chunk in groups[index]]
             )
             if len(order) != self._counts[groups[index]].sum():
                 raise StoreError(f"{self.store.url} has other tokens than it says; run `hsae cache verify`")
@@ -159,7 +196,7 @@ class TokenStream:
         return self._window
 
     def _needed(self, epoch: int, index: int) -> list[tuple[str, int]]:
-        """A window's tokens, which say its order, its chunks in the order a batch gathers them, and the same of the next window."""
+        """The tokens of a window, its chunks in the order in which a batch gathers them, and those of the next window."""
         assert self._bounds is not None
         groups = self._bounds[1]
         following = groups[index + 1] if index + 1 < len(groups) else self._windows_of(epoch + 1)[0][0]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.reading.store import ActivationStore, check_model
+from hsae.cache.language_model.provenance import check_model
+from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core import corrected_measures
 from hsae.eval.core.reconstruction import ReconstructionPhase
 from hsae.eval.core.saebench_metrics import (

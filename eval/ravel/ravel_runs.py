@@ -13,7 +13,7 @@ from torch import Tensor
 from hsae.cache.errors import NotApplicable
 from hsae.cache.language_model.generation import Passes
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.reading.store import check_model
+from hsae.cache.language_model.provenance import check_model
 from hsae.cache.suites.entities import counted
 from hsae.cache.suites.ravel_store import RavelStore
 from hsae.eval.harness.envelope import envelope, hsae_version

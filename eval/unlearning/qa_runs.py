@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hsae.cache.language_model.lm import LanguageModel, load_tokenizer, pinned
-from hsae.cache.reading.store import check_model
+from hsae.cache.language_model.provenance import check_model
 from hsae.eval.harness.result_files import write_result
 from hsae.eval.unlearning import qa, selection
 from hsae.eval.unlearning.intervention import of_model

@@ -15,7 +15,8 @@ from typing import Any
 
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.reading.store import ActivationStore, check_model
+from hsae.cache.language_model.provenance import check_model
+from hsae.cache.reading.store import ActivationStore
 from hsae.eval.harness.envelope import hsae_version
 from hsae.eval.harness.result_files import changes, publish, read_result, told_changes, write_result
 from hsae.eval.harness.targets import model_digest, need_trained

@@ -99,7 +99,7 @@ def check(
     hook = plan.hook.names[0]
     if hook not in store.spec.hooks:
         raise UserError(f"{store.url} holds {', '.join(store.spec.hooks)}, not {hook}; run `hsae cache build`")
-    available = int(store.kept.sum())
+    available = int(store.tokens_per_chunk.sum())
     if plan.train.batch_tokens > available:
         raise UserError(
             f"train.batch_tokens is {plan.train.batch_tokens}, but the store has only {available} tokens in all"

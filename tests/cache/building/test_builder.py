@@ -128,7 +128,7 @@ def test_statistics_are_the_moments_of_the_non_special_tokens(built):
     store = ActivationStore.open(built)
     vectors = store.acts(HOOK, 0, 43)[~store.special_mask(store.tokens(0, 43))].double()
     statistics = store.statistics(HOOK)
-    assert statistics.tokens == len(vectors) == store.header.kept_tokens == store.kept.sum()
+    assert statistics.tokens == len(vectors) == store.header.kept_tokens == store.tokens_per_chunk.sum()
     torch.testing.assert_close(statistics.mean_D, vectors.mean(0))
     assert statistics.mean_square_norm == pytest.approx(vectors.square().sum(1).mean().item())
     distance = [

@@ -35,9 +35,10 @@ from hsae.cache.format.layout import (
     kept_array,
     read_header,
 )
+from hsae.cache.language_model.provenance import check_model
 from hsae.cache.launcher import Share
 from hsae.cache.reading.mapped_chunks import read_checks
-from hsae.cache.reading.store import ActivationStore, check_model
+from hsae.cache.reading.store import ActivationStore
 from hsae.cache.reading.token_stream import TokenStream
 
 HOOK = "blocks.3.hook_resid_post"
@@ -143,22 +144,24 @@ def test_kept_tokens_are_written_down_checked_and_counted_again(make_store, tmp_
     root, values = make_store(tmp_path)
     old = ActivationStore.open(root)
     wanted = [int((values["tokens"][first : first + 4] != 0).sum()) for first in range(0, 23, 4)]
-    assert old.header.kept_tokens is None and old.kept.tolist() == wanted  # made before they were written down
+    assert (
+        old.header.kept_tokens is None and old.tokens_per_chunk.tolist() == wanted
+    )  # made before they were written down
     header = old.header.model_copy(update={"kept_tokens": sum(wanted)})
     write_list(root, kept_array(header.spec, header.d_model), np.array(wanted))
     write_header(root, header.model_copy(update={"checks": seal(root, every_array(header))}))
-    assert verify(root) == [] and ActivationStore.open(root).kept.tolist() == wanted
+    assert verify(root) == [] and ActivationStore.open(root).tokens_per_chunk.tolist() == wanted
     for index in range(6):
         (root / f"tokens/c/{index}/0").rename(root / f"tokens/{index}")
-    assert ActivationStore.open(root).kept.tolist() == wanted  # no token is read
+    assert ActivationStore.open(root).tokens_per_chunk.tolist() == wanted  # no token is read
     (root / "stats/kept/c/0").write_bytes((root / "stats/kept/c/0").read_bytes()[:-1])
     with pytest.raises(StoreError, match="stats/kept/c/0 is 27 bytes long, not 28"):
-        _ = ActivationStore.open(root).kept
+        _ = ActivationStore.open(root).tokens_per_chunk
     write_list(root, kept_array(header.spec, header.d_model), np.array([*wanted[1:], 1]))
     known = {path: listed for path, listed in read_checks(root, read_header(root)).items() if path != "stats/kept"}
     write_header(root, header.model_copy(update={"checks": seal(root, every_array(header), known)}))
     with pytest.raises(StoreError, match=f"the header tells of {sum(wanted)} kept tokens, the chunks of"):
-        _ = ActivationStore.open(root).kept
+        _ = ActivationStore.open(root).tokens_per_chunk
 
 
 def test_workers_take_down_counts_and_checksums_in_parts(make_store, tmp_path, monkeypatch):

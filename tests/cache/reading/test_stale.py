@@ -17,8 +17,8 @@ from hsae.cache.files import sealed
 from hsae.cache.format.layout import is_sealed, read_header
 from hsae.cache.format.spec import CorpusConfig, ModelConfig
 from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.language_model.provenance import check_model, check_tokenizer
 from hsae.cache.language_model.sources import files_digest
-from hsae.cache.reading.store import check_model, check_tokenizer
 from hsae.cache.text.corpora import open_corpus
 
 

@@ -12,7 +12,7 @@ HOOK = "blocks.1.hook_resid_post"
 class Rows:
     """A store in memory: D=3, T=5, 23 rows in chunks of 4; token 0 is special. Every vector says where it came from."""
 
-    context, chunk_rows, rows, chunks, url = 5, 4, 23, 6, "memory"
+    context, chunk_rows, rows, chunks, token_bytes, url = 5, 4, 23, 6, 12, "memory"
 
     def __init__(self):
         self.ids = torch.randint(0, 4, (23, 5), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
@@ -26,7 +26,7 @@ class Rows:
         return True
 
     @property
-    def kept(self):
+    def tokens_per_chunk(self):
         return torch.stack([(self.ids[i * 4 : i * 4 + 4] != 0).sum() for i in range(6)]).numpy()
 
     def prefetch(self, wanted):

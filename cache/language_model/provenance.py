@@ -1,0 +1,61 @@
+"""Whether a store was made with a model and a tokenizer that are here now."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hsae.cache.errors import StoreError
+from hsae.cache.format.layout import build_command
+from hsae.cache.language_model import sources
+from hsae.cache.storage.paths import Place
+
+if TYPE_CHECKING:
+    from hsae.cache.language_model.lm import LanguageModel
+
+DIGESTS = {"model": sources.weights_digest, "tokenizer": sources.tokenizer_digest}
+
+
+class Made(Protocol):
+    """What the header of a store says of the model that it was made with."""
+
+    @property
+    def model_digest(self) -> str:
+        """Digest of the weights."""
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """Digest of the tokenizer."""
+
+    @property
+    def older(self) -> bool:
+        """Whether the digests may be by the rules of an older hsae."""
+
+
+def check_model(store: Place, made: Made, model: "LanguageModel", suite: str | None = None) -> None:
+    """Raise StoreError unless a store was made with the weights and the tokenizer of a model that was loaded for it."""
+    for part, noun in (("model", "weights"), ("tokenizer", "tokenizer files")):
+        if not is_made_of(part, made, model.folder, getattr(model, f"{part}_digest")):
+            raise _other(store, noun, suite)
+
+
+def check_tokenizer(store: Place, made: Made, tokenizer: Any) -> None:
+    """Raise StoreError unless a store was made with a tokenizer that was loaded for it."""
+    if not is_made_of("tokenizer", made, Path(tokenizer.name_or_path)):
+        raise _other(store, "tokenizer files")
+
+
+def is_made_of(part: str, made: Made, folder: Path, digest: str | None = None) -> bool:
+    """Whether a store was made with the `model` or the `tokenizer` of a folder; an older one by the rule of its time.
+
+    `digest` is that of the folder, where it is known.
+    """
+    wanted = getattr(made, f"{part}_digest")
+    if wanted == (DIGESTS[part](folder) if digest is None else digest):
+        return True
+    return made.older and wanted == DIGESTS[part](folder, anew=True, older=True)
+
+
+def _other(store: Place, what: str, suite: str | None = None) -> StoreError:
+    command = build_command(store) if suite is None else f"hsae cache build --suite {suite}"
+    return StoreError(
+        f"{store} was made with other {what} than the model has now; move it away and make it again with `{command}`"
+    )
