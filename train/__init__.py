@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from hsae.train.config.plan import load_plan as load_plan
     from hsae.train.config.plan import packaged_plans as packaged_plans
     from hsae.train.config.run_config import RunConfig as RunConfig
-    from hsae.train.model.hierarchical_sae import HierarchicalSAE as HierarchicalSAE
     from hsae.train.model.trained_model import TrainedModel as TrainedModel
     from hsae.train.model.trained_model import load_model as load_model
     from hsae.train.model.views import View as View
@@ -19,7 +18,6 @@ else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
-            "HierarchicalSAE": "hsae.train.model.hierarchical_sae",
             "Plan": "hsae.train.config.plan",
             "PlanError": "hsae.train.config.plan",
             "RunConfig": "hsae.train.config.run_config",

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hsae.train.model.hierarchical_sae import seed_of
+from hsae.train.model.trainable_sae import seed_of
 from hsae.train.model.trained_model import TrainedModel
 from hsae.train.synthetic_worlds import World
 

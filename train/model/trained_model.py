@@ -17,9 +17,9 @@ from torch import Tensor
 from hsae.cache.errors import UserError
 from hsae.cache.files import check_seal, file_sha256, parse_json, sealed, write_atomically
 from hsae.cache.language_model.matmul import product
-from hsae.train.model.hierarchical_sae import parent_fires
 from hsae.train.model.saelens_config import EXTRA_WEIGHTS
 from hsae.train.model.saelens_folder import SAE
+from hsae.train.model.trainable_sae import parent_fires
 from hsae.train.model.views import View
 from hsae.train.runs.run_record import check_files, command, harmed
 

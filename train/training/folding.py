@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsae.train.model.hierarchical_sae import Level
 from hsae.train.model.saelens_folder import SAE
+from hsae.train.model.trainable_sae import Level
 from hsae.train.model.trained_model import CompositionMap, StackedView, TrainedModel
 from hsae.train.training.training_run import TrainingRun
 

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from hsae.train.config.run_config import RunConfig
-from hsae.train.model.hierarchical_sae import HierarchicalSAE
+from hsae.train.model.trainable_sae import TrainableSAE
 from hsae.train.training.curriculum import Moment
 
 SHARED, COMPOSITION = 0, -1  # group names beside the level numbers
 
 
-def make_optimiser(model: HierarchicalSAE, compositions: nn.ModuleList, run: RunConfig) -> torch.optim.Adam:
+def make_optimiser(model: TrainableSAE, compositions: nn.ModuleList, run: RunConfig) -> torch.optim.Adam:
     """Adam (0.9, 0.999) over the levels, the shared bias and the maps W; groups are named by `level`."""
     groups: dict[int, list[nn.Parameter]] = {
         number: list(model.level(number).parameters()) for number in range(1, run.levels + 1)

@@ -9,7 +9,7 @@ Shapes: B vectors of a batch, I width of what the level reads, F latents of the 
 import torch
 from torch import Tensor
 
-from hsae.train.model.hierarchical_sae import Level
+from hsae.train.model.trainable_sae import Level
 from hsae.train.training.training_losses import widened
 
 ENCODER_SHARE = 0.2

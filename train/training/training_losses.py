@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hsae.train.model.activations import step_count, top_k
-from hsae.train.model.hierarchical_sae import Level, LevelOutput
+from hsae.train.model.trainable_sae import Level, LevelOutput
 from hsae.train.training.workers import ALONE, Workers
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hsae.cache.language_model.matmul import bfloat16_is_slow
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.composition_map import Composition
-from hsae.train.model.hierarchical_sae import HierarchicalSAE, LevelOutput, Output, seed_of
+from hsae.train.model.trainable_sae import LevelOutput, Output, TrainableSAE, seed_of
 from hsae.train.training.curriculum import Curriculum, Moment
 from hsae.train.training.latent_sharding import UNDIVIDED, Latents
 from hsae.train.training.optimiser import forget, make_optimiser, rename_state, restore_state, schedule, set_rates
@@ -70,7 +70,7 @@ class TrainingRun:
         self.step_number = 0
         self.failure: str | None = None
         d_in = len(scaling.median)
-        self.model = HierarchicalSAE(config, d_in, seed=seed, latents=latents)
+        self.model = TrainableSAE(config, d_in, seed=seed, latents=latents)
         with torch.no_grad():
             self.model.bias(1).copy_(scaling.median)
         generator = torch.Generator().manual_seed(seed_of(seed, config.number, 1))

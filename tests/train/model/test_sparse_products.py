@@ -6,7 +6,7 @@ import torch
 from hsae.train.config.run_config import CompositionConfig, RunConfig
 from hsae.train.model import sparse_products
 from hsae.train.model.composition_map import Composition
-from hsae.train.model.hierarchical_sae import HierarchicalSAE
+from hsae.train.model.trainable_sae import TrainableSAE
 from hsae.train.training.training_run import Scaling, TrainingRun
 
 B, D, F1, F2 = 11, 7, 83, 31
@@ -56,7 +56,7 @@ def test_a_pattern_lists_the_active_entries_by_row_and_by_column():
 def test_the_sparse_pass_has_the_values_and_gradients_of_the_dense_one(changes, monkeypatch):
     results = []
     for fast in (False, True):
-        model = HierarchicalSAE(config(**changes), D).double().train()
+        model = TrainableSAE(config(**changes), D).double().train()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * vectors(*parameter.shape, seed=parameter.numel()))
@@ -66,7 +66,7 @@ def test_the_sparse_pass_has_the_values_and_gradients_of_the_dense_one(changes, 
             if changes.get("child_gate"):
                 model.parents(1).copy_(torch.arange(F1) % (F2 + 1) - 1)
         if fast:
-            monkeypatch.setattr("hsae.train.model.hierarchical_sae.SMALLEST_SPARSE", 0)
+            monkeypatch.setattr("hsae.train.model.trainable_sae.SMALLEST_SPARSE", 0)
             model.use_sparse()
             assert model.level(1).sparse
         x = vectors(B, D).requires_grad_(changes.get("stop_gradient") is False)

@@ -8,7 +8,7 @@ import torch
 
 from hsae.train.config.run_config import CompositionConfig, RunConfig
 from hsae.train.model.composition_map import Composition
-from hsae.train.model.hierarchical_sae import HierarchicalSAE, Level
+from hsae.train.model.trainable_sae import Level, TrainableSAE
 from hsae.train.training.training_losses import (
     SparsityController,
     auxiliary,
@@ -48,7 +48,7 @@ def test_fraction_unexplained_and_explained_variance():
 @pytest.mark.parametrize("structure", ["additive", "stacked"])
 @pytest.mark.parametrize("activation", ["relu", "batchtopk"])
 def test_forward_is_the_formula(structure, activation):
-    model = double(HierarchicalSAE(config(structure=structure, activation=activation), D)).train()
+    model = double(TrainableSAE(config(structure=structure, activation=activation), D)).train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * vectors(*parameter.shape, seed=parameter.numel()))
@@ -78,7 +78,7 @@ def test_forward_is_the_formula(structure, activation):
 
 
 def test_batchtopk_keeps_exactly_k_a_token_on_average_and_tracks_its_threshold():
-    model = HierarchicalSAE(config(), D).train()
+    model = TrainableSAE(config(), D).train()
     acts = model(vectors(B, D).float()).levels[1].acts
     assert (acts > 0).sum() == B * 3
     assert model.level(1).threshold == acts[acts > 0].min()
@@ -89,7 +89,7 @@ def test_batchtopk_keeps_exactly_k_a_token_on_average_and_tracks_its_threshold()
 
 def test_stacked_losses_of_level_two_reach_level_one_only_without_stop_gradient():
     for stop in (True, False):
-        model = HierarchicalSAE(config(structure="stacked", stop_gradient=stop), D).train()
+        model = TrainableSAE(config(structure="stacked", stop_gradient=stop), D).train()
         model(vectors(B, D).float()).reconstructions[2].square().sum().backward()
         touched = model.level(1).W_enc.grad is not None or model.level(1).W_dec.grad is not None
         assert touched is not stop

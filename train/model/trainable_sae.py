@@ -175,7 +175,7 @@ class Level(nn.Module):
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
-class HierarchicalSAE(nn.Module):
+class TrainableSAE(nn.Module):
     """Levels that read the residual (`flat`, `additive`: one shared bias) or each other (`stacked`: a bias each)."""
 
     def __init__(self, run: RunConfig, d_in: int, *, seed: int = 0, latents: Latents = UNDIVIDED) -> None:
