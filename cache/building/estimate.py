@@ -10,7 +10,8 @@ from hsae.cache.errors import ModelError, StoreError
 from hsae.cache.format.layout import total_bytes
 from hsae.cache.format.spec import ModelConfig, StoreSpec
 from hsae.cache.language_model import sources
-from hsae.cache.language_model.lm import check_dtype, hook_layer, pinned, positions
+from hsae.cache.language_model.hooks import parse_hook
+from hsae.cache.language_model.lm import check_dtype, pinned, positions
 from hsae.cache.storage.paths import Place, exists, place, sizes
 
 CPU_FLOPS, GPU_FLOPS = 1e11, 1e14  # sustained, per machine: only for the estimate before the first batch is timed
@@ -39,14 +40,14 @@ def estimate(spec: StoreSpec, root: str | Place, device: str) -> Estimate:
     """Sizes and time for `spec` in folder `root`; the weights are not read. Raises UserError if the request can't be met."""
     path = place(root) / spec.name
     config, model_bytes = model_config(pinned(spec.model, root))
-    check_dtype(spec.model, config.model_type)
+    check_dtype(spec.model.dtype, config.model_type)
     layers, d_model = config.num_hidden_layers, config.hidden_size
     if (longest := positions(config)) is not None and spec.context > longest:
         raise ModelError(
             f"rows of {spec.context} tokens were asked for; {spec.model.id} has positions for {longest}: --set cache.context={longest} or fewer"
         )
     for hook in spec.hooks:
-        layer, kind = hook_layer(hook)
+        layer, kind = parse_hook(hook)
         if spec.clean_rows and (layer, kind) == (0, "pre"):
             raise ModelError(
                 f"hook {hook!r} lies before the first layer, where nothing can be put in its place; evaluate at blocks.0.hook_resid_post or later"
@@ -82,7 +83,7 @@ def _seconds(spec: StoreSpec, config: Any, device: str) -> float:
     groups = _number(config, "num_key_value_heads", heads)
     layer = width * _number(config, "head_dim", width // heads) * (2 * heads + 2 * groups)
     layer += 3 * width * _number(config, "intermediate_size", 4 * width)
-    deepest = max(hook_layer(hook)[0] for hook in spec.hooks) + 1
+    deepest = max(parse_hook(hook)[0] for hook in spec.hooks) + 1
     after = (layers - deepest) * layer + width * config.vocab_size
     weights_used = deepest * layer * spec.rows + after * spec.clean_rows
     return 2.0 * float(weights_used) * spec.context / (GPU_FLOPS if device.startswith("cuda") else CPU_FLOPS)

@@ -6,16 +6,19 @@ Shapes: B rows of a batch, T context length, D residual width, V vocabulary. Hoo
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hsae.cache.errors import ModelError, StoreError
 from hsae.cache.format.layout import read_header
-from hsae.cache.format.spec import HOOK_PATTERN, ModelConfig
+from hsae.cache.format.spec import ModelConfig
 from hsae.cache.language_model import sources
+from hsae.cache.language_model.digests import IN_MEMORY, state_digest, tokenizer_state_digest
+from hsae.cache.language_model.hooks import decoder_layers, final_norm, hook_module, layers_before, on_residual
 from hsae.cache.language_model.matmul import WidenedProducts, bfloat16_is_slow
 from hsae.cache.storage.paths import Place, children, place
 
@@ -47,20 +50,24 @@ class _PassThrough(nn.Module):
 class LanguageModel:
     """A causal language model cut in three: prefix, suffix, unembedding. Its weights take no gradients."""
 
-    def __init__(self, model: Any, tokenizer: Any, folder: Path, device: str) -> None:
-        self.model, self.tokenizer, self.folder, self.device = model, tokenizer, folder, device
+    folder: Path | None = None
+    """Where its files lie; None for a model that was given in memory."""
+    commit: str | None = None
+    """The hub's commit of its files."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, model_digest: str, tokenizer_digest: str) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.model_digest, self.tokenizer_digest = model_digest, tokenizer_digest
         self.config = model.config.get_text_config()
-        self._layers, self._norm_owner, self._norm_name = _find_layers(model)
+        self._layers = decoder_layers(model)
+        self._norm_owner, self._norm_name = final_norm(model)
         self.layers = len(self._layers)
         self.d_model = int(self.config.hidden_size)
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.known_ids = int(model.get_input_embeddings().weight.shape[0])
-        self.commit: str | None = None
-        self.model_digest = sources.weights_digest(folder, anew=True)
-        self.tokenizer_digest = sources.tokenizer_digest(folder, anew=True)
         self._checked: set[str] = set()
-        self.dtype: torch.dtype = model.dtype
-        self._widens = self.dtype == torch.bfloat16 and bfloat16_is_slow(device)
+        self.device, self.dtype = str(model.device), model.dtype
+        self._widens = self.dtype == torch.bfloat16 and bfloat16_is_slow(self.device)
         self._wide_head: Tensor | None = None
         self.bos_id, self.special_ids = special_tokens(tokenizer)
 
@@ -71,7 +78,7 @@ class LanguageModel:
         commit = sources.commit_of(config, tokenizer_folder)
         described = sources.described(config.id, tokenizer_folder)
         text = described.get_text_config()
-        check_dtype(config, text.model_type)
+        check_dtype(config.dtype, text.model_type)
         tokenizer = sources.load_tokenizer(config.id, tokenizer_folder)
         special_tokens(tokenizer)
         folder = sources.model_folder(sources.at_commit(config, commit), say)
@@ -80,19 +87,80 @@ class LanguageModel:
             capped = getattr(text, "attn_logit_softcapping", None) or not sources.has_sdpa(described)
             attention = "eager" if capped else "sdpa"
         model = sources.load_causal(config.id, folder, dtype=DTYPES[config.dtype], attn_implementation=attention)
-        language = cls(model.to(device).eval().requires_grad_(False), tokenizer, folder, device)
-        language.commit = commit
+        language = cls(
+            model.to(device).eval().requires_grad_(False),
+            tokenizer,
+            model_digest=sources.weights_digest(folder, anew=True),
+            tokenizer_digest=sources.tokenizer_digest(folder, anew=True),
+        )
+        language.folder, language.commit = folder, commit
         return language
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any) -> "LanguageModel":
+        """A transformers model and its tokenizer that are in memory already, where they are and in the type they have.
+
+        The model is the same object: it is put into evaluation mode, and its weights take no gradients any more. Its digest is of its tensors.
+        Raises ModelError for what is no causal language model on one device, in one type of bfloat16, float32 and float16.
+
+        >>> lm = LanguageModel.of(model, tokenizer)  # doctest: +SKIP
+        """
+        name = type(model).__name__
+        if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
+            raise ModelError(
+                f"{name} is no model of transformers; give what AutoModelForCausalLM.from_pretrained returns"
+            )
+        if not hasattr(tokenizer, "get_vocab") or not hasattr(tokenizer, "bos_token_id"):
+            raise ModelError(
+                f"{type(tokenizer).__name__} is no tokenizer of transformers; give what AutoTokenizer.from_pretrained returns"
+            )
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ModelError(f"{name} is quantised; hsae needs weights in bfloat16, float16 or float32")
+        weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+        dtypes, devices = {weight.dtype for weight in weights}, {str(weight.device) for weight in weights}
+        if len(devices) != 1 or devices == {"meta"}:
+            raise ModelError(
+                f"{name} lies on {', '.join(sorted(devices))}; hsae needs it on one device: model.to('cpu')"
+            )
+        if len(dtypes) != 1 or not dtypes <= set(DTYPES.values()):
+            kinds = ", ".join(sorted(map(_dtype_name, dtypes)))
+            raise ModelError(
+                f"{name} has weights of type {kinds}; hsae needs one of {', '.join(DTYPES)}: model.to(torch.float32)"
+            )
+        config: Any = model.config
+        check_dtype(_dtype_name(dtypes.pop()), config.get_text_config().model_type)
+        return cls(
+            model.eval().requires_grad_(False),
+            tokenizer,
+            model_digest=state_digest(model),
+            tokenizer_digest=tokenizer_state_digest(tokenizer),
+        )
+
+    def digest_like(self, what: Literal["model", "tokenizer"], other: str) -> str:
+        """The digest of the weights or the tokenizer, of files or of what is in memory, as `other` is, where there are files."""
+        if other.startswith(IN_MEMORY) and self.folder is not None:
+            return state_digest(self.model) if what == "model" else tokenizer_state_digest(self.tokenizer)
+        return self.model_digest if what == "model" else self.tokenizer_digest
+
+    def generate(self, prompt: str, *, max_new_tokens: int = 40, **options: Any) -> str:
+        """The text that the model writes after a prompt (BOS before it), greedily unless transformers' `options` say otherwise."""
+        ids = self.tokenizer(prompt)["input_ids"]
+        if ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]
+        tokens = torch.tensor([ids], device=self.device)
+        self.check_ids(tokens)
+        options = {"do_sample": False, "pad_token_id": self.special_ids[0], **options}
+        with torch.no_grad(), self.products(), sources.quiet():
+            written = self.model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, **options
+            )
+        text: str = self.tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True)
+        return text
 
     def check_hooks(self, hooks: Sequence[str]) -> None:
         """Raise ModelError unless every hook is a layer this model has, and the cut there is right (tried once, on a few tokens)."""
         for hook in hooks:
-            layer, kind = hook_layer(hook)
-            if layer >= self.layers:
-                raise ModelError(
-                    f"hook {hook!r}: the model has layers 0 to {self.layers - 1}; use for example "
-                    f"blocks.{self.layers * 2 // 3}.hook_resid_{kind}"
-                )
+            hook_module(self.model, hook)
             if hook not in self._checked:
                 self._check_cut(hook)
                 self._checked.add(hook)
@@ -100,31 +168,28 @@ class LanguageModel:
     @torch.no_grad()
     def _check_cut(self, hook: str) -> None:
         """Prefix, suffix and unembedding against the model's own pass and the layer's own output. Raises ModelError."""
-        layer, kind = hook_layer(hook)
         ids = torch.randint(min(self.known_ids, self.vocab_size), (1, CHECKED_TOKENS), generator=_seeded())
         tokens = ids.repeat(2, 1)
         tokens[1, -1] = (tokens[1, -1] + 1) % self.vocab_size  # which no earlier token may see
-        found: list[Tensor] = []
-        register = (
-            self._layers[layer].register_forward_hook
-            if kind == "post"
-            else self._layers[layer].register_forward_pre_hook
-        )
-        handle = register(_keep(found), with_kwargs=True)
+        own: list[Tensor] = []
+        handle = on_residual(self.model, hook, own.append)
         try:
             logits, again = self.logits(tokens), self.logits(tokens)
             handle.remove()
-            tolerance = max(TOLERANCE[self.dtype], 4 * _distance(again, logits), 4 * _distance(found[1], found[0]))
+            tolerance = max(TOLERANCE[self.dtype], 4 * _distance(again, logits), 4 * _distance(own[1], own[0]))
             resid = self._prefix(tokens, [hook])[hook]
             if not torch.isfinite(logits).all():
                 raise ModelError(
-                    f"its logits are not finite in {str(self.dtype).removeprefix('torch.')}; use --set model.dtype=float32"
+                    f"its logits are not finite in {_dtype_name(self.dtype)}; use --set model.dtype=float32"
                 )
-            if (error := _distance(resid, found[0])) > tolerance:
+            if (error := _distance(resid, own[0])) > tolerance:
                 raise ModelError(f"the residual it gives there is not the layer's (relative error {error:.2g})")
             if (error := _distance(logits[1, :-1], logits[0, :-1])) > 8 * tolerance:
                 raise ModelError(f"its tokens see later ones (relative error {error:.2g})")
-            if _boundary(hook) and (error := _distance(self.unembed(self._suffix(hook, resid)), logits)) > tolerance:
+            if (
+                layers_before(hook)
+                and (error := _distance(self.unembed(self._suffix(hook, resid)), logits)) > tolerance
+            ):
                 raise ModelError(
                     f"what follows from the residual there is not the model's logits (relative error {error:.2g})"
                 )
@@ -171,11 +236,11 @@ class LanguageModel:
     @torch.no_grad()
     def _prefix(self, tokens_BT: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
         self.check_ids(tokens_BT)
-        after = {hook: _boundary(hook) for hook in hooks}  # boundary n: before layer n runs
+        after = {hook: layers_before(hook) for hook in hooks}  # boundary n: before layer n runs
         deepest = max(after.values())
         caught: dict[int, Tensor] = {}
         handles = [
-            self._layers[boundary].register_forward_pre_hook(_catch(caught, boundary), with_kwargs=True)
+            on_residual(self.model, f"blocks.{boundary}.hook_resid_pre", partial(caught.__setitem__, boundary))
             for boundary in set(after.values())
             if boundary < deepest
         ]
@@ -190,7 +255,7 @@ class LanguageModel:
     def suffix(self, hook: str, resid_BTD: Tensor, *, grad: bool = False) -> Tensor:
         """The final vector [B, T, D], normed and ready to unembed, that follows from a residual at `hook`; with `grad`, differentiable."""
         self.check_hooks([hook])
-        if _boundary(hook) == 0:
+        if layers_before(hook) == 0:
             raise ModelError(
                 f"hook {hook!r} lies before the first layer; evaluate at blocks.0.hook_resid_post or later"
             )
@@ -198,7 +263,7 @@ class LanguageModel:
 
     def _suffix(self, hook: str, resid_BTD: Tensor, *, grad: bool = False) -> Tensor:
         resid = resid_BTD.to(self.device, self.dtype)
-        with torch.set_grad_enabled(grad), self._replaced(range(_boundary(hook)), injected=resid):
+        with torch.set_grad_enabled(grad), self._replaced(range(layers_before(hook)), injected=resid):
             return self._run(inputs_embeds=resid)
 
     def unembed(self, final: Tensor, *, grad: bool = False) -> Tensor:
@@ -293,19 +358,9 @@ def special_tokens(tokenizer: Any) -> tuple[int, tuple[int, ...]]:
     return int(bos), tuple(sorted({int(token) for token in ids if token is not None}))
 
 
-def hook_layer(hook: str) -> tuple[int, str]:
-    """(layer, `pre` or `post`) of a hook name. Raises ModelError for a name hsae doesn't know."""
-    match = HOOK_PATTERN.fullmatch(hook)
-    if match is None:
-        raise ModelError(
-            f"{hook!r} is not a hook hsae knows; use blocks.<layer>.hook_resid_post or blocks.<layer>.hook_resid_pre"
-        )
-    return int(match[1]), match[2]
-
-
-def check_dtype(config: ModelConfig, family: str) -> None:
+def check_dtype(dtype: str, family: str) -> None:
     """Refuse float16 for models whose residual overflows it. Raises ModelError."""
-    if config.dtype == "float16" and any(part in family.lower() for part in OVERFLOWING):
+    if dtype == "float16" and any(part in family.lower() for part in OVERFLOWING):
         raise ModelError(
             "model.dtype is float16, but Gemma's residual at BOS is about 1e5 and float16 ends at 65,504: it would overflow; "
             "use bfloat16 or float32"
@@ -336,6 +391,10 @@ class _Final:
         return (self.last_hidden_state,)[index]
 
 
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
@@ -346,37 +405,3 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
         return float("inf")
     error = (found.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1).clamp_min(1e-30)
     return float(error.max()) if torch.isfinite(error).all() else float("inf")
-
-
-def _keep(found: list[Tensor]) -> Any:
-    """A hook, before or after a layer, that keeps the residual it is given."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
-        kept = output[0] if output else args[0] if args else kwargs["hidden_states"]
-        found.append(kept[0] if isinstance(kept, tuple) else kept)
-
-    return hook
-
-
-def _boundary(hook: str) -> int:
-    layer, kind = hook_layer(hook)
-    return layer + 1 if kind == "post" else layer
-
-
-def _catch(caught: dict[int, Tensor], boundary: int) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught[boundary] = args[0] if args else kwargs["hidden_states"]
-
-    return hook
-
-
-def _find_layers(model: Any) -> tuple[nn.ModuleList, nn.Module, str]:
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    norm = next((name for name in ("norm", "final_layernorm", "final_layer_norm") if hasattr(decoder, name)), None)
-    if not isinstance(layers, nn.ModuleList) or norm is None or model.get_output_embeddings() is None:
-        raise ModelError(
-            f"{type(model).__name__} is laid out in a way hsae can't cut: it needs a decoder with `layers` and a final `norm`, "
-            "as Gemma, Llama, Qwen, Mistral and GPT-NeoX have"
-        )
-    return layers, decoder, norm

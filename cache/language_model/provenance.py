@@ -1,11 +1,12 @@
 """Whether a store was made with a model and a tokenizer that are here now."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hsae.cache.errors import StoreError
 from hsae.cache.format.layout import build_command
 from hsae.cache.language_model import sources
+from hsae.cache.language_model.digests import IN_MEMORY, tokenizer_state_digest
 from hsae.cache.storage.paths import Place
 
 if TYPE_CHECKING:
@@ -32,23 +33,27 @@ class Made(Protocol):
 
 def check_model(store: Place, made: Made, model: "LanguageModel", suite: str | None = None) -> None:
     """Raise StoreError unless a store was made with the weights and the tokenizer of a model that was loaded for it."""
-    for part, noun in (("model", "weights"), ("tokenizer", "tokenizer files")):
-        if not is_made_of(part, made, model.folder, getattr(model, f"{part}_digest")):
+    nouns: dict[Literal["model", "tokenizer"], str] = {"model": "weights", "tokenizer": "tokenizer files"}
+    for part, noun in nouns.items():
+        if not is_made_of(part, made, model.folder, model.digest_like(part, getattr(made, f"{part}_digest"))):
             raise _other(store, noun, suite)
 
 
 def check_tokenizer(store: Place, made: Made, tokenizer: Any) -> None:
     """Raise StoreError unless a store was made with a tokenizer that was loaded for it."""
-    if not is_made_of("tokenizer", made, Path(tokenizer.name_or_path)):
+    digest = tokenizer_state_digest(tokenizer) if made.tokenizer_digest.startswith(IN_MEMORY) else None
+    if not is_made_of("tokenizer", made, Path(tokenizer.name_or_path), digest):
         raise _other(store, "tokenizer files")
 
 
-def is_made_of(part: str, made: Made, folder: Path, digest: str | None = None) -> bool:
+def is_made_of(part: str, made: Made, folder: Path | None, digest: str | None = None) -> bool:
     """Whether a store was made with the `model` or the `tokenizer` of a folder; an older one by the rule of its time.
 
-    `digest` is that of the folder, where it is known.
+    `digest` is that of the folder, where it is known; a model that was given in memory has a digest, and no folder.
     """
     wanted = getattr(made, f"{part}_digest")
+    if folder is None:
+        return bool(wanted == digest)
     if wanted == (DIGESTS[part](folder) if digest is None else digest):
         return True
     return made.older and wanted == DIGESTS[part](folder, anew=True, older=True)
