@@ -6,7 +6,8 @@ Shapes: F coarse latents, G fine latents.
 import io
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsae.cache.errors import UserError
+from hsae.cache.errors import need
 from hsae.eval.hierarchy.maps import edges, half_normal, participation_ratio
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito: colour-blind safe
@@ -43,24 +44,35 @@ class Point:
     whole: bool = True
 
 
-def pyplot() -> Any:
-    """matplotlib's pyplot in this module's style. Raises UserError if matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the report needs matplotlib; run: pip install 'hsae[report]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+@contextmanager
+def style() -> Iterator[None]:
+    """matplotlib in this module's style, for what is drawn and saved inside; its own settings stay as they are.
 
-    plt.rcParams.update(STYLE)
-    return plt
+    Raises UserError if matplotlib is not installed.
+    """
+    need("the pictures", "matplotlib", "report")
+    from matplotlib import style as styles
+
+    with styles.context(STYLE, after_reset=True):
+        yield
+
+
+def new_figure(width: float, height: float, **options: Any) -> Any:
+    """A matplotlib figure of so many inches, which no window shows."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), **options)
+
+
+def save_png(figure: Any, path: Path) -> None:
+    """Write the figure, the same bytes for the same data."""
+    figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
 
 
 def svg(figure: Any, description: str) -> str:
-    """The figure as an <svg> element in the page's own colours; the figure is closed."""
+    """The figure as an <svg> element in the page's own colours."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    pyplot().close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -92,11 +104,13 @@ def _dots(axis: Any, points: Sequence[Point], title: str) -> None:
     axis.grid(axis="x")
 
 
+@style()
 def comparison(panels: Mapping[str, Sequence[Point]]) -> str:
     """One panel a metric, one line a view, dots with 95 % intervals. SVG."""
     lines = max((len(points) for points in panels.values()), default=1)
     height = 0.7 + 0.22 * lines
-    figure, axes = pyplot().subplots(1, len(panels), figsize=(9, height), sharey=True, squeeze=False)
+    figure = new_figure(9, height)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for axis, (title, points) in zip(axes[0], panels.items(), strict=True):
         _dots(axis, points, title)
     return svg(figure, "Dot plot of the results in the table above")
@@ -105,11 +119,13 @@ def comparison(panels: Mapping[str, Sequence[Point]]) -> str:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
+@style()
 def training_curves(lines: Sequence[dict[str, Any]]) -> str:
     """Loss, explained variance, L0 and dead share of each level over tokens; the curriculum's stages shaded and named. SVG."""
     metrics = [line for line in lines if line["kind"] == "metrics"]
     tokens = [line["tokens"] / 1e3 for line in metrics]
-    figure, axes = pyplot().subplots(2, 2, figsize=(9, 4.6), sharex=True)
+    figure = new_figure(9, 4.6)
+    axes = figure.subplots(2, 2, sharex=True)
     axes[0, 0].plot(tokens, _numbers(line["loss"] for line in metrics), color=GREY, linewidth=1.4)
     panels = (
         (axes[0, 1], "level_explained_variance", "explained variance, levels ≥ l"),
@@ -206,9 +222,11 @@ def _of(shown: int, count: int) -> str:
     return f"all {count}" if shown == count else f"the {shown} strongest of {count}"
 
 
+@style()
 def composition(contributions_FG: Tensor, level: int) -> str:
     """A map W between two levels, and how many fine latents each coarse one is made of, beside a random map of its density. SVG."""
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.6), width_ratios=(2, 1))
+    figure = new_figure(9, 3.6)
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     image = _matrix(left, contributions_FG, f"what level {level} is made of")
     bar = figure.colorbar(image, ax=left, fraction=0.03, pad=0.015, label="contribution: w · rms(fine) / rms(coarse)")
     bar.outline.set_linewidth(0.6)
@@ -232,13 +250,15 @@ def reference(contributions_FG: Tensor) -> Tensor:
     return half_normal(contributions_FG, alive_G, torch.Generator().manual_seed(0))
 
 
+@style()
 def trees(contributions_FG: Tensor, level: int) -> str:
     """The coarse latents with the largest sum of C^2, each with its strongest children; what is not drawn is told. SVG."""
     power_F = contributions_FG.square().sum(1)
     parents = [
         parent for parent in power_F.topk(min(TREES_DRAWN, len(power_F))).indices.tolist() if power_F[parent] > 0
     ]
-    figure, axes = pyplot().subplots(1, max(1, len(parents)), figsize=(9, 2.3), squeeze=False)
+    figure = new_figure(9, 2.3)
+    axes = figure.subplots(1, max(1, len(parents)), squeeze=False)
     children_FG = edges(contributions_FG)
     widest = max(1e-9, float(contributions_FG.max()))
     for axis in axes[0]:
@@ -272,6 +292,7 @@ def _tree(axis: Any, parent: int, share_G: Tensor, child_G: Tensor, level: int, 
 # --- one picture ----------------------------------------------------------------------------------------------------
 
 
+@style()
 def summary_png(
     path: Path, panels: Mapping[str, Sequence[Point]], contributions_FG: Tensor | None, title: str, map_title: str
 ) -> None:
@@ -279,9 +300,8 @@ def summary_png(
     lines = max((len(points) for points in panels.values()), default=1)
     count = len(panels) + (contributions_FG is not None)
     widths = [*(1.0,) * len(panels), *((1.7,) if contributions_FG is not None else ())]
-    figure, axes = pyplot().subplots(
-        1, count, figsize=(12, max(3.6, 0.9 + 0.25 * lines)), width_ratios=widths, squeeze=False, facecolor="white"
-    )
+    figure = new_figure(12, max(3.6, 0.9 + 0.25 * lines), facecolor="white")
+    axes = figure.subplots(1, count, width_ratios=widths, squeeze=False)
     for number, (axis, (name, points)) in enumerate(zip(axes[0], panels.items(), strict=False)):
         _dots(axis, points, name)
         if number:
@@ -290,5 +310,4 @@ def summary_png(
         image = _matrix(axes[0, -1], contributions_FG, map_title)
         figure.colorbar(image, ax=axes[0, -1], fraction=0.04, pad=0.02, label="contribution to the coarse latent")
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
-    pyplot().close(figure)
+    save_png(figure, path)

@@ -9,16 +9,15 @@ from hsae.eval.report.ablation import Ablations, shown_columns
 PER_ROW = 4
 
 
+@figures.style()
 def ablation_png(table: Ablations, path: Path) -> None:
     """Write the picture to `path`. Raises UserError if matplotlib is missing."""
-    pyplot = figures.pyplot()
     columns = shown_columns(table)
     names = [f"{line.number} {line.name}" for line in table.lines]
     rows = -(-len(columns) // PER_ROW)
     height = 0.22 * len(names) + 0.7
-    figure, axes = pyplot.subplots(
-        rows, PER_ROW, figsize=(3.1 * PER_ROW, height * rows), squeeze=False, sharey=True, layout="constrained"
-    )
+    figure = figures.new_figure(3.1 * PER_ROW, height * rows)
+    axes = figure.subplots(rows, PER_ROW, squeeze=False, sharey=True)
     for axis in axes.flat[len(columns) :]:
         axis.set_visible(False)
     for axis, column in zip(axes.flat, columns, strict=False):
@@ -36,5 +35,4 @@ def ablation_png(table: Ablations, path: Path) -> None:
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-    write_atomically(path, lambda partial: figure.savefig(partial, dpi=130, format="png", metadata={"Software": None}))
-    pyplot.close(figure)
+    write_atomically(path, lambda partial: figures.save_png(figure, partial))

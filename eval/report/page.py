@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hsae.cache.errors import UserError
+from hsae.cache.errors import UserError, need
 from hsae.cache.files import write_atomically
 from hsae.cache.format.spec import StoreSpec
 from hsae.cache.reading.store import ActivationStore
@@ -65,8 +65,8 @@ def write_report(
     give the top contexts; without them the page says so. `progress` is told what is being looked at, `say` what is
     damaged, missing or left out. Raises UserError if there is nothing to report, a file to compare can't be read, or matplotlib or jinja2 is missing.
     """
+    need("the report", "matplotlib", "report")
     template = _template()
-    figures.pyplot()
     specs = specs or ({"eval": store.spec} if store is not None else {})
     current = Current.of(specs["eval"], store) if specs else None
     texts = {side: same_bits(spec) for side, spec in specs.items() if side != "eval"}
@@ -133,10 +133,9 @@ def write_report(
 
 
 def _template() -> Any:
-    try:
-        import jinja2
-    except ImportError:
-        raise UserError("the report needs jinja2; run: pip install 'hsae[report]'") from None
+    need("the report", "jinja2", "report")
+    import jinja2
+
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -90,15 +90,17 @@ def interval(values_S: Tensor) -> dict[str, float | None]:
     return corrected_measures.measure(values_S)
 
 
+@figures.style()
 def draw(path: Path, arms: dict[str, Any], most: float, title: str) -> None:
     """The Pareto figure: for each arm the settings measured on test documents, as steps with intervals on forget. PNG."""
-    figure, axis = figures.pyplot().subplots(figsize=(7.5, 4.2), facecolor="white", layout="constrained")
+    figure = figures.new_figure(7.5, 4.2, facecolor="white")
+    axis = figure.subplots()
     _curves(axis, arms, most)
     axis.set_title(title)
-    figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
-    figures.pyplot().close(figure)
+    figures.save_png(figure, path)
 
 
+@figures.style()
 def picture(
     path: Path, weights: str | None, stores: Mapping[str, Collection[str]] | None = None
 ) -> tuple[str | None, str | None]:
@@ -117,8 +119,8 @@ def picture(
             if str(content["inputs"][f"{side}_store"]) not in fingerprints:
                 return None, f"{path.name} is of another {side} store than the plan's; run `hsae eval unlearning`"
         arms, most = content["arms"], float(content["arms"]["none"]["area"]["up_to"])
-        figure, axis = figures.pyplot().subplots(figsize=(9, 4.2), layout="constrained")
-        _curves(axis, arms, most)
+        figure = figures.new_figure(9, 4.2)
+        _curves(figure.subplots(), arms, most)
         return figures.svg(figure, "Loss added on forget text over loss added on retain text, for every arm"), None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"{path.name} is damaged ({error!r}); run `hsae eval unlearning --force`"

@@ -159,6 +159,18 @@ def test_the_same_inputs_give_the_same_bytes(made, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_pictures_neither_change_matplotlibs_settings_nor_follow_them(made, tmp_path):
+    import matplotlib
+
+    written(made, tmp_path / "a")
+    with matplotlib.rc_context({"font.size": 31, "lines.linewidth": 7, "svg.fonttype": "path"}):
+        own = dict(matplotlib.rcParams)
+        written(made, tmp_path / "b")
+        assert dict(matplotlib.rcParams) == own
+    for name in ("index.html", "summary.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
 def test_a_dead_sae_of_saebenchs_is_a_row_that_says_so(made, tmp_path):
     html, markdown = written(made, tmp_path)
     text = " ".join(" ".join(Page(html).words).split())
@@ -272,7 +284,9 @@ def test_a_report_of_foreign_results_alone(tmp_path):
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
 def test_a_missing_extra_is_named_before_any_work(made, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=re.escape(f"the report needs {package}; run: pip install 'hsae[report]'")):
+    with pytest.raises(
+        UserError, match=re.escape(f"the report: this needs the package {package}; run: pip install 'hsae[report]'")
+    ):
         written(made, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
