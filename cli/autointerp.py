@@ -107,6 +107,7 @@ def autointerp(
     from hsae.cache.reading.store import ActivationStore
     from hsae.cache.storage.paths import place
     from hsae.cli.eval import of_folders, of_runs
+    from hsae.eval.autointerp.config import AutointerpConfig
     from hsae.eval.autointerp.evaluation import Autointerp, noise_note
     from hsae.eval.autointerp.judge import Judge, Prices
     from hsae.eval.harness.result_files import told_changes
@@ -123,7 +124,7 @@ def autointerp(
     check_tokenizer(store.root, store.header, tokenizer)
     prices = Prices(input=price_in, output=price_out) if price_in is not None and price_out is not None else None
     with Judge(
-        loaded.autointerp.judge,
+        loaded.table(AutointerpConfig).judge,
         place(loaded.cache.dir) / "answers",
         lambda text: len(tokenizer(text, verbose=False).input_ids),
         prices=prices,
@@ -131,7 +132,7 @@ def autointerp(
         or any("judge.base_url" in override.partition("=")[0] for override in overrides or ()),
         most=max_cost,
     ) as asked:
-        bench = Autointerp(store, tokenizer, loaded.autointerp, asked, pick_device(device))
+        bench = Autointerp(store, tokenizer, loaded.table(AutointerpConfig), asked, pick_device(device))
         for target in targets:
             bench.check(target)
         results = {id(target): bench.found(target) for target in targets if not force}

@@ -29,19 +29,20 @@ def evaluate(
     from hsae.cache.suites.ravel_store import RavelStore
     from hsae.cli.suite import print_results, targets_of
     from hsae.eval.probing.probing_runs import evaluate_with
+    from hsae.eval.ravel.config import RavelConfig, ravel_spec
     from hsae.eval.ravel.ravel_runs import RavelBench, told
 
     if draws > 1:
         need("the interval over several draws", "scipy", "eval")
     targets = targets_of(plan, "ravel", run, seeds, sae, out)
-    store, place = RavelStore(plan.ravel_spec(), plan.cache.dir), pick_device(device)
+    store, place = RavelStore(ravel_spec(plan), plan.cache.dir), pick_device(device)
     with waiting("ravel: reading") as tell:
         results = evaluate_with(
             lambda hook: RavelBench(
                 store,
                 hook,
                 draws,
-                plan.ravel,
+                plan.table(RavelConfig),
                 lambda: LanguageModel.load(pinned(plan.model, plan.cache.dir), device=place),
                 place,
                 tell,
@@ -71,8 +72,9 @@ def check_store(plan: "Plan") -> None:
     from hsae.cache.errors import NotApplicable, StoreError
     from hsae.cache.storage.paths import size_of
     from hsae.cache.suites.ravel_store import RavelStore
+    from hsae.eval.ravel.config import ravel_spec
 
-    spec = plan.ravel_spec()
+    spec = ravel_spec(plan)
     try:
         RavelStore(spec, plan.cache.dir)
     except StoreError as error:
@@ -84,6 +86,7 @@ def check_store(plan: "Plan") -> None:
 def build(plan: "Plan", device: str) -> None:
     """Make RAVEL's store."""
     from hsae.cache.suites.ravel_store import RavelStore, build_ravel
+    from hsae.eval.ravel.config import ravel_spec
     from hsae.eval.ravel.ravel_runs import told
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "prompts")
@@ -96,11 +99,11 @@ def build(plan: "Plan", device: str) -> None:
             bars.update(shown[what], completed=done)
 
         path = build_ravel(
-            plan.ravel_spec(),
+            ravel_spec(plan),
             plan.cache.dir,
             device=device,
             progress=progress,
             say=say,
         )
-    say(told(RavelStore(plan.ravel_spec(), plan.cache.dir)))
+    say(told(RavelStore(ravel_spec(plan), plan.cache.dir)))
     say("ravel store: ", (str(path), "bold"))

@@ -51,7 +51,7 @@ def report(
     from hsae.cache.language_model.sources import at_commit
     from hsae.cache.reading.store import ActivationStore
     from hsae.eval.report.page import write_report
-    from hsae.train.config.suite_tables import SIDES
+    from hsae.eval.unlearning.config import SIDES
 
     store = tokenizer = None
     try:

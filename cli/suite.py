@@ -255,13 +255,14 @@ def _evaluate(
 ) -> "list[SuiteResult]":
     from hsae.cache.device import pick_device
     from hsae.cache.suites.probe_store import ProbeStore
+    from hsae.eval.probing.config import probe_spec
     from hsae.eval.probing.probing_runs import evaluate_suite
 
     targets = targets_of(plan, suite, run, seeds, sae, out)
     with waiting(f"{suite}: reading") as tell:
         results = evaluate_suite(
             targets,
-            lambda: ProbeStore(plan.probe(suite), plan.cache.dir),
+            lambda: ProbeStore(probe_spec(plan, suite), plan.cache.dir),
             seeds=draws,
             force=force,
             device=pick_device(device),
@@ -323,6 +324,7 @@ def build(plan: "Plan", suite: str, device: str, *, dry_run: bool) -> None:
     from hsae.cache.storage.paths import check_writable
     from hsae.cache.suites.probe_store import build_probe
     from hsae.cache.suites.suite_spec import SUITES, probe_folder
+    from hsae.eval.probing.config import probe_spec
 
     _no_dry_run(dry_run)
     check_writable(probe_folder(plan.cache.dir))
@@ -337,7 +339,7 @@ def build(plan: "Plan", suite: str, device: str, *, dry_run: bool) -> None:
                     shown[task] = bars.add_task(task, total=total)
                 bars.update(shown[task], completed=done)
 
-            path = build_probe(plan.probe(name), plan.cache.dir, device=device, progress=told, model=model)
+            path = build_probe(probe_spec(plan, name), plan.cache.dir, device=device, progress=told, model=model)
         say(f"{name} store: ", (str(path), "bold"))
 
 

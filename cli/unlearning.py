@@ -74,8 +74,8 @@ def unlearning(
             )
         _print_scores(scored)
         return
+    from hsae.eval.unlearning.config import SIDES
     from hsae.eval.unlearning.runs import evaluate_runs, open_texts
-    from hsae.train.config.suite_tables import SIDES
 
     open_texts(loaded)
     tell_common_text(loaded, SIDES)
@@ -151,6 +151,8 @@ def _print_signature(item: "Unlearned") -> None:
 
 
 def _print_scores(done: "list[Unlearned]") -> None:
+    from hsae.eval.unlearning.config import UnlearningConfig
+
     table = Table(
         title="SAEBench's unlearning score: 1 - the smallest forget accuracy that keeps retain accuracy",
         title_justify="left",
@@ -160,7 +162,7 @@ def _print_scores(done: "list[Unlearned]") -> None:
     for column in ("SAE", "score", "forget", "retain", "best configuration"):
         table.add_column(column, justify="right" if column in ("score", "forget", "retain") else "left")
     for item in done:
-        least = item.plan.unlearning.qa.retain_accuracy
+        least = item.plan.table(UnlearningConfig).qa.retain_accuracy
         for name, arm in item.result["arms"].items():
             kept = [entry for entry in arm["configurations"] if entry["retain_accuracy"] >= least]
             best = min(kept, key=lambda entry: entry["forget_accuracy"], default=None)

@@ -21,7 +21,12 @@ class Table:
     """Activation stores that it describes, beside `train` and `eval`: its model has a method `spec(split, ...)` for them."""
 
 
-TABLES: dict[str, Table] = {}
+TABLES: dict[str, Table] = {
+    "suite": Table("hsae.cache.suites.suite_spec:SuiteConfig"),
+    "unlearning": Table("hsae.eval.unlearning.config:UnlearningConfig", splits=("forget", "retain")),
+    "ravel": Table("hsae.eval.ravel.config:RavelConfig"),
+    "autointerp": Table("hsae.eval.autointerp.config:AutointerpConfig", splits=("autointerp",)),
+}
 """Name of the table, such as `unlearning` -> what it is."""
 
 

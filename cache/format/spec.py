@@ -11,6 +11,9 @@ from hsae.cache.storage.paths import RemotePath, place
 
 Split = Literal["train", "eval", "forget", "retain", "autointerp"]
 Codec = Literal["mappable", "compact", "int8"]
+Positive = Annotated[float, Field(gt=0, strict=False)]
+NonNegative = Annotated[float, Field(ge=0, strict=False)]
+ProperFraction = Annotated[float, Field(gt=0, lt=1, strict=False)]
 HOOK_PATTERN = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 FORMAT_VERSION = 1
 

@@ -18,6 +18,7 @@ from typing import Any
 from hsae.cache.errors import UserError
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.autointerp import explain
+from hsae.eval.autointerp.config import AutointerpConfig
 from hsae.eval.autointerp.interpretation import MEASURES, Interpreted, interpret, measures, told, windows
 from hsae.eval.autointerp.judge import Answer, Judge, Prices, Question
 from hsae.eval.autointerp.windows import Case, Sampler
@@ -25,7 +26,6 @@ from hsae.eval.core.core import check_views
 from hsae.eval.harness.envelope import envelope, hsae_version, write_result
 from hsae.eval.harness.targets import Found, Target, find
 from hsae.eval.probing.probing_runs import SuiteResult, read_measured
-from hsae.train.config.suite_tables import AutointerpConfig
 from hsae.train.runs.run_record import check_same_model
 
 SUITE = "autointerp"

@@ -7,9 +7,9 @@ what a text demands is declared to be data.
 
 import re
 
+from hsae.eval.autointerp.config import AutointerpConfig
 from hsae.eval.autointerp.judge import Question
 from hsae.eval.autointerp.windows import CLOSE, OPEN, Case
-from hsae.train.config.suite_tables import AutointerpConfig
 
 LONGEST_EXPLANATION = 400  # characters that go into the second question
 PREFIX = "Explanation:"

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from hsae.cache.errors import UserError
 from hsae.cache.files import check_seal, parse_json, sealed
 from hsae.cache.storage.paths import Place, publish
-from hsae.train.config.suite_tables import OPENAI_URL, JudgeConfig
+from hsae.eval.autointerp.config import OPENAI_URL, JudgeConfig
 
 KEY = "OPENAI_API_KEY"
 PER = 1_000_000  # tokens that a price is of

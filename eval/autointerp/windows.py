@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from hsae.cache.reading.store import ActivationStore
+from hsae.eval.autointerp.config import AutointerpConfig
 from hsae.eval.contexts import BATCH_ELEMENTS, token_texts
 from hsae.eval.probing.text_probes import generator_for
-from hsae.train.config.suite_tables import AutointerpConfig
 from hsae.train.model.views import View
 
 ENTRIES_KEPT = 1 << 24

@@ -24,7 +24,7 @@ from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.suites.entities import verdict
 from hsae.cache.suites.ravel_store import Prompt, RavelStore, decided_for
 from hsae.eval.probing.text_probes import generator_for
-from hsae.train.config.suite_tables import RavelConfig
+from hsae.eval.ravel.config import RavelConfig
 from hsae.train.model.views import View
 
 COOLEST = -4.0  # log10 of the last temperature

@@ -20,6 +20,7 @@ from hsae.eval.harness.envelope import envelope, hsae_version
 from hsae.eval.harness.fits import check_fits
 from hsae.eval.harness.targets import Target
 from hsae.eval.probing.text_probes import generator_for, over_seeds
+from hsae.eval.ravel.config import RavelConfig
 from hsae.eval.ravel.exchange import (
     Attributes,
     Exchange,
@@ -32,7 +33,6 @@ from hsae.eval.ravel.exchange import (
     saebench_scores,
     split_entities,
 )
-from hsae.train.config.suite_tables import RavelConfig
 from hsae.train.model.views import View
 
 MEASURES = {

@@ -25,10 +25,10 @@ from hsae.eval.harness.result_files import read_result
 from hsae.eval.harness.targets import is_trained, model_digest, whole_view
 from hsae.eval.hierarchy.runs import read_composition
 from hsae.eval.report.ablation_tests import LEVEL, MANY, MIN_SEEDS, POWER, Comparison, compare
+from hsae.eval.unlearning.config import SIDES
 from hsae.eval.unlearning.runs import config_digest
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
-from hsae.train.config.suite_tables import SIDES
 
 BUDGET = "0.01"
 """Loss on retain, in nats a token, at which unlearning is compared."""

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from hsae.eval.unlearning import selection
+from hsae.eval.unlearning.config import UnlearningConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention, firing_rates, of_means
 from hsae.eval.unlearning.passes import Rows
 from hsae.eval.unlearning.selection import Profile
-from hsae.train.config.suite_tables import UnlearningConfig
 from hsae.train.model.trained_model import TrainedModel
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from hsae.cache.errors import UserError
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.eval.unlearning import questions, selection
+from hsae.eval.unlearning.config import SIDES, QAConfig, Side
 from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed
 from hsae.eval.unlearning.questions import Question
-from hsae.train.config.suite_tables import SIDES, QAConfig, Side
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,13 @@ from hsae.cache.language_model.lm import LanguageModel, load_tokenizer, pinned
 from hsae.cache.language_model.provenance import check_model
 from hsae.eval.harness.result_files import write_result
 from hsae.eval.unlearning import qa, selection
+from hsae.eval.unlearning.config import SIDES, Side, UnlearningConfig
 from hsae.eval.unlearning.intervention import of_model
 from hsae.eval.unlearning.passes import Rows
 from hsae.eval.unlearning.questions import Question, check_template
 from hsae.eval.unlearning.runs import Unlearned, check_trained, found_at, inputs_of, open_texts, versions
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
-from hsae.train.config.suite_tables import SIDES, Side
 from hsae.train.model.trained_model import load_model
 
 FILE = "unlearning_qa.json"
@@ -24,7 +24,7 @@ Progress = Callable[[str, int, int], None]
 def check(plan: Plan) -> dict[Side, list[Question]]:
     """The questions, once everything that can be missing is there. Raises UserError before any compute."""
     check_template(load_tokenizer(pinned(plan.model, plan.cache.dir)), plan.model.id)
-    sets = qa.read_sets(plan.unlearning.qa)
+    sets = qa.read_sets(plan.table(UnlearningConfig).qa)
     open_texts(plan)
     return sets
 
@@ -40,7 +40,7 @@ def evaluate_runs(
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Unlearned]:
     """The score of every level, and of all levels together, of each run. `sets` are from `check`; `say` is told which earlier results give way."""
-    plan, config = runs[0][0], runs[0][0].unlearning.qa
+    plan, config = runs[0][0], runs[0][0].table(UnlearningConfig).qa
     stores, hook = open_texts(plan), plan.hook.names[0]
     check_trained(runs, stores["forget"])
     done: list[Unlearned] = []

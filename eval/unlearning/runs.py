@@ -21,12 +21,12 @@ from hsae.eval.harness.envelope import hsae_version
 from hsae.eval.harness.result_files import changes, publish, read_result, told_changes, write_result
 from hsae.eval.harness.targets import model_digest, need_trained
 from hsae.eval.unlearning import pareto
+from hsae.eval.unlearning.config import SIDES, Side, UnlearningConfig
 from hsae.eval.unlearning.intervention import of_model
 from hsae.eval.unlearning.passes import Rows
 from hsae.eval.unlearning.sweep import Pieces, Progress, Texts, evaluate
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
-from hsae.train.config.suite_tables import SIDES, Side
 from hsae.train.model.trained_model import load_model
 from hsae.train.runs.run_record import check_same_model
 
@@ -106,8 +106,9 @@ def evaluate_runs(
                     check_model(store.root, store.header, language)
             if force:
                 (folder / PARTIAL).unlink(missing_ok=True)
+            config = plan.table(UnlearningConfig)
             rows = [Rows.all_of(stores[side], hook) for side in SIDES]
-            texts = Texts.of(rows[0], rows[1], language, seeded.unlearning)
+            texts = Texts.of(rows[0], rows[1], language, config)
             model = load_model(seeded.run_dir(run) / "model")
             pieces = Pieces(folder / PARTIAL, inputs)
             found = evaluate(model, of_model(model, device), texts, pieces, progress=progress(seeded.label(run)))
@@ -119,7 +120,7 @@ def evaluate_runs(
                 "inputs": inputs,
                 "versions": versions(),
             }
-            _write(folder, result, seeded.label(run), max(seeded.unlearning.budgets))
+            _write(folder, result, seeded.label(run), max(config.budgets))
         assert result is not None
         done.append(Unlearned(plan=seeded, run=run, result=result, reused=reused))
     return done
@@ -157,7 +158,7 @@ def inputs_of(plan: Plan, run: RunConfig, stores: dict[Side, ActivationStore]) -
 
 def config_digest(plan: Plan) -> str:
     """What a plan's settings of unlearning are known by in results."""
-    config = plan.unlearning.model_dump(mode="json", exclude={"qa", *SIDES})
+    config = plan.table(UnlearningConfig).model_dump(mode="json", exclude={"qa", *SIDES})
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -20,9 +20,9 @@ from hsae.cache.language_model.lm import LanguageModel
 from hsae.eval.harness.result_files import read_result, write_result
 from hsae.eval.unlearning import pareto, selection
 from hsae.eval.unlearning.arms import Arm, Setting, moved, rate_threshold, sae_arms, settings, shared_arms
+from hsae.eval.unlearning.config import SIDES, Side, UnlearningConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention
 from hsae.eval.unlearning.passes import Change, LossMeter, Passes, Rows, Trial, split_rows
-from hsae.train.config.suite_tables import SIDES, Side, UnlearningConfig
 from hsae.train.model.trained_model import TrainedModel
 
 TOO_DEAR = (

@@ -1,8 +1,8 @@
 """The plan: one TOML file that says which model, which text, and which runs.
 
-Tables `[model] [hook] [cache] [cache.train] [cache.eval] [train]`, if need be `[suite] [unlearning] [ravel] [autointerp]`, and one `[runs.N]` for each run, whose keys override those of
-`[train]`. `./hsae.toml` wins over the packaged default plan; a name or file given by the user wins over both. A plan may
-begin with `extends = "NAME"` and state only what differs.
+Tables `[model] [hook] [cache] [cache.train] [cache.eval] [train]`, if need be those of evaluations (`hsae.registry.TABLES`), and one
+`[runs.N]` for each run, whose keys override those of `[train]`. `./hsae.toml` wins over the packaged default plan; a name or file given by
+the user wins over both. A plan may begin with `extends = "NAME"` and state only what differs.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,11 +18,9 @@ from hsae.cache.errors import UserError
 from hsae.cache.files import parse_toml
 from hsae.cache.format.spec import CacheConfig, Config, HookConfig, ModelConfig, Split, StoreSpec, store_spec
 from hsae.cache.storage.paths import Place, exists, place
-from hsae.cache.suites.ravel_spec import EntitiesConfig, RavelSpec
-from hsae.cache.suites.suite_spec import ProbeSpec, Suite, SuiteConfig
 from hsae.cache.text.corpora import TEXT_TABLES, common_text
+from hsae.registry import TABLES, resolve
 from hsae.train.config.run_config import RunConfig, StreamConfig
-from hsae.train.config.suite_tables import AutointerpConfig, RavelConfig, UnlearningConfig
 
 DEFAULT_PLAN = "gemma-2-2b"
 LOCAL_PLAN = "hsae.toml"
@@ -32,7 +30,8 @@ LARGEST = 2**62
 DEEPEST = 100
 """Plans that may extend each other."""
 ConfigT = TypeVar("ConfigT", bound=Config)
-TABLES = {"extends", "name", "model", "hook", "cache", "train", "suite", "runs", "unlearning", "ravel", "autointerp"}
+OWN_TABLES = {"extends", "name", "model", "hook", "cache", "train", "runs"}
+"""What a plan may hold besides the tables of evaluations."""
 
 
 class PlanError(UserError):
@@ -51,12 +50,15 @@ class Plan:
     cache: CacheConfig
     train: StreamConfig
     runs: dict[int, RunConfig]
-    suite: SuiteConfig
-    unlearning: UnlearningConfig
-    ravel: RavelConfig
-    autointerp: AutointerpConfig
+    tables: dict[type[Config], Config]
+    """Tables of evaluations that the plan has, by their class."""
     seed_index: int = 0
     """Which of several seeds of one plan this is."""
+
+    def table(self, kind: type[ConfigT]) -> ConfigT:
+        """An evaluation's table: what the plan says, or the defaults of its class."""
+        table = self.tables.get(kind)
+        return table if isinstance(table, kind) else kind()
 
     def store(self, split: Split) -> StoreSpec:
         """The activation store the plan asks for. With codec auto, one that is there in the other lossless codec will do."""
@@ -70,11 +72,11 @@ class Plan:
 
     def asked(self, split: Split) -> StoreSpec:
         """The same, whatever is there."""
-        if split == "forget" or split == "retain":  # written so that the type is narrowed
-            return self.unlearning.spec(split, self.model, self.hook, self.cache)
-        if split == "autointerp":
-            return self.autointerp.spec(self.model, self.hook, self.cache)
-        return store_spec(split, self.model, self.hook, self.cache)
+        if split == "train" or split == "eval":  # written so that the type is narrowed
+            return store_spec(split, self.model, self.hook, self.cache)
+        kind = next(resolve(table.kind) for table in TABLES.values() if split in table.splits)
+        spec: StoreSpec = self.table(kind).spec(split, self.model, self.hook, self.cache)
+        return spec
 
     def store_path(self, split: Split) -> Place:
         """Where that store lies."""
@@ -91,15 +93,6 @@ class Plan:
         return common and (
             f"{tables} overlap: {common}. Set first_document and last_document so that no document is in both, or use other text"
         )
-
-    def probe(self, suite: Suite) -> ProbeSpec:
-        """The probe store of an evaluation suite."""
-        return ProbeSpec(suite=suite, model=self.model, hooks=self.hook.names, tasks=self.suite)
-
-    def ravel_spec(self) -> RavelSpec:
-        """RAVEL's store."""
-        data = self.ravel.model_dump(include=set(EntitiesConfig.model_fields))
-        return RavelSpec(model=self.model, hooks=self.hook.names, data=EntitiesConfig(**data))
 
     def run_dir(self, run: RunConfig) -> Path:
         """Where a run's results lie: `<train.dir>/<number>`."""
@@ -168,8 +161,12 @@ def load_plan(plan: str | None = None, overrides: Sequence[str] = ()) -> Plan:
         plan if plan is not None else LOCAL_PLAN if Path(LOCAL_PLAN).is_file() else DEFAULT_PLAN
     )
     for override in overrides:
-        apply_override(tables, override, TABLES - {"extends"})
+        apply_override(tables, override, _table_names() - {"extends"})
     return _checked(source, tables)
+
+
+def _table_names() -> set[str]:
+    return OWN_TABLES | TABLES.keys()
 
 
 def read_tables(plan: str, chain: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
@@ -189,8 +186,8 @@ def read_tables(plan: str, chain: tuple[str, ...] = ()) -> tuple[str, dict[str, 
         raise PlanError(f"plan {_short(plan)} can't be read: {error.strerror}") from None
     except ValueError as error:
         raise PlanError(f"{source} is not valid TOML: {error}") from None
-    if unknown := tables.keys() - TABLES:
-        raise PlanError(f"{source}: unknown table {sorted(unknown)[0]!r}; allowed: {', '.join(sorted(TABLES))}")
+    if unknown := tables.keys() - _table_names():
+        raise PlanError(f"{source}: unknown table {sorted(unknown)[0]!r}; allowed: {', '.join(sorted(_table_names()))}")
     base = tables.pop("extends", None)
     if base is not None:
         if not isinstance(base, str):
@@ -252,6 +249,7 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
         Path(stream.dir).expanduser()
     except RuntimeError:
         raise PlanError(f"{source}: train.dir: there is no user whose folder is {stream.dir}") from None
+    kinds = {table: resolve(TABLES[table].kind) for table in TABLES if table in tables}
     return Plan(
         name=name,
         source=source,
@@ -260,10 +258,7 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
         cache=_table(source, "cache", CacheConfig, tables["cache"]),
         train=stream,
         runs=runs,
-        suite=_table(source, "suite", SuiteConfig, tables.get("suite", {})),
-        unlearning=_table(source, "unlearning", UnlearningConfig, tables.get("unlearning", {})),
-        ravel=_table(source, "ravel", RavelConfig, tables.get("ravel", {})),
-        autointerp=_table(source, "autointerp", AutointerpConfig, tables.get("autointerp", {})),
+        tables={kind: _table(source, table, kind, tables[table]) for table, kind in kinds.items()},
     )
 
 

@@ -5,11 +5,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from hsae.cache.format.spec import Config
+from hsae.cache.format.spec import Config, NonNegative, Positive
 
 Fraction = Annotated[float, Field(ge=0, le=1, strict=False)]
-Positive = Annotated[float, Field(gt=0, strict=False)]
-NonNegative = Annotated[float, Field(ge=0, strict=False)]
 
 
 class StreamConfig(Config):

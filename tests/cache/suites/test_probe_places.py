@@ -23,7 +23,9 @@ from hsae.cache.suites.ravel_store import RavelStore, build_ravel
 from hsae.cache.suites.store_files import Parts, part_bytes, part_name
 from hsae.cli.common import console
 from hsae.cli.ravel import check_store
+from hsae.eval.probing.config import probe_spec
 from hsae.eval.probing.probing_runs import Bench
+from hsae.eval.ravel.config import RavelConfig, ravel_spec
 from hsae.eval.ravel.ravel_runs import RavelBench
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
@@ -104,12 +106,12 @@ def copied(home, near):
 
 def built(plan, suite, root, model):
     if suite == "ravel":
-        return build_ravel(plan.ravel_spec(), root, model=model)
-    return build_probe(plan.probe(suite), root, model=model)
+        return build_ravel(ravel_spec(plan), root, model=model)
+    return build_probe(probe_spec(plan, suite), root, model=model)
 
 
 def opened(plan, suite, root):
-    return RavelStore(plan.ravel_spec(), root) if suite == "ravel" else ProbeStore(plan.probe(suite), root)
+    return RavelStore(ravel_spec(plan), root) if suite == "ravel" else ProbeStore(probe_spec(plan, suite), root)
 
 
 def contents(root):
@@ -128,8 +130,8 @@ def evaluated(plan, root, language):
     """What an SAE's results of sparse probing and RAVEL say."""
     target = SimpleNamespace(view=an_sae(29), release="r", sae_id="sae", label="sae", inputs={"sae": "0"})
     benches = (
-        Bench(ProbeStore(plan.probe("sparse-probing"), root), HOOK, 1),
-        RavelBench(RavelStore(plan.ravel_spec(), root), HOOK, 1, plan.ravel, lambda: language),
+        Bench(ProbeStore(probe_spec(plan, "sparse-probing"), root), HOOK, 1),
+        RavelBench(RavelStore(ravel_spec(plan), root), HOOK, 1, plan.table(RavelConfig), lambda: language),
     )
     found = [bench.content(target) for bench in benches]
     return [(content["eval_result_metrics"], content["hsae"]["measures"]) for content in found]
@@ -183,7 +185,7 @@ def test_each_part_is_one_put_and_one_get_and_is_fetched_once(near, plan, s3, sc
     parts = [name for name in sizes(place(home)) if name.endswith(".safetensors")]
     assert s3.requests["PUT"] == len(parts) + 2 and len(parts) == 4  # a trial, the parts and the suite's file
     for gets in (len(parts), 0):
-        store = ProbeStore(plan.probe("absorption"), home)
+        store = ProbeStore(probe_spec(plan, "absorption"), home)
         s3.requests.clear()
         for task in store.header.tasks:
             list(store.ragged(task, HOOK))
@@ -216,7 +218,7 @@ def test_over_http_stores_are_read_and_nothing_else_is_shown(given, near, plan, 
             assert isinstance(done.exception, StoreError)
             assert "stores at http:// can only be read; write where they lie" in str(done.exception)
         with pytest.raises(StoreError, match=r"there is no probe store http://\S+; make it with: hsae cache build"):
-            ProbeStore(plan.probe("tpp"), url)
+            ProbeStore(probe_spec(plan, "tpp"), url)
 
 
 def test_what_may_be_shown_of_the_suites_folder(near, tmp_path):
@@ -410,7 +412,7 @@ def test_harmed_answers_are_asked_for_again(near, plan, copied, counting, record
 def test_another_suite_with_the_same_residuals_says_that_they_were_made_anew(near, plan, copied, counting):
     """As on a machine that computes other bits."""
     built(plan, "tpp", copied, counting)
-    sparse, tpp = (ProbeStore(plan.probe(suite), copied) for suite in ("sparse-probing", "tpp"))
+    sparse, tpp = (ProbeStore(probe_spec(plan, suite), copied) for suite in ("sparse-probing", "tpp"))
     (name,) = sparse.header.parts
     assert tpp.header.parts == sparse.header.parts and counting.texts == 0
     file = copied / "probe" / "texts" / name / part_name(0)
@@ -430,7 +432,7 @@ def test_another_suite_with_the_same_residuals_says_that_they_were_made_anew(nea
 
 
 def test_another_format_is_refused(near, plan, copied):
-    path = plan.probe("absorption").path(copied)
+    path = probe_spec(plan, "absorption").path(copied)
     publish(path, json.dumps({"format": 1}).encode())
     with pytest.raises(
         StoreError, match="has format 1, not 2; make it again with: hsae cache build --suite absorption"

@@ -29,13 +29,13 @@ from hsae.cache.reading.store import ActivationStore
 from hsae.cli import common
 from hsae.cli.main import app
 from hsae.eval.autointerp import explain, windows
+from hsae.eval.autointerp.config import AutointerpConfig, JudgeConfig
 from hsae.eval.autointerp.evaluation import noise_note
 from hsae.eval.autointerp.judge import Judge, Question
 from hsae.eval.autointerp.windows import Sampler, written
 from hsae.eval.harness.saebench_schema import problems, read_suite
 from hsae.eval.probing.probing_runs import SuiteResult
 from hsae.train.config.plan import PlanError, load_plan
-from hsae.train.config.suite_tables import JudgeConfig
 from hsae.train.model import saelens_folder
 from hsae.train.model.trained_model import TrainedModel, save_model
 from hsae.train.runs import run_directory
@@ -171,7 +171,7 @@ def answers(work):
 @pytest.fixture(scope="module")
 def sampler(source, tokenizer):
     plan = load_plan("tiny", source[1])
-    return Sampler(ActivationStore.open(plan.store_path("autointerp")), HOOK, tokenizer, plan.autointerp)
+    return Sampler(ActivationStore.open(plan.store_path("autointerp")), HOOK, tokenizer, plan.table(AutointerpConfig))
 
 
 def test_windows_are_those_that_were_asked_for(sampler):
@@ -244,7 +244,10 @@ def test_nothing_in_a_text_can_be_taken_for_the_prompts_own_signs(sampler):
     assert len(line.splitlines()) == 1 and "«" not in line and "»" not in line
     case = next(case for _, case in sampler.cases(an_sae([0]), [0], sampler.fired(an_sae([0]))))
     plan = load_plan("tiny")
-    for question, count in ((explain.explaining(case, plan.autointerp), 15), (explain.predicting(case, "e"), 14)):
+    for question, count in (
+        (explain.explaining(case, plan.table(AutointerpConfig)), 15),
+        (explain.predicting(case, "e"), 14),
+    ):
         numbers = re.findall(r"^(\d+)\. ", question.user, re.MULTILINE)
         assert numbers == [str(number) for number in range(1, count + 1)]
     assert "«" not in explain.predicting(case, "e").user
@@ -568,7 +571,8 @@ def test_costs_are_told_before_and_bounded(work, server):
 def test_its_store_is_the_evaluation_store_or_one_of_its_own(tmp_path):
     plan = load_plan("gemma-2-2b")
     assert (
-        plan.store("autointerp") == plan.store("eval") and plan.store("eval").rows * 128 > plan.autointerp.total_tokens
+        plan.store("autointerp") == plan.store("eval")
+        and plan.store("eval").rows * 128 > plan.table(AutointerpConfig).total_tokens
     )
     text = "autointerp.text.corpus=monology/pile-uncopyrighted"
     own = load_plan("gemma-2-2b", [text]).store("autointerp")

@@ -16,10 +16,11 @@ from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.suites.catalogue import probe_stores
 from hsae.cache.suites.probe_store import ProbeStore, TaskEntry, build_probe
 from hsae.cache.suites.store_files import PART_TEXTS, listed, part_bytes, part_name, write_header
-from hsae.cache.suites.suite_spec import SUITES
+from hsae.cache.suites.suite_spec import SUITES, SuiteConfig
 from hsae.cli import common
 from hsae.eval.harness.saebench_schema import LAYOUTS, problems, read_suite
 from hsae.eval.probing import probing_runs as suites
+from hsae.eval.probing.config import probe_spec
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.trained_model import TrainedModel, save_model
@@ -69,7 +70,7 @@ def no_language_model(monkeypatch):
 
 def test_a_store_holds_the_residuals_of_each_text_alone(plan):
     model = LanguageModel.load(plan.model)
-    store = ProbeStore(plan.probe("sparse-probing"), plan.cache.dir)
+    store = ProbeStore(probe_spec(plan, "sparse-probing"), plan.cache.dir)
     (task,) = store.header.tasks
     vectors = [part for acts, lengths in store.ragged(task, HOOK) for part in torch.split(acts, lengths)]
     assert len(vectors) == task.count == len(store.lengths(task))
@@ -99,12 +100,12 @@ def test_a_store_holds_the_residuals_of_each_text_alone(plan):
 
 
 def tasks_file(plan, name):
-    return (Path(plan.suite.tasks).parent / name).read_text()
+    return (Path(plan.table(SuiteConfig).tasks).parent / name).read_text()
 
 
 def test_word_vectors_are_those_at_the_words_own_token(plan):
     model = LanguageModel.load(plan.model)
-    store = ProbeStore(plan.probe("absorption"), plan.cache.dir)
+    store = ProbeStore(probe_spec(plan, "absorption"), plan.cache.dir)
     assert [task.name for task in store.header.tasks] == ["train", "test", "prompts"]
     train, test, prompts = store.header.tasks
     assert test.count == prompts.count and 3.5 < train.count / test.count < 4.5
@@ -116,31 +117,33 @@ def test_word_vectors_are_those_at_the_words_own_token(plan):
 
 
 def test_suites_share_the_residuals_of_the_same_texts(plan):
-    sparse, tpp, scr = (ProbeStore(plan.probe(suite), plan.cache.dir) for suite in ("sparse-probing", "tpp", "scr"))
+    sparse, tpp, scr = (
+        ProbeStore(probe_spec(plan, suite), plan.cache.dir) for suite in ("sparse-probing", "tpp", "scr")
+    )
     assert sparse.header.tasks[0].texts == tpp.header.tasks[0].texts != scr.header.tasks[0].texts
     assert scr.header.tasks[0].name == "topic_scr_lists_files" and len(scr.header.tasks[0].lists["train"]) == 6
     assert scr.header.passes == scr.header.tasks[0].count == 4 * (12 + 6) - 2 * (6 + 3)  # unique texts
 
 
 def test_a_build_goes_on_where_it_was_and_ends_with_the_same_bytes(plan, tmp_path):
-    source = ProbeStore(plan.probe("scr"), plan.cache.dir)
+    source = ProbeStore(probe_spec(plan, "scr"), plan.cache.dir)
     (part,) = source.folder.joinpath(source.header.tasks[0].texts).iterdir()
     model = LanguageModel.load(plan.model)
-    path = build_probe(plan.probe("scr"), tmp_path, model=model)
+    path = build_probe(probe_spec(plan, "scr"), tmp_path, model=model)
     copy = tmp_path / "probe" / "texts" / part.parent.name / part.name
     assert path.read_bytes() == source.path.read_bytes() and copy.read_bytes() == part.read_bytes()
     path.unlink()
     before = copy.stat().st_mtime_ns
-    build_probe(plan.probe("scr"), tmp_path, model=model)
+    build_probe(probe_spec(plan, "scr"), tmp_path, model=model)
     assert copy.stat().st_mtime_ns == before and path.is_file()
     copy.unlink()
     with pytest.raises(StoreError) as raised:
-        ProbeStore(plan.probe("scr"), tmp_path)
+        ProbeStore(probe_spec(plan, "scr"), tmp_path)
     assert str(raised.value) == f"{copy} is missing; go on with: hsae cache build --suite scr"
 
 
 def test_a_missing_or_damaged_store_is_said(plan, tmp_path):
-    spec = plan.probe("tpp")
+    spec = probe_spec(plan, "tpp")
     with pytest.raises(StoreError) as raised:
         ProbeStore(spec, tmp_path)
     assert str(raised.value) == (
@@ -156,7 +159,7 @@ def test_a_missing_or_damaged_store_is_said(plan, tmp_path):
 def test_probe_stores_are_listed_with_the_others(overrides, plan, tmp_path):
     done = invoke("cache", "ls", *settings(overrides)[:2], *settings(overrides)[4:])
     assert done.exit_code == 0, (done.output, done.exception)
-    spec = plan.probe("scr")
+    spec = probe_spec(plan, "scr")
     listed = probe_stores(Path(plan.cache.dir))
     assert [item.name.split("/")[1] for item in listed] == sorted(SUITES)
     found = next(item for item in listed if "/scr/" in item.name)
@@ -231,9 +234,9 @@ def test_absorption_from_a_store_of_words_for_a_hierarchy_and_one_of_its_levels(
         "test": (vectors["X_test"][kept], vectors["y_test"][kept]),
         "prompts": (prompts["vectors"], vectors["y_test"][kept]),
     }
-    spec = plan.probe("absorption")
+    spec = probe_spec(plan, "absorption")
     spec = spec.model_copy(update={"tasks": spec.tasks.model_copy(update={"min_letters": 20})})
-    held = ProbeStore(plan.probe("absorption"), plan.cache.dir).header
+    held = ProbeStore(probe_spec(plan, "absorption"), plan.cache.dir).header
     tasks, written = [], {name: [] for name in parts}
     for name, (rows, letters) in parts.items():
         folder = tmp_path / "probe" / "texts" / name
@@ -336,8 +339,8 @@ def test_what_ships_with_python_is_told_apart_by_gemma(tmp_path):
     small = {"train_per_class": 24, "test_per_class": 16, "context": 32}
     chosen = [f"suite.{key}={value}" for key, value in small.items()] + [f"cache.dir={str(tmp_path)!r}"]
     plan = load_plan("gemma-3-270m", chosen)
-    build_probe(plan.probe("sparse-probing"), plan.cache.dir)
-    bench = suites.Bench(ProbeStore(plan.probe("sparse-probing"), plan.cache.dir), plan.hook.names[0], seeds=2)
+    build_probe(probe_spec(plan, "sparse-probing"), plan.cache.dir)
+    bench = suites.Bench(ProbeStore(probe_spec(plan, "sparse-probing"), plan.cache.dir), plan.hook.names[0], seeds=2)
     measured = bench.residual[1]
     assert list(measured["tasks"]) == ["python/package", "python/kind", "python/docstring-style"]
     for task in measured["tasks"].values():

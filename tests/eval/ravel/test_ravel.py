@@ -20,10 +20,10 @@ from hsae.cache.suites.ravel_store import Prompt, RavelStore, build_ravel
 from hsae.cli import common
 from hsae.eval.harness.saebench_schema import problems, read_suite
 from hsae.eval.ravel import exchange
+from hsae.eval.ravel.config import RavelConfig, ravel_spec
 from hsae.eval.ravel.exchange import Exchange, Pair
 from hsae.eval.ravel.ravel_runs import MEASURES, RavelBench
 from hsae.train.config.plan import load_plan
-from hsae.train.config.suite_tables import RavelConfig
 from hsae.train.model import saelens_folder
 from hsae.train.model.trained_model import TrainedModel, save_model
 from hsae.train.runs import run_directory
@@ -329,7 +329,7 @@ def plan(overrides):
 
 @pytest.fixture(scope="module")
 def store(plan):
-    return RavelStore(plan.ravel_spec(), plan.cache.dir)
+    return RavelStore(ravel_spec(plan), plan.cache.dir)
 
 
 def test_a_store_keeps_the_prompts_that_are_answered_right(store, language):
@@ -369,7 +369,7 @@ def test_prefix_and_suffix_write_what_a_full_forward_pass_with_a_hook_writes(sto
 
 
 def test_gradients_go_through_the_suffix_as_through_the_whole_model(store, language, plan):
-    exchange = Exchange(store=store, hook=HOOK, language=language, config=plan.ravel)
+    exchange = Exchange(store=store, hook=HOOK, language=language, config=plan.table(RavelConfig))
     view = an_sae(21, seed=1)
     pairs = exchange.pairs_of(store.kept["word"], "Base", 3, random.Random(5))
     gate_F = torch.full((21,), 0.4, requires_grad=True)
@@ -397,11 +397,11 @@ def test_gradients_go_through_the_suffix_as_through_the_whole_model(store, langu
 
 
 def test_a_build_goes_on_where_it_was(store, plan, tmp_path, language):
-    path = build_ravel(plan.ravel_spec(), tmp_path, model=language)
+    path = build_ravel(ravel_spec(plan), tmp_path, model=language)
     assert path.read_bytes() == store.path.read_bytes()
     path.unlink()
     asked = []
-    build_ravel(plan.ravel_spec(), tmp_path, model=SimpleNamespaceModel(language, asked))
+    build_ravel(ravel_spec(plan), tmp_path, model=SimpleNamespaceModel(language, asked))
     assert path.read_bytes() == store.path.read_bytes() and asked == []
 
 
@@ -418,7 +418,7 @@ class SimpleNamespaceModel:
 
 
 def test_too_few_right_answers_are_an_error(plan, language, tmp_path):
-    spec = plan.ravel_spec()
+    spec = ravel_spec(plan)
     spec = spec.model_copy(update={"data": spec.data.model_copy(update={"min_prompts": 300})})
     with pytest.raises(CorpusError) as raised:
         build_ravel(spec, tmp_path, model=language)
@@ -485,9 +485,9 @@ def test_all_leaves_out_what_lacks_its_store_or_means_nothing(overrides, plan, t
     assert "skipped: there is no probe store" in summary and "--suite ravel" in summary
     assert "skipped: no forget store at" in summary and "--suite unlearning" in summary
     with pytest.raises(NotApplicable):
-        config = plan.ravel.model_copy(update={"least_ceiling": 1.0})
+        config = plan.table(RavelConfig).model_copy(update={"least_ceiling": 1.0})
         _ = RavelBench(
-            RavelStore(plan.ravel_spec(), plan.cache.dir), HOOK, 1, config, lambda: LanguageModel.load(plan.model)
+            RavelStore(ravel_spec(plan), plan.cache.dir), HOOK, 1, config, lambda: LanguageModel.load(plan.model)
         ).residual
 
 
@@ -504,10 +504,10 @@ def test_gemma_knows_the_packaged_facts_and_carries_them_until_the_middle(tmp_pa
     entities = f"ravel.entities={json.dumps(str(countries))}"
     plan = load_plan("gemma-3-270m", [f"hook.names={json.dumps(hooks)}", "ravel.pairs=20", entities])
     language = LanguageModel.load(plan.model)
-    build_ravel(plan.ravel_spec(), tmp_path, model=language)
-    store = RavelStore(plan.ravel_spec(), tmp_path)
+    build_ravel(ravel_spec(plan), tmp_path, model=language)
+    store = RavelStore(ravel_spec(plan), tmp_path)
     assert set(store.kept) == {"country"} and len(store.header.prompts) > 150
-    early = RavelBench(store, hooks[0], 2, plan.ravel, lambda: language).residual
+    early = RavelBench(store, hooks[0], 2, plan.table(RavelConfig), lambda: language).residual
     assert early["cause_score"]["value"] > 0.6
     with pytest.raises(NotApplicable, match=r"at blocks\.12\.hook_resid_post changes \d% of the answers"):
-        _ = RavelBench(store, hooks[1], 2, plan.ravel, lambda: language).residual
+        _ = RavelBench(store, hooks[1], 2, plan.table(RavelConfig), lambda: language).residual

@@ -22,6 +22,7 @@ from hsae.eval.harness.result_files import read_result, write_result
 from hsae.eval.unlearning import arms, pareto, qa, qa_runs, selection
 from hsae.eval.unlearning import runs as unlearning_runs
 from hsae.eval.unlearning import sweep as unlearning
+from hsae.eval.unlearning.config import UnlearningConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed, of_means, of_model, of_view
 from hsae.eval.unlearning.passes import LossMeter, Rows, Trial, split_rows
 from hsae.eval.unlearning.questions import Question
@@ -168,7 +169,7 @@ def a_model(structure="additive"):
 def texts_of(plan, language):
     stores = unlearning_runs.open_texts(plan)
     rows = [Rows.all_of(stores[side], HOOK) for side in ("forget", "retain")]
-    return unlearning.Texts.of(*rows, language, plan.unlearning)
+    return unlearning.Texts.of(*rows, language, plan.table(UnlearningConfig))
 
 
 def test_a_row_holds_one_document_and_splits_hold_whole_ones(plan):
@@ -177,7 +178,9 @@ def test_a_row_holds_one_document_and_splits_hold_whole_ones(plan):
     assert (tokens[:, 0] == rows.store.header.bos_id).all() and not rows.store.special_mask(tokens[:, 1:]).any()
     assert max(rows.documents.count(document) for document in rows.documents) == 3
     assert set(rows.topics) == {"code", "shell"}
-    select, tune, test = split_rows(rows, plan.unlearning.tune_rows, plan.unlearning.test_rows)
+    select, tune, test = split_rows(
+        rows, plan.table(UnlearningConfig).tune_rows, plan.table(UnlearningConfig).test_rows
+    )
     parts = [set(part.documents) for part in (select, tune, test)]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
     assert sum(len(part.numbers) for part in (select, tune, test)) == rows.store.rows == 29

@@ -11,10 +11,10 @@ from hsae.cache.format.spec import ModelConfig
 from hsae.cache.language_model import sources
 from hsae.cache.language_model.lm import LanguageModel, load_tokenizer
 from hsae.eval.unlearning import qa, qa_runs, questions
+from hsae.eval.unlearning.config import QAConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention
 from hsae.eval.unlearning.questions import Question
 from hsae.train.config.plan import load_plan
-from hsae.train.config.suite_tables import QAConfig
 
 HOOK, D = "blocks.2.hook_resid_post", 48
 TEMPLATE = (

@@ -2,6 +2,9 @@ import re
 
 import pytest
 
+from hsae import registry
+from hsae.cache.format.spec import Config, CorpusConfig, spec_of
+from hsae.eval.unlearning.config import UnlearningConfig
 from hsae.train.config.plan import PlanError, load_plan, packaged_plans
 
 
@@ -228,3 +231,31 @@ def test_with_codec_auto_a_store_in_the_other_codec_will_do(tmp_path):
     assert load_plan("tiny", [f'cache.dir="{tmp_path}"', "cache.codec=mappable"]).store("train") == mappable
     (tmp_path / mappable.name).mkdir()
     assert plan.store("train") == mappable and plan.store("eval").codec == "mappable"
+
+
+class ToyConfig(Config):
+    """The table of an evaluation that only this file knows."""
+
+    rows: int = 3
+
+    def spec(self, split, model, hook, cache):
+        return spec_of(split, model, hook.names, CorpusConfig(corpus="python-mix"), cache, rows=self.rows, clean_rows=0)
+
+
+def test_an_evaluations_table_is_one_line_of_the_registry(monkeypatch):
+    toy = registry.Table(f"{__name__}:ToyConfig", splits=("autointerp",))
+    with pytest.raises(PlanError, match=r"write it as table\.key=value.*tables: autointerp, cache, "):
+        load_plan("tiny", ["toy.rows=5"])
+    monkeypatch.setitem(registry.TABLES, "toy", toy)
+    monkeypatch.delitem(registry.TABLES, "autointerp")
+    assert load_plan("tiny").table(ToyConfig) == ToyConfig()
+    plan = load_plan("tiny", ["toy.rows=5"])
+    assert (plan.table(ToyConfig).rows, plan.store("autointerp").rows) == (5, 5)
+    assert plan.table(UnlearningConfig) == UnlearningConfig()
+    for mistake, message in [
+        ("toy.rows=x", "toy.rows: Input should be a valid integer (given: 'x')"),
+        ("toy.row=1", "unknown key toy.row; allowed: rows"),
+        ("toy=1", "toy is a table, not a value (given: 1)"),
+    ]:
+        with pytest.raises(PlanError, match=re.escape(message)):
+            load_plan("tiny", [mistake])
