@@ -1,9 +1,14 @@
 """The commands as a user types them: what they print, where they stop, what they return."""
 
+import contextlib
+import io
 import json
+import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +17,8 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from hsae.cache.errors import UserError
-from hsae.cli.main import app
+from hsae.cache.reading import page_faults
+from hsae.cli.main import app, main
 
 HSAE = [sys.executable, "-c", "from hsae.cli.main import main; main()"]
 PLAN = f"""
@@ -21,15 +27,30 @@ name = "mine"
 [model]
 id = {json.dumps(str(GOLDEN / "model"))}
 [train]
-tokens = 40_000
+tokens = 6_000
 """
 
 
-def hsae(*arguments, cwd, **environment):
-    import os
-
+def launched(*arguments, cwd, **environment):
+    """`hsae ...` in a process of its own, for what is set when a process begins."""
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
     return subprocess.run([*HSAE, *arguments], cwd=cwd, capture_output=True, text=True, env=settings)
+
+
+def hsae(*arguments, cwd):
+    """`hsae ...` as a user types it, in this process: its status and what it prints."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["hsae", *arguments]),
+        mock.patch.dict(os.environ, {"COLUMNS": "200"}),
+        mock.patch.object(page_faults, "enable"),
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    return SimpleNamespace(returncode=ended.value.code or 0, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +102,7 @@ def test_what_is_there_is_used_again(folder):
 
 
 def test_without_a_plan_the_default_one_is_used_and_what_is_missing_is_said(tmp_path):
-    build = hsae("cache", "build", cwd=tmp_path)
+    build = launched("cache", "build", cwd=tmp_path)
     assert build.returncode == 2
     assert "Error: google/gemma-2-2b is neither on this machine nor is the hub reachable" in build.stderr
     train = hsae("train", "--run", "3", cwd=tmp_path)
@@ -115,11 +136,11 @@ def test_the_default_plans_sizes_are_told_without_reading_weights(tmp_path):
     gemma_2_2b_in_the_hubs_cache(tmp_path / "hub")
     here = ("--set", "cache.eval.corpus='python-docs'")
     dry = ("cache", "build", "--dry-run", "--split", "eval")
-    done = hsae(*dry, *here, cwd=tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"))
+    done = launched(*dry, *here, cwd=tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"))
     assert done.returncode == 0, done.stderr
     for number in ("35,200", "4,505,600", "22.67 GB", "google/gemma-2-2b in bfloat16"):
         assert number in done.stdout
-    hook = hsae(
+    hook = launched(
         "cache",
         "build",
         "--set",

@@ -427,6 +427,7 @@ print(json.dumps(computed))
 """
 
 
+@pytest.mark.slow
 def test_workers_share_one_store_and_make_the_same_bytes(built, tmp_path):
     command = [sys.executable, "-c", WORKER, spec().model_dump_json(), str(tmp_path)]
     workers = []

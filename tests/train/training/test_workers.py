@@ -184,6 +184,7 @@ with joined(share(), "cpu") as workers:
 """
 
 
+@pytest.mark.slow
 def test_two_workers_train_what_one_does_and_take_each_others_places(overrides_in, tmp_path):
     def plan(folder, *more):
         return load_plan("tiny", overrides_in(tmp_path / folder, *HARD, *more))
