@@ -352,7 +352,7 @@ def test_windows_that_share_text_with_a_shown_one_are_left_out_of_measures(work,
         ActivationStore.open(load_plan("tiny", work[1]).store_path("autointerp")),
         HOOK,
         load_tokenizer(load_plan("tiny", work[1]).model),
-        load_plan("tiny", work[1]).autointerp,
+        load_plan("tiny", work[1]).table(AutointerpConfig),
     )
     view = an_sae(range(13))
     seen = 0

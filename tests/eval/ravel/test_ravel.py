@@ -19,9 +19,8 @@ from hsae.cache.suites.ravel_spec import EntitiesConfig
 from hsae.cache.suites.ravel_store import Prompt, RavelStore, build_ravel
 from hsae.cli import common
 from hsae.eval.harness.saebench_schema import problems, read_suite
-from hsae.eval.ravel import exchange
 from hsae.eval.ravel.config import RavelConfig, ravel_spec
-from hsae.eval.ravel.exchange import Exchange, Pair
+from hsae.eval.ravel.exchange import Exchange, Pair, own_scores, pairs_of, saebench_scores, split_entities
 from hsae.eval.ravel.ravel_runs import MEASURES, RavelBench
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
@@ -196,11 +195,11 @@ def only(*latents):
 @pytest.mark.parametrize("keep_error", [True, False])
 def test_the_latent_that_carries_an_attribute_scores_one_and_others_do_not(planted, keep_error):
     exchange, store, view = planted
-    pairs = exchange.pairs_of(store.prompts, "colour", 20, random.Random(1))
+    pairs = pairs_of(store.prompts, "colour", 20, random.Random(1))
     assert sum(pair.cause for pair in pairs) == 20 == len(pairs) - 20
 
     def of(mask_F):
-        return exchange.own_scores(pairs, exchange.outcomes(view, pairs, mask_F, keep_error=keep_error))
+        return own_scores(pairs, exchange.outcomes(view, pairs, mask_F, keep_error=keep_error))
 
     assert of(only(0)) == {"cause_score": 1.0, "isolation_score": 1.0, "disentangle_score": 1.0}
     assert of(only(7))["cause_score"] == 0.0  # a random one
@@ -217,7 +216,7 @@ def test_the_latent_that_carries_an_attribute_scores_one_and_others_do_not(plant
 
 def test_nothing_is_asked_where_no_chosen_latent_differs(planted):
     exchange, store, view = planted
-    pairs = exchange.pairs_of(store.prompts, "size", 20, random.Random(2))
+    pairs = pairs_of(store.prompts, "size", 20, random.Random(2))
     exchange.passes = Passes()
     outcomes = exchange.outcomes(view, pairs, only(11, 12), keep_error=True)
     assert exchange.passes == Passes(spared=40)
@@ -238,7 +237,7 @@ def test_the_masks_algebra_is_that_of_a_loop_over_pairs_and_latents(planted, kee
     parts = {"W_enc": torch.randn(11, 17, generator=generator), "W_dec": torch.randn(17, 11, generator=generator)}
     parts |= {"b_enc": torch.randn(17, generator=generator), "b_dec": torch.randn(11, generator=generator)}
     view = saelens_folder.SAE(name="dense", architecture="standard", **parts)
-    pairs = exchange.pairs_of(store.prompts, "size", 3, random.Random(4))
+    pairs = pairs_of(store.prompts, "size", 3, random.Random(4))
     gate_F = torch.rand(17, generator=generator).requires_grad_()
     moved_BD = exchange.moved(view, pairs, exchange.latents(view, pairs), gate_F, keep_error=keep_error)
     loss = exchange.loss(view, pairs, gate_F, keep_error=keep_error)
@@ -265,16 +264,16 @@ def test_the_masks_algebra_is_that_of_a_loop_over_pairs_and_latents(planted, kee
 
 def test_pairs_differ_in_the_answer_and_splits_in_the_entities(planted):
     _, store, _ = planted
-    for pair in exchange.pairs_of(store.prompts, "colour", 9, random.Random(3)):
+    for pair in pairs_of(store.prompts, "colour", 9, random.Random(3)):
         assert pair.base.attribute == pair.source.attribute == ("colour" if pair.cause else "size")
         assert pair.base.label != pair.source.label
         assert pair.target == (pair.source if pair.cause else pair.base).label
-    train, test = exchange.split_entities(store.prompts, 0.7, random.Random(1))
+    train, test = split_entities(store.prompts, 0.7, random.Random(1))
     sides = [{prompt.entity for held in side.values() for prompt in held} for side in (train, test)]
     assert not sides[0] & sides[1] and len(sides[0]) == 14 and len(sides[1]) == 6
     alike = {"colour": store.prompts["colour"][:1], "size": store.prompts["size"][:3]}
     with pytest.raises(UserError, match="can't be split"):
-        exchange.split_entities(alike, 0.7, random.Random(1))
+        split_entities(alike, 0.7, random.Random(1))
 
 
 def test_saebench_calls_a_pair_isolation_if_both_answers_begin_alike(planted):
@@ -284,10 +283,10 @@ def test_saebench_calls_a_pair_isolation_if_both_answers_begin_alike(planted):
         Pair(base=red, source=blue, cause=True), source=blue.model_copy(update={"first_token": red.first_token})
     )
     pairs = [Pair(base=red, source=blue, cause=True), alike, Pair(base=red, source=blue, cause=False)]
-    found = exchange.saebench_scores(pairs, [True, False, True])
+    found = saebench_scores(pairs, [True, False, True])
     assert found == {"cause_score": 1.0, "isolation_score": 0.5, "disentangle_score": 0.75}
-    assert exchange.saebench_scores(pairs[:1], [True])["disentangle_score"] is None
-    assert exchange.own_scores(pairs, [True, False, True])["cause_score"] == 0.5
+    assert saebench_scores(pairs[:1], [True])["disentangle_score"] is None
+    assert own_scores(pairs, [True, False, True])["cause_score"] == 0.5
 
 
 # ---- a real store -------------------------------------------------------------------------------------------------------
@@ -371,7 +370,7 @@ def test_prefix_and_suffix_write_what_a_full_forward_pass_with_a_hook_writes(sto
 def test_gradients_go_through_the_suffix_as_through_the_whole_model(store, language, plan):
     exchange = Exchange(store=store, hook=HOOK, language=language, config=plan.table(RavelConfig))
     view = an_sae(21, seed=1)
-    pairs = exchange.pairs_of(store.kept["word"], "Base", 3, random.Random(5))
+    pairs = pairs_of(store.kept["word"], "Base", 3, random.Random(5))
     gate_F = torch.full((21,), 0.4, requires_grad=True)
     loss = exchange.loss(view, pairs, gate_F, keep_error=True)
     loss.backward()
@@ -494,7 +493,7 @@ def test_all_leaves_out_what_lacks_its_store_or_means_nothing(overrides, plan, t
 @pytest.mark.slow
 def test_gemma_knows_the_packaged_facts_and_carries_them_until_the_middle(tmp_path):
     packaged, countries = (
-        GOLDEN.parents[1] / "cache",
+        GOLDEN.parents[1] / "cache/suites",
         tmp_path / "countries.toml",
     )  # half of them: the whole takes minutes
     countries.write_text((packaged / "facts.toml").read_text().rpartition("[[entity]]")[0])
