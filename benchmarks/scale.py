@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from hsae.cache.building import sealing, writer
-from hsae.cache.building.builder import Builder, clear
+from hsae.cache.building.builder import Builder, TokenisedText, clear
 from hsae.cache.building.chunk_log import Written
 from hsae.cache.format.layout import (
     Header,
@@ -137,7 +137,7 @@ class Model:
 def resume(spec: StoreSpec) -> Measured:
     """A worker that starts again: everything missing of its own share is found, and its tokens fetched; nothing is computed."""
     target, computed = place(f"s3://partly/{STORE}"), []
-    builder = Builder(spec, target, Model(), lambda *told: None, documents=[], share=WORKER)  # type: ignore[arg-type]
+    builder = Builder(spec, target, Model(), text=TokenisedText([]), share=WORKER)  # type: ignore[arg-type]
     builder.compute = lambda index, missing, tokens: computed.append((index, len(missing))) or iter(())  # type: ignore
     builder.written = written_down(spec)
     mine = WORKER.own(builder.specs["tokens"].count)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from hsae.cache.building import writer
-from hsae.cache.building.builder import build
+from hsae.cache.building.builder import TokenisedText, build
 from hsae.cache.building.copying import copy
 from hsae.cache.format.layout import Header, HookSummary, arrays, kept_array, statistics_arrays
 from hsae.cache.format.spec import FORMAT_VERSION, CorpusConfig, ModelConfig, StoreSpec
@@ -201,7 +201,7 @@ def memory() -> Iterator[Measured]:
 
 def building(folder: Path, rows: int) -> Measured:
     with memory() as peaks:
-        build([plan_of(folder, rows).store("train")], folder, documents=documents(rows))
+        build([plan_of(folder, rows).store("train")], folder, text=TokenisedText(documents(rows)))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {**peaks, "store_mb": size / 1e6}
 

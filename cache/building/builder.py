@@ -13,6 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +52,7 @@ from hsae.cache.language_model import sources, token_losses
 from hsae.cache.language_model.lm import LanguageModel, pinned
 from hsae.cache.language_model.provenance import DIGESTS, is_made_of
 from hsae.cache.launcher import Share
+from hsae.cache.progress import Progress, Step, silent
 from hsae.cache.reading.mapped_chunks import MappedArray
 from hsae.cache.storage.paths import (
     IN_FLIGHT,
@@ -67,9 +69,6 @@ from hsae.cache.storage.paths import (
 from hsae.cache.text.corpora import TEXT_TABLES, Corpus, Packer, check_corpus, open_corpus, tokenised
 from hsae.cache.text.python_text import CORPORA
 
-Stage = Literal["tokens", "activations", "statistics"]
-Progress = Callable[[StoreSpec, Stage, int, int, int], None]
-"""Told the store, the stage, how many are done, how many there are, and the bytes of activations in one row."""
 
 SLICE_TOKENS = 128  # tokens unembedded at once: 64 MiB of bfloat16 logits at V = 262,144
 ALONE = Share()
@@ -84,27 +83,39 @@ ASKED_AHEAD = 4  # chunks whose tokens, and whose being there, are asked for ahe
 LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
 
 
+@dataclass(frozen=True)
+class TokenisedText:
+    """Text as documents of token ids, without BOS, in the place of a corpus."""
+
+    documents: Iterable[Sequence[int]]
+    digest: str = "given"
+    """Digest of the text."""
+
+
 def build(
     specs: Sequence[StoreSpec],
     root: str | Place,
     *,
     device: str = "cpu",
-    progress: Progress = lambda spec, stage, done, total, row_bytes: None,
+    progress: Progress = silent,
     say: Callable[[str], None] = lambda text: None,
-    documents: Iterable[Sequence[int]] | None = None,
+    model: LanguageModel | None = None,
+    text: TokenisedText | None = None,
     share: Share = ALONE,
 ) -> list[Place]:
     """Make the stores that `specs` describe (of one model) in folder `root`, or finish them, and return their paths.
 
-    The text of all of them is packed before the first activation is computed. `documents`, token ids without BOS, take the place of
-    the corpus's text. With a share of several, workers on one store divide its chunks: worker 0 packs the tokens and finishes the store,
-    the others return when no chunk is missing. Raises UserError if a store can't be made; what is there stays.
+    The text of all of them is packed before the first activation is computed. `model` and `text` take the place of the
+    model and the corpus that the specs name. With a share of several, workers on one store divide its chunks: worker 0
+    packs the tokens and finishes the store, the others return when no chunk is missing. Raises UserError if a store can't
+    be made; what is there stays.
     """
     folder = place(root)
     targets: list[Place] = [folder / spec.name for spec in specs]
     finished, missing = _divided(specs, targets)
     for spec, target in finished if share.rank == 0 else ():
-        check_current(target, spec, documents is not None, say)
+        if model is None:
+            check_current(target, spec, text is not None, say)
         _clear_finished(target)
         if spec.rows_per_document is not None:
             mend_documents(target, device=device, say=say)
@@ -119,13 +130,14 @@ def build(
             locks.enter_context(locked(target, f".rank{share.rank}" if share.rank else ""))
         if share.world > 1 and share.rank == 0:
             locks.enter_context(_signs_of_life([target for _, target in missing]))
-        for spec, target in missing if documents is None and share.rank == 0 else ():
+        for spec, target in missing if text is None and share.rank == 0 else ():
             check_corpus(text_of(spec, begun(target)))
         if share.world > 1 and device == "cuda":
             torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
-        say(f"loading {specs[0].model.id}")
-        model = LanguageModel.load(config, device=device, say=say)
-        builders = [Builder(spec, target, model, progress, documents, share) for spec, target in missing]
+        if model is None:
+            say(f"loading {specs[0].model.id}")
+            model = LanguageModel.load(config, device=device, say=say)
+        builders = [Builder(spec, target, model, progress, text, share) for spec, target in missing]
         for note in dict.fromkeys(note for builder in builders for note in builder.corpus.notes):
             say(note)
         for builder in builders:
@@ -305,19 +317,19 @@ class Builder:
         spec: StoreSpec,
         target: Place,
         model: LanguageModel,
-        progress: Progress,
-        documents: Iterable[Sequence[int]] | None = None,
+        progress: Progress = silent,
+        text: TokenisedText | None = None,
         share: Share = ALONE,
     ) -> None:
         self.spec, self.target, self.model, self.progress = spec, target, model, progress
         model.check_hooks(spec.hooks)
         if spec.split == "eval":
             model.check_ablation(spec.hooks)
-        self.documents, self.share = documents, share
+        self.text, self.share = text, share
         held = begun(target)
         self.older = held is not None and held.older
         self.corpus = (
-            text_of(spec, held, anew=True) if documents is None else Corpus("token ids", "given", lambda: iter(()))
+            text_of(spec, held, anew=True) if text is None else Corpus("token ids", text.digest, lambda: iter(()))
         )
         self.specs = arrays(spec, model.d_model)
         self.step = chunk_rows(spec, model.d_model)
@@ -327,6 +339,14 @@ class Builder:
         self._ablated: dict[str, Tensor] = {}
         self.written: chunk_log.Written | None = None
         """What was written of an unfinished store; None while a finished one is mended."""
+
+    def report(self, stage: Literal["tokens", "activations", "statistics"], done: int) -> None:
+        """Say how many rows of a stage, or hooks of the statistics, are done."""
+        task, hooks = f"{self.spec.split} {stage}", len(self.spec.hooks)
+        if stage == "statistics":
+            return self.progress(Step(task=task, done=done, total=hooks, unit="hooks"))
+        tokens, row_bytes = (self.spec.context, self.row_bytes) if stage == "activations" else (0, 0)
+        self.progress(Step(task=task, done=done, total=self.spec.rows, unit="rows", tokens=tokens, bytes=row_bytes))
 
     def prepare(self) -> None:
         """Make the store if it isn't there, sweep up what a killed build left half-written, and pack the tokens.
@@ -464,7 +484,7 @@ class Builder:
                 ids = torch.tensor(chunk, dtype=torch.int32)
                 self.model.check_ids(ids)
                 chunks.append((array, index, ids))
-                self.progress(self.spec, "tokens", index * self.step + wanted, spec.rows, 0)
+                self.report("tokens", index * self.step + wanted)
             self._publish(chunks)
             if self.written is not None:
                 last = start + len(chunks)
@@ -520,8 +540,8 @@ class Builder:
         """Token ids, without BOS, of each document from `first` on."""
         if self.spec.rows_per_document is not None:
             return itertools.islice(iter(self.row_documents[0]), first, None)
-        if self.documents is not None:
-            return itertools.islice(self.documents, first, None)
+        if self.text is not None:
+            return itertools.islice(self.text.documents, first, None)
         return tokenised(itertools.islice(self.corpus.open(), first, None), self.model.tokenizer)
 
     @cached_property
@@ -603,7 +623,7 @@ class Builder:
 
         for index, missing, tokens in many(ask, map(int, indices[unfinished[indices]]), ASKED_AHEAD):
             if missing:
-                self.progress(self.spec, "activations", index * self.step, self.spec.rows, self.row_bytes)
+                self.report("activations", index * self.step)
                 if tokens is None:
                     self._await(lambda index=index: self._tokens_if_packed(index) is not None)  # type: ignore[misc]
                     tokens = self.tokens(index)
@@ -653,7 +673,7 @@ class Builder:
                 for path, values in self.clean(batch, resid[self.deepest]).items():
                     if path in paths:
                         buffers[path][first:last] = values
-            self.progress(self.spec, "activations", start + last, self.spec.rows, self.row_bytes)
+            self.report("activations", start + last)
         for array in wanted:
             yield array, index, buffers.pop(array.path)
 
@@ -757,7 +777,7 @@ class Builder:
         """Write the arrays of statistics and return the scalars of each hook; `checks` are the checksums of chunks."""
         statistics = {}
         for number, hook in enumerate(self.spec.hooks):
-            self.progress(self.spec, "statistics", number, len(self.spec.hooks), 0)
+            self.report("statistics", number)
             acts, tokens = (
                 MappedArray(self.target, self.specs[path], checks.get(path)) for path in (f"acts/{hook}", "tokens")
             )
@@ -765,5 +785,5 @@ class Builder:
             for name, values in moments.items():
                 array = statistics_arrays(self.spec, self.model.d_model)[f"stats/{hook}/{name}"]
                 writer.write_chunk(self.target, array, 0, values)
-        self.progress(self.spec, "statistics", len(self.spec.hooks), len(self.spec.hooks), 0)
+        self.report("statistics", len(self.spec.hooks))
         return statistics

@@ -5,7 +5,6 @@ that are missing. Metadata is written anew from the header, so nothing that a fo
 """
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from hsae.cache.format.layout import (
     statistics_arrays,
 )
 from hsae.cache.format.spec import Codec
+from hsae.cache.progress import Progress, Step, silent
 from hsae.cache.reading.mapped_chunks import read_checks
 from hsae.cache.storage.paths import Place, locked, many, place, publish
 
@@ -40,7 +40,7 @@ def copy(
     folder: str | Place,
     *,
     codec: Codec | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Place:
     """Copy the complete store at `source` into `folder`, in `codec` if one is given, and return its place.
 
@@ -126,7 +126,7 @@ def _copy_chunks(
     header: Header,
     wanted: Header,
     damaged: set[tuple[str, int]],
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> None:
     """Copy the chunks that are missing or damaged."""
     checks = read_checks(root, header)
@@ -158,4 +158,4 @@ def _copy_chunks(
         done += spec.count - len(missing)
         for _ in many(transfer, map(int, missing)):
             done += 1
-            progress(done, total)
+            progress(Step(task="copying", done=done, total=total, unit="chunks"))

@@ -37,6 +37,7 @@ from hsae.cache.format.layout import (
     read_header,
 )
 from hsae.cache.format.spec import Codec
+from hsae.cache.progress import Progress, Step, silent
 from hsae.cache.reading.mapped_chunks import MappedArray, count_kept, map_chunk, read_checks
 from hsae.cache.storage.paths import IN_FLIGHT, Place, RemotePath, exists, locked, many, place, publish
 
@@ -58,7 +59,7 @@ class Damage:
     problem: str
 
 
-def verify(url: str | Place, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Damage]:
+def verify(url: str | Place, progress: Progress = silent) -> list[Damage]:
     """Every damaged file of a store, all of them read anew. Raises StoreError if its header can't be trusted."""
     root = place(url)
     header = read_header(root)
@@ -91,7 +92,7 @@ def verify(url: str | Place, progress: Callable[[int, int], None] = lambda done,
     at_once = IN_FLIGHT if isinstance(root, RemotePath) else LOCAL_READERS
     for done, damage in enumerate(many(problem, jobs, at_once), 1):
         damages.extend([damage] if damage else [])
-        progress(done, total)
+        progress(Step(task="checking", done=done, total=total, unit="chunks"))
     return damages
 
 
@@ -174,7 +175,7 @@ class _Repair:
 
         say(f"loading {header.spec.model.id}")
         model = LanguageModel.load(at_commit(header.spec.model, header.model_commit), device=device, say=say)
-        self.builder = Builder(header.spec, root, model, lambda spec, stage, done, total, row_bytes: None)
+        self.builder = Builder(header.spec, root, model)
         self.builder.check_same(header, self.builder.header())
         self.root, self.header, self.say = root, header, say
         self.damages = damages

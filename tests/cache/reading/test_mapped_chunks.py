@@ -17,9 +17,9 @@ from hsae.cache.reading.store import ActivationStore
 CUT = """
 import mmap, os, sys
 from hsae.cache.reading import page_faults
-sigbus.enable()
-sigbus.note("/some folder/é.zarr")
-sigbus.note("probe/texts/x")
+page_faults.enable()
+page_faults.note("/some folder/é.zarr")
+page_faults.note("probe/texts/x")
 with open(sys.argv[1], "r+b") as file:
     pages = mmap.mmap(file.fileno(), 0)
 os.truncate(sys.argv[1], 10)
@@ -28,8 +28,8 @@ pages[50_000]
 INTERRUPTED = """
 import os, signal, time
 from hsae.cache.reading import page_faults
-sigbus.enable()
-sigbus.note("a.zarr")
+page_faults.enable()
+page_faults.note("a.zarr")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
 try:
     os.kill(os.getpid(), signal.SIGINT)

@@ -9,7 +9,7 @@ import torch
 from places import GOLDEN
 from safetensors.torch import load_file
 
-from hsae.cache.building.builder import build
+from hsae.cache.building.builder import TokenisedText, build
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.format.spec import CorpusConfig, ModelConfig, StoreSpec
 from hsae.cache.language_model.lm import LanguageModel
@@ -60,7 +60,7 @@ def made(tmp_path_factory):
     def make(dtype):
         if dtype not in held:
             spec = golden_spec(dtype)
-            path = build([spec], tmp_path_factory.mktemp(dtype), documents=golden_documents())[0]
+            path = build([spec], tmp_path_factory.mktemp(dtype), text=TokenisedText(golden_documents()))[0]
             held[dtype] = (ActivationStore.open(path), LanguageModel.load(spec.model))
         return held[dtype]
 
@@ -401,7 +401,7 @@ def test_an_sae_of_another_hook_is_refused(made):
 
 def test_a_store_without_clean_losses_is_refused(made, tmp_path):
     _, model = made("float32")
-    path = build([golden_spec("float32", clean_rows=0)], tmp_path, documents=golden_documents())[0]
+    path = build([golden_spec("float32", clean_rows=0)], tmp_path, text=TokenisedText(golden_documents()))[0]
     with pytest.raises(StoreError, match="keeps no clean losses"):
         evaluate([small_sae()], ActivationStore.open(path), model, hook=HOOK)
 

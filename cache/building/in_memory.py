@@ -1,0 +1,124 @@
+"""An activation store of a model and texts that are in memory.
+
+Shapes: T context length.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hsae.cache.building.builder import TokenisedText, build
+from hsae.cache.errors import CorpusError, ModelError, UserError
+from hsae.cache.format.spec import Codec, CorpusConfig, ModelConfig, Split, StoreSpec
+from hsae.cache.language_model.lm import LanguageModel, positions
+from hsae.cache.progress import Progress, shown
+from hsae.cache.reading.store import ActivationStore
+from hsae.cache.storage.paths import Place, RemotePath, check_writable, place
+from hsae.cache.text.corpora import Packer, tokenised
+
+IN_MEMORY = "memory://"
+CLEAN_SHARE = 11
+"""By default one of so many rows of an evaluation store has clean losses, as SAEBench's 200 batches of 2,200."""
+
+
+def build_in_memory(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    texts: Iterable[str],
+    hook: str | Sequence[str],
+    folder: str | Place = "activations",
+    split: Split = "train",
+    context: int = 128,
+    rows: int | None = None,
+    clean_rows: int | None = None,
+    prepend_bos: bool = True,
+    batch_rows: int = 16,
+    chunk_mib: float = 32,
+    codec: Codec | None = None,
+    progress: bool | Progress = True,
+) -> ActivationStore:
+    """Run a model in memory over texts and write the activations at a hook, or several, into a store in `folder`.
+
+    `model` is a causal language model of transformers with its `tokenizer`, or a `LanguageModel`. It computes on the device
+    where it is; activations have its dtype. `texts` are documents, packed into rows of `context` tokens one after the
+    other, as SAEBench packs them. They are read until `rows` rows are full, or to their end.
+
+    An evaluation store (split="eval") also has the clean model's losses for its first `clean_rows` rows, by default an
+    eleventh of all. The store's name has a fingerprint of the weights, the tokenizer, the texts and all settings: the same call again
+    goes on where it was interrupted, or opens what is finished.
+
+    Raises UserError, before anything is written, for a model that can't be cut at the hook or computes something else
+    there than in its own pass, for a tokenizer without BOS and EOS, and for too little text.
+
+    >>> store = build_in_memory(model, tokenizer, texts=texts, hook="blocks.3.hook_resid_post")  # doctest: +SKIP
+    """
+    if context < 2 or batch_rows < 1 or (rows is not None and rows < 1):
+        raise UserError(f"context={context}, batch_rows={batch_rows}, rows={rows}: give a context of 2 or more, others of 1")
+    lm = model if isinstance(model, LanguageModel) else LanguageModel.of(model, tokenizer)
+    hooks = (hook,) if isinstance(hook, str) else tuple(hook)
+    lm.check_hooks(hooks)
+    if (longest := positions(lm.config)) is not None and context > longest:
+        raise ModelError(f"context={context}, but the model has positions for {longest}: lower context")
+    check_writable(place(folder), trial=False)
+    text, full = _tokenised(texts, lm, context, lm.bos_id if prepend_bos else None, rows)
+    if clean_rows is None:
+        clean_rows = max(1, full // CLEAN_SHARE // batch_rows) * batch_rows if split == "eval" else 0
+    if not 0 <= clean_rows < full:
+        raise CorpusError(f"{clean_rows} of {full} rows can't be clean rows; lower clean_rows or batch_rows, or give more texts")
+    identity = hashlib.sha256(f"{lm.model_digest}{lm.tokenizer_digest}".encode()).hexdigest()[:16]
+    spec = StoreSpec(
+        split=split,
+        model=ModelConfig.model_validate(
+            {"id": f"{IN_MEMORY}{identity}/{lm.config.model_type}", "dtype": str(lm.dtype).removeprefix("torch.")}
+        ),
+        hooks=hooks,
+        corpus=CorpusConfig(corpus=f"{IN_MEMORY}{text.digest[:16]}"),
+        context=context,
+        prepend_bos=prepend_bos,
+        batch_rows=batch_rows,
+        chunk_mib=float(chunk_mib),
+        codec=codec or ("compact" if isinstance(place(folder), RemotePath) else "mappable"),
+        rows=full,
+        clean_rows=clean_rows,
+    )
+    with shown(progress) as report:
+        (path,) = build([spec], folder, model=lm, text=text, progress=report)
+    return ActivationStore.open(path)
+
+
+def _tokenised(
+    texts: Iterable[str], lm: LanguageModel, context: int, bos_id: int | None, rows: int | None
+) -> tuple[TokenisedText, int]:
+    """(documents of token ids up to the one that fills the last row, full rows). Raises CorpusError for too little text."""
+    if isinstance(texts, str):
+        raise CorpusError("texts is one string; give documents: a list or another iterable of strings")
+    digest = hashlib.sha256()
+    documents: list[array[int]] = []
+
+    def strings() -> Iterable[str]:
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise CorpusError(f"text {number} is a {type(text).__name__}, not a string")
+            hashes.append(hashlib.sha256(text.encode()).digest())
+            yield text
+
+    def read() -> Iterable[array[int]]:
+        for number, ids in enumerate(tokenised(iter(strings()), lm.tokenizer)):
+            digest.update(hashes[number])
+            documents.append(array("i", ids))
+            yield documents[-1]
+
+    hashes: list[bytes] = []
+    full = 0
+    for full, _ in enumerate(Packer(context, bos_id).pack(iter(read())), 1):
+        if full == rows:
+            break
+    if full < (rows or 1):
+        tokens = sum(map(len, documents))
+        raise CorpusError(
+            f"{len(documents):,} texts of {tokens:,} tokens fill {full:,} rows of {context} tokens; {rows or 1:,} were asked "
+            "for: lower rows or context, or give more texts"
+        )
+    return TokenisedText(documents, digest.hexdigest()), full
