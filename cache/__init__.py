@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING
 from hsae._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from hsae.cache.building.copying import copy as copy
+    from hsae.cache.building.in_memory import build_in_memory as build_in_memory
+    from hsae.cache.building.verification import repair as repair
+    from hsae.cache.building.verification import verify as verify
     from hsae.cache.errors import CorpusError as CorpusError
     from hsae.cache.errors import ModelError as ModelError
     from hsae.cache.errors import NotApplicable as NotApplicable
@@ -12,9 +16,11 @@ if TYPE_CHECKING:
     from hsae.cache.errors import UserError as UserError
     from hsae.cache.format.spec import StoreSpec as StoreSpec
     from hsae.cache.language_model.lm import LanguageModel as LanguageModel
+    from hsae.cache.progress import Step as Step
     from hsae.cache.reading.store import ActivationStore as ActivationStore
     from hsae.cache.reading.store import HookStatistics as HookStatistics
     from hsae.cache.reading.token_stream import TokenStream as TokenStream
+    from hsae.cache.storage.server import serve as serve
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
@@ -25,9 +31,15 @@ else:
             "LanguageModel": "hsae.cache.language_model.lm",
             "ModelError": "hsae.cache.errors",
             "NotApplicable": "hsae.cache.errors",
+            "Step": "hsae.cache.progress",
             "StoreError": "hsae.cache.errors",
             "StoreSpec": "hsae.cache.format.spec",
             "TokenStream": "hsae.cache.reading.token_stream",
             "UserError": "hsae.cache.errors",
+            "build_in_memory": "hsae.cache.building.in_memory",
+            "copy": "hsae.cache.building.copying",
+            "repair": "hsae.cache.building.verification",
+            "serve": "hsae.cache.storage.server",
+            "verify": "hsae.cache.building.verification",
         },
     )

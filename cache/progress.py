@@ -55,7 +55,11 @@ def bars(console: "Console") -> Iterator[Progress]:
     from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    texts = ("{task.description}", "{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}", "{task.fields[speed]}")
+    texts = (
+        "{task.description}",
+        "{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}",
+        "{task.fields[speed]}",
+    )
     task_column, count_column, speed_column = (TextColumn(text, markup=False) for text in texts)
     columns = (task_column, BarColumn(), count_column, TimeRemainingColumn(compact=True), speed_column)
     begun: dict[str, tuple[TaskID, float, int]] = {}

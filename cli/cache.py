@@ -1,24 +1,20 @@
 """`hsae cache`: build, info, verify, ls."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from hsae.cli import suite as suite_commands
-from hsae.cli.common import DeviceOption, PlanOption, SetOption, console, progress_bars, say, tell_common_text
+from hsae.cli.common import DeviceOption, PlanOption, SetOption, console, say
 
 if TYPE_CHECKING:
-    from hsae.cache.building.builder import Progress as BuildProgress
     from hsae.cache.building.estimate import Estimate
-    from hsae.cache.format.spec import Split, StoreSpec
+    from hsae.cache.format.spec import Split
 
 app = typer.Typer(no_args_is_help=True)
+BOTH: "tuple[Split, ...]" = ("eval", "train")
 OWN_STORES: "dict[str, tuple[Split, ...]]" = {"unlearning": ("forget", "retain"), "autointerp": ("autointerp",)}
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="Directory or URL of a store.")]
 
@@ -48,13 +44,12 @@ def build(
 
     Example: hsae cache build --plan gemma-3-270m
     """
-    from hsae.cache.building.builder import build as build_store
-    from hsae.cache.building.builder import check
-    from hsae.cache.building.estimate import check_space, estimate
     from hsae.cache.device import pick_device
     from hsae.cache.errors import UserError
     from hsae.cache.launcher import share
+    from hsae.cache.progress import bars
     from hsae.train.config.plan import load_plan
+    from hsae.train.stores import plan_stores
 
     if suite is not None and split is not None:
         raise UserError(f"--split {split} doesn't go with --suite {suite}, which has stores of its own")
@@ -64,25 +59,17 @@ def build(
         return suite_commands.build_ravel(loaded, chosen, dry_run=dry_run)
     if suite is not None and suite not in OWN_STORES:
         return suite_commands.build(loaded, suite, chosen, dry_run=dry_run)
-    names = ("eval", "train") if suite is None else OWN_STORES[suite]
-    specs = [loaded.store(name) for name in names if suite or split in (name, "both", None)]
-    tell_common_text(loaded, OWN_STORES.get(suite or "", ("eval",)), refuse=any(spec.split == "eval" for spec in specs))
-    estimates = [estimate(spec, loaded.cache.dir, chosen) for spec in specs]
-    console.print(_sizes(estimates, loaded.name, chosen))
-    check_space(estimates)
+    splits = OWN_STORES[suite] if suite else BOTH if split is None or split == "both" else (split,)
+    planned = plan_stores(loaded, splits, chosen)
+    for warning in planned.warnings:
+        say(warning, style="yellow")
+    console.print(_sizes(planned.estimates, loaded.name, chosen))
     if dry_run:
-        return check(specs, loaded.cache.dir, say)
-    with _progress() as progress:
-        paths = build_store(
-            specs,
-            loaded.cache.dir,
-            device=chosen,
-            progress=progress,
-            say=say,
-            share=share(),
-        )
-    for spec, path in zip(specs, paths, strict=True):
-        say(f"{spec.split} store: ", (str(path), "bold"))
+        return planned.check(say)
+    with bars(console) as progress:
+        stores = planned.build(progress=progress, say=say, share=share())
+    for store in stores:
+        say(f"{store.spec.split} store: ", (str(store.root), "bold"))
 
 
 def _sizes(estimates: "list[Estimate]", plan: str, device: str) -> Table:
@@ -119,29 +106,6 @@ def _duration(seconds: float | None) -> str:
         if seconds < 7200
         else f"{seconds / 3600:.1f} h"
     )
-
-
-@contextmanager
-def _progress() -> "Iterator[BuildProgress]":
-    """A progress bar a store and stage, with tokens/s and GB/s of activations."""
-    columns = ("{task.description}", BarColumn(), "{task.completed:,.0f}/{task.total:,.0f}")
-    with progress_bars(*columns, TimeRemainingColumn(compact=True), "{task.fields[text]}") as bars:
-        tasks = {}
-        began: dict[str, tuple[float, int]] = {}
-
-        def told(spec: "StoreSpec", stage: str, done: int, total: int, row_bytes: int) -> None:
-            name = f"{spec.split} {stage}"
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total, text="")
-                began[name] = (time.perf_counter(), done)
-            text, (start, first) = "", began[name]
-            if row_bytes and done > first:
-                seconds = time.perf_counter() - start
-                speed = (done - first) * spec.context / seconds
-                text = f"{speed:,.0f} tokens/s  {(done - first) * row_bytes / seconds / 1e9:.4f} GB/s"
-            bars.update(tasks[name], completed=done, text=text)
-
-        yield told
 
 
 @app.command()
@@ -192,13 +156,13 @@ def verify(
     from hsae.cache.device import pick_device
     from hsae.cache.errors import UserError
     from hsae.cache.format.layout import is_sealed
+    from hsae.cache.progress import bars
     from hsae.cache.storage.paths import place, redacted
 
     if device != "auto" and not repair:
         raise UserError(f"--device {device} says where --repair computes; it doesn't go without it")
-    with progress_bars("checking", BarColumn(), "{task.completed}/{task.total} chunks") as bars:
-        task = bars.add_task("", total=None, visible=False)
-        damages = verify_store(store, lambda done, total: bars.update(task, completed=done, total=total, visible=True))
+    with bars(console) as progress:
+        damages = verify_store(store, progress)
     for damage in damages:
         say(("damaged", "red"), f" {damage.path} {damage.problem}")
     unsealed = not is_sealed(place(store))

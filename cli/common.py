@@ -119,27 +119,12 @@ SeedsOption = Annotated[
 ]
 
 
-def tell_common_text(plan: "Plan", splits: "Sequence[Split]", *, refuse: bool = False) -> None:
-    """Say which of a plan's stores share text with the training store, before anything is computed.
+def tell_common_text(plan: "Plan", splits: "Sequence[Split]") -> None:
+    """Say which of a plan's stores share text with the training store."""
+    from hsae.train.stores import common_texts
 
-    With `refuse` an evaluation store may not, unless the plan allows it: raises CorpusError. Of a window without an end that begins before
-    the other one it is only told: its rows may end before that.
-    """
-    from hsae.cache.errors import CorpusError
-
-    for split in splits:
-        try:
-            told = plan.common_text(split)
-        except CorpusError:
-            continue  # the text is not here, or not whole: whoever needs it says so
-        if not told:
-            continue
-        if refuse and not plan.cache.eval.training_text:
-            texts = (plan.asked(name).corpus for name in (split, "train"))
-            one, other = sorted(texts, key=lambda text: text.first_document)
-            if one.first_document == other.first_document or one.last_document is not None:
-                raise CorpusError(f"{told}, or allow it with --set cache.eval.training_text=true")
-        say(told, style="yellow")
+    for common in common_texts(plan, splits):
+        say(common, style="yellow")
 
 
 def check_folder(folder: Path) -> None:

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, TimeRemainingColumn
 
-from hsae.cli.common import progress_bars, say
+from hsae.cli.common import console, say
 
 SourceArgument = Annotated[str, typer.Argument(metavar="STORE", help="Directory or URL of a complete store.")]
 FolderArgument = Annotated[
@@ -72,14 +71,8 @@ def serve(
 
 def _transfer(source: str, folder: str, codec: Literal["mappable", "compact", "int8"] | None) -> None:
     from hsae.cache.building.copying import copy as copy_store
+    from hsae.cache.progress import bars
 
-    columns = ("copying", BarColumn(), "{task.completed}/{task.total} chunks")
-    with progress_bars(*columns, TimeRemainingColumn(compact=True)) as bars:
-        task = bars.add_task("", total=None, visible=False)
-        target = copy_store(
-            source,
-            folder,
-            codec=codec,
-            progress=lambda done, total: bars.update(task, completed=done, total=total, visible=True),
-        )
+    with bars(console) as progress:
+        target = copy_store(source, folder, codec=codec, progress=progress)
     say("copied and checked: ", (str(target), "bold"))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hsae.cache.reading.store import ActivationStore as ActivationStore
     from hsae.train.config.plan import Plan as Plan
     from hsae.train.config.plan import load_plan as load_plan
+    from hsae.train.stores import build as build
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
@@ -33,6 +34,7 @@ else:
             "LanguageModel": "hsae.cache.language_model.lm",
             "Plan": "hsae.train.config.plan",
             "UserError": "hsae.cache.errors",
+            "build": "hsae.train.stores",
             "cache": "hsae.cache",
             "eval": "hsae.eval",
             "load_plan": "hsae.train.config.plan",

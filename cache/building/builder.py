@@ -69,7 +69,6 @@ from hsae.cache.storage.paths import (
 from hsae.cache.text.corpora import TEXT_TABLES, Corpus, Packer, check_corpus, open_corpus, tokenised
 from hsae.cache.text.python_text import CORPORA
 
-
 SLICE_TOKENS = 128  # tokens unembedded at once: 64 MiB of bfloat16 logits at V = 262,144
 ALONE = Share()
 WAIT, POLL, BEAT = 3600.0, 1.0, 60.0  # seconds

@@ -5,7 +5,7 @@ Shapes: T context length.
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from hsae.cache.building.builder import TokenisedText, build
@@ -55,7 +55,9 @@ def build_in_memory(
     >>> store = build_in_memory(model, tokenizer, texts=texts, hook="blocks.3.hook_resid_post")  # doctest: +SKIP
     """
     if context < 2 or batch_rows < 1 or (rows is not None and rows < 1):
-        raise UserError(f"context={context}, batch_rows={batch_rows}, rows={rows}: give a context of 2 or more, others of 1")
+        raise UserError(
+            f"context={context}, batch_rows={batch_rows}, rows={rows}: give a context of 2 or more, others of 1"
+        )
     lm = model if isinstance(model, LanguageModel) else LanguageModel.of(model, tokenizer)
     hooks = (hook,) if isinstance(hook, str) else tuple(hook)
     lm.check_hooks(hooks)
@@ -66,7 +68,9 @@ def build_in_memory(
     if clean_rows is None:
         clean_rows = max(1, full // CLEAN_SHARE // batch_rows) * batch_rows if split == "eval" else 0
     if not 0 <= clean_rows < full:
-        raise CorpusError(f"{clean_rows} of {full} rows can't be clean rows; lower clean_rows or batch_rows, or give more texts")
+        raise CorpusError(
+            f"{clean_rows} of {full} rows can't be clean rows; lower clean_rows or batch_rows, or give more texts"
+        )
     identity = hashlib.sha256(f"{lm.model_digest}{lm.tokenizer_digest}".encode()).hexdigest()[:16]
     spec = StoreSpec(
         split=split,
@@ -95,24 +99,24 @@ def _tokenised(
     if isinstance(texts, str):
         raise CorpusError("texts is one string; give documents: a list or another iterable of strings")
     digest = hashlib.sha256()
-    documents: list[array[int]] = []
+    documents: list[Sequence[int]] = []
 
-    def strings() -> Iterable[str]:
+    def strings() -> Iterator[str]:
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise CorpusError(f"text {number} is a {type(text).__name__}, not a string")
             hashes.append(hashlib.sha256(text.encode()).digest())
             yield text
 
-    def read() -> Iterable[array[int]]:
-        for number, ids in enumerate(tokenised(iter(strings()), lm.tokenizer)):
+    def read() -> Iterator[Sequence[int]]:
+        for number, ids in enumerate(tokenised(strings(), lm.tokenizer)):
             digest.update(hashes[number])
             documents.append(array("i", ids))
             yield documents[-1]
 
     hashes: list[bytes] = []
     full = 0
-    for full, _ in enumerate(Packer(context, bos_id).pack(iter(read())), 1):
+    for full, _ in enumerate(Packer(context, bos_id).pack(read()), 1):
         if full == rows:
             break
     if full < (rows or 1):

@@ -65,7 +65,9 @@ def test_golden_documents_pack_to_the_golden_rows(tmp_path):
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 2**-6)):  # other processors round otherwise
         model = ModelConfig(id=str(GOLDEN / "model"), dtype=dtype)
         path = build(
-            [spec(model=model, context=48, batch_rows=8, rows=144, clean_rows=48)], tmp_path, text=TokenisedText(documents)
+            [spec(model=model, context=48, batch_rows=8, rows=144, clean_rows=48)],
+            tmp_path,
+            text=TokenisedText(documents),
         )[0]
         store = ActivationStore.open(path)
         assert torch.equal(store.tokens(0, 144), load_file(GOLDEN / "core/tokens.safetensors")["tokens"])

@@ -24,7 +24,6 @@ from hsae.cache.format.spec import CorpusConfig
 from hsae.cache.text import python_text
 from hsae.cache.text.corpora import Packer, common_text, open_corpus
 from hsae.cache.text.python_text import Document, python_docs, python_mix, python_prose, python_source
-from hsae.cli.common import tell_common_text
 from hsae.train.config.plan import load_plan
 
 BOS, T = 1, 7
@@ -454,43 +453,6 @@ def test_one_file_under_several_names_is_one_text(tmp_path, monkeypatch):
     assert (
         common("texts", "copy.jsonl", last1=10, first2=8)
         == f"both read {str(Path('texts/b.jsonl'))!r}, documents 8 to 8 of it"
-    )
-
-
-def test_a_plan_whose_evaluation_text_is_trained_on_is_refused_or_told(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"words {n}"}) + "\n" for n in range(9)))
-    sets = [f"cache.{split}.corpus={str(tmp_path / 'a.jsonl')!r}" for split in ("train", "eval")]
-    for apart in (sets, ["cache.train.corpus=nowhere.txt"], ["cache.eval.last_document=2"]):
-        tell_common_text(load_plan("tiny", apart), ("eval", "autointerp"), refuse=True)
-    assert capsys.readouterr().out == ""
-    plan = load_plan("tiny", [*sets, "cache.train.first_document=3"])
-    told = (
-        f"[cache.eval] and [cache.train] overlap: both read {str(tmp_path / 'a.jsonl')!r}, documents 3 to 79 of it. Set"
-    )
-    with pytest.raises(CorpusError, match=r"or allow it with --set cache\.eval\.training_text=true$") as raised:
-        tell_common_text(plan, ("eval",), refuse=True)
-    assert str(raised.value).startswith(told)
-    tell_common_text(plan, ("eval", "autointerp"))
-    assert capsys.readouterr().out.count(told) == 2
-    later = load_plan("tiny", [*sets, "cache.train.first_document=0", "cache.eval.first_document=5"])
-    tell_common_text(later, ("eval",), refuse=True)  # training rows may end before document 5
-    assert "documents 5 to 79 of it" in capsys.readouterr().out
-    allowed = load_plan("tiny", [*sets, "cache.train.first_document=3", "cache.eval.training_text=true"])
-    assert allowed.store("eval").name == plan.store("eval").name
-    tell_common_text(allowed, ("eval",), refuse=True)
-    assert told in capsys.readouterr().out
-    text = f"{{corpus = {str(tmp_path / 'a.jsonl')!r}, first_document = 5, last_document = 80}}"
-    own = load_plan("tiny", [*sets, f"autointerp.text={text}", f"unlearning.forget={text}"])
-    tell_common_text(own, ("autointerp", "forget", "retain"))
-    assert capsys.readouterr().out.count("[cache.train] overlap") == 0
-    own = load_plan(
-        "tiny", [*sets, "cache.train.first_document=0", f"autointerp.text={text}", f"unlearning.forget={text}"]
-    )
-    tell_common_text(own, ("autointerp", "forget", "retain"))
-    told = capsys.readouterr().out
-    assert (
-        "[autointerp.text] and [cache.train] overlap" in told
-        and "[unlearning.forget] and [cache.train] overlap" in told
     )
 
 
