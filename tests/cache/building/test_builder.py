@@ -306,7 +306,7 @@ def test_kill_minus_nine_ten_times_then_build_again_gives_the_same_bytes(built, 
     """Build in a process that is killed with SIGKILL at random moments, finish, compare."""
     record_property("injected", 10)
     code = (
-        "import sys, json, time\nfrom hsae.cache import build as b\nfrom hsae.cache.format.spec import StoreSpec\n"
+        "import sys, json, time\nfrom hsae.cache.building import builder as b\nfrom hsae.cache.format.spec import StoreSpec\n"
         "slow = b.writer.write_chunk\n"
         "def write(*a):\n    print(flush=True); time.sleep(0.02); return slow(*a)\n"
         "b.writer.write_chunk = write\n"
