@@ -26,7 +26,7 @@ def model():
 @pytest.fixture(autouse=True)
 def one_model(model, monkeypatch):
     monkeypatch.setattr(LanguageModel, "load", lambda *arguments, **settings: model)
-    monkeypatch.setattr(module.written, "EVERY", 0.0)
+    monkeypatch.setattr(module.chunk_log, "EVERY", 0.0)
 
 
 def stopped(folder, name, at):
@@ -54,7 +54,7 @@ def stores(tmp_path_factory, model):
     root = tmp_path_factory.mktemp("stores")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageModel, "load", lambda *arguments, **settings: model)
-        patch.setattr(module.written, "EVERY", 0.0)
+        patch.setattr(module.chunk_log, "EVERY", 0.0)
         whole = build([spec()], root / "whole")[0]
         return whole, stopped(root / "last", "write_metadata", 1), stopped(root / "packing", "write_chunk", 3)
 
