@@ -30,8 +30,10 @@ def build(
         Literal["sparse-probing", "scr", "tpp", "absorption", "ravel", "all", "unlearning", "autointerp"] | None,
         typer.Option(
             "--suite",
-            help="What an evaluation of the suite needs instead: labelled texts and words (all: of the first four, see [suite] in the "
-            "plan), entities and their attributes for ravel ([ravel]), forget and retain text for unlearning, or the text of autointerp "
+            help="What an evaluation of the suite needs instead: labelled texts and words (all: of the first four, "
+            "see [suite] in the "
+            "plan), entities and their attributes for ravel ([ravel]), forget and retain text for unlearning, or the "
+            "text of autointerp "
             "(the evaluation store, or [autointerp.text]).",
         ),
     ] = None,
@@ -40,7 +42,8 @@ def build(
 ) -> None:
     """Run the language model once over the plan's text and write its activation stores.
 
-    Interrupted at any moment, the same command goes on where it was. Under torchrun or Slurm the workers share the chunks.
+    Interrupted at any moment, the same command goes on where it was. Under torchrun or Slurm the workers share the
+    chunks.
 
     Example: hsae cache build --plan gemma-3-270m
     """
@@ -124,7 +127,8 @@ def info(store: StoreArgument) -> None:
     last = "the last" if corpus.last_document is None else str(corpus.last_document - 1)
     rows = {
         "state": "complete" if header.complete else f"not finished; go on with `{build_command(opened.root)}`",
-        "model": f"{spec.model.id} ({spec.model.revision or 'default revision'}), {spec.model.dtype}, digest {header.model_digest[:12]}",
+        "model": f"{spec.model.id} ({spec.model.revision or 'default revision'}), {spec.model.dtype}, "
+        f"digest {header.model_digest[:12]}",
         "hooks": ", ".join(spec.hooks),
         "text": f"{corpus.corpus}, documents {corpus.first_document} to {last}, digest {header.corpus_digest[:12]}",
         "rows": f"{spec.rows:,} of {spec.context} tokens, width {header.d_model}; clean losses for {spec.clean_rows:,}",
@@ -176,7 +180,8 @@ def verify(
         console.print("all chunks are whole")
         if unsealed:
             say(
-                "but an older hsae made this store, whose header has no checksum: a digit that changed in it is not noticed. "
+                "but an older hsae made this store, whose header has no checksum: a digit that changed in it is not "
+                "noticed. "
                 f"If it is right, give it one with: hsae cache verify {redacted(store)} --repair"
             )
     if damages:

@@ -31,7 +31,7 @@ def recode(
 ) -> None:
     """Copy a store into another codec; plans find the copy with --set cache.codec=CODEC.
 
-    Example: hsae cache recode activations/gemma-3-270m-train-0123456789abcdef.zarr s3://bucket/activations --codec compact
+    Example: hsae cache recode activations/tiny-train-0123456789abcdef.zarr s3://bucket/activations --codec compact
     """
     _transfer(source, folder, codec)
 
@@ -47,8 +47,8 @@ def serve(
     ] = None,
     key: Annotated[Path | None, typer.Option("--key", metavar="FILE", help="Its private key (PEM).")] = None,
 ) -> None:
-    """Let other machines read stores over HTTP: `--set cache.dir=http://HOST:PORT` there, the same HSAE_TOKEN on both sides, and
-    HSAE_TOKEN_HOST=http://HOST:PORT on theirs (HOST:PORT alone means https).
+    """Let other machines read stores over HTTP: `--set cache.dir=http://HOST:PORT` there, the same HSAE_TOKEN on both
+    sides, and HSAE_TOKEN_HOST=http://HOST:PORT on theirs (HOST:PORT alone means https).
 
     Example: hsae cache serve activations --host 0.0.0.0
     """

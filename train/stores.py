@@ -56,8 +56,8 @@ def build(
 def build(plan: Plan | str | None = None, *, model: Any = None, **options: Any) -> ActivationStore:
     """Run a language model once over text, write its activations into a store, and open that.
 
-    From a plan: a packaged name, a TOML file, or a `Plan`; `overrides` are as `--set` takes them. `split` says which of the
-    plan's stores: "train", "eval", or an evaluation's own ("forget", "retain", "autointerp").
+    From a plan: a packaged name, a TOML file, or a `Plan`; `overrides` are as `--set` takes them. `split` says which
+    of the plan's stores: "train", "eval", or an evaluation's own ("forget", "retain", "autointerp").
 
     >>> store = hsae.build("gemma-3-270m", split="eval")  # doctest: +SKIP
 
@@ -135,7 +135,10 @@ class PlannedStores:
 
 
 def plan_stores(plan: Plan, splits: Sequence[Split], device: str) -> PlannedStores:
-    """What the plan's stores of these splits take. Raises UserError if they can't be made, or share text that they may not."""
+    """What the plan's stores of these splits take.
+
+    Raises UserError if they can't be made, or share text that they may not.
+    """
     specs = [plan.store(split) for split in splits]
     evaluated = [split for split in splits if split != "train"] or ["eval"]
     warnings = common_texts(plan, evaluated, refuse=any(spec.split == "eval" for spec in specs))

@@ -2,8 +2,8 @@
 
 Shapes: R rows, T context length, D residual width, N tokens of a slice, V vocabulary.
 
-Tokens first, then every missing chunk of activations, then statistics. Whatever is there and was written down (see `written`) is kept: a
-build that was killed goes on where it was, and ends with the same bytes.
+Tokens first, then every missing chunk of activations, then statistics. Whatever is there and was written down (see
+`written`) is kept: a build that was killed goes on where it was, and ends with the same bytes.
 """
 
 import contextlib
@@ -104,10 +104,10 @@ def build(
 ) -> list[Place]:
     """Make the stores that `specs` describe (of one model) in folder `root`, or finish them, and return their paths.
 
-    The text of all of them is packed before the first activation is computed. `model` and `text` take the place of the
-    model and the corpus that the specs name. With a share of several, workers on one store divide its chunks: worker 0
-    packs the tokens and finishes the store, the others return when no chunk is missing. Raises UserError if a store can't
-    be made; what is there stays.
+    The text of all of them is packed before the first activation is computed. `model` and `text` take the place of
+    the model and the corpus that the specs name. With a share of several, workers on one store divide its chunks:
+    worker 0 packs the tokens and finishes the store, the others return when no chunk is missing. Raises UserError if
+    a store can't be made; what is there stays.
     """
     folder = place(root)
     targets: list[Place] = [folder / spec.name for spec in specs]
@@ -149,7 +149,9 @@ def build(
 
 @contextlib.contextmanager
 def _signs_of_life(targets: Sequence[Place]) -> Iterator[None]:
-    """Tell workers that wait for something at these stores, every BEAT seconds, that worker 0 is at work, whatever takes it long."""
+    """Tell workers that wait for something at these stores, every BEAT seconds, that worker 0 is at work, whatever
+    takes it long.
+    """
     ended = threading.Event()
 
     def beat() -> None:
@@ -168,7 +170,7 @@ def _signs_of_life(targets: Sequence[Place]) -> Iterator[None]:
         yield
     finally:
         ended.set()
-    thread.join()  # after a failure it may be trying again for minutes, and the sign that it leaves goes with the next build
+    thread.join()  # not after a failure: it may be trying again for minutes, and the next build deletes its sign
     for target in targets:
         with contextlib.suppress(OSError, UserError):
             _sign(target).unlink(missing_ok=True)
@@ -222,7 +224,10 @@ def _check_makeable(missing: Sequence[tuple[StoreSpec, Place]], model: ModelConf
 
 
 def is_finished(target: Place, spec: StoreSpec) -> bool:
-    """Whether a store is complete; one that has lost its header isn't. Raises StoreError if it was made for another configuration."""
+    """Whether a store is complete; one that has lost its header isn't.
+
+    Raises StoreError if it was made for another configuration.
+    """
     with contextlib.suppress(LostHeaderError):
         return held_by(target, spec).complete
     return False
@@ -239,8 +244,8 @@ def clear(target: Place) -> None:
 def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[str], None]) -> None:
     """Raise StoreError if the model, the tokenizer or the text are no longer those that a finished store was made from.
 
-    The model is not loaded, nor downloaded or converted: what can't be had on this machine is not compared, and that is said. Of a store
-    of token ids that were `given` there is no text.
+    The model is not loaded, nor downloaded or converted: what can't be had on this machine is not compared, and that
+    is said. Of a store of token ids that were `given` there is no text.
     """
     header = read_header(target)
     folder = None
@@ -261,7 +266,8 @@ def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[st
         if not same:
             name = spec.corpus.corpus if what == "corpus" else spec.model.id
             raise StoreError(
-                f"{target} was made from another {what} than {name} is now; nothing was written. Delete the store or move it away and "
+                f"{target} was made from another {what} than {name} is now; nothing was written. Delete the store or "
+                f"move it away and "
                 "build it again, or build elsewhere with --set cache.dir=FOLDER"
             )
     for what, reason in not_compared.items():
@@ -269,7 +275,10 @@ def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[st
 
 
 def _is_text(header: Header) -> bool:
-    """Whether the text that a store is made of is as it was. Raises CorpusError if it can't be had, or if no one knows which it was."""
+    """Whether the text that a store is made of is as it was.
+
+    Raises CorpusError if it can't be had, or if no one knows which it was.
+    """
     corpus = text_of(header.spec, header)
     if corpus.commit is not None and header.corpus_commit is None and corpus.digest != header.corpus_digest:
         raise CorpusError(f"an older hsae made it, and did not write down which commit of {corpus.name} it read")
@@ -286,8 +295,8 @@ def begun(target: Place) -> Header | None:
 def text_of(spec: StoreSpec, held: Header | None, *, anew: bool = False) -> Corpus:
     """The text of a store; of one that was begun with the header `held`, what that was begun with.
 
-    Of a data set on the hub that is the commit, whatever its branch has become since; of a folder that an older hsae read, the files that
-    it read. Raises CorpusError if it can't be had.
+    Of a data set on the hub that is the commit, whatever its branch has become since; of a folder that an older hsae
+    read, the files that it read. Raises CorpusError if it can't be had.
     """
     config = spec.corpus if held is None else sources.at_commit(spec.corpus, held.corpus_commit)
     if held is not None and held.older:
@@ -299,7 +308,9 @@ def text_of(spec: StoreSpec, held: Header | None, *, anew: bool = False) -> Corp
 
 
 def _clear_finished(target: Place) -> None:
-    """Delete what a build that was killed after its last step has left in a finished store, if anything can be deleted there."""
+    """Delete what a build that was killed after its last step has left in a finished store, if anything can be
+    deleted there.
+    """
     if isinstance(target, RemotePath) and target.read_only:
         return
     with contextlib.suppress(StoreError, OSError):
@@ -396,13 +407,18 @@ class Builder:
         return False
 
     def _finished(self) -> bool:
-        """Take in what was written down by now; whether another worker has finished the store, so that nothing is left to do."""
+        """Take in what was written down by now; whether another worker has finished the store, so that nothing is
+        left to do.
+        """
         assert self.written is not None
         self.written.load()
         return read_header(self.target).complete
 
     def _await(self, there: Callable[[], bool]) -> None:
-        """Wait for something that worker 0 makes. Raises StoreError if that has given no sign of life for WAIT seconds."""
+        """Wait for something that worker 0 makes.
+
+        Raises StoreError if that has given no sign of life for WAIT seconds.
+        """
         told, since = b"", time.monotonic()
         while not there():
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -495,7 +511,8 @@ class Builder:
     def _packed(self, state_file: Place, packer: Packer) -> tuple[int, int]:
         """Restore the state of the packing; returns how many chunks it is of, and the checksum of their checksums.
 
-        Without the state, or with one that is damaged or another's, the text is packed from its beginning: the same tokens.
+        Without the state, or with one that is damaged or another's, the text is packed from its beginning: the same
+        tokens.
         """
         if self.written is not None:
             with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
@@ -508,7 +525,9 @@ class Builder:
         return 0, 0
 
     def _as_written(self, count: int) -> int | None:
-        """The checksum of the checksums of the first chunks of the tokens; None unless they lie there as they were written down."""
+        """The checksum of the checksums of the first chunks of the tokens; None unless they lie there as they were
+        written down.
+        """
         if self.written is None:
             return 0
         array = self.specs["tokens"]
@@ -520,7 +539,9 @@ class Builder:
         return None
 
     def _publish(self, chunks: Iterable[tuple[ArraySpec, int, Tensor]]) -> None:
-        """Write chunks, and that they are written, while the next ones are being made; returns when they are all there."""
+        """Write chunks, and that they are written, while the next ones are being made; returns when they are all
+        there.
+        """
         at_once = IN_FLIGHT if isinstance(self.target, RemotePath) else LOCAL_WRITERS
 
         def write(chunk: tuple[ArraySpec, int, Tensor]) -> None:
@@ -573,8 +594,8 @@ class Builder:
         wider += [f"raise {table}.last_document"] if spec.corpus.last_document else []
         raise CorpusError(
             f"corpus {spec.corpus.corpus!r}, documents {spec.corpus.first_document} to {last}, gives {rows} rows of "
-            f"{spec.context} tokens; {spec.rows} were asked for. Lower {names.get(spec.split, 'unlearning.rows')}, or use more text"
-            + (f" ({' or '.join(wider)}, but let no document be in two splits)" if wider else "")
+            f"{spec.context} tokens; {spec.rows} were asked for. Lower {names.get(spec.split, 'unlearning.rows')}, "
+            f"or use more text" + (f" ({' or '.join(wider)}, but let no document be in two splits)" if wider else "")
         )
 
     def _refuse_unknown(self) -> None:
@@ -587,14 +608,18 @@ class Builder:
         share = float((tokens == unknown).double().mean())
         if share > MOST_UNKNOWN:
             raise CorpusError(
-                f"{share:.0%} of the tokens of corpus {self.spec.corpus.corpus!r} are {self.model.tokenizer.unk_token!r}: the tokenizer of "
-                f"{self.spec.model.id} does not know this text; use text that the model was trained on, or the model's own tokenizer files"
+                f"{share:.0%} of the tokens of corpus {self.spec.corpus.corpus!r} are "
+                f"{self.model.tokenizer.unk_token!r}: the tokenizer of "
+                f"{self.spec.model.id} does not know this text; use text that the model was trained on, or the "
+                f"model's own tokenizer files"
             )
 
     # --- activations --------------------------------------------------------------------------------------------
 
     def write_activations(self) -> None:
-        """Compute every chunk that is missing from any array of activations or losses: this worker's own, then what others have left."""
+        """Compute every chunk that is missing from any array of activations or losses: this worker's own, then what
+        others have left.
+        """
         count = self.specs["tokens"].count
         for mine in (self.share.own(count), self.share.others(count)):
             if len(mine) and not self._finished():
@@ -606,7 +631,9 @@ class Builder:
         return self.share.world > 1 or isinstance(self.target, RemotePath)
 
     def _computed(self, indices: NDArray[np.int64]) -> Iterator[tuple[ArraySpec, int, Tensor]]:
-        """What is missing of these chunks, from one listing of each array; what the next ones need is asked for ahead."""
+        """What is missing of these chunks, from one listing of each array; what the next ones need is asked for
+        ahead.
+        """
         assert self.written is not None
         there = {path: array.written(self.target) for path, array in self.specs.items() if path != "tokens"}
         held = {path: mask & (self.written[path] >= 0) for path, mask in there.items()}
@@ -642,7 +669,10 @@ class Builder:
             return None
 
     def tokens(self, index: int) -> Tensor:
-        """Chunk `index` of the tokens, [rows, T], without padding. Raises DamagedChunkError unless it is what was written down."""
+        """Chunk `index` of the tokens, [rows, T], without padding.
+
+        Raises DamagedChunkError unless it is what was written down.
+        """
         array = self.specs["tokens"]
         listed = int(self.written["tokens"][index]) if self.written is not None else -1
         data = read_chunk(self.target, array, index, None if listed < 0 else listed)
@@ -685,7 +715,9 @@ class Builder:
             )
 
     def clean(self, tokens_BT: Tensor, resid_BTD: Tensor) -> dict[str, Tensor]:
-        """What an evaluation store keeps of one batch: clean final vector and loss, and loss and KL of each hook's ablation."""
+        """What an evaluation store keeps of one batch: clean final vector and loss, and loss and KL of each hook's
+        ablation.
+        """
         final = self.model.suffix(self.deepest, resid_BTD)
         rows, context = tokens_BT.shape
         targets = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], 1).flatten().long().to(final.device)
@@ -713,7 +745,9 @@ class Builder:
         return {"clean/final": final.cpu(), **results}
 
     def ablated_logits(self, hook: str) -> Tensor:
-        """Logits [1, V] after zeroing the residual at `hook`: the same for every token, since position only enters by rotation."""
+        """Logits [1, V] after zeroing the residual at `hook`: the same for every token, since position only enters by
+        rotation.
+        """
         if hook not in self._ablated:
             zero = torch.zeros(1, 1, self.model.d_model, dtype=self.model.dtype)
             self._ablated[hook] = self.model.unembed(self.model.suffix(hook, zero))[0]
@@ -722,7 +756,9 @@ class Builder:
     # --- statistics ---------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Take down this worker's share of the checksums; worker 0 then writes the statistics, the lists and, last, that the store is complete."""
+        """Take down this worker's share of the checksums; worker 0 then writes the statistics, the lists and, last,
+        that the store is complete.
+        """
         told = self._tallied()
         if told is not None and self.share.rank == 0:
             kept, checks = told
@@ -743,7 +779,8 @@ class Builder:
             clear(self.target)
 
     def _tallied(self) -> tuple[NDArray[np.uint32], dict[str, NDArray[np.uint32]]] | None:
-        """Write this worker's parts of the tally, and compute again what is not as it was written down; for worker 0 what all parts tell.
+        """Write this worker's parts of the tally, and compute again what is not as it was written down; for worker 0
+        what all parts tell.
 
         None if there is nothing left to do.
         """

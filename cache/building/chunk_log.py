@@ -1,9 +1,9 @@
 """What a build has written so far: the checksum of each chunk, beside the chunks, until the store is complete.
 
-The crc32c that ends a chunk says that the chunk is whole, not that it is this store's or lies in its own place. So whoever writes chunks of an
-unfinished store writes down their checksums too, after them, in files `written/<random name>` of its own: sealed JSON, for each array
-[chunk, checksum] pairs. A chunk that is not written down, or not as it is, is made again: the same bytes. The folder goes when the store
-is complete.
+The crc32c that ends a chunk says that the chunk is whole, not that it is this store's or lies in its own place. So
+whoever writes chunks of an unfinished store writes down their checksums too, after them, in files `written/<random
+name>` of its own: sealed JSON, for each array [chunk, checksum] pairs. A chunk that is not written down, or not as it
+is, is made again: the same bytes. The folder goes when the store is complete.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """Copying a complete store elsewhere, or into another codec: resumable, checked on the way and read back at the end.
 
-Chunks first, metadata after them, the header last: a copy that was interrupted is no store yet, and the same call goes on with the chunks
-that are missing. Metadata is written anew from the header, so nothing that a foreign store names decides where a file is written.
+Chunks first, metadata after them, the header last: a copy that was interrupted is no store yet, and the same call
+goes on with the chunks that are missing. Metadata is written anew from the header, so nothing that a foreign store
+names decides where a file is written.
 """
 
 import contextlib
@@ -44,7 +45,8 @@ def copy(
 ) -> Place:
     """Copy the complete store at `source` into `folder`, in `codec` if one is given, and return its place.
 
-    Raises StoreError if the source is not complete or is damaged, if another store lies there, or if what was written reads back wrong.
+    Raises StoreError if the source is not complete or is damaged, if another store lies there, or if what was written
+    reads back wrong.
     """
     root = place(source)
     header = read_header(root)
@@ -87,7 +89,8 @@ def copy(
             for damage in damages:
                 damage.path.unlink(missing_ok=True)
             raise StoreError(
-                f"{len(damages)} chunks read back damaged, the first {damages[0].path}; they were removed: run the same command again"
+                f"{len(damages)} chunks read back damaged, the first {damages[0].path}; they were removed: run the "
+                f"same command again"
             )
     return target
 

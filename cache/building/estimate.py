@@ -37,20 +37,25 @@ class Estimate:
 
 
 def estimate(spec: StoreSpec, root: str | Place, device: str) -> Estimate:
-    """Sizes and time for `spec` in folder `root`; the weights are not read. Raises UserError if the request can't be met."""
+    """Sizes and time for `spec` in folder `root`; the weights are not read.
+
+    Raises UserError if the request can't be met.
+    """
     path = place(root) / spec.name
     config, model_bytes = model_config(pinned(spec.model, root))
     check_dtype(spec.model.dtype, config.model_type)
     layers, d_model = config.num_hidden_layers, config.hidden_size
     if (longest := positions(config)) is not None and spec.context > longest:
         raise ModelError(
-            f"rows of {spec.context} tokens were asked for; {spec.model.id} has positions for {longest}: --set cache.context={longest} or fewer"
+            f"rows of {spec.context} tokens were asked for; {spec.model.id} has positions for {longest}: --set "
+            f"cache.context={longest} or fewer"
         )
     for hook in spec.hooks:
         layer, kind = parse_hook(hook)
         if spec.clean_rows and (layer, kind) == (0, "pre"):
             raise ModelError(
-                f"hook {hook!r} lies before the first layer, where nothing can be put in its place; evaluate at blocks.0.hook_resid_post or later"
+                f"hook {hook!r} lies before the first layer, where nothing can be put in its place; evaluate at "
+                f"blocks.0.hook_resid_post or later"
             )
         if layer >= layers:
             raise ModelError(
@@ -78,7 +83,9 @@ def _free(path: Place) -> int | None:
 
 
 def _seconds(spec: StoreSpec, config: Any, device: str) -> float:
-    """Two floating-point operations a weight and token: prefix layers for all rows, everything else for the clean ones."""
+    """Two floating-point operations a weight and token: prefix layers for all rows, everything else for the clean
+    ones.
+    """
     width, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     groups = _number(config, "num_key_value_heads", heads)
     layer = width * _number(config, "head_dim", width // heads) * (2 * heads + 2 * groups)
@@ -98,7 +105,10 @@ def _number(config: Any, name: str, otherwise: int) -> int:
 
 
 def model_config(model: ModelConfig) -> tuple[Any, int | None]:
-    """(transformers' description of the language model, bytes of weights), without reading weights. Raises ModelError if there is no such model."""
+    """(transformers' description of the language model, bytes of weights), without reading weights.
+
+    Raises ModelError if there is no such model.
+    """
     size = sources.weight_bytes(model)
     path = sources.config_file(model)
     if path is None:  # a GGUF file that was not converted yet: its metadata is read when it is
@@ -118,7 +128,8 @@ def check_space(estimates: list[Estimate]) -> None:
     needed = sum(item.bytes - _written(item.path) for item in estimates if item.state != "complete")
     if needed + SPARE_BYTES > free:
         raise StoreError(
-            f"not enough disk: {needed / 1e9:.2f} GB are to be written and {free / 1e9:.2f} GB are free at {estimates[0].path}; "
+            f"not enough disk: {needed / 1e9:.2f} GB are to be written and {free / 1e9:.2f} GB are free at "
+            f"{estimates[0].path}; "
             "lower cache.train.rows, or build elsewhere with --set cache.dir=FOLDER"
         )
 

@@ -41,13 +41,13 @@ def build_in_memory(
 ) -> ActivationStore:
     """Run a model in memory over texts and write the activations at a hook, or several, into a store in `folder`.
 
-    `model` is a causal language model of transformers with its `tokenizer`, or a `LanguageModel`. It computes on the device
-    where it is; activations have its dtype. `texts` are documents, packed into rows of `context` tokens one after the
-    other, as SAEBench packs them. They are read until `rows` rows are full, or to their end.
+    `model` is a causal language model of transformers with its `tokenizer`, or a `LanguageModel`. It computes on the
+    device where it is; activations have its dtype. `texts` are documents, packed into rows of `context` tokens one
+    after the other, as SAEBench packs them. They are read until `rows` rows are full, or to their end.
 
-    An evaluation store (split="eval") also has the clean model's losses for its first `clean_rows` rows, by default an
-    eleventh of all. The store's name has a fingerprint of the weights, the tokenizer, the texts and all settings: the same call again
-    goes on where it was interrupted, or opens what is finished.
+    An evaluation store (split="eval") also has the clean model's losses for its first `clean_rows` rows, by default
+    an eleventh of all. The store's name has a fingerprint of the weights, the tokenizer, the texts and all settings:
+    the same call again goes on where it was interrupted, or opens what is finished.
 
     Raises UserError, before anything is written, for a model that can't be cut at the hook or computes something else
     there than in its own pass, for a tokenizer without BOS and EOS, and for too little text.
@@ -95,7 +95,10 @@ def build_in_memory(
 def _tokenised(
     texts: Iterable[str], lm: LanguageModel, context: int, bos_id: int | None, rows: int | None
 ) -> tuple[TokenisedText, int]:
-    """(documents of token ids up to the one that fills the last row, full rows). Raises CorpusError for too little text."""
+    """(documents of token ids up to the one that fills the last row, full rows).
+
+    Raises CorpusError for too little text.
+    """
     if isinstance(texts, str):
         raise CorpusError("texts is one string; give documents: a list or another iterable of strings")
     digest = hashlib.sha256()
@@ -122,7 +125,8 @@ def _tokenised(
     if full < (rows or 1):
         tokens = sum(map(len, documents))
         raise CorpusError(
-            f"{len(documents):,} texts of {tokens:,} tokens fill {full:,} rows of {context} tokens; {rows or 1:,} were asked "
+            f"{len(documents):,} texts of {tokens:,} tokens fill {full:,} rows of {context} tokens; {rows or 1:,} "
+            f"were asked "
             "for: lower rows or context, or give more texts"
         )
     return TokenisedText(documents, digest.hexdigest()), full

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 def keep_what_is_right(builder: "Builder") -> None:
     """Check every chunk that is there, and delete those that are damaged; a build then makes what is missing.
 
-    A chunk is compared with its checksum and, where the store had been finished, with its list of checksums; all tokens with the text packed
-    anew; the first chunk of activations and losses with what the model computes. Of a store that had not been finished only chunks that were
-    written down count as there. Raises StoreError if anything differs.
+    A chunk is compared with its checksum and, where the store had been finished, with its list of checksums; all
+    tokens with the text packed anew; the first chunk of activations and losses with what the model computes. Of a
+    store that had not been finished only chunks that were written down count as there. Raises StoreError if anything
+    differs.
     """
     root, specs = builder.target, builder.specs
     found = {path: np.flatnonzero(spec.written(root)) for path, spec in specs.items()}
@@ -51,7 +52,8 @@ def keep_what_is_right(builder: "Builder") -> None:
             _compare(builder, spec, index, encode_chunk(spec, values), damaged)
     if damaged and not known:
         raise StoreError(
-            f"{root} has lost its header, and none of its tokens are whole, so that nobody knows whose it is. Move it away, or build elsewhere "
+            f"{root} has lost its header, and none of its tokens are whole, so that nobody knows whose it is. Move "
+            f"it away, or build elsewhere "
             "with --set cache.dir=FOLDER"
         )
     for path in damaged.values():
@@ -75,13 +77,17 @@ def _listed(builder: "Builder") -> dict[str, np.ndarray]:
 
 
 def _compare(builder: "Builder", spec: ArraySpec, index: int, data: bytes, damaged: Mapping[str, Place]) -> bool:
-    """Whether a chunk is there, whole and as it must be; False without one. Raises StoreError if it is whole and another."""
+    """Whether a chunk is there, whole and as it must be; False without one.
+
+    Raises StoreError if it is whole and another.
+    """
     path = spec.chunk_file(builder.target, index)
     if str(path) in damaged or not spec.is_written(builder.target, index):
         return False
     if trailer(builder.target, spec, index) != crc32c(data[:-CRC_BYTES]):
         raise StoreError(
             f"{builder.target} has lost its header, and its chunks are not those of this model and text: "
-            f"{spec.chunk_file(builder.target, index)} would be another. Move the store away, or build elsewhere with --set cache.dir=FOLDER"
+            f"{spec.chunk_file(builder.target, index)} would be another. Move the store away, or build elsewhere "
+            f"with --set cache.dir=FOLDER"
         )
     return True

@@ -1,10 +1,12 @@
-"""The last pass of a build: the checksum that ends each chunk, and each chunk's non-special tokens, written down part by part.
+"""The last pass of a build: the checksum that ends each chunk, and each chunk's non-special tokens, written down part
+by part.
 
-Part p is `tally/<p>`: uint32 [chunks, 1 + arrays], for chunks p*TALLIED and following their non-special tokens, then the checksum of that
-chunk of each array with rows, 0 where an array has no such chunk; behind them a crc32c of these numbers, of what the store is made from and
-of p. Workers share the parts, since a store of terabytes has millions of chunks to ask; worker 0 does what is left and makes the store's
-lists of them. A part is made only of chunks that are what was written down (see `written`), and is not older than worker 0: chunks may have
-changed since. The folder goes when the store is complete.
+Part p is `tally/<p>`: uint32 [chunks, 1 + arrays], for chunks p*TALLIED and following their non-special tokens, then
+the checksum of that chunk of each array with rows, 0 where an array has no such chunk; behind them a crc32c of these
+numbers, of what the store is made from and of p. Workers share the parts, since a store of terabytes has millions of
+chunks to ask; worker 0 does what is left and makes the store's lists of them. A part is made only of chunks that are
+what was written down (see `written`), and is not older than worker 0: chunks may have changed since. The folder goes
+when the store is complete.
 """
 
 import contextlib
@@ -29,9 +31,11 @@ Chunk = tuple[ArraySpec, int]
 def write_parts(
     target: Place, specs: Sequence[ArraySpec], special_ids: Sequence[int], share: Share, written: Written
 ) -> list[Chunk]:
-    """Write this worker's parts; worker 0 also those that the others have left. `specs` are the arrays with rows, the tokens first.
+    """Write this worker's parts; worker 0 also those that the others have left. `specs` are the arrays with rows, the
+    tokens first.
 
-    Returns the chunks that are missing, harmed or not what was written down; the parts that tell of them are not written.
+    Returns the chunks that are missing, harmed or not what was written down; the parts that tell of them are not
+    written.
     """
     parts, wrong = -(-specs[0].count // TALLIED), []
     for part in (*share.own(parts), *(() if share.rank else share.others(parts))):
@@ -50,7 +54,9 @@ def write_parts(
 def collected(
     target: Place, specs: Sequence[ArraySpec], key: str
 ) -> tuple[NDArray[np.uint32], dict[str, NDArray[np.uint32]]] | None:
-    """(non-special tokens of each chunk, the checksums of each array's chunks), from all parts; None if one is not there or not whole."""
+    """(non-special tokens of each chunk, the checksums of each array's chunks), from all parts; None if one is not
+    there or not whole.
+    """
     told: list[NDArray[np.uint32]] = []
     for part in many(lambda part: _read(target, specs, part, key), range(-(-specs[0].count // TALLIED))):
         if part is None:

@@ -1,7 +1,8 @@
 """Every file of a store checked against what it must be, and damaged ones made again.
 
-What follows from the header and from other files (metadata, lists) is written again as it was; chunks are computed again from the
-model and the corpus. Nothing is deleted, and nothing is replaced but by what the store's list of checksums names.
+What follows from the header and from other files (metadata, lists) is written again as it was; chunks are computed
+again from the model and the corpus. Nothing is deleted, and nothing is replaced but by what the store's list of
+checksums names.
 """
 
 import itertools
@@ -114,10 +115,12 @@ def check_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None) ->
 def repair(
     url: str | Place, damages: Sequence[Damage], *, device: str = "cpu", say: Callable[[str], None] = lambda text: None
 ) -> list[Damage]:
-    """Make damaged files again, from the header and other files or from the model and the corpus; returns what is still wrong.
+    """Make damaged files again, from the header and other files or from the model and the corpus; returns what is
+    still wrong.
 
-    A store made before there were checksums of the header and of all chunks gets them. Raises StoreError, before anything is written,
-    if the model or the corpus are no longer what the store was made from, or if numbers were lost that only another store still has.
+    A store made before there were checksums of the header and of all chunks gets them. Raises StoreError, before
+    anything is written, if the model or the corpus are no longer what the store was made from, or if numbers were
+    lost that only another store still has.
     """
     root = place(url)
     header = read_header(root)
@@ -148,7 +151,9 @@ def mend_documents(root: Place, *, device: str, say: Callable[[str], None]) -> N
 
 
 def _refuse_lossy(root: Place, header: Header, damages: Sequence[Damage]) -> None:
-    """Activations in int8, and statistics of those that they were made from, can't be had from the model: another store has them."""
+    """Activations in int8, and statistics of those that they were made from, can't be had from the model: another
+    store has them.
+    """
     lost = [one for one in damages if one.array.startswith(("acts/", "stats/blocks"))]
     if header.spec.codec != "int8" or not lost:
         return
@@ -226,7 +231,8 @@ class _Repair:
 
     def _other(self, path: Place) -> StoreError:
         return StoreError(
-            f"{path} comes out with other numbers than those that the store was finished with, and was left as it is; move {self.root} "
+            f"{path} comes out with other numbers than those that the store was finished with, and was left as it "
+            f"is; move {self.root} "
             "away and build it again with `hsae cache build`"
         )
 
@@ -251,7 +257,10 @@ def _write_kept(root: Place, header: Header) -> None:
 
 
 def _seal_again(root: Place, header: Header) -> None:
-    """Write the list of checksums and the header's own. Raises StoreError if the list is not the one that the header tells of."""
+    """Write the list of checksums and the header's own.
+
+    Raises StoreError if the list is not the one that the header tells of.
+    """
     specs = every_array(header)
     checks = listed(root, specs).astype("<u4")
     if header.checks not in (None, crc32c(checks.tobytes())):
@@ -262,5 +271,6 @@ def _seal_again(root: Place, header: Header) -> None:
 
 def _not_the_same(root: Place) -> StoreError:
     return StoreError(
-        f"{root}: the chunks are whole, but not those that the store was finished with; move it away and build it again with `hsae cache build`"
+        f"{root}: the chunks are whole, but not those that the store was finished with; move it away and build it "
+        f"again with `hsae cache build`"
     )

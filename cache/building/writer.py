@@ -34,7 +34,9 @@ __all__ = [
 
 
 def create(target: Place, header: Header, specs: Iterable[ArraySpec]) -> bool:
-    """Write every zarr.json of a store, the one with the header last, unless another process was faster with that: then False."""
+    """Write every zarr.json of a store, the one with the header last, unless another process was faster with that:
+    then False.
+    """
     if not isinstance(target, RemotePath):
         write_metadata(target, header, specs)
         return True
@@ -60,7 +62,9 @@ def _encoded(document: Any) -> bytes:
 
 
 def write_chunk(target: Place, spec: ArraySpec, index: int, values: Tensor) -> int:
-    """Publish chunk `index`, [rows, ...], and return its checksum; missing rows of the last chunk are padded with zeros."""
+    """Publish chunk `index`, [rows, ...], and return its checksum; missing rows of the last chunk are padded with
+    zeros.
+    """
     data = encode_chunk(spec, values)
     publish(spec.chunk_file(target, index), data)
     return int.from_bytes(data[-CRC_BYTES:], "little")
@@ -76,7 +80,8 @@ def listed(
 ) -> NDArray[np.uint32]:
     """The checksums that end the chunks of `specs`, in order.
 
-    Those of an array that `known` has are taken from there, others are read. Raises DamagedChunkError if a chunk is missing.
+    Those of an array that `known` has are taken from there, others are read. Raises DamagedChunkError if a chunk is
+    missing.
     """
     found = []
     for spec in specs:

@@ -1,7 +1,8 @@
 """The zarr v3 data type `bfloat16`, backed by ml_dtypes.
 
-Importing this module registers it. The entry-point group `zarr.data_type` of an installed hsae names it too, but zarr-python up to 3.1.6
-collects that group without ever loading it. The metadata is the plain name `bfloat16`, which tensorstore reads without hsae.
+Importing this module registers it. The entry-point group `zarr.data_type` of an installed hsae names it too, but
+zarr-python up to 3.1.6 collects that group without ever loading it. The metadata is the plain name `bfloat16`, which
+tensorstore reads without hsae.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ NUMPY_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 @dataclass(frozen=True)
 class BFloat16(ZDType[Any, Any], HasEndianness, HasItemSize):
-    """Sixteen bits: a float32 without the lower half of its mantissa. zarr v3 only; little-endian like the machines it is made on."""
+    """Sixteen bits: a float32 without the lower half of its mantissa. zarr v3 only; little-endian like the machines
+    it is made on.
+    """
 
     _zarr_v3_name: ClassVar[str] = "bfloat16"
     dtype_cls = NUMPY_BFLOAT16.__class__

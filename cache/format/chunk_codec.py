@@ -1,7 +1,8 @@
-"""A chunk's numbers as the bytes of its file, and back: what zarr's `bytes`, `blosc` and `crc32c` codecs do, checked against a list.
+"""A chunk's numbers as the bytes of its file, and back: what zarr's `bytes`, `blosc` and `crc32c` codecs do, checked
+against a list.
 
-The crc32c of an encoded chunk ends its file and, once the store is complete, also stands in the store's list of checksums (`checks`):
-a flipped bit disagrees with both, a chunk in another's place with the list.
+The crc32c of an encoded chunk ends its file and, once the store is complete, also stands in the store's list of
+checksums (`checks`): a flipped bit disagrees with both, a chunk in another's place with the list.
 """
 
 from functools import cache
@@ -43,7 +44,10 @@ def _blosc(item_bytes: int) -> Any:
 
 
 def encode_chunk(spec: ArraySpec, values: Tensor, mean_D: Tensor | None = None) -> bytes:
-    """The bytes of a chunk's file, [rows, ...]; missing rows of the last chunk are padded with zeros. `int8` needs the mean [D]."""
+    """The bytes of a chunk's file, [rows, ...]; missing rows of the last chunk are padded with zeros.
+
+    `int8` needs the mean [D].
+    """
     padded = values.to(TORCH_DTYPES[spec.dtype]).contiguous()
     if values.shape != spec.chunks:
         padded = torch.zeros(spec.chunks, dtype=TORCH_DTYPES[spec.dtype])
@@ -58,7 +62,9 @@ def encode_chunk(spec: ArraySpec, values: Tensor, mean_D: Tensor | None = None) 
 
 
 def check_sums(root: Place, path: Place, found: int, trailer: int, listed: int | None) -> None:
-    """Raise DamagedChunkError unless a chunk's checksum is the one at its end and the one in the store's list, if there is one."""
+    """Raise DamagedChunkError unless a chunk's checksum is the one at its end and the one in the store's list, if
+    there is one.
+    """
     if found != trailer:
         raise DamagedChunkError(root, path, "fails its checksum")
     if listed is not None and found != listed:
@@ -83,7 +89,8 @@ def decode_chunk(root: Place, path: Place, data: bytes, spec: ArraySpec, listed:
         if vectors.numel() * ITEM_BYTES[spec.dtype] != spec.chunk_bytes:
             raise DamagedChunkError(root, path, "does not decode to a chunk of this array")
         return bytes(vectors.flatten().view(torch.uint8).numpy().tobytes())
-    # the header of a blosc chunk states both sizes, and blosc believes it: a hostile one must not make it allocate more or read beyond the end
+    # The header of a blosc chunk states both sizes, and blosc believes it: a hostile one must not make it allocate
+    # more or read beyond the end.
     decoded, encoded = int.from_bytes(body[4:8], "little"), int.from_bytes(body[12:16], "little")
     if len(body) < 16 or (decoded, encoded) != (spec.chunk_bytes, len(body)):
         raise DamagedChunkError(root, path, "does not decode to a chunk of this array")

@@ -1,10 +1,12 @@
-"""Codec `int8`: a token's vector, less a mean vector, as one float32 scale and D signed bytes. Half the bytes of bfloat16; lossy.
+"""Codec `int8`: a token's vector, less a mean vector, as one float32 scale and D signed bytes. Half the bytes of
+bfloat16; lossy.
 
     bytes   uint32 D; float32 mean [D]; float32 scale [N]; int8 [N, D]          all little-endian, N vectors
 
-x is read back as mean + scale * q. The scale is the largest |x - mean| of the token over 127, so no entry is off by more than scale / 2
-before it is rounded to the array's type. A chunk carries the mean it was made with and can be read without anything else, with numcodecs
-(id `hsae.int8`) and, inside a zarr v3 array, with zarr-python, which both find the codec through entry points of an installed hsae.
+x is read back as mean + scale * q. The scale is the largest |x - mean| of the token over 127, so no entry is off by
+more than scale / 2 before it is rounded to the array's type. A chunk carries the mean it was made with and can be
+read without anything else, with numcodecs (id `hsae.int8`) and, inside a zarr v3 array, with zarr-python, which both
+find the codec through entry points of an installed hsae.
 """
 
 import math
@@ -42,7 +44,10 @@ def quantise(values: NDArray[Any], mean: NDArray[Any]) -> bytes:
 
 
 def dequantise(data: bytes | memoryview, width: int | None = None) -> NDArray[np.float32]:
-    """The vectors [N, D], float32. Raises ValueError if the bytes are not what `quantise` makes, or of another width than is asked for."""
+    """The vectors [N, D], float32.
+
+    Raises ValueError if the bytes are not what `quantise` makes, or of another width than is asked for.
+    """
     view = memoryview(data).cast("B")
     found = int.from_bytes(view[:4], "little")
     vectors, rest = divmod(len(view) - 4 - 4 * found, 4 + found)

@@ -1,34 +1,39 @@
 """The on-disk format of an activation store; the only module that knows it.
 
-A store is a directory holding a zarr v3 group, written as zarr-python writes it and readable by any zarr v3 reader that knows `bfloat16`:
+A store is a directory holding a zarr v3 group, written as zarr-python writes it and readable by any zarr v3 reader
+that knows `bfloat16`:
 
-    zarr.json                          group attributes, one key `hsae`: the header (see `Header`) and its `checksum` (see `files.sealed`)
-    tokens/                            int32   [R, T]         token ids
-    acts/<hook>/                       dtype   [R, T, D]      residual at the hook
-    clean/loss/                        float32 [C, T]         evaluation stores: next-token loss of the clean model, nats; last column 0
-    clean/final/                       dtype   [C, T, D]      evaluation stores: normed residual just before unembedding
-    ablation/<hook>/loss/, .../kl/     float32 [C, T]         split `eval` only: loss, and KL(clean||ablated), with the residual zeroed
-    stats/<hook>/mean/, .../geometric_median/  float64 [D]    over a sample of non-special tokens
-    stats/kept/                        uint32  [chunks]       non-special tokens of each chunk of `tokens`
-    checks/                            uint32  [chunks]       finished stores: the crc32c that ends each chunk of the arrays above, array by
-                                                              array in this order; the header holds the list's own crc32c
+    zarr.json                          group attributes, one key `hsae`: the header (see `Header`) and its `checksum`
+                                       (see `files.sealed`)
+    tokens/              int32   [R, T]     token ids
+    acts/<hook>/         dtype   [R, T, D]  residual at the hook
+    clean/loss/          float32 [C, T]     evaluation stores: next-token loss of the clean model, nats; last column 0
+    clean/final/         dtype   [C, T, D]  evaluation stores: normed residual just before unembedding
+    ablation/<hook>/loss/, .../kl/
+                         float32 [C, T]     split `eval` only: loss, and KL(clean||ablated), with the residual zeroed
+    stats/<hook>/mean/, .../geometric_median/
+                         float64 [D]        over a sample of non-special tokens
+    stats/kept/          uint32  [chunks]   non-special tokens of each chunk of `tokens`
+    checks/              uint32  [chunks]   finished stores: the crc32c that ends each chunk of the arrays above, array by
+                                            array in this order; the header holds the list's own crc32c
 
-R rows, C <= R clean rows (the first ones), T context length, D residual width; dtype is the model's (`bfloat16`, `float32`, `float16`).
-Losses hold what the model's dtype rounds to. Arrays with rows are cut into chunks of `chunk_rows` rows, never along T or D; chunk i
-holds rows i*chunk_rows and following and lies at `<array>/c/<i>/0/0` (`/0` for each further axis). The last chunk is padded to full size.
+R rows, C <= R clean rows (the first ones), T context length, D residual width; dtype is the model's (`bfloat16`,
+`float32`, `float16`). Losses hold what the model's dtype rounds to. Arrays with rows are cut into chunks of
+`chunk_rows` rows, never along T or D; chunk i holds rows i*chunk_rows and following and lies at `<array>/c/<i>/0/0`
+(`/0` for each further axis). The last chunk is padded to full size.
 
-Codec `mappable`: a chunk file is its numbers in C order, little-endian, then their crc32c in 4 bytes (little-endian). The numbers can
-be memory-mapped at offset 0. Codec `compact` applies to acts and clean/final: blosc (lz4, bitshuffle), then crc32c. Codec `int8` applies to
-acts (clean/final is compact then): see `int8`, then crc32c.
+Codec `mappable`: a chunk file is its numbers in C order, little-endian, then their crc32c in 4 bytes (little-endian).
+The numbers can be memory-mapped at offset 0. Codec `compact` applies to acts and clean/final: blosc (lz4,
+bitshuffle), then crc32c. Codec `int8` applies to acts (clean/final is compact then): see `int8`, then crc32c.
 
-Stores of split `forget` and `retain` have a file `documents.json` beside: for each row, the number of its document in the corpus
-window and its topic (or null). The header holds its SHA-256.
+Stores of split `forget` and `retain` have a file `documents.json` beside: for each row, the number of its document in
+the corpus window and its topic (or null). The header holds its SHA-256.
 
 Every zarr.json follows from the header, and is compared with what follows whenever a store is opened.
 
-Files are published by rename, so a chunk file is whole if it is there; its crc32c tells whether it is what was written, and the list of
-checksums whether it is in its own place. A store is finished
-when the header says `complete`. While it is being made, `packing.json` says how far the tokens are, and `tally/` what will become `checks`
+Files are published by rename, so a chunk file is whole if it is there; its crc32c tells whether it is what was
+written, and the list of checksums whether it is in its own place. A store is finished when the header says
+`complete`. While it is being made, `packing.json` says how far the tokens are, and `tally/` what will become `checks`
 and `stats/kept`. Nothing in it depends on when or in how many goes it was built.
 """
 
@@ -59,7 +64,10 @@ CODECS: dict[Codec, tuple[dict[str, Any], ...]] = {
     "mappable": ({"name": "bytes", "configuration": {"endian": "little"}},),
     "compact": (
         {"name": "bytes", "configuration": {"endian": "little"}},
-        {"name": "blosc", "configuration": {"typesize": 0, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}},
+        {
+            "name": "blosc",
+            "configuration": {"typesize": 0, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0},
+        },
     ),
     "int8": ({"name": "hsae.int8"},),
 }  # fmt: skip
@@ -75,7 +83,9 @@ class DamagedFileError(StoreError):
 
 
 class LostHeaderError(StoreError):
-    """A store's header is missing, or is not what was written: a build writes it again, and keeps the chunks that are whole."""
+    """A store's header is missing, or is not what was written: a build writes it again, and keeps the chunks that are
+    whole.
+    """
 
 
 class HookSummary(Config):
@@ -100,7 +110,9 @@ class Header(Config):
     model_digest: str
     tokenizer_digest: str
     model_commit: str | None = None
-    """The hub's commit that the model was taken from; None for models from elsewhere, and in stores that were made before there was one."""
+    """The hub's commit that the model was taken from; None for models from elsewhere, and in stores that were made
+    before there was one.
+    """
     corpus_digest: str
     corpus_commit: str | None = None
     """The same for a data set on the hub."""
@@ -109,13 +121,17 @@ class Header(Config):
     statistics: dict[str, HookSummary] = Field(default_factory=dict)
     """Per hook; empty until the store is complete."""
     kept_tokens: int | None = Field(default=None, ge=0)
-    """Non-special tokens in all, the sum of `stats/kept`; None while unfinished, and in stores that were made before there was one."""
+    """Non-special tokens in all, the sum of `stats/kept`; None while unfinished, and in stores that were made before
+    there was one.
+    """
     checks: int | None = Field(default=None, ge=0, lt=1 << 32)
     """crc32c of the list of checksums; None while unfinished, and in stores that were made before there was one."""
     codec_error: dict[str, float] = Field(default_factory=dict)
     """Codec int8: each hook's E||x - decoded||^2 / E||x - mean||^2 over a sample of chunks."""
     documents_digest: str | None = None
-    """SHA-256 of `documents.json`; None while unfinished, without such a file, and in stores that were made before there was a digest."""
+    """SHA-256 of `documents.json`; None while unfinished, without such a file, and in stores that were made before
+    there was a digest.
+    """
     complete: bool = False
     older: bool = False
     """Whether the store was begun before headers had a checksum: then its digests may be by that hsae's rules."""
@@ -270,7 +286,10 @@ def _group(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_header(root: Place) -> Header:
-    """The header of the store at `root`. Raises LostHeaderError if there is none or it is damaged, StoreError if it is of another format."""
+    """The header of the store at `root`.
+
+    Raises LostHeaderError if there is none or it is damaged, StoreError if it is of another format.
+    """
     path = root / METADATA
 
     def read() -> Header:
@@ -288,7 +307,8 @@ def read_header(root: Place) -> Header:
     spec = header.spec
     if header.format != FORMAT_VERSION:
         raise StoreError(
-            f"{root} has format {header.format}; this hsae reads format {FORMAT_VERSION}: move it away and build the store again"
+            f"{root} has format {header.format}; this hsae reads format {FORMAT_VERSION}: move it away and build the "
+            f"store again"
         )
     if not spec.hooks or len(set(spec.hooks)) < len(spec.hooks) or not all(map(HOOK_PATTERN.fullmatch, spec.hooks)):
         raise _lost(root, f"names hooks hsae doesn't know: {', '.join(spec.hooks)}")
@@ -305,7 +325,8 @@ def read_header(root: Place) -> Header:
     ):
         raise _lost(
             root,
-            f"gives impossible sizes: {spec.rows} rows of {spec.context} tokens, {spec.clean_rows} of them clean, in batches of "
+            f"gives impossible sizes: {spec.rows} rows of {spec.context} tokens, {spec.clean_rows} of them clean, in "
+            f"batches of "
             f"{spec.batch_rows} and chunks of {spec.chunk_mib:g} MiB, width {header.d_model}",
         )
     if header.complete and set(header.statistics) != set(spec.hooks):
@@ -325,12 +346,16 @@ def build_command(root: Place) -> str:
 
 
 def held_by(root: Place, spec: StoreSpec) -> Header:
-    """The header of the store at `root`. Raises StoreError, beside what `read_header` raises, if it was made for another configuration."""
+    """The header of the store at `root`.
+
+    Raises StoreError, beside what `read_header` raises, if it was made for another configuration.
+    """
     header = read_header(root)
     if header.spec != spec:
         key, held, wanted = _difference(header.spec.model_dump(mode="json"), spec.model_dump(mode="json"))
         raise StoreError(
-            f"{root} was made for another configuration: its {key} is {held!r}, not {wanted!r}. Move it away and make the right one with "
+            f"{root} was made for another configuration: its {key} is {held!r}, not {wanted!r}. Move it away and "
+            f"make the right one with "
             f"`{build_command(root)}`, or use another folder with --set cache.dir=FOLDER"
         )
     return header
@@ -384,7 +409,10 @@ def check_metadata(root: Place, name: str, wanted: Mapping[str, Any]) -> None:
 
 
 def read_documents(root: Place, header: Header) -> list[tuple[int, str | None]]:
-    """For each row, the number of its document and its topic. Raises DamagedFileError if that is missing or is not what was written."""
+    """For each row, the number of its document and its topic.
+
+    Raises DamagedFileError if that is missing or is not what was written.
+    """
     path = root / DOCUMENTS
 
     def read() -> list[tuple[int, str | None]]:

@@ -49,7 +49,8 @@ class HookConfig(Config):
         for name in names:
             if not HOOK_PATTERN.fullmatch(name):
                 raise ValueError(
-                    f"{name!r} is not a hook hsae knows; use blocks.<layer>.hook_resid_post or blocks.<layer>.hook_resid_pre"
+                    f"{name!r} is not a hook hsae knows; use blocks.<layer>.hook_resid_post or "
+                    f"blocks.<layer>.hook_resid_pre"
                 )
         if len(set(names)) != len(names):
             raise ValueError("a hook is named twice")
@@ -60,8 +61,9 @@ class CorpusConfig(Config):
     """Where text comes from and which documents of it are used."""
 
     corpus: str = Field(min_length=1)
-    """`python-docs`, `python-prose`, `python-source`, `python-mix`, a .txt, .jsonl, .csv, .tsv or .parquet file, a folder of those, or a
-    Hugging Face data set id."""
+    """`python-docs`, `python-prose`, `python-source`, `python-mix`, a .txt, .jsonl, .csv, .tsv or .parquet file, a
+    folder of those, or a Hugging Face data set id.
+    """
     revision: str | None = None
     """Data set revision on the hub."""
     subset: str | None = None
@@ -81,7 +83,8 @@ class CorpusConfig(Config):
     def _some(self) -> "CorpusConfig":
         if self.last_document is not None and self.last_document <= self.first_document:
             raise ValueError(
-                f"last_document = {self.last_document} leaves nothing: it must be above first_document = {self.first_document}"
+                f"last_document = {self.last_document} leaves nothing: it must be above first_document = "
+                f"{self.first_document}"
             )
         return self
 
@@ -118,14 +121,18 @@ class CacheConfig(Config):
     chunk_mib: float = Field(default=32, gt=0)
     """Size of one chunk of activations; rounded to whole batches."""
     codec: Literal["auto"] | Codec = "auto"
-    """mappable: raw bytes + crc32c. compact: blosc(lz4, bitshuffle) + crc32c, decoded into scratch when read.
-    int8: lossy, half the bytes; made from a finished store by `hsae cache recode`. auto: mappable in a folder, compact at a URL."""
+    """mappable: raw bytes + crc32c. compact: blosc(lz4, bitshuffle) + crc32c, decoded into scratch when read. int8:
+    lossy, half the bytes; made from a finished store by `hsae cache recode`. auto: mappable in a folder, compact at a
+    URL.
+    """
     train: TrainCacheConfig
     eval: EvalCacheConfig
 
     @property
     def stored_codec(self) -> Codec:
-        """`codec`, with auto decided: chunks at a URL are fetched and decoded anyway, those in a folder are mapped where they lie."""
+        """`codec`, with auto decided: chunks at a URL are fetched and decoded anyway, those in a folder are mapped
+        where they lie.
+        """
         if self.codec == "auto":
             return "compact" if isinstance(place(self.dir), RemotePath) else "mappable"
         return self.codec
@@ -148,7 +155,9 @@ class StoreSpec(Config):
     clean_rows: int
     """The first so many rows also keep the clean loss, final vector and ablation constants (0 for train)."""
     rows_per_document: int | None = None
-    """A row holds the text of one document, which gives at most so many rows; None packs documents one after the other."""
+    """A row holds the text of one document, which gives at most so many rows; None packs documents one after the
+    other.
+    """
 
     @property
     def fingerprint(self) -> str:

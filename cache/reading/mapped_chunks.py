@@ -1,7 +1,7 @@
 """Chunks as memory-mapped tensors: nothing is copied until someone gathers from them.
 
-A chunk's checksums are tested the first time this process maps it. A local, mappable chunk is mapped where it lies; any other
-from its decoded copy in the scratch folder.
+A chunk's checksums are tested the first time this process maps it. A local, mappable chunk is mapped where it lies;
+any other from its decoded copy in the scratch folder.
 """
 
 import errno
@@ -41,7 +41,10 @@ class MappedArray:
         self._fetched = 0
 
     def chunk(self, index: int) -> Tensor:
-        """Chunk `index` as a tensor over mapped pages, without the padding of the last one. Writing to it changes no file."""
+        """Chunk `index` as a tensor over mapped pages, without the padding of the last one.
+
+        Writing to it changes no file.
+        """
         if index not in self._chunks:
             rows = min(self.spec.chunks[0], self.spec.shape[0] - index * self.spec.chunks[0])
             self._chunks[index] = (self._mapped(index) if self.in_place else self._mapped_copy(index))[:rows]
@@ -77,7 +80,9 @@ class MappedArray:
         return None if self.checks is None else int(self.checks[index])
 
     def _stamp(self, index: int) -> str:
-        """What tells a changed source from the one that was decoded; a remote chunk with a listed checksum needs no request for it."""
+        """What tells a changed source from the one that was decoded; a remote chunk with a listed checksum needs no
+        request for it.
+        """
         path = self.spec.chunk_file(self.root, index)
         try:
             if isinstance(path, RemotePath):
@@ -105,7 +110,9 @@ class MappedArray:
         return tensor_of(pages, self.spec)
 
     def _forget_evicted(self) -> None:
-        """Unmap chunks whose scratch files are gone: a mapped file takes room on the disk though it has no name any more."""
+        """Unmap chunks whose scratch files are gone: a mapped file takes room on the disk though it has no name any
+        more.
+        """
         self._fetched += 1
         if self._fetched % 64 == 0:
             for index in [index for index, path in self._files.items() if not path.exists()]:
@@ -135,7 +142,10 @@ def count_kept(
 
 
 def read_checks(root: Place, header: Header) -> dict[str, NDArray[np.uint32]]:
-    """The listed checksums of each array's chunks; empty for a store that has no list. Raises DamagedChunkError if the list is damaged."""
+    """The listed checksums of each array's chunks; empty for a store that has no list.
+
+    Raises DamagedChunkError if the list is damaged.
+    """
     if header.checks is None:
         return {}
     specs = every_array(header)
@@ -150,7 +160,8 @@ def read_checks(root: Place, header: Header) -> dict[str, NDArray[np.uint32]]:
 
 
 def mapped_pages(path: Path, size: int) -> Tensor:
-    """A file's bytes as mapped pages, private: a write never reaches the file. No descriptor stays open, as one does behind Python's mmap.
+    """A file's bytes as mapped pages, private: a write never reaches the file. No descriptor stays open, as one does
+    behind Python's mmap.
 
     Raises ValueError if the file has another size.
     """
@@ -164,7 +175,9 @@ def mapped_pages(path: Path, size: int) -> Tensor:
 
 
 def scratch_pages(fetch: Callable[[], Path], size: int) -> tuple[Tensor, Path]:
-    """The pages of a scratch file with `size` bytes of numbers, and the file, which is fetched again if it is damaged."""
+    """The pages of a scratch file with `size` bytes of numbers, and the file, which is fetched again if it is
+    damaged.
+    """
     for _ in range(8):
         path = fetch()
         try:

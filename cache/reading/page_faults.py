@@ -1,8 +1,9 @@
 """A last line when mapped pages can't be read any more: a chunk's file was cut, or its disk failed.
 
-The system then sends SIGBUS in the middle of an instruction, where no Python can run. So a small process waits behind a pipe: Python's own
-handler, which is C, writes the signal's number there, and the process says which stores were mapped and ends this one. It is started when a
-command of `hsae` maps its first chunk, never for users of the library, and costs nothing after that.
+The system then sends SIGBUS in the middle of an instruction, where no Python can run. So a small process waits behind
+a pipe: Python's own handler, which is C, writes the signal's number there, and the process says which stores were
+mapped and ends this one. It is started when a command of `hsae` maps its first chunk, never for users of the library,
+and costs nothing after that.
 """
 
 import contextlib
@@ -24,8 +25,9 @@ while data := os.read(0, 65536):
             import shlex
             names = [os.fsdecode(name) for name in told.split(b"\x7f")[:-1]]
             verify = "; ".join("hsae cache verify " + shlex.quote(name) for name in names if name.endswith(".zarr"))
-            print("\nError: a file of", " or ".join(names), "was cut, or its disk failed, while it was being read (SIGBUS). Checkpoints and "
-                  "results that were written are kept." + (" Find the damage with: " + verify if verify else ""), file=sys.stderr, flush=True)
+            print("\nError: a file of", " or ".join(names), "was cut, or its disk failed, while it was being read "
+                  "(SIGBUS). Checkpoints and results that were written are kept."
+                  + (" Find the damage with: " + verify if verify else ""), file=sys.stderr, flush=True)
         finally:
             os.kill(int(sys.argv[1]), signal.SIGKILL)
         break

@@ -1,9 +1,11 @@
-"""Chunks (and parts of the suites' stores) that can't be mapped where they lie (remote or compact), fetched and decoded once into `$HSAE_HOME/scratch`.
+"""Chunks (and parts of the suites' stores) that can't be mapped where they lie (remote or compact), fetched and
+decoded once into `$HSAE_HOME/scratch`.
 
-A scratch file is named by a digest of what it holds (store, array, chunk, checksum), so that a stale one is never asked for, and ends with
-a crc32c over its numbers and its name, so that a damaged or foreign one is made again. Many processes may share the folder: a file lock
-lets one of them fetch a chunk while the others wait for it; files appear by rename and may vanish at any time (whoever has one mapped
-keeps its pages). `HSAE_SCRATCH_GIB` (default 64) bounds the folder; the least recently used files go first.
+A scratch file is named by a digest of what it holds (store, array, chunk, checksum), so that a stale one is never
+asked for, and ends with a crc32c over its numbers and its name, so that a damaged or foreign one is made again. Many
+processes may share the folder: a file lock lets one of them fetch a chunk while the others wait for it; files appear
+by rename and may vanish at any time (whoever has one mapped keeps its pages). `HSAE_SCRATCH_GIB` (default 64) bounds
+the folder; the least recently used files go first.
 """
 
 import contextlib
@@ -134,7 +136,10 @@ def named_checksum(checksum: int, path: Path) -> int:
 
 
 def scratch() -> Scratch:
-    """The scratch folder of this user, with the budget of `HSAE_SCRATCH_GIB`. Raises UserError if that is no positive number."""
+    """The scratch folder of this user, with the budget of `HSAE_SCRATCH_GIB`.
+
+    Raises UserError if that is no positive number.
+    """
     text = os.environ.get("HSAE_SCRATCH_GIB") or str(DEFAULT_GIB)
     try:
         gib = float(text)

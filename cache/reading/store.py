@@ -50,8 +50,9 @@ class HookStatistics:
 class ActivationStore:
     """An activation store: the residual stream of a language model at some hooks, row by row of a text.
 
-    Opened with `ActivationStore.open(path or URL)`. Chunks are read through memory maps, and checked when they are first
-    read. `batches` shuffles single tokens for training; `tokens`, `acts` and others read rows, of which there are `len(store)`.
+    Opened with `ActivationStore.open(path or URL)`. Chunks are read through memory maps, and checked when they are
+    first read. `batches` shuffles single tokens for training; `tokens`, `acts` and others read rows, of which there
+    are `len(store)`.
 
     >>> store = ActivationStore.open("activations/gemma-3-270m-train-0123456789abcdef.zarr")  # doctest: +SKIP
     >>> for x in store.batches(batch_tokens=4096, seed=0):  # doctest: +SKIP
@@ -106,10 +107,11 @@ class ActivationStore:
     ) -> Iterator[Tensor]:
         """Shuffled batches [batch_tokens, D] of the residual at `hook`, in the store's type, on the CPU.
 
-        Special tokens (pad, EOS, BOS) are left out. Every other token comes once an epoch, in an order that depends on the
-        store and `seed` alone. `epochs` passes are made, None for endlessly many; an epoch begins within a batch where the
-        one before it ends, and a last batch that is not full is left out. `hook` may be left out where the store has one.
-        The next batches are read in the background. `TokenStream` gives any one batch by its number.
+        Special tokens (pad, EOS, BOS) are left out. Every other token comes once an epoch, in an order that depends
+        on the store and `seed` alone. `epochs` passes are made, None for endlessly many; an epoch begins within a
+        batch where the one before it ends, and a last batch that is not full is left out. `hook` may be left out
+        where the store has one. The next batches are read in the background. `TokenStream` gives any one batch by its
+        number.
 
         Raises StoreError if the store has no such hook, or fewer tokens than one batch.
         """
@@ -149,7 +151,10 @@ class ActivationStore:
 
     @cached_property
     def tokens_per_chunk(self) -> NDArray[np.int64]:
-        """Non-special tokens of each chunk [chunks]. In an older store, which has no list of them, all tokens are read."""
+        """Non-special tokens of each chunk [chunks].
+
+        In an older store, which has no list of them, all tokens are read.
+        """
         if self.header.kept_tokens is None:
             tokens = self._arrays["tokens"]
             return count_kept(self.root, tokens.spec, self.header.special_ids, tokens.checks)
@@ -162,7 +167,9 @@ class ActivationStore:
         return counts
 
     def prefetch(self, wanted: Iterable[tuple[str, int]]) -> None:
-        """Fetch these chunks, (array, number), in the background, in this order; what is left of the last call is dropped."""
+        """Fetch these chunks, (array, number), in the background, in this order; what is left of the last call is
+        dropped.
+        """
         self._prefetcher.order(
             partial(self._arrays[path].fetch, index) for path, index in wanted if not self._arrays[path].in_place
         )

@@ -2,10 +2,10 @@
 
 Shapes: B tokens of a batch, T context length, D residual width.
 
-The tokens of each epoch are laid out in one order, epoch after epoch, without gaps: batch s is positions s*B to (s+1)*B.
-Within an epoch the chunks are permuted and cut into windows of at most `window_tokens` tokens; within a window every
-token is permuted. A store that fits into one window is shuffled completely. Only the order of the current window is in
-memory (8 bytes a token).
+The tokens of each epoch are laid out in one order, epoch after epoch, without gaps: batch s is positions s*B to
+(s+1)*B. Within an epoch the chunks are permuted and cut into windows of at most `window_tokens` tokens; within a
+window every token is permuted. A store that fits into one window is shuffled completely. Only the order of the
+current window is in memory (8 bytes a token).
 
 Where chunks are fetched into the scratch folder, a window is also at most `WINDOW_BYTES`, whatever the folder's budget
 is, so that the order depends on the store alone. Its chunks and the next window's are fetched ahead, in the order in
@@ -157,7 +157,9 @@ class TokenStream:
             thread.join()
 
     def mixing(self, step: int) -> tuple[int, float]:
-        """(distinct source rows of batch `step`, their mean number if its tokens were drawn at random from the store)."""
+        """(distinct source rows of batch `step`, their mean number if its tokens were drawn at random from the
+        store).
+        """
         addresses = np.concatenate(list(self._addresses(step * self.batch_tokens, (step + 1) * self.batch_tokens)))
         rows, size = self.store.rows, len(addresses)
         return len(np.unique(addresses // self.store.context)), rows * (1 - (1 - 1 / rows) ** size)
@@ -196,7 +198,9 @@ class TokenStream:
         return self._window
 
     def _needed(self, epoch: int, index: int) -> list[tuple[str, int]]:
-        """The tokens of a window, its chunks in the order in which a batch gathers them, and those of the next window."""
+        """The tokens of a window, its chunks in the order in which a batch gathers them, and those of the next
+        window.
+        """
         assert self._bounds is not None
         groups = self._bounds[1]
         following = groups[index + 1] if index + 1 < len(groups) else self._windows_of(epoch + 1)[0][0]
