@@ -12,7 +12,7 @@ from rich.table import Table
 from hsae.cli.common import DeviceOption, PlanOption, RunOption, SetOption, check_folder, console, say
 
 if TYPE_CHECKING:
-    from hsae.eval.report.ablation import Ablations
+    from hsae.eval.ablation.table import AblationTable
 
 FORGETTING = (0, 3, 5, 11, 12)
 PARTS = ("core", "composition", "synthetic", "unlearning")
@@ -52,7 +52,7 @@ def ablate(
     Example: hsae ablate --plan study --run 0-13
     """
     from hsae.cache.errors import UserError, need
-    from hsae.eval.report.ablation_tests import MIN_SEEDS
+    from hsae.eval.ablation.significance import MIN_SEEDS
     from hsae.train.config.plan import load_plan
 
     left_out = set(without or ())
@@ -119,16 +119,16 @@ def ablate(
             stage()
 
     from hsae.cache.files import write_atomically
-    from hsae.eval.report import ablation
-    from hsae.eval.report.ablation_figure import ablation_png
+    from hsae.eval.ablation.figure import save_figure
+    from hsae.eval.ablation.results import read_table
 
-    table = ablation.collect(loaded, selected, seeds, read_results(held) if held.is_file() else None)
+    table = read_table(loaded, selected, seeds, read_results(held) if held.is_file() else None)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(
-        out / "ablations.json", lambda path: path.write_text(json.dumps(table.json(), indent=1, allow_nan=False))
+        out / "ablations.json", lambda path: path.write_text(json.dumps(table.to_dict(), indent=1, allow_nan=False))
     )
-    write_atomically(out / "ablations.md", lambda path: path.write_text(ablation.markdown(table)))
-    ablation_png(table, out / "ablations.png")
+    write_atomically(out / "ablations.md", lambda path: path.write_text(table.markdown()))
+    save_figure(table, out / "ablations.png")
     console.rule("ablations")
     _print(table)
     say("results in ", (str(out), "bold"), ": ablations.md, ablations.json, ablations.png")
@@ -139,28 +139,27 @@ def _unlearn(unlearning: Any, cache: Any, runs: str, seeds: int, device: str, co
     unlearning.unlearning(run=runs, seeds=seeds, device=device, **common)
 
 
-def _print(table: "Ablations") -> None:
-    from hsae.eval.report.ablation import COLUMNS, method, shown_columns, text
+def _print(table: "AblationTable") -> None:
+    from hsae.eval.ablation.table import COLUMNS
 
-    shown = shown_columns(table)
     for kind in dict.fromkeys(column.kind for column in COLUMNS):
-        columns = [column for column in shown if column.kind == kind]
+        columns = [column for column in table.columns if column.kind == kind]
         if not columns:
             continue
         drawn = Table(title=kind, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         drawn.add_column("run", no_wrap=True)
         for column in columns:
             drawn.add_column(column.title, justify="right")
-        for line in table.lines:
-            cells = [text(line.cells[column.key], column) for column in columns]
+        for row in table.rows:
+            cells = [row.cells[column.key].text(column) for column in columns]
             if any(cells):
-                drawn.add_row(f"{line.number} {line.name}", *cells)
+                drawn.add_row(row.label, *cells)
         console.print(drawn)
     console.print(
         f"mean ± standard deviation over {table.seeds} seeds, [the same of a map without structure], * of a map fitted to the codes\n"
     )
     for judgement in table.judgements:
         console.print(f"• {judgement.sentence}")
-    console.print(f"\n{method(table)}")
+    console.print(f"\n{table.method}")
     if table.missing:
         say(f"not there, or of another model, text or store: {', '.join(table.missing)}", style="yellow")

@@ -4,16 +4,16 @@ from pathlib import Path
 
 from hsae.cache.files import write_atomically
 from hsae.eval import figures
-from hsae.eval.report.ablation import Ablations, shown_columns
+from hsae.eval.ablation.table import AblationTable
 
 PER_ROW = 4
 
 
 @figures.style()
-def ablation_png(table: Ablations, path: Path) -> None:
+def save_figure(table: AblationTable, path: Path) -> None:
     """Write the picture to `path`. Raises UserError if matplotlib is missing."""
-    columns = shown_columns(table)
-    names = [f"{line.number} {line.name}" for line in table.lines]
+    columns = table.columns
+    names = [row.label for row in table.rows]
     rows = -(-len(columns) // PER_ROW)
     height = 0.22 * len(names) + 0.7
     figure = figures.new_figure(3.1 * PER_ROW, height * rows)
@@ -21,8 +21,8 @@ def ablation_png(table: Ablations, path: Path) -> None:
     for axis in axes.flat[len(columns) :]:
         axis.set_visible(False)
     for axis, column in zip(axes.flat, columns, strict=False):
-        for place, line in enumerate(table.lines):
-            cell = line.cells[column.key]
+        for place, row in enumerate(table.rows):
+            cell = row.cells[column.key]
             if cell.mean is None:
                 continue
             axis.plot(cell.values, [place] * len(cell.values), "o", color="#2563a8", markersize=3.5, alpha=0.6)

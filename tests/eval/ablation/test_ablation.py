@@ -7,16 +7,18 @@ from places import GOLDEN_MODEL
 from typer.testing import CliRunner
 
 from hsae.cache.errors import UserError
+from hsae.eval.ablation.results import read_table
+from hsae.eval.ablation.significance import compare
+from hsae.eval.ablation.table import COLUMNS, AblationTable, Cell, Component, Row
+from hsae.eval.ablation.verdicts import judge
 from hsae.eval.harness.result_files import envelope_text, read_envelope, read_result, write_result
-from hsae.eval.report.ablation import COLUMNS, Ablations, Cell, Component, Line, collect, judge, markdown, method, text
-from hsae.eval.report.ablation_tests import compare
 from hsae.train.config.plan import load_plan
 
 
 def line(number, name, **cells):
     every = {column.key: Cell() for column in COLUMNS}
     given = {key: Cell(values=tuple(values), seeds=tuple(range(len(values)))) for key, values in cells.items()}
-    return Line(number=number, name=name, cells=every | given, compared=every | given)
+    return Row(number=number, name=name, cells=every | given, compared=every | given)
 
 
 LINES = {
@@ -89,9 +91,9 @@ def test_fewer_than_three_seeds_give_no_verdict(seeds, said):
     assert judgements[0].sentence == (
         f"Hierarchy (run 0 full against 1 batchtopk): no verdict on EV ({said}; needs 3 seeds or more)."
     )
-    table = Ablations(plan="p", seeds=seeds, lines=[], judgements=judgements, comparisons=tests)
-    assert method(table) == "No test was made: a verdict needs 3 seeds or more."
-    assert "no evidence" not in markdown(table)
+    table = AblationTable(plan="p", seeds=seeds, rows=[], judgements=judgements, comparisons=tests)
+    assert table.method == "No test was made: a verdict needs 3 seeds or more."
+    assert "no evidence" not in table.markdown()
 
 
 def test_numbers_that_never_vary_are_not_tested():
@@ -116,11 +118,11 @@ def test_ablate_says_before_compute_that_verdicts_need_scipy(tmp_path, monkeypat
 
 def test_cells_show_spread_null_and_whether_the_map_was_fitted():
     column = next(column for column in COLUMNS if column.key == "or_agreement")
-    assert text(Cell(values=(0.5, 0.7), nulls=(0.1, 0.1), fitted=True), column) == "0.600 ± 0.141 [0.100]*"
-    assert text(Cell(values=(0.5,)), column) == "0.500"
-    assert text(Cell(), column) == ""
-    table = Ablations(plan="p", seeds=3, lines=list(LINES.values()), judgements=[], missing=["core of 3 full"])
-    page = markdown(table)
+    assert Cell(values=(0.5, 0.7), nulls=(0.1, 0.1), fitted=True).text(column) == "0.600 ± 0.141 [0.100]*"
+    assert Cell(values=(0.5,)).text(column) == "0.500"
+    assert Cell().text(column) == ""
+    table = AblationTable(plan="p", seeds=3, rows=list(LINES.values()), judgements=[], missing=["core of 3 full"])
+    page = table.markdown()
     assert "| 3 full | 0.910 ± 0.010 | 0.300 ± 0.000 | 0.510 ± 0.010 |" in page
     assert "Not there, or of another model, text or store: core of 3 full." in page
 
@@ -169,7 +171,7 @@ def test_ablate_trains_and_evaluates_what_is_missing_and_answers(tmp_path, monke
     runs = plan.select("0,3,5")
 
     def collected():
-        return collect(plan, runs, 1, None).missing
+        return read_table(plan, runs, 1).missing
 
     assert collected() == []
     (core,) = (plan.run_dir(plan.runs[3]) / "eval" / "core").glob("*_eval_results.json")
