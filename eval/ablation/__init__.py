@@ -1,1 +1,1 @@
-"""Does the hierarchy help, and which component is responsible: the table over seeds, the tests, and a sentence a component."""
+"""Whether the hierarchy helps, and which component: the table over seeds, the tests, and a sentence a component."""

@@ -1,7 +1,7 @@
-"""Reads the ablation table from where core, composition, unlearning and a synthetic tier wrote their results; computes nothing.
+"""Reads the ablation table from the results of core, composition, unlearning and a synthetic tier; computes nothing.
 
-Results of another model, text or store than the plan's have no place in the table; where the evaluation store is not there to tell which
-text is the plan's, all must at least be of the same.
+Results of another model, text or store than the plan's have no place in the table. Where the evaluation store is not
+there to tell which text is the plan's, all must at least be of the same.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ def read_table(
 ) -> AblationTable:
     """The table of these runs over seeds; `synthetic` is the content of a tier's results file.
 
-    Raises UserError if a run isn't trained, or if results that would be averaged or compared are of different texts or settings.
+    Raises UserError if a run isn't trained, or if results of one table are of different texts or settings.
     """
     reader = _Reader(plan, seeds)
     rows = [reader.row(config, synthetic) for config in runs]

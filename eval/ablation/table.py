@@ -1,4 +1,4 @@
-"""The ablation table: every run over several seeds, each hierarchy number beside its null; as data, as Markdown, as cells of text."""
+"""The ablation table: every run over several seeds, each hierarchy number beside its null; as data and Markdown."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

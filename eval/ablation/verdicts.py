@@ -1,7 +1,7 @@
 """What each component does: two runs that differ in nothing else are compared number by number, and a sentence says it.
 
-A component helps or hurts a number if Welch's t test of the two runs' means over seeds says so, corrected for all comparisons of the
-table. Below three seeds there is no verdict.
+A component helps or hurts a number if Welch's t test of the two runs' means over seeds says so, corrected for all
+comparisons of the table. Below three seeds there is no verdict.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,9 @@ Comparisons = Mapping[tuple[str, str, str], Comparison]
 def judge(components: Sequence[Component], rows: Mapping[str, Row]) -> tuple[list[Judgement], int]:
     """(what each component does whose two runs are among `rows`, given by name; how many tests that took).
 
-    Every number that has a better direction is judged. Raises ModuleNotFoundError without scipy if a run has MIN_SEEDS or more.
+    Every number that has a better direction is judged.
+
+    Raises ModuleNotFoundError without scipy if a run has MIN_SEEDS or more.
     """
     judged = [component for component in components if {component.present, component.absent} <= rows.keys()]
     samples = {
