@@ -28,12 +28,11 @@ from hsae.cli.common import (
     tell_common_text,
     waiting,
 )
-from hsae.cli.suite import OUT, ForceOption, OutOption
+from hsae.cli.evaluations import OUT, ForceOption, OutOption, Screen
 
 if TYPE_CHECKING:
-    from hsae.eval.autointerp.evaluation import Estimate
+    from hsae.eval.autointerp.evaluation import Estimate, Scored
     from hsae.eval.autointerp.judge import Judge, Prices
-    from hsae.eval.probing.probing_runs import SuiteResult
 
 
 def autointerp(
@@ -106,17 +105,14 @@ def autointerp(
     from hsae.cache.language_model.sources import at_commit
     from hsae.cache.reading.store import ActivationStore
     from hsae.cache.storage.paths import place
-    from hsae.cli.eval import of_folders, of_runs
     from hsae.eval.autointerp.config import AutointerpConfig
     from hsae.eval.autointerp.evaluation import Autointerp, noise_note
     from hsae.eval.autointerp.judge import Judge, Prices
-    from hsae.eval.harness.result_files import told_changes
+    from hsae.eval.harness.result_files import describe_changes
+    from hsae.eval.harness.targets import Selection, select_targets
 
-    targets = (
-        of_folders(loaded, sae, (out or OUT) / "autointerp")
-        if sae
-        else of_runs(loaded, run, seeds, whole, "autointerp")
-    )
+    selection = Selection(run=run, seeds=seeds, folders=sae or (), out=(out or OUT) / "autointerp", whole=whole)
+    targets = select_targets(loaded, selection, "autointerp", Screen("autointerp").listener)
     store = ActivationStore.of(loaded.store("autointerp"), loaded.cache.dir)
     if not sae:
         tell_common_text(loaded, ("autointerp",))
@@ -147,7 +143,7 @@ def autointerp(
             say(_estimate(estimate, asked, prices))
         if dry_run:
             return
-        for text in told_changes([(target.label, bench.changed(target)) for target in missing]):
+        for text in describe_changes([(target.label, bench.changed(target)) for target in missing]):
             say(text)
         if estimate.requests:
             _agree(estimate, asked, prices, max_cost, yes)
@@ -203,8 +199,8 @@ def _agree(estimate: "Estimate", judge: "Judge", prices: "Prices | None", max_co
     typer.confirm("Start?", abort=True)
 
 
-def _print(results: "list[SuiteResult]") -> None:
-    from hsae.eval.probing.probing_runs import HEADLINES
+def _print(results: "list[Scored]") -> None:
+    from hsae.eval.autointerp.evaluation import HEADLINES
 
     table = Table(
         title="autointerp; ± spans the 95 % interval over latents",
@@ -213,11 +209,11 @@ def _print(results: "list[SuiteResult]") -> None:
         pad_edge=False,
     )
     table.add_column("SAE", overflow="fold", min_width=12)
-    for column in ("SAEBench", *(name.removesuffix("_accuracy") for name in HEADLINES["autointerp"]), "latents"):
+    for column in ("SAEBench", *(name.removesuffix("_accuracy") for name in HEADLINES), "latents"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         score = result.metric("autointerp_score")
-        cells = [_cell(result.measures[name]) for name in HEADLINES["autointerp"]]
+        cells = [_cell(result.measures[name]) for name in HEADLINES]
         count = str(result.content["hsae"]["latents"]["scored"])
         table.add_row(result.target.label, "undefined" if score is None else f"{score:.3f}", *cells, count)
     console.print(table)

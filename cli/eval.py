@@ -26,17 +26,16 @@ from hsae.cli.common import (
     say,
     tell_common_text,
 )
+from hsae.cli.evaluations import EvaluationGroup, Screen
 
 if TYPE_CHECKING:
+    from hsae.eval.core.core_runs import Evaluated
     from hsae.eval.harness.envelope import CoreResult
-    from hsae.eval.harness.targets import Evaluated, Target
-    from hsae.train.config.plan import Plan
-    from hsae.train.config.run_config import RunConfig
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, cls=EvaluationGroup)
 app.command()(hierarchy.composition)
 app.command()(hierarchy.stability)
-suite.register(app)
+app.command("all")(suite.every)
 
 
 @app.callback()
@@ -96,11 +95,13 @@ def core(
     from hsae.cache.language_model.sources import at_commit
     from hsae.cache.reading.store import ActivationStore
     from hsae.eval.core.core import CoreOptions
+    from hsae.eval.core.core_runs import evaluate_targets
     from hsae.eval.harness.envelope import write_core
-    from hsae.eval.harness.targets import evaluate_targets
+    from hsae.eval.harness.targets import Selection, select_targets
 
     place = pick_device(device)
-    targets = of_folders(loaded, sae, out or Path("eval_results/core")) if sae else of_runs(loaded, run, seeds, whole)
+    chosen = Selection(run=run, seeds=seeds, folders=sae or (), out=out, whole=whole)
+    targets = select_targets(loaded, chosen, "core", Screen("core").listener)
     store = ActivationStore.of(loaded.store("eval"), loaded.cache.dir)
     if not sae:
         tell_common_text(loaded, ("eval",))
@@ -131,47 +132,6 @@ def core(
         say("results in ", (str(folder), "bold"))
     if reused := sum(item.reused for item in evaluated):
         console.print(f"{reused} of {len(evaluated)} were there already; --force computes them anew")
-
-
-def of_runs(plan: "Plan", run: str | None, seeds: int, whole: bool = False, evaluation: str = "core") -> "list[Target]":
-    """Every view (or the whole alone) of the named runs, or of all that are trained, for each seed."""
-    from hsae.eval.harness.targets import run_targets
-
-    return [
-        target
-        for seeded, config in trained_runs(plan, run, seeds)
-        for target in run_targets(seeded, config, evaluation, whole=whole)
-    ]
-
-
-def of_folders(plan: "Plan", folders: list[Path], out: Path) -> "list[Target]":
-    """The SAEs of SAELens folders; what is doubtful about them is printed."""
-    from hsae.eval.harness.targets import folder_targets
-
-    targets = folder_targets(plan, folders, out)
-    for target in targets:
-        for doubt in target.doubts:
-            say(f"{target.label}: {doubt}", style="yellow")
-    return targets
-
-
-def trained_runs(plan: "Plan", run: str | None, seeds: int) -> "list[tuple[Plan, RunConfig]]":
-    """The named runs, or all that are trained (those left out are said), for each seed. Raises UserError if there is none."""
-    from hsae.cache.errors import UserError
-    from hsae.eval.harness.targets import is_trained
-
-    every = [plan.seeded(index) for index in range(seeds)]
-    if run is not None:
-        return [(seeded, config) for seeded in every for config in plan.select(run)]
-    chosen = [(seeded, config) for seeded in every for config in plan.runs.values() if is_trained(seeded, config)]
-    if not chosen:
-        raise UserError(
-            f"no run of plan {plan.name} has been trained in {plan.train.dir}; train them with: hsae train --all"
-        )
-    for seeded in every:
-        if left_out := [str(config.number) for config in plan.runs.values() if (seeded, config) not in chosen]:
-            say(f"not trained yet, left out: run {', '.join(left_out)} in {seeded.train.dir}")
-    return chosen
 
 
 def _table(evaluated: "list[Evaluated]", faithful: bool, all_tokens: bool) -> Table:

@@ -61,11 +61,11 @@ def composition(
         raise UserError(f"--compare {compare}: name one run without levels (structure flat)")
 
     from hsae.cache.device import pick_device
-    from hsae.cli.eval import trained_runs
+    from hsae.eval.harness.targets import trained_runs
     from hsae.eval.hierarchy.runs import Sources, evaluate_runs
 
     place = pick_device(device)
-    runs = trained_runs(loaded, run, seeds)
+    runs = trained_runs(loaded, run, seeds, say)
     sources = Sources.of(loaded)
     if sources.lacking is not None and any(config.levels > 1 for _, config in runs):
         say(

@@ -20,7 +20,6 @@ from hsae.cli.common import (
     say,
     tell_common_text,
 )
-from hsae.cli.eval import trained_runs
 
 if TYPE_CHECKING:
     from hsae.eval.unlearning.runs import Unlearned
@@ -55,13 +54,14 @@ def unlearning(
     from hsae.cache.device import pick_device
     from hsae.cache.language_model.lm import LanguageModel, pinned
     from hsae.cache.language_model.sources import at_commit
+    from hsae.eval.harness.targets import trained_runs
 
     place = pick_device(device)
     if qa:
         from hsae.eval.unlearning import qa_runs
 
         sets = qa_runs.check(loaded)
-        runs = trained_runs(loaded, run, seeds)
+        runs = trained_runs(loaded, run, seeds, say)
         with _Screen() as screen:
             scored = qa_runs.evaluate_runs(
                 runs,
@@ -79,7 +79,7 @@ def unlearning(
 
     open_texts(loaded)
     tell_common_text(loaded, SIDES)
-    chosen = trained_runs(loaded, run, seeds)
+    chosen = trained_runs(loaded, run, seeds, say)
     with _Screen() as screen:
         done = evaluate_runs(
             chosen,

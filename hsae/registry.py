@@ -7,8 +7,40 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-EVALUATIONS: dict[str, str] = {}
-"""`hsae eval NAME` -> the class of the evaluation."""
+
+@dataclass(frozen=True)
+class Entry:
+    """An evaluation: `hsae eval NAME`."""
+
+    kind: str
+    """Its class."""
+    summary: str
+    """A line of help."""
+
+
+EVALUATIONS: dict[str, Entry] = {
+    "sparse-probing": Entry(
+        "hsae.eval.probing.evaluations:SparseProbing",
+        "How much of a labelled class a few latents tell (SAEBench's sparse probing).",
+    ),
+    "scr": Entry(
+        "hsae.eval.probing.evaluations:SCR",
+        "Whether ablating a few latents removes a spurious correlation (SAEBench's SCR).",
+    ),
+    "tpp": Entry(
+        "hsae.eval.probing.evaluations:TPP",
+        "Whether ablating a few latents hurts one class's probe and no other (SAEBench's TPP).",
+    ),
+    "absorption": Entry(
+        "hsae.eval.probing.evaluations:Absorption",
+        "Whether a letter's latents stay silent where others speak for it (SAEBench's absorption).",
+    ),
+    "ravel": Entry(
+        "hsae.eval.ravel.ravel_runs:Ravel",
+        "Whether exchanging a few latents changes one attribute of an entity and no other (SAEBench's RAVEL).",
+    ),
+}
+"""Name -> evaluation, in the order in which `hsae eval all` runs them."""
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,37 @@ from hsae.eval.autointerp.judge import Answer, Judge, Prices, Question
 from hsae.eval.autointerp.windows import Case, Sampler
 from hsae.eval.core.core import check_views
 from hsae.eval.harness.envelope import envelope, hsae_version, write_result
+from hsae.eval.harness.saebench_schema import read_measured
 from hsae.eval.harness.targets import Found, Target, find
-from hsae.eval.probing.probing_runs import SuiteResult, read_measured
 from hsae.train.runs.run_record import check_same_model
 
 SUITE = "autointerp"
 GRACE = 3.0  # seconds that answers under way have to arrive after a failure
 Progress = Callable[[int], None]
 """Told how many latents are done."""
+
+
+HEADLINES = ("balanced_accuracy", "sensitivity", "specificity")
+"""Measures that are shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A target's result file, as JSON."""
+
+    target: Target
+    content: dict[str, Any]
+    reused: bool
+
+    @property
+    def measures(self) -> dict[str, dict[str, Any]]:
+        """Measures with intervals over latents."""
+        measures: dict[str, dict[str, Any]] = self.content["hsae"]["measures"]
+        return measures
+
+    def metric(self, name: str) -> float | None:
+        """One of SAEBench's numbers by its key."""
+        return next((values[name] for values in self.content["eval_result_metrics"].values() if name in values), None)
 
 
 class NotAskedError(Exception):
@@ -90,10 +113,10 @@ class Autointerp:
     def _find(self, target: Target) -> Found[dict[str, Any]]:
         return find(target, self.inputs(target), partial(read_measured, suite=SUITE))
 
-    def found(self, target: Target) -> SuiteResult | None:
+    def found(self, target: Target) -> Scored | None:
         """The result that lies there, if it was made of the same inputs."""
         content = self._find(target).result
-        return SuiteResult(target=target, content=content, reused=True) if content is not None else None
+        return Scored(target=target, content=content, reused=True) if content is not None else None
 
     def changed(self, target: Target) -> str:
         """In what the inputs differ from those of the result that gives way, if one does."""
@@ -156,12 +179,12 @@ class Autointerp:
 
     # --- asking and scoring ----------------------------------------------------------------------------------------------
 
-    def evaluate(self, prepared: Prepared, progress: Progress = lambda done: None) -> SuiteResult:
+    def evaluate(self, prepared: Prepared, progress: Progress = lambda done: None) -> Scored:
         """Ask the judge, score its answers and write the result. Raises UserError if it fails, or answers in another form too often."""
         interpreted = self._interpreted(prepared.cases, progress)
         content = self._content(prepared, interpreted)
         write_result(content, prepared.target.folder, self._find(prepared.target).path.name)
-        return SuiteResult(target=prepared.target, content=content, reused=False)
+        return Scored(target=prepared.target, content=content, reused=False)
 
     def _interpreted(self, cases: Sequence[Case], progress: Progress) -> list[Interpreted]:
         """Every case in order, several under way; the first failure ends all of them.
@@ -306,7 +329,7 @@ class Autointerp:
         }
 
 
-def noise_note(results: Sequence[SuiteResult]) -> str | None:
+def noise_note(results: Sequence[Scored]) -> str | None:
     """Which SAEs can't be told from the one with the highest balanced accuracy; None with fewer than two SAEs."""
     name = MEASURES[0]
     measured = [result for result in results if result.measures[name]["low"] is not None]

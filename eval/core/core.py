@@ -29,6 +29,7 @@ from hsae.eval.core.saebench_metrics import (
     score,
     weight_metrics,
 )
+from hsae.eval.harness import estimates
 from hsae.eval.harness.envelope import CoreResult, dead_explanation, hsae_version, nan_to_minus_one
 from hsae.eval.harness.fits import check_fits
 from hsae.train.model.views import View
@@ -139,7 +140,7 @@ class _Job:
             exclude_special_tokens=options.exclude_special_tokens,
             device=device,
         )
-        resampler = corrected_measures.Resampler(store.rows - store.clean_rows, device)
+        resampler = estimates.Resampler(store.rows - store.clean_rows, device)
         self.inputs = InputMetrics(self.dtype)
         self.latents = [LatentMetrics(view.d_sae, self.dtype, device) for view in views]
         self.input_moments = corrected_measures.InputMoments(resampler, self.d_model)
@@ -279,9 +280,9 @@ class _Job:
             "tokens": tokens,
             "bootstrap": {
                 "unit": "row",
-                "resamples": corrected_measures.RESAMPLES,
-                "seed": corrected_measures.SEED,
-                "level": corrected_measures.LEVEL,
+                "resamples": estimates.RESAMPLES,
+                "seed": estimates.SEED,
+                "level": estimates.LEVEL,
             },
             "differences": corrected_measures.differences(metrics, measures, self.store.spec.model.dtype, tokens),
             "store": self.store.spec.name,

@@ -1,6 +1,6 @@
 """hsae's own core measures, beside SAEBench's: float64 moments, real token counts, bootstrap intervals over rows.
 
-Sums are kept per measure and per bootstrap resample, never per row, so memory does not grow with the store (one byte a row and
+ResampledSums are kept per measure and per bootstrap resample, never per row, so memory does not grow with the store (one byte a row and
 resample apart). Rows are the unit of resampling because tokens of a row depend on each other. Every SAE is resampled with the
 same draws, so intervals of several SAEs can be compared.
 
@@ -14,61 +14,17 @@ import torch
 from torch import Tensor
 
 from hsae.eval.core.saebench_metrics import VarianceBatch
+from hsae.eval.harness.estimates import ResampledSums, Resampler, estimate_of
 
-RESAMPLES = 1000
-SEED = 0
-LEVEL = 0.95
 RECONSTRUCTION_COLUMNS = ("ce_tokens", "ce_without_sae", "ce_with_ablation", "kl_tokens", "kl_with_ablation")
 SAE_COLUMNS = ("ce_with_sae", "kl_with_sae")
-
-
-class Resampler:
-    """How often each of R rows is drawn in each of S resamples with replacement; the first "resample" is the data itself."""
-
-    def __init__(self, rows: int, device: str) -> None:
-        generator = torch.Generator().manual_seed(SEED)
-        counts_SR = torch.ones(1 + RESAMPLES, rows, dtype=torch.uint8)
-        for index in range(1, 1 + RESAMPLES):
-            drawn = torch.randint(rows, (rows,), generator=generator)
-            counts_SR[index] = drawn.bincount(minlength=rows).clamp_max(255)
-        self.counts_SR = counts_SR.to(device)
-
-    def weights(self, start: int, stop: int) -> Tensor:
-        """[1 + S, stop - start] float64."""
-        return self.counts_SR[:, start:stop].double()
-
-
-class Sums:
-    """Sums of per-row columns, of the data and of every resample."""
-
-    def __init__(self, resampler: Resampler, columns: int) -> None:
-        counts = resampler.counts_SR
-        self.resampler = resampler
-        self.sums_SC = torch.zeros(len(counts), columns, dtype=torch.float64, device=counts.device)
-
-    def add(self, start: int, values_BC: Tensor) -> None:
-        """Take in the rows `start`, `start + 1`, ... of the phase."""
-        self.sums_SC += self.resampler.weights(start, start + len(values_BC)) @ values_BC.double()
-
-
-def measure(values_S: Tensor) -> dict[str, float | None]:
-    """Value and 95 % interval from a statistic of the data (first) and of the resamples (the rest); None where undefined."""
-    value = values_S[0].item()
-    drawn = values_S[1:]
-    if not math.isfinite(value):
-        return {"value": None, "low": None, "high": None}
-    if not torch.isfinite(drawn).all():
-        return {"value": value, "low": None, "high": None}
-    ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64, device=drawn.device)
-    low, high = torch.quantile(drawn, ends).tolist()
-    return {"value": value, "low": low, "high": high}
 
 
 class InputMoments:
     """Kept tokens, sum of squared norms and sum of the residuals themselves: shared by all SAEs."""
 
     def __init__(self, resampler: Resampler, d_model: int) -> None:
-        self.sums = Sums(resampler, 2 + d_model)
+        self.sums = ResampledSums(resampler, 2 + d_model)
 
     def add(self, batch: VarianceBatch, first_row: int) -> None:
         """Take in one batch of the variance phase, which starts at row `first_row` of the store."""
@@ -91,7 +47,7 @@ class ReconstructionMoments:
     """Squared error and active latents of one SAE."""
 
     def __init__(self, resampler: Resampler) -> None:
-        self.sums = Sums(resampler, 2)
+        self.sums = ResampledSums(resampler, 2)
 
     def add(self, batch: VarianceBatch, first_row: int, acts_BTF: Tensor, out_BTD: Tensor) -> None:
         """Take in one batch of the variance phase."""
@@ -103,9 +59,9 @@ class ReconstructionMoments:
         """Explained variance 1 - E|r|^2 / (E|x|^2 - |E x|^2), squared error per element, and L0."""
         mean_SC = self.sums.sums_SC / inputs.tokens_S()[:, None]
         return {
-            "explained_variance": measure(1 - mean_SC[:, 0] / inputs.total_variance_S()),
-            "mse": measure(mean_SC[:, 0] / d_model),
-            "l0": measure(mean_SC[:, 1]),
+            "explained_variance": estimate_of(1 - mean_SC[:, 0] / inputs.total_variance_S()).to_dict(),
+            "mse": estimate_of(mean_SC[:, 0] / d_model).to_dict(),
+            "l0": estimate_of(mean_SC[:, 1]).to_dict(),
         }
 
 
@@ -113,7 +69,7 @@ def _kept(values_BTD: Tensor, batch: VarianceBatch) -> Tensor:
     return torch.where(batch.mask_BT[..., None], values_BTD.double(), 0.0)
 
 
-def loss_measures(shared: Sums, own: Sums) -> dict[str, dict[str, float | None]]:
+def loss_measures(shared: ResampledSums, own: ResampledSums) -> dict[str, dict[str, float | None]]:
     """Mean losses, mean KL and the two scores; columns as in RECONSTRUCTION_COLUMNS (shared) and SAE_COLUMNS (own)."""
     columns = dict(zip(RECONSTRUCTION_COLUMNS, shared.sums_SC.unbind(1), strict=True))
     columns |= dict(zip(SAE_COLUMNS, own.sums_SC.unbind(1), strict=True))
@@ -121,10 +77,10 @@ def loss_measures(shared: Sums, own: Sums) -> dict[str, dict[str, float | None]]
     kl = {name: columns[f"kl_{name}"] / columns["kl_tokens"] for name in ("with_ablation", "with_sae")}
     score = _ratio(ce["with_ablation"] - ce["with_sae"], ce["with_ablation"] - ce["without_sae"])
     return {
-        "ce_loss_score": measure(score),
-        "kl_div_score": measure(_ratio(kl["with_ablation"] - kl["with_sae"], kl["with_ablation"])),
-        **{f"ce_loss_{name}": measure(values) for name, values in ce.items()},
-        **{f"kl_div_{name}": measure(values) for name, values in kl.items()},
+        "ce_loss_score": estimate_of(score).to_dict(),
+        "kl_div_score": estimate_of(_ratio(kl["with_ablation"] - kl["with_sae"], kl["with_ablation"])).to_dict(),
+        **{f"ce_loss_{name}": estimate_of(values).to_dict() for name, values in ce.items()},
+        **{f"kl_div_{name}": estimate_of(values).to_dict() for name, values in kl.items()},
     }
 
 

@@ -16,6 +16,7 @@ from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core import corrected_measures
 from hsae.eval.core.saebench_metrics import Mean
+from hsae.eval.harness import estimates
 from hsae.train.model.views import View
 
 SLICE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # of logits at a time
@@ -39,9 +40,9 @@ class ReconstructionPhase:
         self.dtype = getattr(torch, store.spec.model.dtype)
         self.shared_means = {name: Mean(self.dtype) for name in ("kl_ablation", "ce_ablation", "ce_clean")}
         self.sae_means = [{name: Mean(self.dtype) for name in ("kl", "ce")} for _ in views]
-        resampler = corrected_measures.Resampler(store.clean_rows, device)
-        self.shared_sums = corrected_measures.Sums(resampler, len(corrected_measures.RECONSTRUCTION_COLUMNS))
-        self.sae_sums = [corrected_measures.Sums(resampler, len(corrected_measures.SAE_COLUMNS)) for _ in views]
+        resampler = estimates.Resampler(store.clean_rows, device)
+        self.shared_sums = estimates.ResampledSums(resampler, len(corrected_measures.RECONSTRUCTION_COLUMNS))
+        self.sae_sums = [estimates.ResampledSums(resampler, len(corrected_measures.SAE_COLUMNS)) for _ in views]
         self.memory: tuple[token_losses.Distribution, token_losses.Distribution] | tuple[None, None] = (None, None)
 
     def run(

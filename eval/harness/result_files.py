@@ -103,7 +103,7 @@ def changes(inputs: Mapping[str, Any], held: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def told_changes(changed: Sequence[tuple[str, str]]) -> list[str]:
+def describe_changes(changed: Sequence[tuple[str, str]]) -> list[str]:
     """What is said of earlier results that will give way, each given as its SAE's label and what is different now; nothing of those without."""
     return [
         f"evaluated anew, with {text}: {', '.join(label for label, other in changed if other == text)}"

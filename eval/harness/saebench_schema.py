@@ -223,3 +223,18 @@ def read_suite(path: Path, suite: str) -> dict[str, Any]:
         raise UserError(f"{path} is not a SAEBench {LAYOUTS[suite].eval_type_id} result: {found[0]}")
     result: dict[str, Any] = content
     return result
+
+
+def read_measured(path: Path, suite: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A result and what it was made of, nothing if hsae did not make it. Raises UserError."""
+    content = read_suite(path, suite)
+    hsae = content.get("hsae")
+    inputs = hsae.get("inputs") if isinstance(hsae, dict) and isinstance(hsae.get("measures"), dict) else None
+    if not isinstance(hsae, dict) or not isinstance(inputs, dict):
+        return content, {}
+    store = hsae.get("store")
+    if (
+        "state" not in inputs and isinstance(store, dict) and isinstance(store.get("path"), str)
+    ):  # made by an older hsae
+        inputs = {**inputs, "store": Path(store["path"]).stem.rpartition("-")[2], "state": inputs.get("store")}
+    return content, inputs

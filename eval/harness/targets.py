@@ -1,17 +1,15 @@
-"""What `hsae eval core` is asked to evaluate, where each result goes, and whether it is there already."""
+"""What an evaluation is asked to evaluate, where each result goes, and whether it is there already."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from hsae.cache.errors import UserError
-from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.reading.store import ActivationStore
-from hsae.eval.core.core import CoreOptions, Listener, check, evaluate
-from hsae.eval.harness.envelope import CoreResult, file_name, hsae_version, read_core, write_core
+from hsae.eval.harness.envelope import file_name, hsae_version
 from hsae.eval.harness.fits import doubts, same_hook
+from hsae.eval.harness.listener import SILENT, Listener
 from hsae.eval.harness.result_files import changes
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
@@ -19,10 +17,9 @@ from hsae.train.model import saelens_folder
 from hsae.train.model.trained_model import CONFIG_FILE, WEIGHTS_FILE, load_model
 from hsae.train.model.views import View
 from hsae.train.runs.run_directory import is_complete
-from hsae.train.runs.run_record import check_same_model, command, read_run, run_of
+from hsae.train.runs.run_record import command, read_run, run_of
 
 ResultT = TypeVar("ResultT")
-ALL_TOKENS = "all-tokens"  # in the names of results with the residual of special tokens replaced too
 KEPT_APART = ("store", "exclude_special_tokens")  # inputs whose results lie side by side
 RESULTS = Path("eval")  # in a run directory; each evaluation has a folder in it
 
@@ -54,18 +51,6 @@ class Target:
     def inputs(self) -> dict[str, Any]:
         """What every result of this SAE depends on."""
         return {"hsae": hsae_version(), "sae": self.weights_digest, "view": self.view.name, "hook": self.hook}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """A target and its result."""
-
-    target: Target
-    result: CoreResult
-    reused: bool
-    """Whether the result had been there."""
-    path: Path
-    """The result file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +87,53 @@ def find(
         if place == first and (not held or any(held.get(key) != inputs.get(key) for key in KEPT_APART)):
             path = own
     return Found(path=path, result=None, changed=changed.get(path, ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which SAEs are to be evaluated: runs of the plan, or SAELens folders."""
+
+    run: str | None = None
+    """Runs as a plan names them, such as `0-5` or `baseline`; None stands for all that are trained."""
+    seeds: int = 1
+    """Seeds of each run."""
+    folders: Sequence[Path] = ()
+    """SAELens folders in place of runs."""
+    out: Path | None = None
+    """Where the results of folders go; None: `eval_results/<evaluation>`."""
+    whole: bool = False
+    """Of a run only all levels together, not each level too."""
+
+
+def select_targets(plan: Plan, selection: Selection, evaluation: str, listener: Listener = SILENT) -> list[Target]:
+    """The SAEs that are selected; results lie in folders called `evaluation`. What is doubtful of a folder is said as a warning."""
+    if selection.folders:
+        targets = folder_targets(plan, selection.folders, selection.out or Path("eval_results") / evaluation)
+        for target in targets:
+            for doubt in target.doubts:
+                listener.warn(f"{target.label}: {doubt}")
+        return targets
+    return [
+        target
+        for seeded, config in trained_runs(plan, selection.run, selection.seeds, listener.say)
+        for target in run_targets(seeded, config, evaluation, whole=selection.whole)
+    ]
+
+
+def trained_runs(plan: Plan, run: str | None, seeds: int, say: Callable[[str], None]) -> list[tuple[Plan, RunConfig]]:
+    """The named runs, or all that are trained (`say` hears which are not), for each seed. Raises UserError if there is none."""
+    every = [plan.seeded(index) for index in range(seeds)]
+    if run is not None:
+        return [(seeded, config) for seeded in every for config in plan.select(run)]
+    chosen = [(seeded, config) for seeded in every for config in plan.runs.values() if is_trained(seeded, config)]
+    if not chosen:
+        raise UserError(
+            f"no run of plan {plan.name} has been trained in {plan.train.dir}; train them with: hsae train --all"
+        )
+    for seeded in every:
+        if left_out := [str(config.number) for config in plan.runs.values() if (seeded, config) not in chosen]:
+            say(f"not trained yet, left out: run {', '.join(left_out)} in {seeded.train.dir}")
+    return chosen
 
 
 def is_trained(plan: Plan, run: RunConfig) -> bool:
@@ -184,67 +216,6 @@ def folder_targets(plan: Plan, folders: Sequence[Path], out: Path) -> list[Targe
     if doubled := [str(path) for path in paths if paths.count(path) > 1]:
         raise UserError(f"two SAEs would write the same file {doubled[0]}; evaluate them with different --out folders")
     return targets
-
-
-def evaluate_targets(
-    targets: Sequence[Target],
-    store: ActivationStore,
-    load: Callable[[], LanguageModel],
-    *,
-    options: CoreOptions,
-    force: bool = False,
-    listener: Listener | None = None,
-    device: str = "cpu",
-) -> list[Evaluated]:
-    """Evaluate the targets and write their results; results made of the same inputs are read back unless `force`.
-
-    The language model is loaded only if something has to be computed. Raises UserError before any compute.
-    """
-    for target in targets:
-        check([target.view], store, None, target.hook)
-        check_same_model(target.run_dir, store.url, store.header)
-    apart = () if options.exclude_special_tokens else (ALL_TOKENS,)
-    found = [find(target, _inputs(target, store, options), _read, *apart) for target in targets]
-    missing = [i for i, held in enumerate(found) if force or held.result is None]
-    for i in missing:
-        if listener is not None and found[i].changed:
-            listener.warning(targets[i].label, f"evaluated anew, with {found[i].changed}")
-    computed: dict[int, CoreResult] = {}
-    model = load() if missing else None
-    for hook in dict.fromkeys(targets[i].hook for i in missing):
-        assert model is not None
-        group = [i for i in missing if targets[i].hook == hook]
-        views = [targets[i].view for i in group]
-        results = evaluate(views, store, model, hook=hook, options=options, listener=listener, device=device)
-        for i, result in zip(group, results, strict=True):
-            target = targets[i]
-            result = replace(result, hsae={**(result.hsae or {}), "inputs": _inputs(target, store, options)})
-            write_core(result, target.folder, release=target.release, sae_id=target.sae_id, name=found[i].path.name)
-            computed[i] = result
-    evaluated = []
-    for i, target in enumerate(targets):
-        held = computed.get(i) or found[i].result
-        assert held is not None
-        evaluated.append(Evaluated(target=target, result=held, reused=i not in computed, path=found[i].path))
-    return evaluated
-
-
-def _inputs(target: Target, store: ActivationStore, options: CoreOptions) -> dict[str, Any]:
-    """All that a result depends on."""
-    return {
-        **target.inputs,
-        "store": store.spec.fingerprint,
-        "model": store.header.model_digest,
-        "tokenizer": store.header.tokenizer_digest,
-        "corpus": store.header.corpus_digest,
-        "exclude_special_tokens": options.exclude_special_tokens,
-    }
-
-
-def _read(path: Path) -> tuple[CoreResult, dict[str, Any]]:
-    result = read_core(path)
-    inputs = (result.hsae or {}).get("inputs")
-    return result, inputs if isinstance(inputs, dict) else {}
 
 
 def _digest(*files: Path) -> str:

@@ -25,6 +25,7 @@ from hsae.cache.errors import StoreError, UserError
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core import corrected_measures
 from hsae.eval.core.saebench_metrics import VarianceBatch
+from hsae.eval.harness import estimates
 from hsae.eval.hierarchy.fitted import FIT_L1, CodeMoments
 from hsae.eval.hierarchy.maps import (
     EDGE_SHARE,
@@ -302,7 +303,7 @@ class _MeasurePass:
     def __init__(self, model: TrainedModel, read: _ReadPass, text: _Text, device: str) -> None:
         self.model, self.text, self.tokens = model, text, 0
         self.read = read
-        resampler = corrected_measures.Resampler(text.last - text.first, device)
+        resampler = estimates.Resampler(text.last - text.first, device)
         d_model = model.levels[0].d_in
         self.inputs = corrected_measures.InputMoments(resampler, d_model)
         self.reconstructions = [corrected_measures.ReconstructionMoments(resampler) for _ in model.levels]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hsae.eval.core.corrected_measures import LEVEL, RESAMPLES, SEED, measure
+from hsae.eval.harness.estimates import LEVEL, RESAMPLES, SEED, estimate_of
 from hsae.eval.hierarchy import maps
 from hsae.eval.hierarchy.maps import LevelMap
 from hsae.eval.hierarchy.pairs import MapSums, PairCounts
@@ -77,7 +77,11 @@ class Resampled:
 
     def estimate(self) -> Estimate:
         """The value with its bootstrap interval over rows."""
-        entry = measure(self.values_S) if len(self.values_S) > 1 else {"value": self.value(), "low": None, "high": None}
+        entry = (
+            estimate_of(self.values_S).to_dict()
+            if len(self.values_S) > 1
+            else {"value": self.value(), "low": None, "high": None}
+        )
         return Estimate(entry["value"], entry["low"], entry["high"], "rows" if entry["low"] is not None else None)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from hsae.eval.core.corrected_measures import Resampler, Sums
+from hsae.eval.harness.estimates import ResampledSums, Resampler
 from hsae.eval.hierarchy.maps import LevelMap
 
 CONTRIBUTES = 0.05  # a fine latent takes part in a coarse one's value where w_ij h_j exceeds this share of h_i
@@ -65,7 +65,7 @@ class MapSums:
         coarse = part.weight_FG.shape[0]
         self.or_F = torch.zeros(coarse, dtype=torch.float64, device=part.weight_FG.device)
         self.both_F = torch.zeros_like(self.or_F)
-        self.sums = Sums(resampler, len(self.COLUMNS)) if resampler is not None else None
+        self.sums = ResampledSums(resampler, len(self.COLUMNS)) if resampler is not None else None
         self.totals_C = torch.zeros(len(self.COLUMNS), dtype=torch.float64, device=part.weight_FG.device)
 
     def add(self, codes: ActiveCodes, start: int, row_N: Tensor, rows: int) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hsae.cache.errors import UserError
+from hsae.eval.harness.estimates import mean_over_seeds
 from hsae.eval.probing.sparse_probing import Outcome
-from hsae.eval.probing.text_probes import generator_for, logistic, mean, over_seeds
+from hsae.eval.probing.text_probes import generator_for, logistic, mean
 from hsae.train.model.views import View
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -375,4 +376,4 @@ def ideal(view: View, words: Words, settings: Settings, seeds: Sequence[int]) ->
         for name, value in outcome(letters, found).metrics["mean"].items():
             if name.startswith("mean"):
                 columns.setdefault(name, []).append(value)
-    return {"measures": {name: over_seeds(values) for name, values in columns.items()}, "tasks": {}}
+    return {"measures": {name: mean_over_seeds(values).to_dict() for name, values in columns.items()}, "tasks": {}}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hsae.cache.language_model.matmul import product
+from hsae.eval.harness.estimates import mean_over_seeds
 from hsae.eval.probing.sparse_probing import RANDOM_SEED, Outcome
 from hsae.eval.probing.text_probes import (
     Probe,
@@ -23,7 +24,6 @@ from hsae.eval.probing.text_probes import (
     balanced,
     ideal_probe,
     mean,
-    over_seeds,
     sample,
     train_probe,
 )
@@ -344,8 +344,11 @@ def ideal(
         for key in score_keys(kind, n_values)
     }
     return {
-        "measures": {key: over_seeds(column) for key, column in overall.items()},
-        "tasks": {name: {key: over_seeds(column) for key, column in found.items()} for name, found in values.items()},
+        "measures": {key: mean_over_seeds(column).to_dict() for key, column in overall.items()},
+        "tasks": {
+            name: {key: mean_over_seeds(column).to_dict() for key, column in found.items()}
+            for name, found in values.items()
+        },
     }
 
 

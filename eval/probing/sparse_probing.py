@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsae.eval.harness.estimates import mean_over_seeds
 from hsae.eval.probing.text_probes import (
     Task,
     Training,
     balanced,
     ideal_probe,
     mean,
-    over_seeds,
     sample,
     top_k_accuracy,
     train_probe,
@@ -147,6 +147,9 @@ def ideal(
         key: [mean(column) for column in zip(*(found[key] for found in by_task.values()), strict=True)] for key in keys
     }
     return {
-        "measures": {key: over_seeds(values) for key, values in overall.items()},
-        "tasks": {name: {key: over_seeds(values) for key, values in found.items()} for name, found in by_task.items()},
+        "measures": {key: mean_over_seeds(values).to_dict() for key, values in overall.items()},
+        "tasks": {
+            name: {key: mean_over_seeds(values).to_dict() for key, values in found.items()}
+            for name, found in by_task.items()
+        },
     }

@@ -9,7 +9,7 @@ Shapes: U texts of a task, N tokens of some texts, D width of the vectors, F lat
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,39 +235,3 @@ def mean(values: Iterable[float]) -> float:
     """The plain mean."""
     kept = list(values)
     return sum(kept) / len(kept)
-
-
-def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
-    """A measure from its value under each seed: mean, and the 95 % interval in which one seed's value is expected.
-
-    The spread is that of one evaluation repeated with other draws (Student's t times the standard deviation over seeds), not that of the mean.
-    """
-    defined = [value for value in values if value is not None and math.isfinite(value)]
-    if len(defined) < len(values) or not defined:
-        return {"value": None, "low": None, "high": None, "seeds": list(values)}
-    value = mean(defined)
-    if len(defined) == 1:
-        return {"value": value, "low": None, "high": None, "seeds": defined}
-    half = spread(defined)
-    return {"value": value, "low": value - half, "high": value + half, "seeds": defined}
-
-
-def spread(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval for one more value of the kind."""
-    from scipy.stats import t
-
-    centre = mean(values)
-    deviation = math.sqrt(sum((value - centre) ** 2 for value in values) / (len(values) - 1))
-    return float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * deviation
-
-
-def within_noise(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool | None:
-    """Whether two SAEs' measures differ no more than the draws alone can make them; None if that can't be told.
-
-    Seeds are shared, so the differences under each seed are compared: what the same draws do to both cancels.
-    """
-    pairs = list(zip(one.get("seeds") or [], other.get("seeds") or [], strict=False))
-    if len(pairs) < 2 or any(a is None or b is None for a, b in pairs):
-        return None
-    gaps = [a - b for a, b in pairs]
-    return abs(mean(gaps)) <= spread(gaps)

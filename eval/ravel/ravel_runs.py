@@ -2,25 +2,28 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hsae.cache.errors import NotApplicable
+from hsae.cache.errors import NotApplicable, StoreError
 from hsae.cache.language_model.generation import Passes
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.language_model.provenance import check_model
+from hsae.cache.storage.paths import size_of
 from hsae.cache.suites.entities import counted
 from hsae.cache.suites.ravel_store import RavelStore
 from hsae.eval.harness.envelope import envelope, hsae_version
-from hsae.eval.harness.fits import check_fits
+from hsae.eval.harness.estimates import mean_over_seeds
+from hsae.eval.harness.evaluation import Result
 from hsae.eval.harness.targets import Target
-from hsae.eval.probing.text_probes import generator_for, over_seeds
-from hsae.eval.ravel.config import RavelConfig
+from hsae.eval.probing.evaluations import SuiteEvaluation
+from hsae.eval.probing.text_probes import generator_for
+from hsae.eval.ravel.config import RavelConfig, ravel_spec
 from hsae.eval.ravel.exchange import (
     Attributes,
     Exchange,
@@ -33,6 +36,7 @@ from hsae.eval.ravel.exchange import (
     saebench_scores,
     split_entities,
 )
+from hsae.train.config.plan import Plan
 from hsae.train.model.views import View
 
 MEASURES = {
@@ -58,30 +62,31 @@ class Split:
         return f"{self.kind}_{self.attribute}"
 
 
-class RavelBench:
-    """RAVEL at one hook, ready to evaluate SAEs."""
+class Ravel(SuiteEvaluation[RavelStore]):
+    """Whether exchanging a few latents changes one attribute of an entity and no other."""
 
-    suite = "ravel"
+    name = "ravel"
+    config_kind = RavelConfig
+    packages = (("scipy", "scipy", "eval"),)
+    headlines: ClassVar[dict[str, str]] = {name.removesuffix("_score"): name for name in MEASURES}
 
-    def __init__(
-        self,
-        store: RavelStore,
-        hook: str,
-        seeds: int,
-        config: RavelConfig,
-        load: Callable[[], LanguageModel],
-        device: str = "cpu",
-        say: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        self.store, self.hook, self.config, self.device = store, hook, config, device
-        self.seeds, self._load, self.say = list(range(seeds)), load, say
+    @classmethod
+    def open_store(cls, plan: Plan) -> RavelStore:
+        """RAVEL's store. Raises NotApplicable if it has not been built."""
+        spec = ravel_spec(plan)
+        try:
+            return RavelStore(spec, plan.cache.dir)
+        except StoreError as error:
+            if size_of(spec.path(plan.cache.dir)) is None:
+                raise NotApplicable(str(error)) from None
+            raise
 
     # --- what all SAEs share ---------------------------------------------------------------------------------------------
 
     @cached_property
     def language(self) -> LanguageModel:
         """The language model, checked to be the store's."""
-        model = self._load()
+        model = self.load_language_model()
         check_model(self.store.path, self.store.header, model, "ravel")
         return model
 
@@ -114,39 +119,35 @@ class RavelBench:
                 found.append(Split(kind=kind, attribute=attribute, train=train, test=test))
         return found
 
-    @cached_property
-    def residual(self) -> dict[str, Any]:
+    @lru_cache  # noqa: B019  an evaluation lives as long as its command
+    def residual(self, hook: str) -> dict[str, Any]:
         """Measures with the whole residual exchanged. Raises NotApplicable if that changes too few answers for RAVEL to mean anything."""
-        self.say("ravel: the whole residual exchanged")
-        exchange = self._exchange()
+        self.listener.status("ravel: the whole residual exchanged")
+        exchange = self._exchange(hook)
         outcomes = [exchange.whole(split.test) for split in self.splits]
         found = self._measures(self.splits, outcomes)
         cause = found["cause_score"]["value"]
         if cause is None or cause < self.config.least_ceiling:
             raise NotApplicable(
-                f"exchanging the whole residual of an entity at {self.hook} changes {cause or 0:.0%} of the answers to the other entity's: by "
+                f"exchanging the whole residual of an entity at {hook} changes {cause or 0:.0%} of the answers to the other entity's: by "
                 "there the attributes have moved on to later tokens, and no latent can score; evaluate SAEs of an earlier layer "
                 "(or lower ravel.least_ceiling)"
             )
         return found
 
-    def _exchange(self) -> Exchange:
-        return Exchange(store=self.store, hook=self.hook, language=self.language, config=self.config)
+    def _exchange(self, hook: str) -> Exchange:
+        return Exchange(store=self.store, hook=hook, language=self.language, config=self.config)
 
     # --- one SAE ---------------------------------------------------------------------------------------------------------
 
-    def check(self, view: View) -> None:
-        """Refuse an SAE that does not belong to the store's hook. Raises UserError."""
-        check_fits(view, self.hook, self.store.header.d_model, self.store.spec.model.id)
-
-    def content(self, target: Target) -> dict[str, Any]:
+    def measure(self, target: Target) -> dict[str, Any]:
         """A target's result as SAEBench's JSON object with hsae's block."""
-        residual = self.residual
-        exchange, label = self._exchange(), target.label
+        residual = self.residual(target.hook)
+        exchange, label = self._exchange(target.hook), target.label
         plain = target.view.to(dtype=self.language.dtype, device=self.device)
         faithful = []
         for split in self.saebench_splits:
-            self.say(f"ravel: {label}, {split.name}")
+            self.listener.status(f"ravel: {label}, {split.name}")
             mask_F = exchange.train(plain, split.train, keep_error=False)
             faithful.append(saebench_scores(split.test, exchange.outcomes(plain, split.test, mask_F, keep_error=False)))
         spent = {"saebench": asdict(exchange.passes)}
@@ -154,7 +155,7 @@ class RavelBench:
         exact = target.view.to(dtype=torch.float32, device=self.device)
         chosen, outcomes, by_chance = [], [], []
         for split in self.splits:
-            self.say(f"ravel: {label}, {split.name}, error kept")
+            self.listener.status(f"ravel: {label}, {split.name}, error kept")
             mask_F = exchange.train(exact, split.train, keep_error=True)
             chosen.append(mask_F)
             outcomes.append(exchange.outcomes(exact, split.test, mask_F, keep_error=True))
@@ -222,13 +223,22 @@ class RavelBench:
                 drawn_scores(split.test, held, split.name, seed) for split, held in zip(splits, outcomes, strict=True)
             ]
             drawn.append(self._tables(splits, entries)[0])
-        return {name: over_seeds([entry[short] for entry in drawn]) for name, short in MEASURES.items()}
+        return {name: mean_over_seeds([entry[short] for entry in drawn]).to_dict() for name, short in MEASURES.items()}
 
     def inputs(self, target: Target) -> dict[str, Any]:
         """All that a result depends on."""
+        shared = super().inputs(target)
         config = hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()[:16]
-        store = {"store": self.store.spec.fingerprint, "state": self.store.digest}
-        return {**target.inputs, **store, "config": config, "seeds": len(self.seeds)}
+        return {key: shared[key] for key in shared if key != "seeds"} | {"config": config, "seeds": len(self.seeds)}
+
+    def notes(self, results: Sequence[Result[Target]]) -> list[str]:
+        """The passes behind the results, and what the model answered."""
+        spent = passes_of([result.content["hsae"] for result in results])
+        passes = (
+            f"behind these results: {spent['suffix']:,} prompts through the suffix ({spent['backward']:,} of them back too), "
+            f"{spent['prefix']:,} through the prefix for further tokens, {spent['spared']:,} spared because no chosen latent differs"
+        )
+        return [*super().notes(results), passes, describe_store(self.store)]
 
     def eval_config(self) -> dict[str, Any]:
         """SAEBench's `eval_config`."""
@@ -259,7 +269,7 @@ def passes_of(blocks: Sequence[dict[str, Any]]) -> dict[str, int]:
     return {name: sum(part[name] for part in spent) for name in asdict(Passes())}
 
 
-def told(store: RavelStore) -> str:
+def describe_store(store: RavelStore) -> str:
     """What was asked and what of it was answered right, for people."""
     header = store.header
     right = {kind: header.right.get(kind, {}) for kind in header.asked}

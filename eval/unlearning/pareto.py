@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hsae.eval import figures
-from hsae.eval.core import corrected_measures
+from hsae.eval.harness import estimates
 from hsae.eval.harness.result_files import read_result, run_option
 
 
@@ -87,7 +87,7 @@ def area(retain: Sequence[Tensor], forget: Sequence[Tensor], most: float) -> Ten
 
 def interval(values_S: Tensor) -> dict[str, float | None]:
     """Value with its 95 % interval."""
-    return corrected_measures.measure(values_S)
+    return estimates.estimate_of(values_S).to_dict()
 
 
 @figures.style()

@@ -18,7 +18,7 @@ from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.language_model.provenance import check_model
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.harness.envelope import hsae_version
-from hsae.eval.harness.result_files import changes, publish, read_result, told_changes, write_result
+from hsae.eval.harness.result_files import changes, describe_changes, publish, read_result, write_result
 from hsae.eval.harness.targets import model_digest, need_trained
 from hsae.eval.unlearning import pareto
 from hsae.eval.unlearning.config import SIDES, Side, UnlearningConfig
@@ -168,7 +168,7 @@ def found_at(path: Path, inputs: dict[str, Any], label: str, say: Callable[[str]
         content = read_result(path, "hsae eval unlearning")
         if content["inputs"] == inputs and "arms" in content:
             return content
-        for text in told_changes([(label, changes(inputs, content["inputs"]))]):
+        for text in describe_changes([(label, changes(inputs, content["inputs"]))]):
             say(text)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # not there or damaged: made anew

@@ -8,8 +8,10 @@ import pytest
 from places import ROOT
 from typer.testing import CliRunner
 
+from hsae import registry
 from hsae.cache import errors
-from hsae.cli import ravel, suite
+from hsae.cli import suite
+from hsae.cli.evaluations import evaluation_command
 from hsae.cli.main import app
 
 TINY = ["--plan", "tiny", "--device", "cpu"]
@@ -153,14 +155,12 @@ def test_all_goes_on_whatever_one_evaluation_raises(monkeypatch):
         "absorption": AssertionError("[/] odd"),
     }
 
-    def evaluate(plan, name, *rest):
+    raised["ravel"] = errors.NotApplicable("no store; make it with `hsae cache build --suite ravel`")
+
+    def evaluate(name, *_, **__):
         raise raised[name]
 
-    def no_store(*rest):
-        raise errors.NotApplicable("no store; make it with `hsae cache build --suite ravel`")
-
-    monkeypatch.setattr(suite, "_evaluate", evaluate)
-    monkeypatch.setattr(ravel, "check_store", no_store)
+    monkeypatch.setattr(suite, "_registered", evaluate)
     result = CliRunner().invoke(app, ["eval", "all", *TINY], env={"COLUMNS": "160"})
     assert result.exit_code == 1, result.exception
     table = result.stdout[result.stdout.index("summary") :]
@@ -179,10 +179,10 @@ def test_all_goes_on_whatever_one_evaluation_raises(monkeypatch):
 
 
 def test_all_writes_its_summary_when_it_is_interrupted(monkeypatch):
-    def evaluate(plan, name, *rest):
+    def evaluate(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(suite, "_evaluate", evaluate)
+    monkeypatch.setattr(suite, "_registered", evaluate)
     result = CliRunner().invoke(app, ["eval", "all", *TINY], env={"COLUMNS": "160"})
     assert result.exit_code == 130
     assert re.search(r"sparse-probing +0 s +interrupted", result.stdout)
@@ -239,6 +239,8 @@ def test_documents_name_commands_and_options_that_there_are():
             words, command = line.split()[1:], root
             while words and hasattr(command, "commands") and words[0].strip("`.,;:") in command.commands:
                 command = command.commands[words.pop(0).strip("`.,;:")]
+            if command.name == "eval" and words and (name := words[0].strip("`.,;:")) in registry.EVALUATIONS:
+                command = evaluation_command(name)
             if command is root:
                 continue
             known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}

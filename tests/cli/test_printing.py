@@ -7,15 +7,18 @@ import re
 import subprocess
 import sys
 import typing
+from types import SimpleNamespace
 
 import pytest
 from places import ROOT
 from rich.table import Table
 from typer.testing import CliRunner
 
+from hsae import registry
 from hsae.cache.errors import StoreError, UserError
 from hsae.cli import common, main
 from hsae.cli.common import one_line
+from hsae.cli.evaluations import callback_of
 
 CLI = ROOT / "cli"
 NAMES = ["[red]x[/]", "[/]", "[/nothing]", "a [b] c", "[link=http://x]", "\\[x]", "tail\\", ":smile:", "{task}"]
@@ -26,6 +29,8 @@ def commands(group, path=()):
         yield (*path, command.name or command.callback.__name__), command
     for inner in group.registered_groups:
         yield from commands(inner.typer_instance, (*path, inner.name))
+        for name, entry in registry.EVALUATIONS.items() if inner.name == "eval" else ():
+            yield (*path, "eval", name), SimpleNamespace(help=entry.summary, callback=callback_of(name))
 
 
 @pytest.fixture

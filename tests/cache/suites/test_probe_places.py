@@ -22,11 +22,10 @@ from hsae.cache.suites.probe_store import ProbeStore, build_probe
 from hsae.cache.suites.ravel_store import RavelStore, build_ravel
 from hsae.cache.suites.store_files import Parts, part_bytes, part_name
 from hsae.cli.common import console
-from hsae.cli.ravel import check_store
 from hsae.eval.probing.config import probe_spec
-from hsae.eval.probing.probing_runs import Bench
+from hsae.eval.probing.evaluations import DrawOptions, SparseProbing
 from hsae.eval.ravel.config import RavelConfig, ravel_spec
-from hsae.eval.ravel.ravel_runs import RavelBench
+from hsae.eval.ravel.ravel_runs import Ravel
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
 
@@ -128,12 +127,12 @@ def read_all(plan, suite, root):
 
 def evaluated(plan, root, language):
     """What an SAE's results of sparse probing and RAVEL say."""
-    target = SimpleNamespace(view=an_sae(29), release="r", sae_id="sae", label="sae", inputs={"sae": "0"})
-    benches = (
-        Bench(ProbeStore(probe_spec(plan, "sparse-probing"), root), HOOK, 1),
-        RavelBench(RavelStore(ravel_spec(plan), root), HOOK, 1, plan.table(RavelConfig), lambda: language),
-    )
-    found = [bench.content(target) for bench in benches]
+    target = SimpleNamespace(view=an_sae(29), hook=HOOK, release="r", sae_id="sae", label="sae", inputs={"sae": "0"})
+    once = DrawOptions(draws=1)
+    probing = SparseProbing(ProbeStore(probe_spec(plan, "sparse-probing"), root), once)
+    ravel = Ravel(RavelStore(ravel_spec(plan), root), once, plan.table(RavelConfig))
+    ravel.language = language
+    found = [evaluation.measure(target) for evaluation in (probing, ravel)]
     return [(content["eval_result_metrics"], content["hsae"]["measures"]) for content in found]
 
 
@@ -358,7 +357,7 @@ def test_a_changed_suites_file_is_refused_and_made_again(given, near, plan, tmp_
             record_property("injected", 1)
         if suite == "ravel":
             with pytest.raises(StoreError, match="is damaged"):  # not taken for one that was never built
-                check_store(load_plan("tiny", [*given[1], f"cache.dir={str(tmp_path)!r}"]))
+                Ravel.open_store(load_plan("tiny", [*given[1], f"cache.dir={str(tmp_path)!r}"]))
         built(plan, suite, tmp_path, counting)
         assert path.read_bytes() == whole and counting.texts == counting.suffixes == 0
 

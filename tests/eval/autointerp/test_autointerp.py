@@ -30,11 +30,10 @@ from hsae.cli import common
 from hsae.cli.main import app
 from hsae.eval.autointerp import explain, windows
 from hsae.eval.autointerp.config import AutointerpConfig, JudgeConfig
-from hsae.eval.autointerp.evaluation import noise_note
+from hsae.eval.autointerp.evaluation import Scored, noise_note
 from hsae.eval.autointerp.judge import Judge, Question
 from hsae.eval.autointerp.windows import Sampler, written
 from hsae.eval.harness.saebench_schema import problems, read_suite
-from hsae.eval.probing.probing_runs import SuiteResult
 from hsae.train.config.plan import PlanError, load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.trained_model import TrainedModel, save_model
@@ -403,7 +402,7 @@ def test_which_saes_are_apart():
     def made(label, value, half):
         measure = {"value": value, "low": value - half, "high": value + half}
         content = {"hsae": {"measures": {"balanced_accuracy": measure}}}
-        return SuiteResult(target=type("T", (), {"label": label}), content=content, reused=False)
+        return Scored(target=type("T", (), {"label": label}), content=content, reused=False)
 
     results = [made("a", 0.8, 0.03), made("b", 0.9, 0.04), made("c", 0.86, 0.03)]
     assert noise_note(results) == "balanced_accuracy: the highest is b; within noise of it: c; apart from it: a"

@@ -14,9 +14,10 @@ from hsae.cache.errors import StoreError, UserError
 from hsae.cache.format.spec import CorpusConfig, ModelConfig, StoreSpec
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.store import ActivationStore
-from hsae.eval.core import corrected_measures, reconstruction
+from hsae.eval.core import reconstruction
 from hsae.eval.core.core import CoreOptions, evaluate
 from hsae.eval.core.saebench_metrics import weight_metrics
+from hsae.eval.harness import estimates
 from hsae.eval.harness.envelope import CURRENT, DETAILS
 from hsae.train.model.saelens_folder import SAE, load
 
@@ -270,13 +271,13 @@ def test_corrected_measures_agree_with_a_naive_float64_oracle(made, oracle):
 
 
 def test_intervals_are_percentiles_over_resampled_rows(made, oracle, monkeypatch):
-    monkeypatch.setattr(corrected_measures, "RESAMPLES", 40)
+    monkeypatch.setattr(estimates, "RESAMPLES", 40)
     store, model = made("float32")
     sae, (losses, moments) = oracle
     (result,) = evaluate([sae], store, model, hook=HOOK)
     draws = []
     for rows in (losses, moments):
-        generator = torch.Generator().manual_seed(corrected_measures.SEED)
+        generator = torch.Generator().manual_seed(estimates.SEED)
         draws.append([rows[torch.randint(len(rows), (len(rows),), generator=generator)] for _ in range(40)])
     drawn = [naive_measures(*pair, sae.d_in) for pair in zip(*draws, strict=True)]
     for name in drawn[0]:
@@ -291,9 +292,9 @@ def test_the_interval_holds_the_value_and_narrows_with_rows():
     generator = torch.Generator().manual_seed(1)
     widths = []
     for rows in (20, 2000):
-        sums = corrected_measures.Sums(corrected_measures.Resampler(rows, "cpu"), 1)
+        sums = estimates.ResampledSums(estimates.Resampler(rows, "cpu"), 1)
         sums.add(0, torch.randn(rows, 1, generator=generator) + 3)
-        entry = corrected_measures.measure(sums.sums_SC[:, 0] / rows)
+        entry = estimates.estimate_of(sums.sums_SC[:, 0] / rows).to_dict()
         assert entry["low"] < entry["value"] < entry["high"]
         widths.append(entry["high"] - entry["low"])
     assert widths[1] == pytest.approx(2 * 1.96 / math.sqrt(2000), rel=0.15)
@@ -302,9 +303,9 @@ def test_the_interval_holds_the_value_and_narrows_with_rows():
 
 def test_undefined_measures_are_null():
     values = torch.tensor([math.nan, 1.0, 2.0], dtype=torch.float64)
-    assert corrected_measures.measure(values) == {"value": None, "low": None, "high": None}
+    assert estimates.estimate_of(values).to_dict() == {"value": None, "low": None, "high": None}
     values = torch.tensor([1.0, 1.0, math.inf], dtype=torch.float64)
-    assert corrected_measures.measure(values) == {"value": 1.0, "low": None, "high": None}
+    assert estimates.estimate_of(values).to_dict() == {"value": 1.0, "low": None, "high": None}
 
 
 def test_what_differs_is_said_with_the_numbers(evaluated):

@@ -12,6 +12,7 @@ from hsae.cache.errors import UserError
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.store import ActivationStore
 from hsae.cli.eval import app
+from hsae.eval.core import core_runs
 from hsae.eval.core.core import CoreOptions, check
 from hsae.eval.harness import targets
 from hsae.eval.harness.envelope import read_core
@@ -92,7 +93,7 @@ class Loader:
 def test_every_view_of_a_run_is_evaluated_into_its_folder(plan, store):
     config = a_trained_run(plan, 3, two_levels())
     chosen = targets.run_targets(plan, config)
-    done = targets.evaluate_targets(chosen, store, Loader(store), options=CoreOptions())
+    done = core_runs.evaluate_targets(chosen, store, Loader(store), options=CoreOptions())
     folder = plan.run_dir(config) / "eval" / "core"
     names = [f"hsae_tiny_3-full_{view}_eval_results.json" for view in ("level1", "level2", "sae")]
     assert sorted(path.name for path in folder.iterdir()) == names
@@ -113,7 +114,7 @@ def test_results_are_used_again_until_something_they_depend_on_changes(plan, sto
 
     def run(options=None, force=False):
         chosen = targets.folder_targets(plan, [tmp_path / "first", tmp_path / "second"], tmp_path / "out")
-        done = targets.evaluate_targets(
+        done = core_runs.evaluate_targets(
             chosen, store, load, options=options or CoreOptions(), force=force, listener=listener
         )
         return [item.reused for item in done], done
@@ -136,7 +137,7 @@ def test_results_are_used_again_until_something_they_depend_on_changes(plan, sto
     assert run()[0] == run(CoreOptions(exclude_special_tokens=False))[0] == [True, True]
     # ... and so have results of another store
     elsewhere = "0" * 16
-    done = targets.find(kept[0].target, {**kept[0].result.hsae["inputs"], "store": elsewhere}, targets._read)
+    done = targets.find(kept[0].target, {**kept[0].result.hsae["inputs"], "store": elsewhere}, core_runs._read)
     assert done.path.name == again[0].path.name.replace("_eval", f"_{elsewhere}_eval") and done.result is None
 
 
@@ -146,7 +147,7 @@ def test_every_sae_is_checked_before_any_compute(plan, store, tmp_path):
     chosen = targets.folder_targets(plan, [tmp_path / "good", tmp_path / "bad"], tmp_path / "out")
     load = Loader(store)
     with pytest.raises(UserError, match=rf"made for blocks.0.hook_resid_post; this evaluation is of {HOOK}"):
-        targets.evaluate_targets(chosen, store, load, options=CoreOptions())
+        core_runs.evaluate_targets(chosen, store, load, options=CoreOptions())
     assert load.calls == 0 and not (tmp_path / "out").exists()
 
 

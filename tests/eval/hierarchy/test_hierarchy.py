@@ -357,7 +357,7 @@ class Quiet:
 @pytest.fixture
 def quick(monkeypatch):
     """Fewer resamples and shorter probes: runs are about files and words, not values."""
-    monkeypatch.setattr("hsae.eval.core.corrected_measures.RESAMPLES", 20)
+    monkeypatch.setattr("hsae.eval.harness.estimates.RESAMPLES", 20)
     monkeypatch.setattr("hsae.eval.hierarchy.measures.RESAMPLES", 20)
     monkeypatch.setattr("hsae.eval.hierarchy.probes.STEPS", 3)
 
@@ -474,7 +474,8 @@ def test_ce_scores_come_from_core_results_of_this_very_model(trained, quick):
     assert all(level.ce_loss_score.value is None for level in found.result.levels)
     from hsae.cache.language_model.lm import LanguageModel
     from hsae.eval.core.core import CoreOptions
-    from hsae.eval.harness.targets import evaluate_targets, run_targets
+    from hsae.eval.core.core_runs import evaluate_targets
+    from hsae.eval.harness.targets import run_targets
 
     store = ActivationStore.of(plan.store("eval"), plan.cache.dir)
     done = evaluate_targets(

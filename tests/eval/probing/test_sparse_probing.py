@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hsae.eval.harness.estimates import differ_by_noise_only, mean_over_seeds
 from hsae.eval.probing import sparse_probing
 from hsae.eval.probing import text_probes as probes
 from hsae.eval.probing.sparse_probing import baselines, faithful, ideal
@@ -140,18 +141,18 @@ def test_an_ideal_sample_is_the_same_for_every_sae_and_differs_by_seed():
 
 
 def test_intervals_over_seeds_are_students():
-    entry = probes.over_seeds([0.5, 0.7, 0.9])
+    entry = mean_over_seeds([0.5, 0.7, 0.9]).to_dict()
     assert entry["value"] == pytest.approx(0.7)
     assert entry["high"] - entry["value"] == pytest.approx(4.302652729749464 * 0.2)  # t, 2 degrees of freedom
-    assert probes.over_seeds([0.5])["low"] is None
-    assert probes.over_seeds([0.5, None])["value"] is None
+    assert mean_over_seeds([0.5]).low is None
+    assert mean_over_seeds([0.5, None]).value is None
 
 
 def test_differences_that_the_draws_make_are_noise():
-    one = probes.over_seeds([0.50, 0.60, 0.70])
-    assert probes.within_noise(one, probes.over_seeds([0.51, 0.59, 0.70])) is True
-    assert probes.within_noise(one, probes.over_seeds([0.40, 0.50, 0.601])) is False  # the draws' own spread cancels
-    assert probes.within_noise(one, probes.over_seeds([0.5])) is None
+    one = mean_over_seeds([0.50, 0.60, 0.70])
+    assert differ_by_noise_only(one, mean_over_seeds([0.51, 0.59, 0.70])) is True
+    assert differ_by_noise_only(one, mean_over_seeds([0.40, 0.50, 0.601])) is False  # the draws' own spread cancels
+    assert differ_by_noise_only(one, mean_over_seeds([0.5])) is None
 
 
 def test_the_residuals_own_probes_belong_to_no_sae():

@@ -11,6 +11,7 @@ from commands import HOOK, D, an_sae, invoke, settings, write_texts
 from places import GOLDEN
 from safetensors.torch import load_file
 
+from hsae import registry
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.suites.catalogue import probe_stores
@@ -19,8 +20,8 @@ from hsae.cache.suites.store_files import PART_TEXTS, listed, part_bytes, part_n
 from hsae.cache.suites.suite_spec import SUITES, SuiteConfig
 from hsae.cli import common
 from hsae.eval.harness.saebench_schema import LAYOUTS, problems, read_suite
-from hsae.eval.probing import probing_runs as suites
 from hsae.eval.probing.config import probe_spec
+from hsae.eval.probing.evaluations import Absorption, DrawOptions, SparseProbing
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.trained_model import TrainedModel, save_model
@@ -63,6 +64,10 @@ def no_language_model(monkeypatch):
         raise AssertionError("a language model was loaded")
 
     monkeypatch.setattr(LanguageModel, "load", refuse)
+
+
+def kind_of(suite):
+    return registry.resolve(registry.EVALUATIONS[suite].kind)
 
 
 # ---- stores -------------------------------------------------------------------------------------------------------------
@@ -199,14 +204,14 @@ def test_all_evaluates_without_a_language_model_and_goes_on_when_one_fails(
     assert "2 of 7 evaluations failed" in summary and summary.count("done") == 3, summary
     assert summary.count("skipped: ") == 2  # no RAVEL store; unlearning is of runs
     for suite in SUITES[:3]:
-        files = sorted((tmp_path / "out" / suites.FOLDERS[suite]).iterdir())
+        files = sorted((tmp_path / "out" / kind_of(suite).folder()).iterdir())
         assert len(files) == 2
         for file in files:
             content = json.loads(file.read_text())
             assert problems(content, suite) == []
             assert content["hsae"]["lm_passes"] == 0
             measures = content["hsae"]["measures"]
-            assert set(suites.HEADLINES[suite]) <= set(measures) or suite in ("scr", "tpp")
+            assert set(kind_of(suite).headlines.values()) <= set(measures) or suite in ("scr", "tpp")
             assert all(len(measure["seeds"]) == 2 for measure in measures.values())
     content = read_suite(sorted((tmp_path / "out" / "sparse_probing").iterdir())[0], "sparse-probing")
     assert content["eval_result_metrics"]["llm"]["llm_test_accuracy"] > 0.8
@@ -251,7 +256,7 @@ def test_absorption_from_a_store_of_words_for_a_hierarchy_and_one_of_its_levels(
     spec.path(tmp_path).parent.mkdir(parents=True)
     header = held.model_copy(update={"spec": spec, "tasks": tasks, "parts": written, "d_model": 40})
     write_header(spec.path(tmp_path), header)
-    bench = suites.Bench(ProbeStore(spec, tmp_path), HOOK, seeds=1)
+    evaluation = Absorption(ProbeStore(spec, tmp_path), DrawOptions(draws=1))
     view = saelens_folder.load(GOLDEN / "absorption" / "saes" / "standard")
     view.metadata["hook_name"] = HOOK
     found = {}
@@ -262,8 +267,8 @@ def test_absorption_from_a_store_of_words_for_a_hierarchy_and_one_of_its_levels(
     )
     model = TrainedModel(structure="additive", levels=levels, compositions=())
     for name in ("sae", "level1"):
-        target = SimpleNamespace(view=model.views()[name], release="r", sae_id=name, inputs={"sae": "0"})
-        found[name] = bench.content(target)
+        target = SimpleNamespace(view=model.views()[name], hook=HOOK, release="r", sae_id=name, inputs={"sae": "0"})
+        found[name] = evaluation.measure(target)
         assert problems(found[name], "absorption") == []
     scores = {name: content["hsae"]["measures"]["mean_absorption_fraction_score"] for name, content in found.items()}
     assert scores["sae"] != scores["level1"]
@@ -290,7 +295,7 @@ def test_every_level_of_a_hierarchy_is_evaluated(overrides, plan, no_language_mo
     )
     done = invoke("eval", suite, "--run", 3, "--draws", 1, *settings(overrides))
     assert done.exit_code == 0, (done.output, done.exception)
-    files = sorted((plan.run_dir(config) / "eval" / suites.FOLDERS[suite]).iterdir())
+    files = sorted((plan.run_dir(config) / "eval" / kind_of(suite).folder()).iterdir())
     views = ("level1", "level2", "sae")
     assert [file.name for file in files] == [f"hsae_tiny_3-full_{view}_eval_results.json" for view in views]
     results = [read_suite(file, suite) for file in files]
@@ -340,8 +345,8 @@ def test_what_ships_with_python_is_told_apart_by_gemma(tmp_path):
     chosen = [f"suite.{key}={value}" for key, value in small.items()] + [f"cache.dir={str(tmp_path)!r}"]
     plan = load_plan("gemma-3-270m", chosen)
     build_probe(probe_spec(plan, "sparse-probing"), plan.cache.dir)
-    bench = suites.Bench(ProbeStore(probe_spec(plan, "sparse-probing"), plan.cache.dir), plan.hook.names[0], seeds=2)
-    measured = bench.residual[1]
+    evaluation = SparseProbing.of_plan(plan, DrawOptions(draws=2))
+    measured = evaluation.residual(plan.hook.names[0])[1]
     assert list(measured["tasks"]) == ["python/package", "python/kind", "python/docstring-style"]
     for task in measured["tasks"].values():
         assert task["test_accuracy"]["value"] > 0.65

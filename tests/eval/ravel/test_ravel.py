@@ -19,9 +19,10 @@ from hsae.cache.suites.ravel_spec import EntitiesConfig
 from hsae.cache.suites.ravel_store import Prompt, RavelStore, build_ravel
 from hsae.cli import common
 from hsae.eval.harness.saebench_schema import problems, read_suite
+from hsae.eval.probing.evaluations import DrawOptions
 from hsae.eval.ravel.config import RavelConfig, ravel_spec
 from hsae.eval.ravel.exchange import Exchange, Pair, own_scores, pairs_of, saebench_scores, split_entities
-from hsae.eval.ravel.ravel_runs import MEASURES, RavelBench
+from hsae.eval.ravel.ravel_runs import MEASURES, Ravel
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.trained_model import TrainedModel, save_model
@@ -485,9 +486,7 @@ def test_all_leaves_out_what_lacks_its_store_or_means_nothing(overrides, plan, t
     assert "skipped: no forget store at" in summary and "--suite unlearning" in summary
     with pytest.raises(NotApplicable):
         config = plan.table(RavelConfig).model_copy(update={"least_ceiling": 1.0})
-        _ = RavelBench(
-            RavelStore(ravel_spec(plan), plan.cache.dir), HOOK, 1, config, lambda: LanguageModel.load(plan.model)
-        ).residual
+        Ravel(RavelStore(ravel_spec(plan), plan.cache.dir), config=config).residual(HOOK)
 
 
 @pytest.mark.slow
@@ -506,7 +505,9 @@ def test_gemma_knows_the_packaged_facts_and_carries_them_until_the_middle(tmp_pa
     build_ravel(ravel_spec(plan), tmp_path, model=language)
     store = RavelStore(ravel_spec(plan), tmp_path)
     assert set(store.kept) == {"country"} and len(store.header.prompts) > 150
-    early = RavelBench(store, hooks[0], 2, plan.table(RavelConfig), lambda: language).residual
+    evaluation = Ravel(store, DrawOptions(draws=2), plan.table(RavelConfig))
+    evaluation.language = language
+    early = evaluation.residual(hooks[0])
     assert early["cause_score"]["value"] > 0.6
     with pytest.raises(NotApplicable, match=r"at blocks\.12\.hook_resid_post changes \d% of the answers"):
-        _ = RavelBench(store, hooks[1], 2, plan.table(RavelConfig), lambda: language).residual
+        evaluation.residual(hooks[1])

@@ -18,9 +18,10 @@ from hsae.cache.language_model.lm import LanguageModel, load_tokenizer
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval import contexts, figures
 from hsae.eval.core.core import CoreOptions
+from hsae.eval.core.core_runs import evaluate_targets
 from hsae.eval.harness.envelope import read_core
 from hsae.eval.harness.result_files import write_result
-from hsae.eval.harness.targets import evaluate_targets, run_targets
+from hsae.eval.harness.targets import run_targets
 from hsae.eval.hierarchy import maps
 from hsae.eval.hierarchy import runs as hierarchy
 from hsae.eval.report import tables
@@ -194,7 +195,7 @@ def test_the_numbers_are_those_of_the_result_files(made, tmp_path):
 
 def test_hierarchy_measures_stand_beside_their_nulls(made, tmp_path, monkeypatch):
     """Run 3 measured: tables, failures, fitted maps; a result of another model is left out and named."""
-    monkeypatch.setattr("hsae.eval.core.corrected_measures.RESAMPLES", 20)
+    monkeypatch.setattr("hsae.eval.harness.estimates.RESAMPLES", 20)
     monkeypatch.setattr("hsae.eval.hierarchy.probes.STEPS", 3)
     plan, run_dirs, *_ = made
     copied = load_plan("tiny", [f"cache.dir={plan.cache.dir!r}", f"train.dir={str(tmp_path / 'runs')!r}"])

@@ -1,0 +1,259 @@
+"""`hsae eval NAME` for every registered evaluation: options, progress and tables follow from what the evaluation says of itself."""
+
+import inspect
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TimeRemainingColumn
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
+
+from hsae import registry
+from hsae.cli.common import (
+    AllOption,
+    DeviceOption,
+    PlanOption,
+    RunOption,
+    SaeOption,
+    SeedsOption,
+    SetOption,
+    check_sae_options,
+    console,
+    errors,
+    named_runs,
+    one_line,
+    plus_minus,
+    progress_bars,
+    say,
+)
+
+if TYPE_CHECKING:
+    from hsae.eval.harness.evaluation import Evaluation, Result
+    from hsae.eval.harness.tables import Table as ResultTable
+
+OUT = Path("eval_results")
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", help=f"Folder for the results of --sae; each evaluation has its own in it; default {OUT}."),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Compute anew what is there already.")]
+SHARED: dict[str, tuple[Any, Any]] = {
+    "run": (RunOption, None),
+    "all_runs": (AllOption, False),
+    "seeds": (SeedsOption, 1),
+    "sae": (SaeOption, None),
+    "plan": (PlanOption, None),
+    "overrides": (SetOption, None),
+    "out": (OutOption, None),
+    "force": (ForceOption, False),
+    "device": (DeviceOption, "auto"),
+}
+"""Options of every evaluation's command, with their defaults."""
+
+
+class EvaluationGroup(TyperGroup):
+    """`hsae eval`: a registered evaluation is imported when its command is called; the group's help needs its help line alone."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names."""
+        return [*super().list_commands(ctx), *registry.EVALUATIONS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command as the group's help shows it."""
+        if cmd_name not in registry.EVALUATIONS:
+            return super().get_command(ctx, cmd_name)
+        return TyperCommand(cmd_name, help=registry.EVALUATIONS[cmd_name].summary, rich_markup_mode=None)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is called, and its arguments."""
+        if args and args[0] in registry.EVALUATIONS:
+            return args[0], evaluation_command(args[0]), args[1:]
+        return super().resolve_command(ctx, args)
+
+
+def evaluation_command(name: str) -> Any:
+    """The command of a registered evaluation."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(name, help=f"{registry.EVALUATIONS[name].summary}\n\nExample: hsae eval {name} --run 3")(
+        callback_of(name)
+    )
+    return typer.main.get_command(app)
+
+
+def callback_of(name: str) -> Callable[..., None]:
+    """What the command of a registered evaluation does, with a signature that has its options."""
+    kind: type[Evaluation[Any, Any]] = registry.resolve(registry.EVALUATIONS[name].kind)
+    own = {field: _option(field, info) for field, info in kind.options_kind.model_fields.items()}
+    options = {**SHARED, **own}
+
+    def command(**given: Any) -> None:
+        chosen = kind.options_kind(**{field: given.pop(field) for field in own})
+        show(evaluate(kind, chosen, **given))
+
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            for field, (annotation, default) in options.items()
+        ]
+    )
+    command.__annotations__ = {field: annotation for field, (annotation, _) in options.items()}
+    return command
+
+
+def _option(field: str, info: Any) -> tuple[Any, Any]:
+    """A field of an evaluation's options as an option of its command."""
+    bounds = {type(part).__name__: part for part in info.metadata}
+    settings: dict[str, Any] = {"help": info.description}
+    if info.annotation is int:
+        settings |= {"metavar": "N", "min": bounds["Ge"].ge, "max": bounds["Le"].le}
+    name = "--" + field.replace("_", "-")
+    return Annotated[info.annotation, typer.Option(name, **settings)], info.default
+
+
+def evaluate(
+    kind: "type[Evaluation[Any, Any]]",
+    options: Any,
+    *,
+    run: str | None = None,
+    all_runs: bool = False,
+    seeds: int = 1,
+    sae: list[Path] | None = None,
+    plan: str | None = None,
+    overrides: list[str] | None = None,
+    out: Path | None = None,
+    force: bool = False,
+    device: str = "auto",
+) -> "list[Result[Any]]":
+    """Evaluate what the options select."""
+    from hsae.eval.harness.evaluation import evaluate_plan
+    from hsae.eval.harness.targets import Selection
+    from hsae.train.config.plan import load_plan
+
+    check_sae_options(sae, seeds, out)
+    loaded = load_plan(plan, overrides or ())
+    run = named_runs(loaded, run, all_runs, sae)
+    selection = Selection(run=run, seeds=seeds, folders=sae or (), out=(out or OUT) / kind.folder())
+    with Screen(kind.name) as screen:
+        return evaluate_plan(kind, loaded, selection, options, force=force, device=device, listener=screen.listener)
+
+
+class Screen:
+    """Shows how an evaluation goes: what is under way, a bar for each phase, and lines above them."""
+
+    def __init__(self, title: str) -> None:
+        self._status = Status(Text(f"{title}: reading"), console=console)
+        self._bars = progress_bars(
+            "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "Screen":
+        self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+        self._bars.stop()
+
+    @property
+    def listener(self) -> Any:
+        """What the evaluation tells."""
+        from hsae.eval.harness.listener import Listener
+
+        screen = self
+
+        class Shown(Listener):
+            def status(self, text: str) -> None:
+                screen._status.update(Text(text))
+
+            def progress(self, phase: str, done: int, total: int) -> None:
+                if phase not in screen._tasks:
+                    screen._status.stop()
+                    screen._bars.start()
+                    screen._tasks[phase] = screen._bars.add_task(phase, total=total)
+                screen._bars.update(screen._tasks[phase], completed=done, total=total)
+
+            def say(self, text: str) -> None:
+                say(text)
+
+            def warn(self, text: str) -> None:
+                say(text, style="yellow")
+
+        return Shown()
+
+
+def show(results: "list[Result[Any]]") -> None:
+    """Print the tables of an evaluation, its notes, and where the files are."""
+    evaluation = results[0].evaluation
+    for table in evaluation.tables(results):
+        console.print(draw(table))
+    for note in evaluation.notes(results):
+        say(note)
+    for folder in dict.fromkeys(result.target.folder for result in results):
+        say("results in ", (str(folder), "bold"))
+    if reused := sum(result.is_reused for result in results):
+        console.print(f"{reused} of {len(results)} were there already; --force computes them anew")
+
+
+def draw(table: "ResultTable") -> Table:
+    """A table as rich draws it."""
+    from hsae.eval.harness.tables import PlusMinus
+
+    shown = Table(title=table.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    shown.add_column(table.columns[0], overflow="fold")
+    for column in table.columns[1:]:
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in table.rows:
+        cells = [plus_minus(cell.value, cell.half) if isinstance(cell, PlusMinus) else cell for cell in row.cells]
+        shown.add_row(*cells, style="yellow" if row.is_doubtful else None)
+    return shown
+
+
+def summarise(jobs: dict[str, Callable[[], object]]) -> int:
+    """Do every job, print how each ended and how long it took, and return how many failed; one that fails doesn't stop the others."""
+    outcomes: dict[str, tuple[str, float]] = {}
+    try:
+        for name, job in jobs.items():
+            began = time.perf_counter()
+            outcomes[name] = "interrupted", 0.0
+            outcomes[name] = _outcome(job), time.perf_counter() - began
+    finally:
+        table = Table(title="summary", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("evaluation", no_wrap=True)
+        table.add_column("time", justify="right", no_wrap=True)
+        table.add_column("outcome", overflow="fold")
+        for name in jobs:
+            state, seconds = outcomes.get(name, ("not begun", 0.0))
+            table.add_row(name, f"{seconds:.0f} s", state, style=_style(state))
+        console.print(table)
+    return sum(_style(state) == "red" for state, _ in outcomes.values())
+
+
+def _outcome(job: Callable[[], object]) -> str:
+    """Do it, and say in a line how it ended, whatever went wrong; what must be a bug shows its traceback too."""
+    import traceback
+
+    from hsae.cache.errors import NotApplicable
+
+    try:
+        job()
+    except NotApplicable as error:
+        return f"skipped: {error}"
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            errors.print("".join(traceback.format_exception(error)))
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            line = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+        return line
+    return "done"
+
+
+def _style(state: str) -> str | None:
+    return None if state == "done" else "yellow" if state.startswith("skipped: ") else "red"

@@ -1,0 +1,135 @@
+"""A measured value with its interval, and the bootstrap behind most intervals.
+
+Shapes: R rows, B rows of a batch, C columns (sums kept), S the data and its resamples, the data first.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 1000
+SEED = 0
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % interval. None where undefined."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    over: str | None = None
+    """What was resampled or repeated: rows, documents, latents, seeds, ..."""
+    draws: tuple[float | None, ...] = ()
+    """The value under each seed, where seeds are what the interval is over."""
+
+    @property
+    def half(self) -> float | None:
+        """The larger distance from the value to an end of its interval."""
+        if self.value is None or self.low is None or self.high is None:
+            return None
+        return max(self.high - self.value, self.value - self.low)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As result files have it."""
+        entry: dict[str, Any] = {"value": self.value, "low": self.low, "high": self.high}
+        return {**entry, "seeds": list(self.draws)} if self.draws else entry
+
+    @classmethod
+    def of_dict(cls, entry: Mapping[str, Any]) -> "Estimate":
+        """From a result file; what is not there is None."""
+        draws = tuple(entry.get("seeds") or ())
+        return cls(
+            entry.get("value"), entry.get("low"), entry.get("high"), "seeds" if draws else entry.get("over"), draws
+        )
+
+
+class Resampler:
+    """How often each of R rows is drawn in each resample with replacement; the first "resample" is the data itself.
+
+    Every SAE is resampled with the same draws, so intervals of several SAEs can be compared.
+    """
+
+    def __init__(self, rows: int, device: str = "cpu", resamples: int | None = None, seed: int = SEED) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        resamples = RESAMPLES if resamples is None else resamples
+        counts_SR = torch.ones(1 + resamples, rows, dtype=torch.uint8)
+        for index in range(1, 1 + resamples):
+            indices_R = torch.randint(rows, (rows,), generator=generator)
+            counts_SR[index] = indices_R.bincount(minlength=rows).clamp_max(255)
+        self.counts_SR = counts_SR.to(device)
+
+    def weights(self, start: int, stop: int) -> Tensor:
+        """[1 + S, stop - start] float64."""
+        return self.counts_SR[:, start:stop].double()
+
+
+class ResampledSums:
+    """Sums of per-row columns, of the data and of every resample; memory does not grow with the rows."""
+
+    def __init__(self, resampler: Resampler, columns: int) -> None:
+        counts = resampler.counts_SR
+        self.resampler = resampler
+        self.sums_SC = torch.zeros(len(counts), columns, dtype=torch.float64, device=counts.device)
+
+    def add(self, start: int, values_BC: Tensor) -> None:
+        """Take in the rows `start`, `start + 1`, ..."""
+        self.sums_SC += self.resampler.weights(start, start + len(values_BC)) @ values_BC.double()
+
+
+def estimate_of(values_S: Tensor, over: str = "rows") -> Estimate:
+    """Value and percentile interval from a statistic of the data (first) and of the resamples (the rest)."""
+    value, resampled = values_S[0].item(), values_S[1:]
+    if not math.isfinite(value):
+        return Estimate(None)
+    if not len(resampled) or not torch.isfinite(resampled).all():
+        return Estimate(value)
+    ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64, device=resampled.device)
+    low, high = torch.quantile(resampled, ends).tolist()
+    return Estimate(value, low, high, over)
+
+
+def mean_over_seeds(values: Sequence[float | None]) -> Estimate:
+    """A measure from its value under each seed: the mean, and the 95 % interval in which one seed's value is expected.
+
+    The spread is that of one evaluation repeated with other draws (Student's t times the standard deviation over seeds), not
+    that of the mean. Undefined if it is under any seed.
+    """
+    defined = [value for value in values if value is not None and math.isfinite(value)]
+    if len(defined) < len(values) or not defined:
+        return Estimate(None, over="seeds", draws=tuple(values))
+    value = sum(defined) / len(defined)
+    if len(defined) == 1:
+        return Estimate(value, over="seeds", draws=tuple(defined))
+    half = _spread(defined)
+    return Estimate(value, value - half, value + half, "seeds", tuple(defined))
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval for one more value of the kind."""
+    from scipy.stats import t
+
+    centre = sum(values) / len(values)
+    deviation = math.sqrt(sum((value - centre) ** 2 for value in values) / (len(values) - 1))
+    return float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * deviation
+
+
+def differ_by_noise_only(one: Estimate, other: Estimate) -> bool | None:
+    """Whether two SAEs' measures differ no more than noise can make them; None if that can't be told.
+
+    Over seeds the same draws are shared, so the differences under each seed are compared: what the draws do to both cancels.
+    Other intervals are compared by their halves.
+    """
+    if one.over == other.over == "seeds":
+        pairs = list(zip(one.draws, other.draws, strict=False))
+        gaps = [a - b for a, b in pairs if a is not None and b is not None]
+        return abs(sum(gaps) / len(gaps)) <= _spread(gaps) if len(gaps) == len(pairs) >= 2 else None
+    if one.value is None or other.value is None or None in (one.low, one.high, other.low, other.high):
+        return None
+    halves = [(e.high - e.low) / 2 for e in (one, other)]  # type: ignore[operator]
+    return bool(abs(one.value - other.value) <= (halves[0] ** 2 + halves[1] ** 2) ** 0.5)

@@ -1,0 +1,23 @@
+"""How an evaluation tells what it does: one listener for all of them. The command line shows it, a notebook may leave it silent."""
+
+
+class Listener:
+    """Hears how an evaluation goes; this one is silent. Subclasses show what they like."""
+
+    def status(self, text: str) -> None:
+        """What is under way now."""
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """`done` of `total` steps of a phase are finished; a phase may begin again."""
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+
+    def warn(self, text: str) -> None:
+        """A line that people should not overlook."""
+
+    def confirm(self, question: str) -> None:
+        """Something that costs money is about to begin. Raises UserError if that is not wanted."""
+
+
+SILENT = Listener()

@@ -1,0 +1,63 @@
+"""Tables of results as plain data: the command line draws them, a notebook prints them as text."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class PlusMinus:
+    """A number as text, and half its interval."""
+
+    value: str
+    half: str
+
+    def __str__(self) -> str:
+        return f"{self.value} ±{self.half}"
+
+
+Cell = str | PlusMinus
+
+
+@dataclass(frozen=True)
+class Row:
+    """The cells of a row; `is_doubtful` rows are shown as a warning."""
+
+    cells: tuple[Cell, ...]
+    is_doubtful: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: the first column names what a row is about, the others hold numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, *cells: Cell, is_doubtful: bool = False) -> None:
+        """Append a row."""
+        self.rows.append(Row(cells, is_doubtful))
+
+    def __str__(self) -> str:
+        lines = [self.columns, *(tuple(map(str, row.cells)) for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
+        text = [
+            "  ".join(
+                [
+                    line[0].ljust(widths[0]),
+                    *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+                ]
+            )
+            for line in lines
+        ]
+        return "\n".join([self.title, *(line.rstrip() for line in text)])
+
+
+def interval_cell(value: float | None, low: float | None, high: float | None, digits: int = 3) -> Cell:
+    """A number with the larger half of its interval: `0.912 ±.004`; `undefined` if there is none."""
+    if value is None:
+        return "undefined"
+    text = f"{value:.{digits}f}"
+    if low is None or high is None:
+        return text
+    half = f"{max(high - value, value - low):.{digits}f}"
+    return PlusMinus(text, half.removeprefix("0") or "0")
