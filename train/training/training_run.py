@@ -4,7 +4,6 @@ Shapes: B vectors of a batch, D residual width, F latents of a level. x is scale
 """
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +18,7 @@ from hsae.train.training.curriculum import Curriculum, Moment
 from hsae.train.training.latent_sharding import UNDIVIDED, Latents
 from hsae.train.training.optimiser import forget, make_optimiser, rename_state, restore_state, schedule, set_rates
 from hsae.train.training.resampling import resample
+from hsae.train.training.scaling import Scaling
 from hsae.train.training.training_losses import (
     SparsityController,
     auxiliary,
@@ -33,17 +33,6 @@ from hsae.train.training.workers import ALONE, Workers
 
 CONTROLLED = ("relu", "jumprelu", "gated")  # activations whose L0 a controller leads to its target
 MAPS_JUDGED = 0.7  # share of the run after which a map W that is no good is complained of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scaling:
-    """How the store's vectors become the trainer's: x = scale * vector, so that E||x||^2 = D."""
-
-    scale: float
-    median: Tensor
-    """[D] geometric median, scaled: where the bias starts."""
-    variance: float
-    """E||x - E x||^2, scaled: what losses are a fraction of."""
 
 
 class TrainingRun:
@@ -274,10 +263,12 @@ class TrainingRun:
         self.warned |= found.keys()
         return new
 
-    def finite(self) -> bool:
-        """Whether every weight is finite."""
+    def check_weights(self) -> bool:
+        """Whether every weight is finite; if not, the run has failed."""
         tensors = [*self.model.parameters(), *self.compositions.parameters()]
-        return not self.latents.workers.any(not all(bool(torch.isfinite(tensor).all()) for tensor in tensors))
+        if self.latents.workers.any(not all(bool(torch.isfinite(tensor).all()) for tensor in tensors)):
+            self.failure = f"a weight became NaN or infinite by step {self.step_number}"
+        return self.failure is None
 
     def check_same(self) -> None:
         """Raise UserError if what several workers hold has come to differ between them."""
@@ -342,16 +333,16 @@ class TrainingRun:
         whole.restore(tensors, rest)
         return whole
 
-    def last_step_done(self) -> bool:
+    @property
+    def is_done(self) -> bool:
         """Whether all steps have been taken."""
         return self.step_number >= self.steps
 
-    def diverged(self, loss: Tensor) -> bool:
-        """Whether the loss of the last step is not a finite number; remembers why the run stops."""
-        if math.isfinite(loss.item()):
-            return False
-        self.failure = f"the loss became {loss.item()} at step {self.step_number}"
-        return True
+    def check_loss(self, loss: Tensor) -> bool:
+        """Whether the loss of the last step is finite; if not, the run has failed."""
+        if not math.isfinite(loss.item()):
+            self.failure = f"the loss became {loss.item()} at step {self.step_number}"
+        return self.failure is None
 
 
 def map_failures(number: int, health: dict[str, float]) -> dict[str, str]:

@@ -1,0 +1,99 @@
+"""Who is told how training goes. Light: neither torch nor numpy is imported here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from hsae.train.config.plan import Plan
+    from hsae.train.config.run_config import RunConfig
+
+Status = Literal["trained", "already trained", "stopped", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a run ended."""
+
+    run: "RunConfig"
+    status: Status
+    detail: str = ""
+
+
+class Listener:
+    """Hears how runs train and does nothing; a subclass overrides what it wants to hear. Of several workers the first tells."""
+
+    def pass_started(self, plan: "Plan", runs: "Sequence[RunConfig]", place: str) -> None:
+        """All has been checked, and runs of a plan (of one seed) begin on `place`, in words."""
+
+    def started(self, run: "RunConfig", step: int, steps: int) -> None:
+        """A run begins, or goes on, at `step` of `steps`."""
+
+    def metrics(self, run: "RunConfig", metrics: dict[str, Any]) -> None:
+        """A line of metrics was made, as docs/metrics.md describes it."""
+
+    def warning(self, run: "RunConfig", message: str) -> None:
+        """Something is wrong with a run."""
+
+    def pass_ended(self, plan: "Plan", results: Sequence[Result]) -> None:
+        """All runs of the plan (of one seed) have ended."""
+
+
+class ProgressBars(Listener):
+    """One progress bar a run: loss, explained variance, L0 and dead share of each level, speed, data-loading share."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, markup=False, emoji=False)
+        self._bars: Progress | None = None
+        self._tasks: dict[int, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the bars as they are; the next run to start begins new ones."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def label(self, run: "RunConfig") -> str:
+        """What a run is called on the screen."""
+        return run.name
+
+    def started(self, run: "RunConfig", step: int, steps: int) -> None:
+        """Add the run's bar."""
+        if self._bars is None:
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=16),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[text]}", markup=False),
+            )
+            self._bars, self._tasks = Progress(*columns, console=self.console), {}
+            self._bars.start()
+        self._tasks[run.number] = self._bars.add_task(self.label(run), total=steps, completed=step, text="")
+
+    def metrics(self, run: "RunConfig", metrics: dict[str, Any]) -> None:
+        """Move the run's bar."""
+        l0 = "/".join("-" if value is None else f"{value:.0f}" for value in metrics["l0"])
+        dead = "/".join(f"{value:.0%}" for value in metrics["dead"])
+        text = f"loss {metrics['loss']:.3f}  EV {metrics['explained_variance']:.3f}  L0 {l0}  dead {dead}"
+        if metrics["time"]:
+            text += f"  {metrics['time']['tokens_per_s']:,.0f} tok/s  data {metrics['time']['data_loading_share']:.0%}"
+        if self._bars is not None:
+            self._bars.update(self._tasks[run.number], completed=metrics["step"], text=text)
+
+    def warning(self, run: "RunConfig", message: str) -> None:
+        """Print a warning above the bars."""
+        self.console.print(Text(f"run {self.label(run)}: {message}", style="yellow"), soft_wrap=True)
