@@ -13,7 +13,6 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,22 +23,18 @@ from hsae.cache.format.spec import Codec
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import sizes
 from hsae.train.config.plan import Plan, load_plan
+from hsae.train.config.run_config import RunConfig
 from hsae.train.model.trained_model import load_model
-from hsae.train.training.trainer import train
+from hsae.train.runs.planned_runs import train_runs
+from hsae.train.training.listener import Listener
 
 CODECS: tuple[Codec, ...] = ("mappable", "compact", "int8")
 
 
-class Quiet:
-    """Nobody is told how training goes."""
+class Warnings(Listener):
+    """Prints warnings alone."""
 
-    def started(self, *_: object) -> None:
-        """A run begins."""
-
-    def metrics(self, *_: object) -> None:
-        """A line for metrics.jsonl."""
-
-    def warning(self, run: Any, message: str) -> None:
+    def warning(self, run: RunConfig, message: str) -> None:
         """Something is wrong with a run."""
         print(f"run {run.number}: {message}")
 
@@ -109,7 +104,7 @@ def main() -> None:
     for trained in ("mappable", "int8"):
         plan = plans[trained]
         runs = plan.select(arguments.runs)
-        train(plan, runs, Quiet(), resume=True)
+        train_runs(plan, runs, Warnings(), resume=True)
         for run in runs:
             for evaluated in ("mappable", "int8"):
                 folder = Path(str(plans[evaluated].store_path("eval")))

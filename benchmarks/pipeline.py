@@ -18,7 +18,7 @@ from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.reading.token_stream import TokenStream
 from hsae.train.config.plan import Plan, load_plan
-from hsae.train.training.trainer import scaling_of
+from hsae.train.training.sources import StoreSource
 from hsae.train.training.training_run import TrainingRun
 
 
@@ -67,7 +67,7 @@ def stream(plan: Plan, store: ActivationStore) -> dict[str, float]:
 def train(plan: Plan, store: ActivationStore, device: str) -> dict[str, float]:
     """Tokens/s of the five dense matrix products of a step alone, and of each run's step."""
     hook = plan.hook.names[0]
-    scaling = scaling_of(store, hook)
+    scaling = StoreSource(store, hook, plan.train).scaling
     x = (
         TokenStream(store, hook, batch_tokens=plan.train.batch_tokens, seed=0).batch(0).to(device).float()
         * scaling.scale

@@ -35,7 +35,7 @@ from hsae.cache.reading.store import ActivationStore
 from hsae.cache.reading.token_stream import TokenStream
 from hsae.cache.storage.paths import place
 from hsae.train.config.plan import Plan, load_plan
-from hsae.train.training.trainer import train
+from hsae.train.runs.planned_runs import train_runs
 
 HOOK = "blocks.3.hook_resid_post"
 ROWS, CONTEXT, WIDTH, BATCH = 512, 128, 2304, 4096
@@ -162,19 +162,6 @@ def documents(rows: int) -> Iterator[list[int]]:
         yield torch.randint(5, 800, (400,), generator=generator).tolist()
 
 
-class Quiet:
-    """Nobody is told how training goes."""
-
-    def started(self, *_: object) -> None:
-        """A run begins."""
-
-    def metrics(self, *_: object) -> None:
-        """A line for metrics.jsonl."""
-
-    def warning(self, *_: object) -> None:
-        """Something is wrong with a run."""
-
-
 @contextmanager
 def memory() -> Iterator[Measured]:
     """Peaks of this process's own memory and of mapped files, in MB, looked at every 10 ms."""
@@ -209,7 +196,7 @@ def building(folder: Path, rows: int) -> Measured:
 def training(folder: Path, rows: int) -> Measured:
     plan = plan_of(folder, rows)
     with memory() as peaks:
-        train(plan, plan.select("3"), Quiet(), restart=True)
+        train_runs(plan, plan.select("3"), restart=True)
     return dict(peaks)
 
 

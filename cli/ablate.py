@@ -13,6 +13,8 @@ from hsae.cli.common import DeviceOption, PlanOption, RunOption, SetOption, chec
 
 if TYPE_CHECKING:
     from hsae.eval.ablation.table import AblationTable
+    from hsae.train.config.plan import Plan
+    from hsae.train.config.run_config import RunConfig
 
 FORGETTING = (0, 3, 5, 11, 12)
 PARTS = ("core", "composition", "synthetic", "unlearning")
@@ -82,7 +84,7 @@ def ablate(
         need("the tests behind ablate's verdicts", "scipy", "eval")
     need("ablations.png", "matplotlib", "report")
 
-    from hsae.cli import cache, hierarchy, synthetic, train, unlearning
+    from hsae.cli import cache, hierarchy, synthetic, unlearning
     from hsae.cli import eval as eval_commands
     from hsae.eval.synthetic.compared_runs import NUMBERS
     from hsae.eval.synthetic.tiers import read_results
@@ -94,7 +96,7 @@ def ablate(
     arms = ",".join(str(config.number) for config in selected if config.number in NUMBERS)
     stages: dict[str, Callable[[], object]] = {
         "cache": lambda: cache.build(**common, device=device),
-        "train": lambda: train.train(run=numbers, seeds=seeds, resume=True, device=device, **common),
+        "train": lambda: _train(loaded, selected, seeds=seeds, device=device),
         "core": lambda: eval_commands.core(
             run=numbers, seeds=seeds, whole=True, faithful=False, device=device, **common
         ),
@@ -132,6 +134,13 @@ def ablate(
     console.rule("ablations")
     _print(table)
     say("results in ", (str(out), "bold"), ": ablations.md, ablations.json, ablations.png")
+
+
+def _train(plan: "Plan", runs: "list[RunConfig]", *, seeds: int, device: str) -> None:
+    from hsae.cli.train import train_on_screen
+
+    if status := train_on_screen(plan, runs, seeds=seeds, resume=True, device=device):
+        raise typer.Exit(status)
 
 
 def _unlearn(unlearning: Any, cache: Any, runs: str, seeds: int, device: str, common: dict[str, Any]) -> None:

@@ -1,12 +1,9 @@
 """`hsae train`."""
 
-import contextlib
-import signal
-from types import FrameType
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 
 from hsae.cli.common import (
@@ -18,16 +15,14 @@ from hsae.cli.common import (
     SetOption,
     console,
     errors,
-    progress_bars,
     say,
     tell_common_text,
 )
+from hsae.train.training.listener import ProgressBars, Result
 
 if TYPE_CHECKING:
     from hsae.train.config.plan import Plan
     from hsae.train.config.run_config import RunConfig
-    from hsae.train.training.trainer import Divide
-    from hsae.train.training.workers import Workers
 
 
 def train(
@@ -56,161 +51,78 @@ def train(
     """
     from hsae.cache.errors import UserError
     from hsae.cache.launcher import share
+    from hsae.train.config.plan import load_plan
+    from hsae.train.training.workers import joined
 
     if (run is None) == (not all_runs):
         raise UserError("say which runs to train: --run 3, --run 0-5, --run baseline, or --all")
-    if resume and restart:
-        raise UserError("--resume and --restart exclude each other")
-    with contextlib.ExitStack() as stack:
-        workers = None
-        if (own := share()).world > 1:
-            from hsae.train.training.workers import joined
-
-            workers = stack.enter_context(joined(own, device))
-            console.quiet = not workers.leads
-        status = _train(run, seeds, plan, overrides, resume, restart, device, divide, dry_run, workers)
+    with joined(share(), device) as workers:  # so that of several workers one tells what is wrong with the plan
+        loaded = load_plan(plan, overrides or ())
+        selected = list(loaded.runs.values()) if run is None else loaded.select(run)
+        options = {"resume": resume, "restart": restart, "divide": divide, "dry_run": dry_run, "workers": workers}
+        status = train_on_screen(loaded, selected, seeds=seeds, device=device, **options)
     if status:
         raise typer.Exit(status)
 
 
-def _train(
-    run: str | None,
-    seeds: int,
-    plan: str | None,
-    overrides: list[str] | None,
-    resume: bool,
-    restart: bool,
-    device: str,
-    divide: "Divide",
-    dry_run: bool,
-    workers: "Workers | None",
-) -> int:
-    """Train, and return the exit status; `workers` is None without a launcher."""
-    from hsae.train.config.plan import load_plan
+def train_on_screen(plan: "Plan", runs: "Sequence[RunConfig]", **options: Any) -> int:
+    """Call `train_runs` with these options, show how it goes, and return the exit status.
 
-    loaded = load_plan(plan, overrides or ())
-    selected = list(loaded.runs.values()) if run is None else loaded.select(run)
+    1: a run failed. 130: Ctrl-C or SIGTERM stopped it, with checkpoints.
+    """
+    from hsae.train.runs.planned_runs import stop_on_signals, train_runs
 
-    from hsae.cache.device import pick_device
-    from hsae.cache.reading.store import ActivationStore
-    from hsae.train.training.trainer import check
-    from hsae.train.training.trainer import train as train_runs
-    from hsae.train.training.workers import ALONE
-
-    workers = workers or ALONE
-    store = ActivationStore.of(loaded.store("train"), loaded.cache.dir)
-    check(loaded, selected, store, workers.world, divide)
-    if workers.leads:
-        tell_common_text(loaded, ("eval",))
-    place = pick_device(device) if workers.world == 1 else f"{workers.world} workers, {pick_device(device)}"
-    table = Table(
-        title=f"plan {loaded.name}: {loaded.train.steps:,} steps of {loaded.train.batch_tokens:,} tokens on {place}"
-    )
-    for column in ("run", "structure", "widths", "L0", "composition", "curriculum"):
-        table.add_column(column)
-    for config in selected:
-        curriculum = config.curriculum if isinstance(config.curriculum, str) else f"{len(config.curriculum)} stages"
-        widths, l0 = " + ".join(map(str, config.widths)), " + ".join(f"{value:g}" for value in config.l0)
-        table.add_row(
-            f"{config.number} {config.name}",
-            f"{config.structure}, {config.activation}",
-            widths,
-            l0,
-            config.composition.mode,
-            curriculum,
-        )
-    console.print(table)
-    if dry_run:
-        return 0
-    results = []
-    with _StopFlag(workers.leads) as stop:
-        for seeded in (loaded.seeded(index) for index in range(seeds)):
-            with _Screen(seeded) as screen:
-                ended = train_runs(
-                    seeded,
-                    selected,
-                    screen,
-                    device=device,
-                    resume=resume,
-                    restart=restart,
-                    should_stop=stop.wished,
-                    workers=workers,
-                    divide=divide,
-                )
-            for result in ended:
-                say(
-                    f"run {seeded.label(result.run)}: {result.status} {result.detail} ",
-                    (str(seeded.run_dir(result.run)), "dim"),
-                )
-            results += ended
-            if workers.any(stop.asked):
-                stop.asked = True
-                break
+    with _Screen() as screen, stop_on_signals(screen.tell_stop) as stop:
+        results = train_runs(plan, runs, screen, should_stop=stop.is_set, **options)
     if any(result.status == "failed" for result in results):
         return 1
-    return 130 if stop.asked else 0
+    return 130 if stop.is_set() or any(result.status == "stopped" for result in results) else 0
 
 
-class _StopFlag:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the current step."""
+class _Screen(ProgressBars):
+    """What is trained on what, a bar for every run, and how each ended."""
 
-    def __init__(self, tells: bool) -> None:
-        self.asked, self.tells = False, tells
+    plan: "Plan | None" = None
 
-    def __enter__(self) -> "_StopFlag":
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    def __init__(self) -> None:
+        super().__init__(console)
 
-    def wished(self) -> bool:
-        """Whether someone wants it to stop."""
-        return self.asked
+    def label(self, run: "RunConfig") -> str:
+        """Number and name, and which seed it is if it is not the first."""
+        return run.name if self.plan is None else self.plan.label(run)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        if self.tells:
+    def pass_started(self, plan: "Plan", runs: "Sequence[RunConfig]", place: str) -> None:
+        """Show the runs, before the first seed."""
+        self.plan = plan
+        if plan.seed_index:
+            return
+        tell_common_text(plan, ("eval",))
+        steps, batch_tokens = plan.train.steps, plan.train.batch_tokens
+        table = Table(title=f"plan {plan.name}: {steps:,} steps of {batch_tokens:,} tokens on {place}")
+        for column in ("run", "structure", "widths", "L0", "composition", "curriculum"):
+            table.add_column(column)
+        for config in runs:
+            curriculum = config.curriculum if isinstance(config.curriculum, str) else f"{len(config.curriculum)} stages"
+            table.add_row(
+                f"{config.number} {config.name}",
+                f"{config.structure}, {config.activation}",
+                " + ".join(map(str, config.widths)),
+                " + ".join(f"{value:g}" for value in config.l0),
+                config.composition.mode,
+                curriculum,
+            )
+        console.print(table)
+
+    def tell_stop(self) -> None:
+        """Say that a request to stop has come."""
+        if self.plan is not None:  # of several workers, one
             errors.print("stopping after this step; again to stop at once")
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-class _Screen:
-    """One progress bar a run: loss, explained variance, L0 and dead share of each level, speed, data-loading share."""
-
-    def __init__(self, plan: "Plan") -> None:
-        self.plan = plan
-        self.progress = progress_bars(
-            "{task.description}",
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            "{task.fields[text]}",
-        )
-        self.tasks: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Screen":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def started(self, run: "RunConfig", step: int, steps: int) -> None:
-        """Add the run's bar."""
-        self.tasks[run.number] = self.progress.add_task(self.plan.label(run), total=steps, completed=step, text="")
-
-    def metrics(self, run: "RunConfig", metrics: dict[str, Any]) -> None:
-        """Move the run's bar."""
-        l0 = "/".join("-" if value is None else f"{value:.0f}" for value in metrics["l0"])
-        dead = "/".join(f"{value:.0%}" for value in metrics["dead"])
-        text = f"loss {metrics['loss']:.3f}  EV {metrics['explained_variance']:.3f}  L0 {l0}  dead {dead}"
-        if metrics["time"]:
-            text += f"  {metrics['time']['tokens_per_s']:,.0f} tok/s  data {metrics['time']['data_loading_share']:.0%}"
-        self.progress.update(self.tasks[run.number], completed=metrics["step"], text=text)
-
-    def warning(self, run: "RunConfig", message: str) -> None:
-        """Print a warning above the bars."""
-        say(f"run {self.plan.label(run)}: {message}", style="yellow")
+    def pass_ended(self, plan: "Plan", results: Sequence[Result]) -> None:
+        """Say how the runs ended."""
+        self.stop()
+        for result in results:
+            say(
+                f"run {plan.label(result.run)}: {result.status} {result.detail} ",
+                (str(plan.run_dir(result.run)), "dim"),
+            )

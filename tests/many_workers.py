@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from hsae.cache.launcher import Share
-from hsae.train.runs import run_directory
+from hsae.train.runs.metrics_log import read_metrics
 from hsae.train.training.workers import Workers
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -28,17 +28,6 @@ HARD = (
 EVEN = (*HARD, "train.widths=[1408, 132]")  # what two and four workers divide equally
 
 
-class Silent:
-    def started(self, run, step, steps):
-        pass
-
-    def metrics(self, run, metrics):
-        pass
-
-    def warning(self, run, message):
-        pass
-
-
 def numbers(value):
     if isinstance(value, dict):
         return [number for part in value.values() for number in numbers(part)]
@@ -50,9 +39,7 @@ def numbers(value):
 def assert_same_training(one, other, *, tolerance=1e-5):
     """The log's numbers agree to `tolerance`, steps, stages and dead latents exactly; weights to ten times `tolerance`, because Adam
     takes whole steps where a gradient is nothing but rounding."""
-    lines = [
-        [line for line in run_directory.read_metrics(place) if line["kind"] != "warning"] for place in (one, other)
-    ]
+    lines = [[line for line in read_metrics(place) if line["kind"] != "warning"] for place in (one, other)]
     for mine, theirs in zip(*lines, strict=True):
         for key in mine.keys() - {"time"}:
             if key in ("kind", "step", "stage", "tokens", "dead"):

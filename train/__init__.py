@@ -5,27 +5,37 @@ from typing import TYPE_CHECKING
 from hsae._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from hsae.train.config.checked import PlanError as PlanError
     from hsae.train.config.plan import Plan as Plan
-    from hsae.train.config.plan import PlanError as PlanError
     from hsae.train.config.plan import load_plan as load_plan
     from hsae.train.config.plan import packaged_plans as packaged_plans
     from hsae.train.config.run_config import RunConfig as RunConfig
     from hsae.train.model.trained_model import TrainedModel as TrainedModel
     from hsae.train.model.trained_model import load_model as load_model
     from hsae.train.model.views import View as View
-    from hsae.train.training.trainer import train as train
+    from hsae.train.runs.planned_runs import stop_on_signals as stop_on_signals
+    from hsae.train.runs.planned_runs import train_runs as train_runs
+    from hsae.train.training.fit import fit as fit
+    from hsae.train.training.listener import Listener as Listener
+    from hsae.train.training.listener import ProgressBars as ProgressBars
+    from hsae.train.training.listener import Result as Result
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
             "Plan": "hsae.train.config.plan",
-            "PlanError": "hsae.train.config.plan",
+            "PlanError": "hsae.train.config.checked",
+            "Listener": "hsae.train.training.listener",
+            "ProgressBars": "hsae.train.training.listener",
+            "Result": "hsae.train.training.listener",
             "RunConfig": "hsae.train.config.run_config",
             "TrainedModel": "hsae.train.model.trained_model",
             "View": "hsae.train.model.views",
+            "fit": "hsae.train.training.fit",
             "load_model": "hsae.train.model.trained_model",
             "load_plan": "hsae.train.config.plan",
             "packaged_plans": "hsae.train.config.plan",
-            "train": "hsae.train.training.trainer",
+            "stop_on_signals": "hsae.train.runs.planned_runs",
+            "train_runs": "hsae.train.runs.planned_runs",
         },
     )

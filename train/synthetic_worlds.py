@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 from hsae.cache.building.statistics import geometric_median
 from hsae.cache.errors import UserError
 from hsae.train.model.trainable_sae import seed_of
-from hsae.train.training.training_run import Scaling
+from hsae.train.training.scaling import Scaling
 
 HELD_OUT = 2**40
 """First step of the batches that training never sees."""

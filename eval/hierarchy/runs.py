@@ -28,7 +28,7 @@ from hsae.eval.hierarchy.stability import Agreement, Member, stability
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.trained_model import TrainedModel, load_model
-from hsae.train.runs.run_directory import read_metrics
+from hsae.train.runs.metrics_log import read_metrics
 from hsae.train.runs.run_record import check_same_model, command
 
 FORMAT = 1

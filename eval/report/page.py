@@ -25,7 +25,7 @@ from hsae.eval.report.composed import markdown as composed_markdown
 from hsae.eval.report.tables import LevelLine, Row
 from hsae.eval.unlearning import pareto
 from hsae.train.model.trained_model import CONFIG_FILE, WEIGHTS_FILE, TrainedModel, load_model
-from hsae.train.runs.run_directory import damaged_metrics, read_metrics
+from hsae.train.runs.metrics_log import damaged_metrics, read_metrics
 from hsae.train.runs.run_record import check_same_model, read_run
 
 MOST_WARNINGS = 12

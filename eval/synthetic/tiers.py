@@ -109,11 +109,11 @@ def train_on(
         progress(step)
         x = batch.x.to(device) * scaling.scale
         parts = run.step(x)
-        if run.diverged(parts["loss"]):
+        if not run.check_loss(parts["loss"]):
             return run.failure or ""
     progress(stream.steps)
-    if not run.finite():
-        return f"a weight became NaN or infinite by step {run.step_number}"
+    if not run.check_weights():
+        return run.failure or ""
     return fold(run, {"model_name": f"synthetic {world.tier.name}", "hook_name": "x"}, x)
 
 

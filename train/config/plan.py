@@ -10,32 +10,22 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import ValidationError
-
-from hsae.cache.errors import UserError
 from hsae.cache.files import parse_toml
 from hsae.cache.format.spec import CacheConfig, Config, HookConfig, ModelConfig, Split, StoreSpec, store_spec
 from hsae.cache.storage.paths import Place, exists, place
 from hsae.cache.text.corpora import TEXT_TABLES, common_text
 from hsae.registry import TABLES, resolve
+from hsae.train.config.checked import SHOWN, ConfigT, PlanError, check_table, checked, shorten
 from hsae.train.config.run_config import RunConfig, StreamConfig
 
 DEFAULT_PLAN = "gemma-2-2b"
 LOCAL_PLAN = "hsae.toml"
-SHOWN = 100
-"""Characters of a wrong value that an error shows."""
-LARGEST = 2**62
 DEEPEST = 100
 """Plans that may extend each other."""
-ConfigT = TypeVar("ConfigT", bound=Config)
 OWN_TABLES = {"extends", "name", "model", "hook", "cache", "train", "runs"}
 """What a plan may hold besides the tables of evaluations."""
-
-
-class PlanError(UserError):
-    """A plan that can't be read, or says something impossible."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +111,7 @@ def select_runs(runs: dict[int, RunConfig], text: str, where: str) -> list[RunCo
     for part in (piece.strip() for piece in text.split(",")):
         first, dash, last = part.partition("-")
         numbers: list[int] = []
-        missing = [] if part in named else [_short(part)]
+        missing = [] if part in named else [shorten(part)]
         if part in named:
             numbers = [named[part]]
         elif _is_number(first) and _is_number(last if dash else first):
@@ -183,7 +173,7 @@ def read_tables(plan: str, chain: tuple[str, ...] = ()) -> tuple[str, dict[str, 
             f"plan {plan!r} is a folder; name a TOML file in it, or one of {', '.join(packaged_plans())}"
         ) from None
     except OSError as error:
-        raise PlanError(f"plan {_short(plan)} can't be read: {error.strerror}") from None
+        raise PlanError(f"plan {shorten(plan)} can't be read: {error.strerror}") from None
     except ValueError as error:
         raise PlanError(f"{source} is not valid TOML: {error}") from None
     if unknown := tables.keys() - _table_names():
@@ -191,7 +181,7 @@ def read_tables(plan: str, chain: tuple[str, ...] = ()) -> tuple[str, dict[str, 
     base = tables.pop("extends", None)
     if base is not None:
         if not isinstance(base, str):
-            raise PlanError(f"{source}: extends = {_short(base)}; it must name a packaged plan or a file")
+            raise PlanError(f"{source}: extends = {shorten(base)}; it must name a packaged plan or a file")
         if base in (*chain, plan) or len(chain) > DEEPEST:
             raise PlanError(
                 f"{source}: plans extend each other in a circle: {' -> '.join((*chain, plan, base)[-5:])}; "
@@ -200,12 +190,6 @@ def read_tables(plan: str, chain: tuple[str, ...] = ()) -> tuple[str, dict[str, 
         tables = _merged(read_tables(base, (*chain, plan))[1], tables)
     tables.setdefault("name", Path(plan).stem)
     return source, tables
-
-
-def _short(value: Any) -> str:
-    """A value as it is shown in an error."""
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters)"
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +206,7 @@ def apply_override(tables: dict[str, Any], override: str, allowed: Collection[st
     path = key.strip().split(".")
     if not equals or not all(path) or path[0] not in allowed:
         raise PlanError(
-            f"--set {_short(override)}: write it as table.key=value, for example --set cache.train.rows=2000; "
+            f"--set {shorten(override)}: write it as table.key=value, for example --set cache.train.rows=2000; "
             f"tables: {', '.join(sorted(allowed))}"
         )
     try:
@@ -233,7 +217,7 @@ def apply_override(tables: dict[str, Any], override: str, allowed: Collection[st
     for part in path[:-1]:
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
-            raise PlanError(f"--set {_short(override)}: {part!r} is a value, not a table")
+            raise PlanError(f"--set {shorten(override)}: {part!r} is a value, not a table")
     place[path[-1]] = parsed["value"] if parsed.keys() == {"value"} else text  # a bare word is a string
 
 
@@ -243,7 +227,7 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
             raise PlanError(f"{source}: table [{table}] is missing")
     name = tables["name"]
     if not isinstance(name, str) or not 0 < len(name) <= SHOWN or not name.isprintable():
-        raise PlanError(f"{source}: name must be a line of 1 to {SHOWN} characters (given: {_short(name)})")
+        raise PlanError(f"{source}: name must be a line of 1 to {SHOWN} characters (given: {shorten(name)})")
     stream, runs = checked_runs(source, tables["train"], tables["runs"])
     try:
         Path(stream.dir).expanduser()
@@ -253,12 +237,12 @@ def _checked(source: str, tables: dict[str, Any]) -> Plan:
     return Plan(
         name=name,
         source=source,
-        model=_table(source, "model", ModelConfig, tables["model"]),
-        hook=_table(source, "hook", HookConfig, tables["hook"]),
-        cache=_table(source, "cache", CacheConfig, tables["cache"]),
+        model=checked(source, "model", ModelConfig, tables["model"]),
+        hook=checked(source, "hook", HookConfig, tables["hook"]),
+        cache=checked(source, "cache", CacheConfig, tables["cache"]),
         train=stream,
         runs=runs,
-        tables={kind: _table(source, table, kind, tables[table]) for table, kind in kinds.items()},
+        tables={kind: checked(source, table, kind, tables[table]) for table, kind in kinds.items()},
     )
 
 
@@ -267,7 +251,7 @@ def checked_runs(
 ) -> tuple[StreamConfig, dict[int, RunConfig]]:
     """What `[train]` and the tables `[runs.N]` say, checked and matched; runs in the order of their numbers."""
     for name, table in (("train", train), ("runs", tables)):
-        _need_table(source, name, table)
+        check_table(source, name, table)
     shared = {key: value for key, value in train.items() if key in StreamConfig.model_fields}
     defaults = {key: value for key, value in train.items() if key not in StreamConfig.model_fields}
     for key in defaults:
@@ -283,38 +267,13 @@ def checked_runs(
                 f"{source}: [runs.{key}] sets {sorted(fixed)[0]!r}, which all runs share; set it in [train]"
             )
         values = {**_merged(defaults, table), "number": int(key)}
-        runs[int(key)] = _table(source, f"runs.{key}", RunConfig, values)
+        runs[int(key)] = checked(source, f"runs.{key}", RunConfig, values)
     if not runs:
         raise PlanError(f"{source}: there is no run; add a table [runs.0]")
-    stream = _table(source, "train", StreamConfig, shared)
+    stream = checked(source, "train", StreamConfig, shared)
     runs = dict(sorted(runs.items()))
     _check_matched(source, stream, runs)
     return stream, runs
-
-
-def _need_table(source: str, table: str, values: Any) -> None:
-    if not isinstance(values, dict):
-        raise PlanError(f"{source}: {table} is a table, not a value (given: {_short(values)}); set its keys one by one")
-    for key, value in values.items():
-        if isinstance(value, dict):
-            _need_table(source, f"{table}.{key}", value)
-        elif isinstance(value, str) and "\0" in value:
-            raise PlanError(f"{source}: {table}.{key}: text can't hold a NUL character (given: {_short(value)})")
-        elif isinstance(value, int) and abs(value) > LARGEST:
-            raise PlanError(f"{source}: {table}.{key}: whole numbers go to {LARGEST} (given: {_short(value)})")
-
-
-def _table(source: str, table: str, kind: type[ConfigT], values: Any) -> ConfigT:
-    _need_table(source, table, values)
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join([table, *(str(part) for part in first["loc"])])
-        if first["type"] == "extra_forbidden":
-            raise PlanError(f"{source}: unknown key {key}; allowed: {', '.join(sorted(kind.model_fields))}") from None
-        given = "" if first["type"] in ("missing", "value_error") else f" (given: {_short(first['input'])})"
-        raise PlanError(f"{source}: {key}: {first['msg'].removeprefix('Value error, ')}{given}") from None
 
 
 def _check_matched(source: str, stream: StreamConfig, runs: dict[int, RunConfig]) -> None:

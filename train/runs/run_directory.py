@@ -5,11 +5,10 @@ saelens/<view>/ (for other tools), eval/ (results). Nothing in it is pickled.
 """
 
 import hashlib
-import io
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +17,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from hsae.cache.errors import UserError
-from hsae.cache.files import LEFT, PARTIAL, parse_json, sweep, write_atomically
+from hsae.cache.files import LEFT, PARTIAL, sweep
 from hsae.cache.reading.store import ActivationStore
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model import saelens_folder
-from hsae.train.model.trained_model import load_mark, load_model
+from hsae.train.model.trained_model import TrainedModel, load_mark, load_model, save_model
 from hsae.train.runs.run_record import FILE, MODEL_FILES, VIEW, damage, digests, harmed, read_run, write_run
 from hsae.train.training.checkpoints import FILE as CHECKPOINT
 from hsae.train.training.checkpoints import read_mark
@@ -199,7 +198,7 @@ def _known(run_dir: Path, about: dict[str, Any], say: Callable[[str], None]) -> 
     if (held["identity"], held["content"]) == (about["identity"], about["content"]):
         write_run(run_dir, held | {"complete": complete})
         if complete:
-            _write_saelens(run_dir)
+            _write_saelens(load_model(run_dir / "model"), run_dir)
             finish(run_dir)
         say(
             f"{run_dir / FILE} was lost, and is written again from the {'model' if complete else 'checkpoint'} beside it"
@@ -222,7 +221,7 @@ def _whole(run_dir: Path, held: dict[str, Any], say: Callable[[str], None]) -> b
         if name in wrong:
             raise harmed(run_dir / name, run_dir, wrong[name])
     if wrong or not (run_dir / "saelens").is_dir():
-        _write_saelens(run_dir)
+        _write_saelens(load_model(run_dir / "model"), run_dir)
         if "files" in held:
             write_run(run_dir, {**held, "files": digests(run_dir)})
         say(
@@ -233,9 +232,15 @@ def _whole(run_dir: Path, held: dict[str, Any], say: Callable[[str], None]) -> b
     return True
 
 
-def _write_saelens(run_dir: Path) -> None:
-    """Make the folders for other tools from the model."""
-    for name, sae in load_model(run_dir / "model").one_layer().items():
+def write_model(model: TrainedModel, run_dir: Path, mark: Mapping[str, Any] | None = None) -> None:
+    """Write a trained model and its folders for other tools; `mark` says what it belongs to."""
+    save_model(model, run_dir / "model", mark)
+    _write_saelens(model, run_dir)
+
+
+def _write_saelens(model: TrainedModel, run_dir: Path) -> None:
+    """Make the folders for other tools."""
+    for name, sae in model.one_layer().items():
         saelens_folder.save(sae, run_dir / "saelens" / name)
 
 
@@ -299,78 +304,3 @@ def hardware(device: str, world: int = 1) -> str:
     else:
         one = f"{platform.machine()} processor, {torch.get_num_threads()} threads"
     return one if world == 1 else f"{world} workers, each: {one}"
-
-
-DAMAGED = "damaged"
-"""Kind of the lines that stand in a log for damaged ones, with what is left of them."""
-
-
-class MetricsLog:
-    """metrics.jsonl, appended to line by line. When a run goes on at `step`, what lies behind that step is cut off.
-
-    A damaged line before it is replaced by one that any reader of JSON lines understands and that holds what is left of it.
-    """
-
-    def __init__(self, run_dir: Path, step: int) -> None:
-        self.path = run_dir / "metrics.jsonl"
-        lines = _lines(self.path)
-        before = (number for number, (_, line) in enumerate(lines) if line is not None and _before(line, step))
-        last = max(before, default=-1)
-        kept, reached = [], 0
-        for number, (text, line) in enumerate(lines):
-            if line is not None:
-                if number > last:
-                    break
-                kept.append(text)
-                reached = line["step"]
-            elif text.endswith(b"\n"):  # the last one may have been cut off
-                rest = {"kind": DAMAGED, "step": reached, "text": text.decode("utf-8", "backslashreplace").rstrip("\n")}
-                kept.append(json.dumps(rest).encode() + b"\n")
-        content = b"".join(kept)
-        if not self.path.is_file() or content != b"".join(text for text, _ in lines):
-            write_atomically(self.path, lambda partial: partial.write_bytes(content))
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one object."""
-        with _named(self.path), self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; damaged ones, and a last one cut off by a crash, are left out."""
-    return [line for _, line in _lines(run_dir / "metrics.jsonl") if line is not None and line["kind"] != DAMAGED]
-
-
-def damaged_metrics(run_dir: Path) -> list[int]:
-    """Numbers (from 1) of the damaged lines of metrics.jsonl, the last one apart if it was cut off."""
-    lines = enumerate(_lines(run_dir / "metrics.jsonl"), 1)
-    return [n for n, (text, line) in lines if (text.endswith(b"\n") if line is None else line["kind"] == DAMAGED)]
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Let an OSError say which file it is about."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _before(line: dict[str, Any], step: int) -> bool:
-    """Whether a line was written before a checkpoint of `step`."""
-    return bool(line["step"] < step or (line["kind"] != "stage" and line["step"] == step))
-
-
-def _lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """The bytes of each line of a log, and what it says; None if that is damaged."""
-    held = path.read_bytes() if path.is_file() else b""
-    return [(text, _parsed(text)) for text in io.BytesIO(held)]
-
-
-def _parsed(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = parse_json(text)
-    except ValueError:
-        return None
-    known = isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("kind"), str)
-    return line if known else None

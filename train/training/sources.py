@@ -16,9 +16,12 @@ from hsae.cache.building.statistics import MEDIAN_SAMPLE
 from hsae.cache.errors import UserError
 from hsae.cache.launcher import Share
 from hsae.cache.reading.store import ActivationStore
-from hsae.cache.reading.token_stream import TokenStream
+from hsae.cache.reading.token_stream import ALONE, TokenStream
 from hsae.train.config.run_config import StreamConfig
 from hsae.train.training.scaling import Scaling
+
+UNKNOWN = {"model_name": "unknown", "hook_name": "x"}
+"""What SAELens folders say of vectors from anywhere."""
 
 
 class Source(Protocol):
@@ -38,14 +41,20 @@ class Source(Protocol):
 class StoreSource:
     """Shuffled tokens of one hook of an activation store; of several workers, this one's `share` of every batch."""
 
-    def __init__(self, store: ActivationStore, hook: str, stream: StreamConfig, share: Share = Share()) -> None:
+    def __init__(
+        self,
+        store: ActivationStore,
+        hook: str,
+        stream: StreamConfig,
+        share: Share = ALONE,
+        *,
+        batch_key: str = "train.batch_tokens",
+    ) -> None:
         if hook not in store.spec.hooks:
             raise UserError(f"{store.url} holds {', '.join(store.spec.hooks)}, not {hook}; run `hsae cache build`")
-        available = int(store.kept.sum())
+        available = int(store.tokens_per_chunk.sum())
         if stream.batch_tokens > available:
-            raise UserError(
-                f"train.batch_tokens is {stream.batch_tokens}, but the store has only {available} tokens in all"
-            )
+            raise UserError(f"{batch_key} is {stream.batch_tokens}, but the store has only {available} tokens in all")
         statistics = store.statistics(hook)
         self.store, self.hook, self.stream, self.share = store, hook, stream, share
         self.scaling = Scaling.of_moments(
@@ -75,8 +84,6 @@ class StoreSource:
 class ArraySource:
     """Vectors [N, D] in memory, shuffled anew every epoch by the stream's seed; epochs follow each other without gaps."""
 
-    metadata = {"model_name": "unknown", "hook_name": "x"}
-
     def __init__(self, vectors_ND: Tensor, stream: StreamConfig) -> None:
         if len(vectors_ND) < stream.batch_tokens:
             raise UserError(
@@ -84,7 +91,7 @@ class ArraySource:
                 "give more vectors, or a smaller batch_tokens"
             )
         self.vectors_ND, self.stream = vectors_ND, stream
-        self.scaling = Scaling.of_vectors(vectors_ND, "the vectors of x")
+        self.scaling, self.metadata = Scaling.of_vectors(vectors_ND, "the vectors of x"), dict(UNKNOWN)
 
     def batches(self, first: int, *, pinned: bool = False) -> Iterator[Tensor]:
         """Batches `first` to the last step's."""
@@ -106,12 +113,10 @@ class IterableSource:
     again (a list, a DataLoader) is, until all steps are taken; an iterator has to last that long.
     """
 
-    metadata = ArraySource.metadata
-
     def __init__(self, batches: Iterable[Any], stream: StreamConfig) -> None:
         regrouped = _regrouped(batches, stream)
         first = list(itertools.islice(regrouped, -(-MEDIAN_SAMPLE // stream.batch_tokens)))
-        self.scaling = Scaling.of_vectors(torch.cat(first), "the first batches of x")
+        self.scaling, self.metadata = Scaling.of_vectors(torch.cat(first), "the first batches of x"), dict(UNKNOWN)
         self._batches = itertools.chain(first, regrouped)
 
     def batches(self, first: int, *, pinned: bool = False) -> Iterator[Tensor]:

@@ -22,8 +22,8 @@ from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.saelens_folder import SAE
 from hsae.train.model.trained_model import CompositionMap, TrainedModel, load_model
+from hsae.train.runs.planned_runs import train_runs
 from hsae.train.runs.run_record import read_run, write_run
-from hsae.train.training.trainer import train
 
 HOOK = "blocks.1.hook_resid_post"
 D, PADDING, T = 29, -1, 19
@@ -349,11 +349,6 @@ def test_a_run_without_levels_has_nothing_to_fail(store):
 # ---- runs of a plan ---------------------------------------------------------------------------------------------------
 
 
-class Quiet:
-    def __getattr__(self, _):
-        return lambda *_: None
-
-
 @pytest.fixture
 def quick(monkeypatch):
     """Fewer resamples and shorter probes: runs are about files and words, not values."""
@@ -369,8 +364,8 @@ def trained(tmp_path_factory):
     chosen = [f"cache.dir={str(folder / 'activations')!r}", f"train.dir={str(folder / 'runs')!r}", "train.tokens=2000"]
     plan = load_plan("tiny", chosen)
     build([plan.store("eval"), plan.store("train")], plan.cache.dir)
-    train(plan, plan.select("3,5,11"), Quiet(), device="cpu")
-    train(plan.seeded(1), plan.select("3"), Quiet(), device="cpu")
+    train_runs(plan, plan.select("3,5,11"), device="cpu")
+    train_runs(plan.seeded(1), plan.select("3"), device="cpu")
     return chosen
 
 

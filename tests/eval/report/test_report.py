@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from many_workers import Silent
 from places import GOLDEN
 
 from hsae.cache.building.builder import build
@@ -28,8 +27,8 @@ from hsae.eval.report import tables
 from hsae.eval.report.page import write_report
 from hsae.train.config.plan import load_plan
 from hsae.train.model.trained_model import load_model
+from hsae.train.runs.planned_runs import train_runs
 from hsae.train.runs.run_record import write_run
-from hsae.train.training.trainer import train
 
 USER_BASELINE = GOLDEN / "user_baseline_core.json"
 
@@ -53,7 +52,7 @@ def made(tmp_path_factory):
     plan = load_plan("tiny", [*places, "cache.eval.last_document=30", "cache.train.first_document=30"])
     build([plan.store("eval"), plan.store("train")], plan.cache.dir)
     runs = plan.select("0,1,3")
-    train(plan, runs, Silent(), device="cpu")
+    train_runs(plan, runs, device="cpu")
     store = ActivationStore.of(plan.store("eval"), plan.cache.dir)
     targets = [target for run in runs for target in run_targets(plan, run)]
     evaluate_targets(targets, store, lambda: LanguageModel.load(plan.model), options=CoreOptions())

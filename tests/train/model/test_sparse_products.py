@@ -7,7 +7,8 @@ from hsae.train.config.run_config import CompositionConfig, RunConfig
 from hsae.train.model import sparse_products
 from hsae.train.model.composition_map import Composition
 from hsae.train.model.trainable_sae import TrainableSAE
-from hsae.train.training.training_run import Scaling, TrainingRun
+from hsae.train.training.scaling import Scaling
+from hsae.train.training.training_run import TrainingRun
 
 B, D, F1, F2 = 11, 7, 83, 31
 

@@ -11,7 +11,8 @@ from hsae.train.model import saelens_folder
 from hsae.train.model.trained_model import load_model, save_model
 from hsae.train.model.views import View
 from hsae.train.training.folding import fold
-from hsae.train.training.training_run import Scaling, TrainingRun
+from hsae.train.training.scaling import Scaling
+from hsae.train.training.training_run import TrainingRun
 
 B, D, F1, F2, F3 = 17, 7, 13, 5, 3
 METADATA = {

@@ -21,20 +21,16 @@ from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.trained_model import TrainedModel, load_model
 from hsae.train.runs import run_directory, run_record
+from hsae.train.runs.metrics_log import MetricsLog, damaged_metrics, read_metrics
+from hsae.train.runs.planned_runs import train_runs
 from hsae.train.training.checkpoints import FILE as CHECKPOINT
 from hsae.train.training.checkpoints import load_checkpoint, save_checkpoint
-from hsae.train.training.trainer import train
+from hsae.train.training.listener import Listener
 
 
-class Listener:
+class Recorder(Listener):
     def __init__(self):
         self.warnings = []
-
-    def started(self, run, step, steps):
-        pass
-
-    def metrics(self, run, metrics):
-        pass
 
     def warning(self, run, message):
         self.warnings.append(message)
@@ -46,7 +42,7 @@ def trained(activations, tmp_path_factory):
     overrides = [f"model.id={str(GOLDEN / 'model')!r}", f"cache.dir={str(activations)!r}"]
     folder = tmp_path_factory.mktemp("runs")
     plan = load_plan("tiny", [*overrides, f"train.dir={str(folder)!r}"])
-    train(plan, plan.select("3"), Listener(), device="cpu")
+    train_runs(plan, plan.select("3"), device="cpu")
     (folder / "3" / "eval").mkdir()
     result_files.write_result(folder / "3" / "eval" / "composition.json", {"format": 1})
     (folder / "3" / "notes.txt").write_text("mine")
@@ -61,8 +57,8 @@ def run(trained, tmp_path):
     plan = load_plan("tiny", [*overrides, f"train.dir={str(tmp_path / 'runs')!r}"])
 
     def again(**options):
-        listener = Listener()
-        ended = train(plan, plan.select("3"), listener, device="cpu", **options)
+        listener = Recorder()
+        ended = train_runs(plan, plan.select("3"), listener, device="cpu", **options)
         return ended[0].status, " ".join(listener.warnings)
 
     return plan, tmp_path / "runs" / "3", again
@@ -98,7 +94,7 @@ def test_what_hsae_did_not_write_is_never_deleted(run):
     before = files(other)
     for options in ({}, {"restart": True}, {"resume": True}):
         with pytest.raises(UserError, match=r"is not empty .*eval.*not a run of hsae's.*--set train.dir=FOLDER"):
-            train(plan, plan.select("11"), Listener(), device="cpu", **options)
+            train_runs(plan, plan.select("11"), device="cpu", **options)
     assert files(other) == before
     (run_dir / "model" / "weights.pt").write_text("mine")
     (run_dir / "saelens" / "mine").mkdir()
@@ -199,17 +195,17 @@ def test_a_log_heals_at_its_tail_only(tmp_path):
     lines[3] = b"[1]\n"
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(lines) + lines[0][:9])
-    assert [line["step"] for line in run_directory.read_metrics(tmp_path)] == [1, 3, 5, 6, 7]
-    assert run_directory.damaged_metrics(tmp_path) == [2, 4]
-    run_directory.MetricsLog(tmp_path, 5).write({"kind": "stage", "step": 5})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 5, 6, 7]
+    assert damaged_metrics(tmp_path) == [2, 4]
+    MetricsLog(tmp_path, 5).write({"kind": "stage", "step": 5})
     lines[1] = b'{"kind": "damaged", "step": 1, "text": "{\\"kind\\": \\"metrics\\", \\\\xff"}\n'
     lines[3] = b'{"kind": "damaged", "step": 3, "text": "[1]"}\n'
     assert path.read_bytes() == b"".join(lines[:5]) + b'{"kind": "stage", "step": 5}\n'
-    assert [line["step"] for line in run_directory.read_metrics(tmp_path)] == [1, 3, 5, 5]
-    assert run_directory.damaged_metrics(tmp_path) == [2, 4]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 5, 5]
+    assert damaged_metrics(tmp_path) == [2, 4]
     lines[0] = lines[0].replace(b"1", b"9")  # a step beyond the checkpoint, in the middle
     path.write_bytes(b"".join(lines))
-    run_directory.MetricsLog(tmp_path, 6)
+    MetricsLog(tmp_path, 6)
     assert path.read_bytes() == b"".join(lines[:6])
 
 

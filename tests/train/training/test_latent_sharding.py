@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from many_workers import (
     EVEN,
     TORCHRUN,
-    Silent,
     assert_same_training,
     in_threads,
     launched,
@@ -24,10 +23,11 @@ from hsae.cache.errors import UserError
 from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.activations import batch_top_k, top_k
-from hsae.train.runs import run_directory
+from hsae.train.runs.metrics_log import read_metrics
+from hsae.train.runs.planned_runs import check, train_runs
 from hsae.train.training.latent_sharding import Latents
-from hsae.train.training.trainer import check, train
-from hsae.train.training.training_run import Scaling, TrainingRun
+from hsae.train.training.scaling import Scaling
+from hsae.train.training.training_run import TrainingRun
 from hsae.train.training.workers import ALONE
 
 D, BATCH, STEPS = 12, 43, 14
@@ -172,14 +172,14 @@ def test_a_part_that_is_not_finite_and_biases_that_differ_are_seen_by_all():
         run = run_of(config, workers)
         run.step(x)
         run.check_same()
-        sound = run.finite()
+        sound = run.check_weights()
         with torch.no_grad():
             run.model.bias(1)[3] += 0.25 * workers.rank
             run.model.level(2).W_enc[3, 1] = torch.nan if workers.rank == 1 else 0.0
         try:
             run.check_same()
         except UserError as error:
-            return sound, run.finite(), str(error)
+            return sound, run.check_weights(), str(error)
 
     told = "the workers' copies of biases.0 have come to differ; use machines of one kind, and go on with --resume"
     assert in_threads(3, judged) == [(True, False, told)] * 3
@@ -202,10 +202,10 @@ def test_what_cannot_be_divided_is_refused_before_any_compute():
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from many_workers import EVEN, Silent
+from many_workers import EVEN
 from hsae.cache.launcher import share
 from hsae.train.config.plan import load_plan
-from hsae.train.training.trainer import train
+from hsae.train.runs.planned_runs import train_runs
 from hsae.train.training.workers import joined
 
 places = sys.argv[3:]
@@ -215,20 +215,20 @@ def plan(folder, *more):
 with joined(share(), "cpu") as workers:
     options = {"device": "cpu", "workers": workers, "divide": "latents"}
     whole = plan("two")
-    assert {result.status for result in train(whole, whole.select("3,12,15"), Silent(), **options)} == {"trained"}
+    assert {result.status for result in train_runs(whole, whole.select("3,12,15"), **options)} == {"trained"}
     begun, calls = plan("begun by two"), iter(range(99))
     wished = lambda: next(calls) == 10 and workers.rank == 1
-    assert train(begun, begun.select("3"), Silent(), should_stop=wished, **options)[0].status == "stopped"
+    assert train_runs(begun, begun.select("3"), should_stop=wished, **options)[0].status == "stopped"
     ended = plan("ended by two")
-    assert train(ended, ended.select("3"), Silent(), resume=True, **options)[0].status == "trained"
+    assert train_runs(ended, ended.select("3"), resume=True, **options)[0].status == "trained"
     twice, calls = plan("begun and ended by two"), iter(range(99))
     wished = lambda: next(calls) == 9
     for status in ("stopped", "trained"):
-        assert train(twice, twice.select("3"), Silent(), resume=True, should_stop=wished, **options)[0].status == status
+        assert train_runs(twice, twice.select("3"), resume=True, should_stop=wished, **options)[0].status == status
     shares, calls = plan("begun with shares"), iter(range(99))
     wished = lambda: next(calls) == 7
-    train(shares, shares.select("3"), Silent(), should_stop=wished, device="cpu", workers=workers)
-    assert train(shares, shares.select("3"), Silent(), resume=True, **options)[0].status == "trained"
+    train_runs(shares, shares.select("3"), should_stop=wished, device="cpu", workers=workers)
+    assert train_runs(shares, shares.select("3"), resume=True, **options)[0].status == "trained"
 """
 
 
@@ -238,9 +238,9 @@ def test_two_workers_with_half_the_latents_train_what_one_does(overrides_in, tmp
         return load_plan("tiny", overrides_in(tmp_path / folder, *EVEN, *more))
 
     one, begun, ended = plan("one"), plan("begun by two"), plan("ended by two")
-    train(one, one.select("3,12,15"), Silent(), device="cpu")
+    train_runs(one, one.select("3,12,15"), device="cpu")
     calls = iter(range(99))
-    train(ended, ended.select("3"), Silent(), device="cpu", should_stop=lambda: next(calls) == 13)
+    train_runs(ended, ended.select("3"), device="cpu", should_stop=lambda: next(calls) == 13)
     arguments = [str(TESTS), str(tmp_path), *overrides_in(tmp_path)[:2]]
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [*TORCHRUN, "--nproc-per-node", "2", str(tmp_path / "script.py"), *arguments]
@@ -248,7 +248,7 @@ def test_two_workers_with_half_the_latents_train_what_one_does(overrides_in, tmp
         command, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert train(begun, begun.select("3"), Silent(), device="cpu", resume=True)[0].status == "trained"
+    assert train_runs(begun, begun.select("3"), device="cpu", resume=True)[0].status == "trained"
     for number in (3, 12, 15):
         assert_same_training(tmp_path / "one" / str(number), tmp_path / "two" / str(number))
     for folder in ("begun by two", "ended by two", "begun with shares"):
@@ -257,14 +257,14 @@ def test_two_workers_with_half_the_latents_train_what_one_does(overrides_in, tmp
         (tmp_path / folder / "3/model/model.safetensors").read_bytes() for folder in ("two", "begun and ended by two")
     ]
     assert bits[0] == bits[1]
-    last = [line for line in run_directory.read_metrics(tmp_path / "one/3") if line["kind"] == "metrics"][-1]
+    last = [line for line in read_metrics(tmp_path / "one/3") if line["kind"] == "metrics"][-1]
     assert last["parts"]["auxiliary1"] > 0 and last["composition_loss"] > 0
 
 
 @pytest.mark.slow
 def test_four_workers_with_a_quarter_of_the_latents_train_what_one_does(overrides_in, tmp_path):
     one = load_plan("tiny", overrides_in(tmp_path / "one", *EVEN))
-    train(one, one.select("3"), Silent(), device="cpu")
+    train_runs(one, one.select("3"), device="cpu")
     process = launched(4, [*train_arguments(overrides_in(tmp_path / "four", *EVEN)), "--divide", "latents"])
     out, err = process.communicate()
     assert process.returncode == 0, err[-3000:]

@@ -5,7 +5,8 @@ import torch
 
 from hsae.train.config.run_config import RunConfig
 from hsae.train.training.resampling import resample
-from hsae.train.training.training_run import Scaling, TrainingRun
+from hsae.train.training.scaling import Scaling
+from hsae.train.training.training_run import TrainingRun
 
 B, D, WIDTHS = 29, 7, (13, 5, 3)
 DEAD = {1: (2, 5, 12), 2: (0, 4), 3: (1,)}

@@ -18,15 +18,19 @@ from hsae.cache.device import pick_device
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.reading.store import ActivationStore
 from hsae.train.config.plan import load_plan
+from hsae.train.config.run_config import StreamConfig
 from hsae.train.model import saelens_folder
 from hsae.train.model.trained_model import load_model
 from hsae.train.runs import run_directory
+from hsae.train.runs.metrics_log import read_metrics
+from hsae.train.runs.planned_runs import train_runs
 from hsae.train.training.checkpoints import FILE as CHECKPOINT
-from hsae.train.training.trainer import scaling_of, train
+from hsae.train.training.listener import Listener
+from hsae.train.training.sources import StoreSource
 from hsae.train.training.training_run import TrainingRun
 
 
-class Recorder:
+class Recorder(Listener):
     def __init__(self):
         self.lines, self.warnings, self.starts = [], [], []
 
@@ -55,20 +59,20 @@ def results(run_dir):
         if path.is_file() and path.name != "metrics.jsonl":
             digests[path.relative_to(run_dir).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     digests["metrics"] = [
-        {key: value for key, value in line.items() if key != "time"} for line in run_directory.read_metrics(run_dir)
+        {key: value for key, value in line.items() if key != "time"} for line in read_metrics(run_dir)
     ]
     return digests
 
 
 def test_every_run_trains_and_leaves_what_others_read(plan_in, tmp_path):
     plan, recorder = plan_in(tmp_path), Recorder()
-    ended = train(plan, list(plan.runs.values()), recorder, device="cpu")
+    ended = train_runs(plan, list(plan.runs.values()), recorder, device="cpu")
     assert [result.status for result in ended] == ["trained"] * 17
     for run in plan.runs.values():
         run_dir = plan.run_dir(run)
         assert run_directory.read_run(run_dir)["complete"] is True
         assert not (run_dir / CHECKPOINT).exists()
-        last = [line for line in run_directory.read_metrics(run_dir) if line["kind"] == "metrics"][-1]
+        last = [line for line in read_metrics(run_dir) if line["kind"] == "metrics"][-1]
         assert last["step"] == plan.train.steps and last["explained_variance"] > 0.3
         assert all(l0 > 0 for l0 in last["l0"])
         model = load_model(run_dir / "model")
@@ -76,17 +80,15 @@ def test_every_run_trains_and_leaves_what_others_read(plan_in, tmp_path):
         assert len(model.compositions) == (run.composition.mode != "none")
         for folder in (run_dir / "saelens").iterdir():
             assert saelens_folder.load(folder).d_sae in (*run.widths, sum(run.widths))
-    stages = [
-        line["stage"] for line in run_directory.read_metrics(plan.run_dir(plan.runs[3])) if line["kind"] == "stage"
-    ]
+    stages = [line["stage"] for line in read_metrics(plan.run_dir(plan.runs[3])) if line["kind"] == "stage"]
     assert stages[0] == "level 2 alone" and stages[1] == "level 1 joins" and stages[-1] == "decay"
 
 
 def test_runs_in_one_pass_are_bit_identical_to_runs_alone_and_to_a_second_time(plan_in, tmp_path):
     together, alone = plan_in(tmp_path / "together"), plan_in(tmp_path / "alone")
-    train(together, together.select("0,2,3"), Recorder(), device="cpu")
+    train_runs(together, together.select("0,2,3"), Recorder(), device="cpu")
     for number in (3, 0, 2):
-        train(alone, alone.select(str(number)), Recorder(), device="cpu")
+        train_runs(alone, alone.select(str(number)), Recorder(), device="cpu")
         one, other = (results(plan.run_dir(plan.runs[number])) for plan in (together, alone))
         one.pop("run.json"), other.pop("run.json")  # they differ in train.dir
         assert one == other
@@ -95,19 +97,19 @@ def test_runs_in_one_pass_are_bit_identical_to_runs_alone_and_to_a_second_time(p
 def test_two_processes_do_not_train_one_run(plan_in, tmp_path):
     plan = plan_in(tmp_path)
     with run_directory.lock(plan, plan.runs[0]), pytest.raises(UserError, match="another process is training"):
-        train(plan, plan.select("0"), Recorder(), device="cpu")
-    assert train(plan, plan.select("0"), Recorder(), device="cpu")[0].status == "trained"
+        train_runs(plan, plan.select("0"), device="cpu")
+    assert train_runs(plan, plan.select("0"), device="cpu")[0].status == "trained"
 
 
 def test_a_run_knows_what_its_store_was_made_from(plan_in, tmp_path, activations):
     plan = plan_in(tmp_path)
-    train(plan, plan.select("0"), Recorder(), device="cpu")
+    train_runs(plan, plan.select("0"), device="cpu")
     held = run_directory.read_run(plan.run_dir(plan.runs[0]))
     run_directory.write_run(
         plan.run_dir(plan.runs[0]), {**held, "content": {**held["content"], "corpus_digest": "other"}}
     )
     with pytest.raises(UserError, match="was trained on a store of the same name made from another model or text"):
-        train(plan, plan.select("0"), Recorder(), device="cpu")
+        train_runs(plan, plan.select("0"), device="cpu")
 
 
 def test_nan_weights_of_the_last_step_are_not_saved_as_a_model(plan_in, tmp_path, monkeypatch):
@@ -116,13 +118,13 @@ def test_nan_weights_of_the_last_step_are_not_saved_as_a_model(plan_in, tmp_path
 
     def poisoned(self, x):
         parts = step(self, x)
-        if self.last_step_done():
+        if self.is_done:
             with torch.no_grad():
                 self.model.level(1).b_enc[0] = torch.nan
         return parts
 
     monkeypatch.setattr(TrainingRun, "step", poisoned)
-    result = train(plan, plan.select("3"), Recorder(), device="cpu")[0]
+    result = train_runs(plan, plan.select("3"), Recorder(), device="cpu")[0]
     assert result.status == "failed" and "NaN or infinite" in result.detail
     assert not (plan.run_dir(plan.runs[3]) / "model").exists() and (plan.run_dir(plan.runs[3]) / CHECKPOINT).is_file()
 
@@ -131,7 +133,7 @@ def test_a_frozen_relu_level_does_not_wind_up_its_controller(plan_in, tmp_path):
     plan = plan_in(tmp_path, "runs.3.activation=relu", "train.precision=float32")
     run = TrainingRun(
         plan.runs[3],
-        scaling_of(ActivationStore.open(plan.store_path("train")), plan.hook.names[0]),
+        StoreSource(ActivationStore.open(plan.store_path("train")), plan.hook.names[0], plan.train).scaling,
         steps=100,
         seed=0,
         device="cpu",
@@ -147,7 +149,7 @@ def test_another_seed_gives_another_model(plan_in, tmp_path):
     digests = set()
     for seed in (0, 1):
         plan = plan_in(tmp_path / str(seed), f"train.seed={seed}")
-        train(plan, plan.select("3"), Recorder(), device="cpu")
+        train_runs(plan, plan.select("3"), Recorder(), device="cpu")
         digests.add(results(plan.run_dir(plan.runs[3]))["model/model.safetensors"])
     assert len(digests) == 2
 
@@ -155,16 +157,16 @@ def test_another_seed_gives_another_model(plan_in, tmp_path):
 @pytest.mark.parametrize("stop_after", [1, 13, 24])
 def test_a_stopped_run_resumes_to_the_same_bits(plan_in, tmp_path, stop_after):
     whole, broken = plan_in(tmp_path / "whole"), plan_in(tmp_path / "broken")
-    train(whole, whole.select("0,2,3"), Recorder(), device="cpu")
+    train_runs(whole, whole.select("0,2,3"), Recorder(), device="cpu")
     calls = iter(range(1000))
     ended = train(
         broken, broken.select("0,2,3"), Recorder(), device="cpu", should_stop=lambda: next(calls) == stop_after - 1
     )
     assert {result.status for result in ended} == {"stopped"}
     with pytest.raises(UserError, match="was not finished; --resume goes on from its checkpoint"):
-        train(broken, broken.select("3"), Recorder(), device="cpu")
+        train_runs(broken, broken.select("3"), Recorder(), device="cpu")
     recorder = Recorder()
-    train(broken, broken.select("0,2,3"), recorder, device="cpu", resume=True)
+    train_runs(broken, broken.select("0,2,3"), recorder, device="cpu", resume=True)
     assert recorder.starts == [(0, stop_after), (2, stop_after), (3, stop_after)]
     for number in (0, 2, 3):
         one, other = (results(plan.run_dir(plan.runs[number])) for plan in (whole, broken))
@@ -179,7 +181,7 @@ def test_kill_minus_nine_ten_times_then_resume_gives_the_same_bits(plan_in, tmp_
     generator = torch.Generator().manual_seed(1)
     overrides = ["train.tokens=60_000", "train.checkpoint_steps=7", "train.log_steps=3"]
     whole, broken = plan_in(tmp_path / "whole", *overrides), plan_in(tmp_path / "broken", *overrides)
-    train(whole, whole.select("0,3"), Recorder(), device="cpu")
+    train_runs(whole, whole.select("0,3"), Recorder(), device="cpu")
     folder = f"train.dir={str(tmp_path / 'broken')!r}"
     places = [f"model.id={str(GOLDEN_MODEL)!r}", f"cache.dir={str(activations)!r}", folder, *overrides]
     command = [
@@ -213,7 +215,7 @@ def test_kill_minus_nine_ten_times_then_resume_gives_the_same_bits(plan_in, tmp_
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         killed += 1
-    train(broken, broken.select("0,3"), Recorder(), device="cpu", resume=True)
+    train_runs(broken, broken.select("0,3"), Recorder(), device="cpu", resume=True)
     for number in (0, 3):
         one, other = (results(plan.run_dir(plan.runs[number])) for plan in (whole, broken))
         one.pop("run.json"), other.pop("run.json")
@@ -222,15 +224,15 @@ def test_kill_minus_nine_ten_times_then_resume_gives_the_same_bits(plan_in, tmp_
 
 def test_finished_runs_are_left_alone_and_other_configurations_are_not_overwritten(plan_in, tmp_path):
     plan = plan_in(tmp_path)
-    train(plan, plan.select("0"), Recorder(), device="cpu")
+    train_runs(plan, plan.select("0"), device="cpu")
     before = results(plan.run_dir(plan.runs[0]))
-    assert train(plan, plan.select("0"), Recorder(), device="cpu")[0].status == "already trained"
+    assert train_runs(plan, plan.select("0"), device="cpu")[0].status == "already trained"
     assert results(plan.run_dir(plan.runs[0])) == before
     other = plan_in(tmp_path, "train.learning_rate=1e-4")
     with pytest.raises(UserError, match="holds a run of another configuration or store"):
-        train(other, other.select("0"), Recorder(), device="cpu")
+        train_runs(other, other.select("0"), Recorder(), device="cpu")
     assert results(plan.run_dir(plan.runs[0])) == before
-    assert train(other, other.select("0"), Recorder(), device="cpu", restart=True)[0].status == "trained"
+    assert train_runs(other, other.select("0"), Recorder(), device="cpu", restart=True)[0].status == "trained"
 
 
 def test_nan_stops_the_run_keeps_the_last_good_state_and_lets_the_others_finish(plan_in, tmp_path, monkeypatch):
@@ -244,7 +246,7 @@ def test_nan_stops_the_run_keeps_the_last_good_state_and_lets_the_others_finish(
         return parts
 
     monkeypatch.setattr(TrainingRun, "step", poisoned)
-    ended = train(plan, plan.select("0,3"), recorder, device="cpu")
+    ended = train_runs(plan, plan.select("0,3"), recorder, device="cpu")
     assert [result.status for result in ended] == ["trained", "failed"]
     assert "the loss became nan at step 12" in ended[1].detail
     assert [
@@ -253,7 +255,7 @@ def test_nan_stops_the_run_keeps_the_last_good_state_and_lets_the_others_finish(
     assert run_directory.read_run(plan.run_dir(plan.runs[3]))["complete"] is False
     monkeypatch.undo()
     resumed = Recorder()
-    assert train(plan, plan.select("3"), resumed, device="cpu", resume=True)[0].status == "trained"
+    assert train_runs(plan, plan.select("3"), resumed, device="cpu", resume=True)[0].status == "trained"
     assert resumed.starts == [(3, 10)]
 
 
@@ -270,24 +272,22 @@ def test_weights_that_stop_being_finite_are_never_checkpointed(plan_in, tmp_path
 
     monkeypatch.setattr(TrainingRun, "step", poisoned)
     assert (
-        train(plan, plan.select("3"), Recorder(), device="cpu")[0].detail
+        train_runs(plan, plan.select("3"), Recorder(), device="cpu")[0].detail
         == "a weight became NaN or infinite by step 10"
     )
     monkeypatch.undo()
     resumed = Recorder()
-    train(plan, plan.select("3"), resumed, device="cpu", resume=True)
+    train_runs(plan, plan.select("3"), resumed, device="cpu", resume=True)
     assert resumed.starts == [(3, 5)]
 
 
 def test_a_silent_level_is_reported_at_once(plan_in, tmp_path, monkeypatch):
     plan, recorder = plan_in(tmp_path, "train.dead_after_tokens=1000"), Recorder()
     monkeypatch.setattr("hsae.train.model.trainable_sae.Level.activate", lambda self, pre: pre * 0)
-    train(plan, plan.select("0"), recorder, device="cpu")
+    train_runs(plan, plan.select("0"), recorder, device="cpu")
     messages = [message for _, message in recorder.warnings]
     assert messages == ["level 1 does not fire at all (L0 = 0)", "100% of level 1's latents are dead"]
-    logged = [
-        line["message"] for line in run_directory.read_metrics(plan.run_dir(plan.runs[0])) if line["kind"] == "warning"
-    ]
+    logged = [line["message"] for line in read_metrics(plan.run_dir(plan.runs[0])) if line["kind"] == "warning"]
     assert logged == messages
 
 
@@ -303,14 +303,14 @@ def test_a_silent_level_is_reported_at_once(plan_in, tmp_path, monkeypatch):
 def test_what_cannot_work_is_refused_before_any_compute(plan_in, tmp_path, override, message):
     plan = plan_in(tmp_path, override)
     with pytest.raises(UserError, match=message):
-        train(plan, plan.select("0,3"), Recorder(), device="cpu")
+        train_runs(plan, plan.select("0,3"), Recorder(), device="cpu")
     assert not tmp_path.joinpath("0").exists()
 
 
 def test_a_missing_store_names_the_command_that_makes_it(tmp_path):
     plan = load_plan("tiny", [f"cache.dir={str(tmp_path)!r}"])
     with pytest.raises(StoreError, match="hsae cache build"):
-        train(plan, plan.select("0"), Recorder(), device="cpu")
+        train_runs(plan, plan.select("0"), device="cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -324,7 +324,7 @@ def test_scaling_gives_unit_mean_square_per_dimension(activations):
         activations / load_plan("tiny", [f"model.id={str(GOLDEN_MODEL)!r}"]).store("train").name
     )
     hook = store.spec.hooks[0]
-    scaling = scaling_of(store, hook)
+    scaling = StoreSource(store, hook, StreamConfig(tokens=250, batch_tokens=250)).scaling
     tokens, acts = store.tokens(0, store.rows), store.acts(hook, 0, store.rows)
     x = acts[~store.special_mask(tokens)].double() * scaling.scale
     assert x.square().sum(1).mean().item() == pytest.approx(x.shape[1], rel=1e-4)

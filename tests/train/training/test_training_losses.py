@@ -9,6 +9,7 @@ import torch
 from hsae.train.config.run_config import CompositionConfig, RunConfig
 from hsae.train.model.composition_map import Composition
 from hsae.train.model.trainable_sae import Level, TrainableSAE
+from hsae.train.training.scaling import Scaling
 from hsae.train.training.training_losses import (
     SparsityController,
     auxiliary,
@@ -17,7 +18,7 @@ from hsae.train.training.training_losses import (
     gated_auxiliary,
     sparsity,
 )
-from hsae.train.training.training_run import Scaling, TrainingRun, map_failures
+from hsae.train.training.training_run import TrainingRun, map_failures
 
 B, D, F1, F2 = 11, 7, 13, 5
 

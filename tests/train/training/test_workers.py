@@ -15,7 +15,6 @@ from many_workers import (
     HARD,
     HSAE,
     TORCHRUN,
-    Silent,
     assert_same_training,
     in_threads,
     launched,
@@ -33,8 +32,10 @@ from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.activations import batch_top_k
 from hsae.train.runs import run_directory
-from hsae.train.training.trainer import check, train
-from hsae.train.training.training_run import Scaling, TrainingRun
+from hsae.train.runs.metrics_log import read_metrics
+from hsae.train.runs.planned_runs import check, train_runs
+from hsae.train.training.scaling import Scaling
+from hsae.train.training.training_run import TrainingRun
 from hsae.train.training.workers import ALONE, joined
 
 
@@ -134,13 +135,13 @@ def test_shares_of_the_stream_are_the_batch(activations, world):
 
 def test_what_workers_cannot_do_is_refused_before_any_compute(overrides_in, tmp_path, activations, monkeypatch):
     plan = load_plan("tiny", overrides_in(tmp_path))
-    store = ActivationStore.open(plan.store_path("train"))
+    ActivationStore.open(plan.store_path("train"))
     with pytest.raises(
         UserError,
         match=r"train.batch_tokens is 250, which 4 workers can't share equally; use a multiple of 4, such as 248 or 252",
     ):
-        check(plan, plan.select("3"), store, world=4)
-    check(plan, plan.select("3"), store, world=5)
+        check(plan, plan.select("3"), world=4)
+    check(plan, plan.select("3"), world=5)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("MASTER_PORT", "29500")
     with (
@@ -159,10 +160,10 @@ def test_what_workers_cannot_do_is_refused_before_any_compute(overrides_in, tmp_
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from many_workers import HARD, Silent
+from many_workers import HARD
 from hsae.cache.launcher import share
 from hsae.train.config.plan import load_plan
-from hsae.train.training.trainer import train
+from hsae.train.runs.planned_runs import train_runs
 from hsae.train.training.workers import joined
 
 places = sys.argv[3:]
@@ -172,15 +173,15 @@ def plan(folder, *more):
 with joined(share(), "cpu") as workers:
     options = {"device": "cpu", "workers": workers}
     whole = plan("two")
-    assert {result.status for result in train(whole, whole.select("1,3,12,15"), Silent(), **options)} == {"trained"}
+    assert {result.status for result in train_runs(whole, whole.select("1,3,12,15"), **options)} == {"trained"}
     drawn = plan("drawn two", "train.resample_steps=5")
-    train(drawn, drawn.select("3"), Silent(), **options)
+    train_runs(drawn, drawn.select("3"), **options)
     begun, calls = plan("begun by two"), iter(range(99))
     wished = lambda: next(calls) == 10 and workers.rank == 1
-    assert train(begun, begun.select("3"), Silent(), should_stop=wished, **options)[0].status == "stopped"
+    assert train_runs(begun, begun.select("3"), should_stop=wished, **options)[0].status == "stopped"
     ended = plan("ended by two")
-    assert train(ended, ended.select("3"), Silent(), resume=True, **options)[0].status == "trained"
-    assert train(ended, ended.select("3"), Silent(), **options)[0].status == "already trained"
+    assert train_runs(ended, ended.select("3"), resume=True, **options)[0].status == "trained"
+    assert train_runs(ended, ended.select("3"), **options)[0].status == "already trained"
 """
 
 
@@ -195,10 +196,10 @@ def test_two_workers_train_what_one_does_and_take_each_others_places(overrides_i
         plan("begun by two"),
         plan("ended by two"),
     )
-    train(one, one.select("1,3,12,15"), Silent(), device="cpu")
-    train(drawn, drawn.select("3"), Silent(), device="cpu")
+    train_runs(one, one.select("1,3,12,15"), device="cpu")
+    train_runs(drawn, drawn.select("3"), device="cpu")
     calls = iter(range(99))
-    train(ended, ended.select("3"), Silent(), device="cpu", should_stop=lambda: next(calls) == 13)
+    train_runs(ended, ended.select("3"), device="cpu", should_stop=lambda: next(calls) == 13)
     arguments = [str(TESTS), str(tmp_path), *overrides_in(tmp_path)[:2]]
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [*TORCHRUN, "--nproc-per-node", "2", str(tmp_path / "script.py"), *arguments]
@@ -206,13 +207,13 @@ def test_two_workers_train_what_one_does_and_take_each_others_places(overrides_i
         command, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert train(begun, begun.select("3"), Silent(), device="cpu", resume=True)[0].status == "trained"
+    assert train_runs(begun, begun.select("3"), device="cpu", resume=True)[0].status == "trained"
     for number in (1, 3, 12, 15):
         assert_same_training(tmp_path / "one" / str(number), tmp_path / "two" / str(number))
     assert_same_training(tmp_path / "drawn one/3", tmp_path / "drawn two/3")
     for folder in ("begun by two", "ended by two"):
         assert_same_training(tmp_path / "one/3", tmp_path / folder / "3")
-    last = [line for line in run_directory.read_metrics(tmp_path / "one/3") if line["kind"] == "metrics"][-1]
+    last = [line for line in read_metrics(tmp_path / "one/3") if line["kind"] == "metrics"][-1]
     assert last["parts"]["auxiliary1"] > 0 and last["composition_loss"] > 0
     assert run_directory.read_run(tmp_path / "two/3")["hardware"].startswith("2 workers, each: ")
 
@@ -221,7 +222,7 @@ def test_two_workers_train_what_one_does_and_take_each_others_places(overrides_i
 def test_four_workers_train_what_one_does(overrides_in, tmp_path):
     hard = [*HARD, "train.batch_tokens=252"]
     one = load_plan("tiny", overrides_in(tmp_path / "one", *hard))
-    train(one, one.select("1-3"), Silent(), device="cpu")
+    train_runs(one, one.select("1-3"), device="cpu")
     process = launched(4, train_arguments(overrides_in(tmp_path / "four", *hard), "1-3"))
     out, err = process.communicate()
     assert process.returncode == 0, err[-3000:]
@@ -243,7 +244,7 @@ def test_a_mistake_is_told_once(overrides_in, tmp_path):
 def test_whoever_ends_all_end_and_all_go_on(overrides_in, tmp_path, whom):
     long = ["train.tokens=100_000", "train.checkpoint_steps=20"]
     one = load_plan("tiny", overrides_in(tmp_path / "one", *long))
-    train(one, one.select("3"), Silent(), device="cpu")
+    train_runs(one, one.select("3"), device="cpu")
     arguments = [*train_arguments(overrides_in(tmp_path / "two", *long)), "--resume"]
     process = launched(2, arguments)
     checkpoint = tmp_path / "two/3/checkpoint/state.safetensors"
@@ -262,7 +263,7 @@ def test_whoever_ends_all_end_and_all_go_on(overrides_in, tmp_path, whom):
     )
     assert checkpoint.exists()
     two = load_plan("tiny", overrides_in(tmp_path / "two", *long))
-    assert train(two, two.select("3"), Silent(), device="cpu", resume=True)[0].status == "trained"
+    assert train_runs(two, two.select("3"), device="cpu", resume=True)[0].status == "trained"
     assert_same_training(tmp_path / "one/3", tmp_path / "two/3", tolerance=1e-4)  # over 400 steps
 
 
@@ -322,7 +323,7 @@ def two_hosts():
 @pytest.mark.slow
 def test_two_hosts_train_what_one_does(two_hosts, overrides_in, tmp_path):
     one = load_plan("tiny", overrides_in(tmp_path / "one", *HARD))
-    train(one, one.select("1,3"), Silent(), device="cpu")
+    train_runs(one, one.select("1,3"), device="cpu")
     processes = []
     for rank, (name, _, interface) in enumerate(two_hosts):
         folder = tmp_path / "two" if rank == 0 else tmp_path / "elsewhere"  # run directories are worker 0's alone
