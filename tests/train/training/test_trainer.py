@@ -159,7 +159,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(plan_in, tmp_path, stop_after):
     whole, broken = plan_in(tmp_path / "whole"), plan_in(tmp_path / "broken")
     train_runs(whole, whole.select("0,2,3"), Recorder(), device="cpu")
     calls = iter(range(1000))
-    ended = train(
+    ended = train_runs(
         broken, broken.select("0,2,3"), Recorder(), device="cpu", should_stop=lambda: next(calls) == stop_after - 1
     )
     assert {result.status for result in ended} == {"stopped"}
