@@ -188,7 +188,7 @@ def test_a_part_that_is_not_finite_and_biases_that_differ_are_seen_by_all():
 def test_what_cannot_be_divided_is_refused_before_any_compute():
     plan, unread = load_plan("tiny"), None
     with pytest.raises(UserError, match=r"run 1 is stacked: its levels read whole codes, so .* use --divide batch"):
-        check(plan, plan.select("1"), unread, 2, "latents")
+        check(plan, plan.select("1"), 2, "latents")
     fine, coarse = plan.runs[3].widths
     assert fine % 3 == 0 and coarse % 3 == 1
     with pytest.raises(
@@ -196,7 +196,7 @@ def test_what_cannot_be_divided_is_refused_before_any_compute():
         match=rf"run 3: level 2 has {coarse} latents, which 3 workers can't divide equally; "
         f"use a multiple of 3, such as {coarse - 1} or {coarse + 2}, another number of workers, or --divide batch",
     ):
-        check(plan, plan.select("3"), unread, 3, "latents")
+        check(plan, plan.select("3"), 3, "latents")
 
 
 SCRIPT = """
