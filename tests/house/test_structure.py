@@ -76,7 +76,7 @@ def test_help_is_light():
 
 def test_training_imports_no_evaluation():
     code = (
-        "import sys, hsae.train.training.trainer; from hsae.train.config.plan import load_plan; "
+        "import sys, hsae.train.runs.planned_runs; from hsae.train.config.plan import load_plan; "
         "load_plan('tiny').store('train'); print(*sys.modules)"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

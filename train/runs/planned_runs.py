@@ -106,7 +106,6 @@ def train_runs(
 
 def check(plan: Plan, runs: Sequence[RunConfig], world: int = 1, divide: Divide = "batch") -> StoreSource:
     """The source of the plan's batches; refuses what can't work, for `world` workers, with a UserError."""
-    store = ActivationStore.of(plan.store("train"), plan.cache.dir)
     for run in runs if divide == "latents" else ():
         _check_latents(run, world)
     if divide == "batch" and (rest := plan.train.batch_tokens % world):
@@ -114,6 +113,7 @@ def check(plan: Plan, runs: Sequence[RunConfig], world: int = 1, divide: Divide 
             f"train.batch_tokens is {plan.train.batch_tokens}, which {world} workers can't share equally; "
             f"use a multiple of {world}, such as {_nearest(plan.train.batch_tokens, rest, world)}, or another number of workers"
         )
+    store = ActivationStore.of(plan.store("train"), plan.cache.dir)
     source = StoreSource(store, plan.hook.names[0], plan.train)
     for run in runs:
         check_run(run, plan.train, where=f"run {run.number}", tokens="train.tokens")

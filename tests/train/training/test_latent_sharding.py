@@ -186,7 +186,7 @@ def test_a_part_that_is_not_finite_and_biases_that_differ_are_seen_by_all():
 
 
 def test_what_cannot_be_divided_is_refused_before_any_compute():
-    plan, unread = load_plan("tiny"), None
+    plan = load_plan("tiny")
     with pytest.raises(UserError, match=r"run 1 is stacked: its levels read whole codes, so .* use --divide batch"):
         check(plan, plan.select("1"), 2, "latents")
     fine, coarse = plan.runs[3].widths
