@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hsae.train.config.plan import Plan as Plan
     from hsae.train.config.plan import load_plan as load_plan
     from hsae.train.stores import build as build
+    from hsae.train.training.fit import fit as fit
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
@@ -37,6 +38,7 @@ else:
             "build": "hsae.train.stores",
             "cache": "hsae.cache",
             "eval": "hsae.eval",
+            "fit": "hsae.train.training.fit",
             "load_plan": "hsae.train.config.plan",
             "train": "hsae.train",
         },

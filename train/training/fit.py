@@ -52,7 +52,7 @@ def fit(
 
     >>> import torch, hsae
     >>> x = torch.randn(4000, 16)
-    >>> model = hsae.train.fit(x, widths=[48, 12], l0=[6, 2], steps=30, batch_tokens=256, progress=False)
+    >>> model = hsae.fit(x, widths=[48, 12], l0=[6, 2], steps=30, batch_tokens=256, progress=False)
     >>> model.level_widths
     (48, 12)
 
