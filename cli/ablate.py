@@ -85,7 +85,7 @@ def ablate(
     need("ablations.png", "matplotlib", "report")
 
     from hsae.cli import cache, hierarchy, synthetic, unlearning
-    from hsae.cli import eval as eval_commands
+    from hsae.cli.evaluations import callback_of
     from hsae.eval.synthetic.compared_runs import NUMBERS
     from hsae.eval.synthetic.tiers import read_results
 
@@ -97,9 +97,7 @@ def ablate(
     stages: dict[str, Callable[[], object]] = {
         "cache": lambda: cache.build(**common, device=device),
         "train": lambda: _train(loaded, selected, seeds=seeds, device=device),
-        "core": lambda: eval_commands.core(
-            run=numbers, seeds=seeds, whole=True, faithful=False, device=device, **common
-        ),
+        "core": lambda: callback_of("core")(run=numbers, seeds=seeds, whole=True, device=device, **common),
         "composition": lambda: hierarchy.composition(run=numbers, seeds=seeds, device=device, **common),
         "synthetic": lambda: synthetic.synthetic(
             tier="T2", run=arms, seeds=seeds, out=out / "synthetic", device=device

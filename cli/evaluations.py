@@ -31,6 +31,7 @@ from hsae.cli.common import (
     plus_minus,
     progress_bars,
     say,
+    tell_common_text,
 )
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def callback_of(name: str) -> Callable[..., None]:
     options = {**SHARED, **own}
 
     def command(**given: Any) -> None:
-        chosen = kind.options_kind(**{field: given.pop(field) for field in own})
+        chosen = kind.options_kind(**{field: given.pop(field) for field in own if field in given})
         show(evaluate(kind, chosen, **given))
 
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -112,7 +113,7 @@ def _option(field: str, info: Any) -> tuple[Any, Any]:
     settings: dict[str, Any] = {"help": info.description}
     if info.annotation is int:
         settings |= {"metavar": "N", "min": bounds["Ge"].ge, "max": bounds["Le"].le}
-    name = "--" + field.replace("_", "-")
+    name = (info.json_schema_extra or {}).get("flag", "--" + field.replace("_", "-"))
     return Annotated[info.annotation, typer.Option(name, **settings)], info.default
 
 
@@ -135,10 +136,13 @@ def evaluate(
     from hsae.eval.harness.targets import Selection
     from hsae.train.config.plan import load_plan
 
-    check_sae_options(sae, seeds, out)
+    whole = getattr(options, "whole", False)
+    check_sae_options(sae, seeds, out, whole)
     loaded = load_plan(plan, overrides or ())
     run = named_runs(loaded, run, all_runs, sae)
-    selection = Selection(run=run, seeds=seeds, folders=sae or (), out=(out or OUT) / kind.folder())
+    selection = Selection(run=run, seeds=seeds, folders=sae or (), out=(out or OUT) / kind.folder(), whole=whole)
+    if not sae:
+        tell_common_text(loaded, kind.reads_splits)
     with Screen(kind.name) as screen:
         return evaluate_plan(kind, loaded, selection, options, force=force, device=device, listener=screen.listener)
 
@@ -195,6 +199,8 @@ def show(results: "list[Result[Any]]") -> None:
         console.print(draw(table))
     for note in evaluation.notes(results):
         say(note)
+    for warning in evaluation.warnings(results):
+        say(warning, style="yellow")
     for folder in dict.fromkeys(result.target.folder for result in results):
         say("results in ", (str(folder), "bold"))
     if reused := sum(result.is_reused for result in results):

@@ -24,7 +24,7 @@ def quickstart(
     """
     from hsae.cache.errors import need
     from hsae.cli import cache, report, train
-    from hsae.cli import eval as eval_commands
+    from hsae.cli.evaluations import callback_of
 
     check_folder(out)
     for package in ("jinja2", "matplotlib"):
@@ -34,7 +34,7 @@ def quickstart(
     stages: dict[str, Callable[[], None]] = {
         "cache": lambda: cache.build(plan=PLAN, overrides=places),
         "train": lambda: train.train(run=RUNS, plan=PLAN, overrides=places, resume=True),
-        "core": lambda: eval_commands.core(run=RUNS, plan=PLAN, overrides=places, faithful=False),
+        "core": lambda: callback_of("core")(run=RUNS, plan=PLAN, overrides=places),
         "report": lambda: report.report(run=RUNS, plan=PLAN, overrides=places, out=out / "report"),
     }
     seconds = {}

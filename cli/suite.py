@@ -23,7 +23,7 @@ from hsae.cli.common import (
     progress_bars,
     say,
 )
-from hsae.cli.evaluations import OUT, ForceOption, OutOption, evaluate, show, summarise
+from hsae.cli.evaluations import ForceOption, OutOption, evaluate, show, summarise
 
 if TYPE_CHECKING:
     from hsae.cache.suites.suite_spec import Suite
@@ -53,7 +53,6 @@ def every(
 
     Example: hsae eval all --plan gemma-3-270m
     """
-    from hsae.cli.eval import core
     from hsae.train.config.plan import load_plan
 
     check_sae_options(sae, seeds, out)
@@ -68,8 +67,7 @@ def every(
         "force": force,
         "device": device,
     }
-    own_out = (out or OUT) / "core" if sae else None
-    jobs: dict[str, Callable[[], object]] = {"core": lambda: core(**shared, out=own_out)}
+    jobs: dict[str, Callable[[], object]] = {}
     for name in registry.EVALUATIONS:
         jobs[name] = partial(_registered, name, draws, out=out, **shared)
     jobs["unlearning"] = lambda: _unlearning(loaded, run, seeds, sae, plan, overrides, force, device)
@@ -80,7 +78,8 @@ def every(
 
 def _registered(name: str, draws: int, **given: Any) -> None:
     kind = registry.resolve(registry.EVALUATIONS[name].kind)
-    show(evaluate(kind, kind.options_kind(draws=draws), **given))
+    options = {"draws": draws} if "draws" in kind.options_kind.model_fields else {}
+    show(evaluate(kind, kind.options_kind(**options), **given))
 
 
 def _unlearning(

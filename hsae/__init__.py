@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hsae.cache.errors import UserError as UserError
     from hsae.cache.language_model.lm import LanguageModel as LanguageModel
     from hsae.cache.reading.store import ActivationStore as ActivationStore
+    from hsae.eval.harness.evaluation import evaluate as evaluate
     from hsae.train.config.plan import Plan as Plan
     from hsae.train.config.plan import load_plan as load_plan
     from hsae.train.stores import build as build
@@ -39,6 +40,7 @@ else:
             "cache": "hsae.cache",
             "eval": "hsae.eval",
             "fit": "hsae.train.training.fit",
+            "evaluate": "hsae.eval.harness.evaluation",
             "load_plan": "hsae.train.config.plan",
             "train": "hsae.train",
         },

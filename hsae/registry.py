@@ -19,6 +19,10 @@ class Entry:
 
 
 EVALUATIONS: dict[str, Entry] = {
+    "core": Entry(
+        "hsae.eval.core.core_evaluation:Core",
+        "SAEBench's core metrics, and corrected ones with intervals, from the evaluation store.",
+    ),
     "sparse-probing": Entry(
         "hsae.eval.probing.evaluations:SparseProbing",
         "How much of a labelled class a few latents tell (SAEBench's sparse probing).",

@@ -268,6 +268,7 @@ class ProbeStore:
 
     def __init__(self, spec: ProbeSpec, root: str | Place) -> None:
         self.path, self.spec, self.folder = spec.path(root), spec, sets_folder(root)
+        self.url = str(self.path)
         self.header = read_header(self.path, ProbeHeader, spec.suite)
         if self.header.spec != spec:
             raise StoreError(f"{self.path} was made for another configuration; delete it and build it again")

@@ -263,6 +263,7 @@ class RavelStore:
 
     def __init__(self, spec: RavelSpec, root: str | Place) -> None:
         self.path, self.spec = spec.path(root), spec
+        self.url = str(self.path)
         self.header = read_header(self.path, RavelHeader, "ravel")
         if self.header.spec != spec:
             raise StoreError(f"{self.path} was made for another configuration; delete it and build it again")

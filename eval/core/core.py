@@ -8,11 +8,11 @@ Shapes: B rows of a batch, T context, D residual width, F latents, N = B * T tok
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from hsae.cache.errors import StoreError, UserError
@@ -31,38 +31,29 @@ from hsae.eval.core.saebench_metrics import (
 )
 from hsae.eval.harness import estimates
 from hsae.eval.harness.envelope import CoreResult, dead_explanation, hsae_version, nan_to_minus_one
+from hsae.eval.harness.evaluation import Options
 from hsae.eval.harness.fits import check_fits
+from hsae.eval.harness.listener import SILENT, Listener
 from hsae.train.model.views import View
 
 DETAIL_DIGITS = 10
 
 
-@dataclass(frozen=True, kw_only=True)
-class CoreOptions:
+class CoreOptions(Options):
     """What a caller may choose; the defaults are SAEBench's standard run."""
 
-    exclude_special_tokens: bool = True
-    """Leave the residual of special tokens as it is in the run with the SAE (`exclude_special_tokens_from_reconstruction`)."""
-
-
-class Listener(Protocol):
-    """Hears how an evaluation goes."""
-
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """`done` of `total` batches of `phase` ("reconstruction" or "variance") are finished."""
-
-    def warning(self, view: str, message: str) -> None:
-        """Something about a view that is known before the end."""
-
-
-class _Silent:
-    """A listener that does nothing."""
-
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """Nothing."""
-
-    def warning(self, view: str, message: str) -> None:
-        """Nothing."""
+    all_tokens: bool = Field(
+        default=False, description="Replace the residual of special tokens too (SAEBench's other setting)."
+    )
+    faithful: bool = Field(
+        default=False,
+        description="Which numbers to print: SAEBench's with all their quirks, or corrected ones with intervals. The files hold both.",
+        json_schema_extra={"flag": "--faithful/--corrected"},
+    )
+    whole: bool = Field(
+        default=False, description="Of a run only all levels together (of a stack level 1), not each level too."
+    )
+    legacy: bool = Field(default=False, description="Also write each result as SAEBench up to 0.1 did, into legacy/.")
 
 
 def check(views: Sequence[View], store: ActivationStore, model: LanguageModel | None, hook: str) -> None:
@@ -98,7 +89,7 @@ def evaluate(
     *,
     hook: str,
     options: CoreOptions | None = None,
-    listener: Listener | None = None,
+    listener: Listener = SILENT,
     device: str = "cpu",
 ) -> list[CoreResult]:
     """Evaluate SAEs on a store; results in the order of `views`, each as if evaluated alone.
@@ -106,7 +97,7 @@ def evaluate(
     `model` must lie on `device`. Raises UserError or StoreError for what `check` refuses.
     """
     check(views, store, model, hook)
-    job = _Job(views, store, model, hook, options or CoreOptions(), listener or _Silent(), device)
+    job = _Job(views, store, model, hook, options or CoreOptions(), listener, device)
     job.warn_of_dead()
     job.reconstruct()
     job.measure_latents()
@@ -137,7 +128,7 @@ class _Job:
             store,
             model,
             hook,
-            exclude_special_tokens=options.exclude_special_tokens,
+            exclude_special_tokens=not options.all_tokens,
             device=device,
         )
         resampler = estimates.Resampler(store.rows - store.clean_rows, device)
@@ -162,9 +153,8 @@ class _Job:
         _, x_BTD, mask_BT = self.rows(start, stop)
         for view in self.views:
             if not (view.encode(x_BTD)[mask_BT] != 0).any():
-                self.listener.warning(
-                    view.name,
-                    f"no latent fires on the first {stop - start} rows: the SAE looks dead; its scores will be those of a constant "
+                self.listener.warn(
+                    f"{view.name}: no latent fires on the first {stop - start} rows: the SAE looks dead; its scores will be those of a constant "
                     "vector in place of the residual",
                 )
 
@@ -305,6 +295,6 @@ class _Job:
             "compute_variance_metrics": True,
             "compute_featurewise_density_statistics": True,
             "compute_featurewise_weight_based_metrics": True,
-            "exclude_special_tokens_from_reconstruction": self.options.exclude_special_tokens,
+            "exclude_special_tokens_from_reconstruction": not self.options.all_tokens,
             "verbose": False,
         }

@@ -297,8 +297,20 @@ def read_core(path: Path) -> CoreResult:
 
     Raises UserError naming the file, the key and what is wrong with it.
     """
+    return core_result_of(read_envelope(path, f"hsae eval core{run_option(path)}"), str(path))
+
+
+def read_core_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A core result as JSON, and what it was made of, nothing if hsae did not make it. Raises UserError as `read_core` does."""
+    content: dict[str, Any] = read_envelope(path, f"hsae eval core{run_option(path)}")
+    inputs = (core_result_of(content, str(path)).hsae or {}).get("inputs")
+    return content, inputs if isinstance(inputs, dict) else {}
+
+
+def core_result_of(found: Any, path: str = "the result") -> CoreResult:
+    """A core result from its JSON. Raises UserError naming `path`, the key and what is wrong with it."""
     try:
-        content = _File.model_validate(read_envelope(path, f"hsae eval core{run_option(path)}"))
+        content = _File.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the top level"
@@ -314,13 +326,13 @@ def read_core(path: Path) -> CoreResult:
                 f"{path} is not a SAEBench core result: eval_result_metrics.{category}.{missing[0]} is missing"
             )
     return CoreResult(
-        name=content.sae_lens_id or path.stem.removesuffix("_eval_results"),
+        name=content.sae_lens_id or Path(path).stem.removesuffix("_eval_results"),
         eval_config=content.eval_config,
         metrics=metrics,
         details=content.eval_result_details,
         sae_config=content.sae_cfg_dict,
         release=content.sae_lens_release_id,
         hsae=content.hsae,
-        source=str(path),
+        source=path,
         unstructured=content.eval_result_unstructured,
     )

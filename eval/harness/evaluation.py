@@ -5,17 +5,19 @@ a result depends on (`inputs`), and how one target is measured (`measure`). Find
 before compute, writing, tables, notes and the command `hsae eval NAME` follow from that.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hsae import registry
 from hsae.cache.device import pick_device
-from hsae.cache.errors import need
-from hsae.cache.format.spec import Config
+from hsae.cache.errors import UserError, need
+from hsae.cache.format.spec import Config, Split
 from hsae.cache.language_model.lm import LanguageModel, pinned
 from hsae.eval.harness.envelope import write_result
 from hsae.eval.harness.estimates import Estimate, differ_by_noise_only
@@ -25,6 +27,8 @@ from hsae.eval.harness.result_files import describe_changes
 from hsae.eval.harness.tables import Cell, Table, interval_cell
 from hsae.eval.harness.targets import Found, Selection, Target, select_targets
 from hsae.train.config.plan import Plan
+from hsae.train.model.trained_model import TrainedModel
+from hsae.train.model.views import View
 from hsae.train.runs.run_record import check_same_model
 
 StoreT = TypeVar("StoreT")
@@ -91,6 +95,8 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
     """Column of the table -> measure; the first measure decides what is said about noise."""
     over: ClassVar[str] = "rows"
     """What intervals are over, in words of the table's title."""
+    reads_splits: ClassVar[tuple[Split, ...]] = ()
+    """Activation stores that are read: text that they share with the training store is named."""
     shares_passes: ClassVar[bool] = False
     """Whether several targets are measured in one pass."""
 
@@ -184,6 +190,13 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         note = self.noise_note(results)
         return [note] if note else []
 
+    def warnings(self, results: Sequence[Result[TargetT]]) -> list[str]:
+        """Lines below the table that people should not overlook."""
+        return []
+
+    def finish(self, results: Sequence[Result[TargetT]]) -> None:
+        """What is left to do once all results are there."""
+
     def noise_note(self, results: Sequence[Result[TargetT]]) -> str | None:
         """Which SAEs can't be told from the one with the highest headline measure; None with fewer than two SAEs."""
         name = next(iter(self.headlines.values()))
@@ -208,7 +221,7 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
 def check_target(target: Target, store: Any) -> None:
     """Refuse an SAE that does not belong to a store, or was trained on activations of another model. Raises UserError."""
     check_fits(target.view, target.hook, store.header.d_model, store.spec.model.id)
-    check_same_model(target.run_dir, str(store.path), store.header)
+    check_same_model(target.run_dir, store.url, store.header)
 
 
 def store_inputs(store: Any) -> dict[str, Any]:
@@ -256,7 +269,9 @@ def evaluate_targets(
             results[index] = Result(
                 target=targets[index], content=content, path=places[index].path, evaluation=evaluation
             )
-    return [results[index] for index in range(len(targets))]
+    ordered = [results[index] for index in range(len(targets))]
+    evaluation.finish(ordered)
+    return ordered
 
 
 def evaluate_plan(
@@ -283,3 +298,58 @@ def check_packages(kind: type[Evaluation[Any, Any]]) -> None:
     """Raise UserError unless the packages of an evaluation are installed."""
     for package, module, extra in kind.packages:
         need(f"the evaluation {kind.name}", package, extra, module)
+
+
+def evaluate(
+    model: TrainedModel | View,
+    store: Any,
+    evaluation: str = "core",
+    *,
+    hook: str | None = None,
+    device: str = "cpu",
+    listener: Listener = SILENT,
+    config: Config | None = None,
+    **options: Any,
+) -> Result[Target]:
+    """Evaluate a model in memory; nothing is written until `save` is called on the result.
+
+    `model` is a trained model (all its levels together; of a stack level 1) or one of its views, `store` what the evaluation reads
+    (for `core` an evaluation store), `evaluation` a name of `hsae eval`, `options` the options of its command, such as
+    `draws=3`. `hook` is needed if the store has several. Raises UserError before any compute if something does not fit.
+    """
+    if evaluation not in registry.EVALUATIONS:
+        raise UserError(f"there is no evaluation {evaluation!r}; there are {', '.join(registry.EVALUATIONS)}")
+    kind: type[Evaluation[Any, Any]] = registry.resolve(registry.EVALUATIONS[evaluation].kind)
+    check_packages(kind)
+    hooks = store.spec.hooks
+    if hook is None and len(hooks) != 1:
+        raise UserError(f"the store has {len(hooks)} hooks; say hook=..., one of {', '.join(hooks)}")
+    view = model if not isinstance(model, TrainedModel) else _whole(model)
+    digest = hashlib.sha256()
+    for tensor in (view.W_enc, view.W_dec, view.b_enc, view.b_dec):
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    target = Target(
+        view=view,
+        hook=hook or hooks[0],
+        folder=Path("eval_results") / kind.folder(),
+        label=view.name,
+        release="hsae",
+        sae_id=view.name,
+        weights_digest=digest.hexdigest(),
+    )
+    try:
+        chosen = kind.options_kind(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        given = ".".join(map(str, first["loc"]))
+        allowed = ", ".join(kind.options_kind.model_fields) or "none"
+        raise UserError(f"{evaluation} has no option {given}: {first['msg']}; its options: {allowed}") from None
+    bench = kind(store, chosen, config, device=device, listener=listener)
+    bench.check(target)
+    return Result(target=target, content=bench.measure(target), path=target.path(), evaluation=bench)
+
+
+def _whole(model: TrainedModel) -> View:
+    """All levels together, or level 1 of a stack."""
+    views = model.views()
+    return views.get("sae") or views["level1"]

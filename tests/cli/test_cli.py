@@ -16,6 +16,7 @@ from places import GOLDEN
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+from hsae import registry
 from hsae.cache.errors import UserError
 from hsae.cache.reading import page_faults
 from hsae.cli.main import app, main
@@ -220,6 +221,7 @@ def commands(typer_app, prefix=()):
         yield (*prefix, command.name or command.callback.__name__)
     for group in typer_app.registered_groups:
         yield from commands(group.typer_instance, (*prefix, group.name))
+        yield from ((*prefix, "eval", name) for name in registry.EVALUATIONS if group.name == "eval")
 
 
 def test_every_command_has_help_with_an_example():

@@ -19,6 +19,7 @@ from hsae.eval.core.core import CoreOptions, evaluate
 from hsae.eval.core.saebench_metrics import weight_metrics
 from hsae.eval.harness import estimates
 from hsae.eval.harness.envelope import CURRENT, DETAILS
+from hsae.eval.harness.listener import Listener
 from hsae.train.model.saelens_folder import SAE, load
 
 PARAMS = json.loads((GOLDEN / "core" / "params.json").read_text())
@@ -81,7 +82,7 @@ def evaluated(made, saes):
     def run(dtype, variant):
         if (dtype, variant) not in held:
             store, model = made(dtype)
-            options = CoreOptions(exclude_special_tokens=VARIANTS[variant])
+            options = CoreOptions(all_tokens=not VARIANTS[variant])
             held[dtype, variant] = dict(
                 zip(NAMES, evaluate(saes, store, model, hook=HOOK, options=options), strict=True)
             )
@@ -319,12 +320,12 @@ def test_what_differs_is_said_with_the_numbers(evaluated):
 # ---- dead SAEs and NaN ------------------------------------------------------------------------------------------------
 
 
-class Heard:
+class Heard(Listener):
     def __init__(self):
         self.warnings, self.steps = [], []
 
-    def warning(self, view, message):
-        self.warnings.append((view, message, len(self.steps)))
+    def warn(self, text):
+        self.warnings.append((text, len(self.steps)))
 
     def progress(self, phase, done, total):
         self.steps.append((phase, done, total))
@@ -335,8 +336,8 @@ def test_a_dead_sae_is_reported_before_the_long_part_and_evaluated(made):
     dead = small_sae(5, name="silent", b_enc=torch.full((29,), -1e6), b_dec=torch.zeros(small_sae().d_in))
     heard = Heard()
     alive, result = evaluate([small_sae(), dead], store, model, hook=HOOK, listener=heard)
-    assert [(view, steps) for view, _, steps in heard.warnings] == [("silent", 0)]
-    assert "looks dead" in heard.warnings[0][1]
+    assert [steps for _, steps in heard.warnings] == [0]
+    assert heard.warnings[0][0].startswith("silent: ") and "looks dead" in heard.warnings[0][0]
     assert heard.steps[-1] == ("variance", *[PARAMS["n_eval_sparsity_variance_batches"]] * 2)
     assert result.dead and result.hsae["dead"] and not alive.dead and alive.hsae["explanation"] is None
     assert "The SAE is dead" in result.hsae["explanation"]

@@ -12,10 +12,12 @@ from hsae.cache.errors import UserError
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.store import ActivationStore
 from hsae.cli.eval import app
-from hsae.eval.core import core_runs
 from hsae.eval.core.core import CoreOptions, check
+from hsae.eval.core.core_evaluation import Core
 from hsae.eval.harness import targets
-from hsae.eval.harness.envelope import read_core
+from hsae.eval.harness.envelope import read_core, read_core_file
+from hsae.eval.harness.evaluation import evaluate_targets
+from hsae.eval.harness.listener import Listener
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.trained_model import TrainedModel, save_model
@@ -93,14 +95,14 @@ class Loader:
 def test_every_view_of_a_run_is_evaluated_into_its_folder(plan, store):
     config = a_trained_run(plan, 3, two_levels())
     chosen = targets.run_targets(plan, config)
-    done = core_runs.evaluate_targets(chosen, store, Loader(store), options=CoreOptions())
+    done = evaluate_targets(Core(store), chosen)
     folder = plan.run_dir(config) / "eval" / "core"
     names = [f"hsae_tiny_3-full_{view}_eval_results.json" for view in ("level1", "level2", "sae")]
     assert sorted(path.name for path in folder.iterdir()) == names
     for item in done:
         held = read_core(item.path)
         assert (held.release, held.name) == ("hsae_tiny_3-full", item.target.view.name)
-        assert held.metrics == item.result.metrics and not item.reused
+        assert held.metrics == item.content["eval_result_metrics"] and not item.is_reused
         assert held.sae_config["d_sae"] == item.target.view.d_sae
 
 
@@ -110,34 +112,35 @@ def test_results_are_used_again_until_something_they_depend_on_changes(plan, sto
     load = Loader(store)
 
     told = []
-    listener = SimpleNamespace(progress=lambda *_: None, warning=lambda *given: told.append(given))
+    listener = Listener()
+    listener.say = told.append
 
     def run(options=None, force=False):
         chosen = targets.folder_targets(plan, [tmp_path / "first", tmp_path / "second"], tmp_path / "out")
-        done = core_runs.evaluate_targets(
-            chosen, store, load, options=options or CoreOptions(), force=force, listener=listener
-        )
-        return [item.reused for item in done], done
+        evaluation = Core(store, options, listener=listener)
+        evaluation.load_language_model = load
+        done = evaluate_targets(evaluation, chosen, force=force)
+        return [item.is_reused for item in done], done
 
     assert run()[0] == [False, False]
     before = load.calls
     reused, again = run()
     assert reused == [True, True] and load.calls == before == 1
-    assert again[0].result.metrics == read_core(again[0].path).metrics
+    assert again[0].content["eval_result_metrics"] == read_core(again[0].path).metrics
     assert run(force=True)[0] == [False, False]
     saelens_folder.save(an_sae(17, seed=2), tmp_path / "second")
     told.clear()
     assert run()[0] == [True, False]
-    assert [text for _, text in told] == ["evaluated anew, with other SAE"]
+    assert told == [f"evaluated anew, with other SAE: {again[1].label}"]
     again[0].path.write_text("{")
     assert run()[0] == [False, True]
     # FIX A7: other settings have a name of their own, and the standard results stay
-    other, kept = run(CoreOptions(exclude_special_tokens=False))
+    other, kept = run(CoreOptions(all_tokens=True))
     assert other == [False, False] and all("_all-tokens_eval" in item.path.name for item in kept)
-    assert run()[0] == run(CoreOptions(exclude_special_tokens=False))[0] == [True, True]
+    assert run()[0] == run(CoreOptions(all_tokens=True))[0] == [True, True]
     # ... and so have results of another store
     elsewhere = "0" * 16
-    done = targets.find(kept[0].target, {**kept[0].result.hsae["inputs"], "store": elsewhere}, core_runs._read)
+    done = targets.find(kept[0].target, {**kept[0].content["hsae"]["inputs"], "store": elsewhere}, read_core_file)
     assert done.path.name == again[0].path.name.replace("_eval", f"_{elsewhere}_eval") and done.result is None
 
 
@@ -147,7 +150,9 @@ def test_every_sae_is_checked_before_any_compute(plan, store, tmp_path):
     chosen = targets.folder_targets(plan, [tmp_path / "good", tmp_path / "bad"], tmp_path / "out")
     load = Loader(store)
     with pytest.raises(UserError, match=rf"made for blocks.0.hook_resid_post; this evaluation is of {HOOK}"):
-        core_runs.evaluate_targets(chosen, store, load, options=CoreOptions())
+        evaluation = Core(store)
+        evaluation.load_language_model = load
+        evaluate_targets(evaluation, chosen)
     assert load.calls == 0 and not (tmp_path / "out").exists()
 
 
@@ -219,7 +224,7 @@ def test_the_command_evaluates_saelens_folders_and_marks_the_dead(overrides, tmp
     )
     assert result.exit_code == 0, result.output
     assert "the SAE looks dead" in result.output and "The SAE is dead" in " ".join(result.output.split())
-    files = {read_core(path).release.rsplit("/")[-1]: read_core(path) for path in out.iterdir()}
+    files = {read_core(path).release.rsplit("/")[-1]: read_core(path) for path in (out / "core").iterdir()}
     assert {name: held.dead for name, held in files.items()} == {"lively": False, "quiet": True}
     assert all(held.name == "custom_sae" for held in files.values())
 

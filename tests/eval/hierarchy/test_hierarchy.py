@@ -467,17 +467,17 @@ def test_ce_scores_come_from_core_results_of_this_very_model(trained, quick):
     folder = plan.run_dir(plan.runs[3])
     (found,) = hierarchy.evaluate_runs([(plan, plan.runs[3])], hierarchy.Sources.of(plan))
     assert all(level.ce_loss_score.value is None for level in found.result.levels)
-    from hsae.cache.language_model.lm import LanguageModel
-    from hsae.eval.core.core import CoreOptions
-    from hsae.eval.core.core_runs import evaluate_targets
+    from hsae.eval.core.core_evaluation import Core
+    from hsae.eval.harness.envelope import core_result_of
+    from hsae.eval.harness.evaluation import evaluate_targets
     from hsae.eval.harness.targets import run_targets
 
     store = ActivationStore.of(plan.store("eval"), plan.cache.dir)
-    done = evaluate_targets(
-        run_targets(plan, plan.runs[3]), store, lambda: LanguageModel.load(plan.model), options=CoreOptions()
-    )
-    scores = {item.target.view.name: item.result.measure("ce_loss_score").value for item in done}
-    explained = {item.target.view.name: item.result.measure("explained_variance").value for item in done}
+    done = evaluate_targets(Core(store), run_targets(plan, plan.runs[3]))
+    scores = {item.target.view.name: core_result_of(item.content).measure("ce_loss_score").value for item in done}
+    explained = {
+        item.target.view.name: core_result_of(item.content).measure("explained_variance").value for item in done
+    }
     (found,) = hierarchy.evaluate_runs([(plan, plan.runs[3])], hierarchy.Sources.of(plan))
     assert found.reused
     assert [level.ce_loss_score.value for level in found.result.levels] == [scores["sae"], scores["level2"]]

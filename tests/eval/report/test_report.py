@@ -13,12 +13,12 @@ from places import GOLDEN
 
 from hsae.cache.building.builder import build
 from hsae.cache.errors import UserError
-from hsae.cache.language_model.lm import LanguageModel, load_tokenizer
+from hsae.cache.language_model.lm import load_tokenizer
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval import contexts, figures
-from hsae.eval.core.core import CoreOptions
-from hsae.eval.core.core_runs import evaluate_targets
+from hsae.eval.core.core_evaluation import Core
 from hsae.eval.harness.envelope import read_core
+from hsae.eval.harness.evaluation import evaluate_targets
 from hsae.eval.harness.result_files import write_result
 from hsae.eval.harness.targets import run_targets
 from hsae.eval.hierarchy import maps
@@ -55,7 +55,7 @@ def made(tmp_path_factory):
     train_runs(plan, runs, device="cpu")
     store = ActivationStore.of(plan.store("eval"), plan.cache.dir)
     targets = [target for run in runs for target in run_targets(plan, run)]
-    evaluate_targets(targets, store, lambda: LanguageModel.load(plan.model), options=CoreOptions())
+    evaluate_targets(Core(store), targets)
     return plan, [plan.run_dir(run) for run in runs], store, load_tokenizer(plan.model)
 
 
