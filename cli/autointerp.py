@@ -112,7 +112,7 @@ def autointerp(
     from hsae.eval.harness.targets import Selection, select_targets
 
     selection = Selection(run=run, seeds=seeds, folders=sae or (), out=(out or OUT) / "autointerp", whole=whole)
-    targets = select_targets(loaded, selection, "autointerp", Screen("autointerp").listener)
+    targets = select_targets(loaded, selection, "autointerp", Screen("autointerp"))
     store = ActivationStore.of(loaded.store("autointerp"), loaded.cache.dir)
     if not sae:
         tell_common_text(loaded, ("autointerp",))

@@ -31,12 +31,13 @@ from hsae.cli.common import (
     plus_minus,
     progress_bars,
     say,
-    tell_common_text,
 )
+from hsae.eval.harness.listener import Listener
+from hsae.eval.harness.tables import PlusMinus
+from hsae.eval.harness.tables import Table as ResultTable
 
 if TYPE_CHECKING:
     from hsae.eval.harness.evaluation import Evaluation, Result
-    from hsae.eval.harness.tables import Table as ResultTable
 
 OUT = Path("eval_results")
 OutOption = Annotated[
@@ -141,13 +142,11 @@ def evaluate(
     loaded = load_plan(plan, overrides or ())
     run = named_runs(loaded, run, all_runs, sae)
     selection = Selection(run=run, seeds=seeds, folders=sae or (), out=(out or OUT) / kind.folder(), whole=whole)
-    if not sae:
-        tell_common_text(loaded, kind.reads_splits)
     with Screen(kind.name) as screen:
-        return evaluate_plan(kind, loaded, selection, options, force=force, device=device, listener=screen.listener)
+        return evaluate_plan(kind, loaded, selection, options, force=force, device=device, listener=screen)
 
 
-class Screen:
+class Screen(Listener):
     """Shows how an evaluation goes: what is under way, a bar for each phase, and lines above them."""
 
     def __init__(self, title: str) -> None:
@@ -165,31 +164,25 @@ class Screen:
         self._status.stop()
         self._bars.stop()
 
-    @property
-    def listener(self) -> Any:
-        """What the evaluation tells."""
-        from hsae.eval.harness.listener import Listener
+    def status(self, text: str) -> None:
+        """Show what is under way."""
+        self._status.update(Text(text))
 
-        screen = self
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Move the bar of a phase; it begins again for another hook."""
+        if phase not in self._tasks:
+            self._status.stop()
+            self._bars.start()
+            self._tasks[phase] = self._bars.add_task(phase, total=total)
+        self._bars.update(self._tasks[phase], completed=done, total=total)
 
-        class Shown(Listener):
-            def status(self, text: str) -> None:
-                screen._status.update(Text(text))
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        say(text)
 
-            def progress(self, phase: str, done: int, total: int) -> None:
-                if phase not in screen._tasks:
-                    screen._status.stop()
-                    screen._bars.start()
-                    screen._tasks[phase] = screen._bars.add_task(phase, total=total)
-                screen._bars.update(screen._tasks[phase], completed=done, total=total)
-
-            def say(self, text: str) -> None:
-                say(text)
-
-            def warn(self, text: str) -> None:
-                say(text, style="yellow")
-
-        return Shown()
+    def warn(self, text: str) -> None:
+        """Print a line that stands out."""
+        say(text, style="yellow")
 
 
 def show(results: "list[Result[Any]]") -> None:
@@ -207,10 +200,8 @@ def show(results: "list[Result[Any]]") -> None:
         console.print(f"{reused} of {len(results)} were there already; --force computes them anew")
 
 
-def draw(table: "ResultTable") -> Table:
+def draw(table: ResultTable) -> Table:
     """A table as rich draws it."""
-    from hsae.eval.harness.tables import PlusMinus
-
     shown = Table(title=table.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     shown.add_column(table.columns[0], overflow="fold")
     for column in table.columns[1:]:

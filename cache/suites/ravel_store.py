@@ -262,7 +262,7 @@ class RavelStore:
     """A finished store. Raises StoreError if it is missing, unfinished or not to be trusted."""
 
     def __init__(self, spec: RavelSpec, root: str | Place) -> None:
-        self.path, self.spec = spec.path(root), spec
+        self.root, self.path, self.spec = root, spec.path(root), spec
         self.url = str(self.path)
         self.header = read_header(self.path, RavelHeader, "ravel")
         if self.header.spec != spec:

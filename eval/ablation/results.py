@@ -109,7 +109,7 @@ class _Reader:
                 self.missing.append(f"{kind} of {label}")
 
     def _core(self, plan: Plan, config: RunConfig, weights: str) -> list[Number] | None:
-        result = core_results(plan.run_dir(config), weights, self.current).get(whole_view(config))
+        result = core_results(plan.run_dir(config), weights, self.current).get(whole_view(config.structure))
         if result is None:
             return None
         self._made_of("core", plan, config, "models or evaluation texts", *map(inputs_of(result.hsae).get, DIGESTS))

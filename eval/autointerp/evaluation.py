@@ -23,6 +23,7 @@ from hsae.eval.autointerp.interpretation import MEASURES, Interpreted, interpret
 from hsae.eval.autointerp.judge import Answer, Judge, Prices, Question
 from hsae.eval.autointerp.windows import Case, Sampler
 from hsae.eval.core.core import check_views
+from hsae.eval.harness import estimates
 from hsae.eval.harness.envelope import envelope, hsae_version, write_result
 from hsae.eval.harness.saebench_schema import read_measured
 from hsae.eval.harness.targets import Found, Target, find
@@ -332,16 +333,7 @@ class Autointerp:
 def noise_note(results: Sequence[Scored]) -> str | None:
     """Which SAEs can't be told from the one with the highest balanced accuracy; None with fewer than two SAEs."""
     name = MEASURES[0]
-    measured = [result for result in results if result.measures[name]["low"] is not None]
-    if len(measured) < 2:
-        return None
-    best = max(measured, key=lambda result: float(result.measures[name]["value"]))
-    apart: dict[bool, list[str]] = {False: [], True: []}
-    for result in measured:
-        if result is not best:
-            gap = best.measures[name]["value"] - result.measures[name]["value"]
-            halves = [(m["high"] - m["low"]) / 2 for m in (best.measures[name], result.measures[name])]
-            apart[gap > (halves[0] ** 2 + halves[1] ** 2) ** 0.5].append(result.target.label)
-    text = f"{name}: the highest is {best.target.label}"
-    text += f"; within noise of it: {', '.join(apart[False])}" if apart[False] else ""
-    return text + (f"; apart from it: {', '.join(apart[True])}" if apart[True] else "")
+    measures = {result.target.label: estimates.Estimate.of_dict(result.measures[name]) for result in results}
+    return estimates.describe_noise(
+        name, {label: measure for label, measure in measures.items() if measure.low is not None}
+    )

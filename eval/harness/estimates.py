@@ -133,3 +133,20 @@ def differ_by_noise_only(one: Estimate, other: Estimate) -> bool | None:
         return None
     halves = [(e.high - e.low) / 2 for e in (one, other)]  # type: ignore[operator]
     return bool(abs(one.value - other.value) <= (halves[0] ** 2 + halves[1] ** 2) ** 0.5)
+
+
+def describe_noise(name: str, measures: Mapping[str, Estimate]) -> str | None:
+    """Which SAEs, given by label, can't be told from the one with the highest measure `name`; None with fewer than two."""
+    values = {label: measure.value for label, measure in measures.items() if measure.value is not None}
+    if len(values) < 2:
+        return None
+    best = max(values, key=lambda label: values[label])
+    verdicts = {label: differ_by_noise_only(measures[best], measures[label]) for label in values if label != best}
+    text = f"{name}: the highest is {best}"
+    if same := [label for label, verdict in verdicts.items() if verdict]:
+        text += f"; within noise of it: {', '.join(same)}"
+    if apart := [label for label, verdict in verdicts.items() if verdict is False]:
+        text += f"; apart from it: {', '.join(apart)}"
+    if None in verdicts.values():
+        text += "; one draw gives no measure of noise, use --draws 2 or more"
+    return text

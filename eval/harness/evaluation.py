@@ -7,8 +7,9 @@ before compute, writing, tables, notes and the command `hsae eval NAME` follow f
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -18,21 +19,37 @@ from hsae import registry
 from hsae.cache.device import pick_device
 from hsae.cache.errors import UserError, need
 from hsae.cache.format.spec import Config, Split
-from hsae.cache.language_model.lm import LanguageModel, pinned
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.language_model.sources import at_commit
 from hsae.eval.harness.envelope import write_result
-from hsae.eval.harness.estimates import Estimate, differ_by_noise_only
+from hsae.eval.harness.estimates import Estimate, describe_noise
 from hsae.eval.harness.fits import check_fits
 from hsae.eval.harness.listener import SILENT, Listener
 from hsae.eval.harness.result_files import describe_changes
 from hsae.eval.harness.tables import Cell, Table, interval_cell
-from hsae.eval.harness.targets import Found, Selection, Target, select_targets
+from hsae.eval.harness.targets import Found, Selection, Target, select_targets, whole_view
 from hsae.train.config.plan import Plan
 from hsae.train.model.trained_model import TrainedModel
 from hsae.train.model.views import View
 from hsae.train.runs.run_record import check_same_model
+from hsae.train.stores import common_texts
 
 StoreT = TypeVar("StoreT")
+ValueT = TypeVar("ValueT")
 TargetT = TypeVar("TargetT", bound=Target)
+
+
+def cached_method(method: Callable[..., ValueT]) -> Callable[..., ValueT]:
+    """A method whose values are kept by their arguments for as long as the object lives."""
+
+    @wraps(method)
+    def cached(self: Any, *arguments: Any) -> ValueT:
+        values: dict[Any, ValueT] = self.__dict__.setdefault(f"_values_of_{method.__name__}", {})
+        if arguments not in values:
+            values[arguments] = method(self, *arguments)
+        return values[arguments]
+
+    return cached
 
 
 class Options(BaseModel):
@@ -89,8 +106,6 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
     options_kind: ClassVar[type[Options]] = Options
     config_kind: ClassVar[type[Config] | None] = None
     """Its table of the plan, if it has one."""
-    packages: ClassVar[tuple[tuple[str, str, str], ...]] = ()
-    """(package, module, extra of hsae that brings it) without which it can't run."""
     headlines: ClassVar[dict[str, str]] = {}
     """Column of the table -> measure; the first measure decides what is said about noise."""
     over: ClassVar[str] = "rows"
@@ -110,7 +125,6 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         listener: Listener = SILENT,
     ) -> None:
         self.store, self.device, self.listener = store, device, listener
-        self.plan: Plan | None = None
         self.options: Any = options or self.options_kind()
         self.config: Any = config if config is not None else (self.config_kind() if self.config_kind else None)
 
@@ -120,9 +134,12 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
     ) -> Self:
         """The evaluation as a plan describes it. Raises UserError if what it needs is not there."""
         config = plan.table(cls.config_kind) if cls.config_kind else None
-        evaluation = cls(cls.open_store(plan), options, config, device=device, listener=listener)
-        evaluation.plan = plan
-        return evaluation
+        return cls(cls.open_store(plan), options, config, device=device, listener=listener)
+
+    @classmethod
+    def packages(cls, options: Any) -> tuple[tuple[str, str, str], ...]:
+        """(package, module, extra of hsae that brings it) without which it can't run."""
+        return ()
 
     @classmethod
     def folder(cls) -> str:
@@ -157,8 +174,7 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
     def load_language_model(self) -> LanguageModel:
         """The language model that the store was made with, at the same commit."""
         store: Any = self.store
-        config = pinned(self.plan.model, self.plan.cache.dir) if self.plan else store.spec.model
-        return LanguageModel.load(config, device=self.device)
+        return LanguageModel.load(at_commit(store.spec.model, store.header.model_commit), device=self.device)
 
     @abstractmethod
     def find(self, target: TargetT) -> Found[dict[str, Any]]:
@@ -200,22 +216,7 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
     def noise_note(self, results: Sequence[Result[TargetT]]) -> str | None:
         """Which SAEs can't be told from the one with the highest headline measure; None with fewer than two SAEs."""
         name = next(iter(self.headlines.values()))
-        values = {result.label: result.measures[name] for result in results if name in result.measures}
-        values = {label: measure for label, measure in values.items() if measure.value is not None}
-        if len(values) < 2:
-            return None
-        best = max(values, key=lambda label: float(values[label].value or 0))
-        verdicts = {
-            label: differ_by_noise_only(values[best], value) for label, value in values.items() if label != best
-        }
-        text = f"{name}: the highest is {best}"
-        if same := [label for label, verdict in verdicts.items() if verdict]:
-            text += f"; within noise of it: {', '.join(same)}"
-        if apart := [label for label, verdict in verdicts.items() if verdict is False]:
-            text += f"; apart from it: {', '.join(apart)}"
-        if None in verdicts.values():
-            text += "; one draw gives no measure of noise, use --draws 2 or more"
-        return text
+        return describe_noise(name, {item.label: item.measures[name] for item in results if name in item.measures})
 
 
 def check_target(target: Target, store: Any) -> None:
@@ -250,28 +251,31 @@ def evaluate_targets(
         [(target.label, place.changed) for target, place in zip(targets, places, strict=True)]
     ):
         evaluation.listener.say(text)
-    results: dict[int, Result[TargetT]] = {}
-
-    def reuse(index: int) -> bool:
-        content = None if force else evaluation.find(targets[index]).result
-        if content is not None:
-            results[index] = Result(
-                target=targets[index], content=content, path=places[index].path, is_reused=True, evaluation=evaluation
-            )
-        return content is not None
-
-    missing = [index for index in range(len(targets)) if not reuse(index)]
+    contents = {index: place.result for index, place in enumerate(places) if place.result is not None and not force}
+    missing = [index for index in range(len(targets)) if index not in contents]
+    measured: set[int] = set()
     for batch in [missing] if evaluation.shares_passes else [[index] for index in missing]:
-        left = [index for index in batch if not reuse(index)]  # somebody else may have made it by now
-        contents = evaluation.measure_all([targets[index] for index in left])
-        for index, content in zip(left, contents, strict=True):
+        if not evaluation.shares_passes and not force:  # somebody else may have made it by now
+            (index,) = batch
+            if (content := evaluation.find(targets[index]).result) is not None:
+                contents[index] = content
+                continue
+        for index, content in zip(batch, evaluation.measure_all([targets[index] for index in batch]), strict=True):
             evaluation.write(places[index].path, content)
-            results[index] = Result(
-                target=targets[index], content=content, path=places[index].path, evaluation=evaluation
-            )
-    ordered = [results[index] for index in range(len(targets))]
-    evaluation.finish(ordered)
-    return ordered
+            contents[index] = content
+            measured.add(index)
+    results = [
+        Result(
+            target=target,
+            content=contents[index],
+            path=places[index].path,
+            is_reused=index not in measured,
+            evaluation=evaluation,
+        )
+        for index, target in enumerate(targets)
+    ]
+    evaluation.finish(results)
+    return results
 
 
 def evaluate_plan(
@@ -288,15 +292,18 @@ def evaluate_plan(
 
     Raises UserError before any compute if something is missing: a package, a store, a run, or an SAE that does not fit.
     """
-    check_packages(kind)
-    targets = select_targets(plan, selection or Selection(), kind.folder(), listener)
+    options, selection = options or kind.options_kind(), selection or Selection()
+    check_packages(kind, options)
+    targets = select_targets(plan, selection, kind.folder(), listener)
     evaluation = kind.of_plan(plan, options, device=pick_device(device), listener=listener)
+    for text in common_texts(plan, kind.reads_splits if not selection.folders else ()):
+        listener.warn(text)
     return evaluate_targets(evaluation, targets, force=force)
 
 
-def check_packages(kind: type[Evaluation[Any, Any]]) -> None:
+def check_packages(kind: type[Evaluation[Any, Any]], options: Options) -> None:
     """Raise UserError unless the packages of an evaluation are installed."""
-    for package, module, extra in kind.packages:
+    for package, module, extra in kind.packages(options):
         need(f"the evaluation {kind.name}", package, extra, module)
 
 
@@ -320,11 +327,19 @@ def evaluate(
     if evaluation not in registry.EVALUATIONS:
         raise UserError(f"there is no evaluation {evaluation!r}; there are {', '.join(registry.EVALUATIONS)}")
     kind: type[Evaluation[Any, Any]] = registry.resolve(registry.EVALUATIONS[evaluation].kind)
-    check_packages(kind)
+    try:
+        chosen = kind.options_kind(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        given = ".".join(map(str, first["loc"]))
+        allowed = ", ".join(kind.options_kind.model_fields) or "none"
+        wrong = f"has no option {given}" if first["type"] == "extra_forbidden" else f"option {given}: {first['msg']}"
+        raise UserError(f"{evaluation} {wrong}; its options: {allowed}") from None
+    check_packages(kind, chosen)
     hooks = store.spec.hooks
     if hook is None and len(hooks) != 1:
         raise UserError(f"the store has {len(hooks)} hooks; say hook=..., one of {', '.join(hooks)}")
-    view = model if not isinstance(model, TrainedModel) else _whole(model)
+    view = model.views()[whole_view(model.structure)] if isinstance(model, TrainedModel) else model
     digest = hashlib.sha256()
     for tensor in (view.W_enc, view.W_dec, view.b_enc, view.b_dec):
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -337,19 +352,6 @@ def evaluate(
         sae_id=view.name,
         weights_digest=digest.hexdigest(),
     )
-    try:
-        chosen = kind.options_kind(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        given = ".".join(map(str, first["loc"]))
-        allowed = ", ".join(kind.options_kind.model_fields) or "none"
-        raise UserError(f"{evaluation} has no option {given}: {first['msg']}; its options: {allowed}") from None
     bench = kind(store, chosen, config, device=device, listener=listener)
     bench.check(target)
     return Result(target=target, content=bench.measure(target), path=target.path(), evaluation=bench)
-
-
-def _whole(model: TrainedModel) -> View:
-    """All levels together, or level 1 of a stack."""
-    views = model.views()
-    return views.get("sae") or views["level1"]

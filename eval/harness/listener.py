@@ -16,8 +16,5 @@ class Listener:
     def warn(self, text: str) -> None:
         """A line that people should not overlook."""
 
-    def confirm(self, question: str) -> None:
-        """Something that costs money is about to begin. Raises UserError if that is not wanted."""
-
 
 SILENT = Listener()

@@ -151,9 +151,9 @@ def need_trained(plan: Plan, run: RunConfig) -> None:
         )
 
 
-def whole_view(run: RunConfig) -> str:
-    """The view that stands for a run: all levels together, or, in a stack, level 1 (what its other levels account for)."""
-    return "level1" if run.structure == "stacked" else "sae"
+def whole_view(structure: str) -> str:
+    """The view that stands for a model of a structure: all levels together, or, in a stack, level 1 (what its other levels account for)."""
+    return "level1" if structure == "stacked" else "sae"
 
 
 def run_targets(plan: Plan, run: RunConfig, evaluation: str = "core", *, whole: bool = False) -> list[Target]:
@@ -178,7 +178,7 @@ def run_targets(plan: Plan, run: RunConfig, evaluation: str = "core", *, whole: 
             run_dir=run_dir,
         )
         for name, view in load_model(model_dir).views().items()
-        if not whole or name == whole_view(run)
+        if not whole or name == whole_view(run.structure)
     ]
 
 

@@ -6,7 +6,7 @@ the store's tokens in the model's type and, where that is not float32, one in fl
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from hsae.cache.suites.store_files import PART_TEXTS
 from hsae.cache.suites.suite_spec import Suite
 from hsae.eval.harness.envelope import envelope, hsae_version
 from hsae.eval.harness.estimates import Estimate
-from hsae.eval.harness.evaluation import Evaluation, Options, Result
+from hsae.eval.harness.evaluation import Evaluation, Options, Result, cached_method
 from hsae.eval.harness.saebench_schema import LAYOUTS, read_measured
 from hsae.eval.harness.tables import Cell, PlusMinus
 from hsae.eval.harness.targets import Found, Target, find
@@ -81,7 +81,11 @@ class ProbeEvaluation(SuiteEvaluation[ProbeStore]):
     """An evaluation from a probe store."""
 
     suite: ClassVar[Suite]
-    packages = (("scikit-learn", "sklearn", "suite"),)
+
+    @classmethod
+    def packages(cls, options: DrawOptions) -> tuple[tuple[str, str, str], ...]:
+        """SAEBench's probes are scikit-learn's."""
+        return (("scikit-learn", "sklearn", "suite"),)
 
     @classmethod
     def open_store(cls, plan: Plan) -> ProbeStore:
@@ -146,7 +150,7 @@ class TextEvaluation(ProbeEvaluation):
         """The same with float32 sums."""
         return self._tasks(hook, None if self.dtype == torch.float32 else torch.float32)
 
-    @lru_cache  # noqa: B019  an evaluation lives as long as its command
+    @cached_method
     def _tasks(self, hook: str, dtype: torch.dtype | None) -> list[Task]:
         return [
             Task(
@@ -185,7 +189,7 @@ class SparseProbing(TextEvaluation):
         "all": "test_accuracy",
     }
 
-    @lru_cache  # noqa: B019
+    @cached_method
     def residual(self, hook: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Sparse probing on the residual itself: SAEBench's accuracies, and measures."""
         tasks = self.exact_tasks(hook)
@@ -224,7 +228,7 @@ class _ClassAblation(TextEvaluation):
 
     kind: ClassVar[scr_tpp.Kind]
 
-    @lru_cache  # noqa: B019
+    @cached_method
     def probes(self, hook: str) -> tuple[dict[str, scr_tpp.Trained], dict[tuple[str, int], scr_tpp.Seeded]]:
         """The probes: SAEBench's, and those of each seed."""
         plain = scr_tpp.train_probes(self.kind, self.tasks(hook))
@@ -318,7 +322,7 @@ class Absorption(ProbeEvaluation):
         """SAEBench's settings but for how many letters must be tested."""
         return absorption.Settings(min_letters=self.store.spec.tasks.min_letters)
 
-    @lru_cache  # noqa: B019
+    @cached_method
     def words(self, hook: str) -> absorption.Words:
         """The words and the ground-truth probe on them."""
         vectors = {name: sum_texts(self.store.ragged(entry, hook)) for name, entry in self.entries.items()}

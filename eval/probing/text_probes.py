@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsae.cache.errors import UserError
 from hsae.train.model.views import View
 
 Lists = dict[str, Tensor]
@@ -176,14 +175,6 @@ def _copy(linear: nn.Linear) -> Probe:
 
 
 # ---- logistic regression ------------------------------------------------------------------------------------------------
-
-
-def need_sklearn(why: str) -> None:
-    """Raise UserError unless scikit-learn is there."""
-    from importlib.util import find_spec
-
-    if find_spec("sklearn") is None:
-        raise UserError(f"{why} needs the package scikit-learn; run: pip install 'hsae[suite]'")
 
 
 def logistic(vectors_SK: Tensor, labels_S: Tensor, **settings: Any) -> Any:

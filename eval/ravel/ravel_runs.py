@@ -4,7 +4,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from hsae.cache.errors import NotApplicable, StoreError
 from hsae.cache.language_model.generation import Passes
-from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.language_model.lm import LanguageModel, pinned
 from hsae.cache.language_model.provenance import check_model
 from hsae.cache.storage.paths import size_of
 from hsae.cache.suites.entities import counted
 from hsae.cache.suites.ravel_store import RavelStore
 from hsae.eval.harness.envelope import envelope, hsae_version
 from hsae.eval.harness.estimates import mean_over_seeds
-from hsae.eval.harness.evaluation import Result
+from hsae.eval.harness.evaluation import Result, cached_method
 from hsae.eval.harness.targets import Target
-from hsae.eval.probing.evaluations import SuiteEvaluation
+from hsae.eval.probing.evaluations import DrawOptions, SuiteEvaluation
 from hsae.eval.probing.text_probes import generator_for
 from hsae.eval.ravel.config import RavelConfig, ravel_spec
 from hsae.eval.ravel.exchange import (
@@ -67,8 +67,12 @@ class Ravel(SuiteEvaluation[RavelStore]):
 
     name = "ravel"
     config_kind = RavelConfig
-    packages = (("scipy", "scipy", "eval"),)
     headlines: ClassVar[dict[str, str]] = {name.removesuffix("_score"): name for name in MEASURES}
+
+    @classmethod
+    def packages(cls, options: DrawOptions) -> tuple[tuple[str, str, str], ...]:
+        """An interval over several draws is Student's."""
+        return (("scipy", "scipy", "eval"),) if options.draws > 1 else ()
 
     @classmethod
     def open_store(cls, plan: Plan) -> RavelStore:
@@ -82,6 +86,10 @@ class Ravel(SuiteEvaluation[RavelStore]):
             raise
 
     # --- what all SAEs share ---------------------------------------------------------------------------------------------
+
+    def load_language_model(self) -> LanguageModel:
+        """The language model at the commit that stores beside this one were made with."""
+        return LanguageModel.load(pinned(self.store.spec.model, self.store.root), device=self.device)
 
     @cached_property
     def language(self) -> LanguageModel:
@@ -119,7 +127,7 @@ class Ravel(SuiteEvaluation[RavelStore]):
                 found.append(Split(kind=kind, attribute=attribute, train=train, test=test))
         return found
 
-    @lru_cache  # noqa: B019  an evaluation lives as long as its command
+    @cached_method
     def residual(self, hook: str) -> dict[str, Any]:
         """Measures with the whole residual exchanged. Raises NotApplicable if that changes too few answers for RAVEL to mean anything."""
         self.listener.status("ravel: the whole residual exchanged")
