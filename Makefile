@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check build clean
+.PHONY: help quickstart test test-fast check map build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -14,6 +14,12 @@ quickstart: $(VENV)/quickstart.done  ## cache, train, evaluate and report on rea
 
 test: $(VENV)/dev.done  ## run all tests, the slow ones on the real model included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: $(VENV)/dev.done  ## run the tests that need neither the real model nor minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+map: $(BIN)/python  ## write docs/map.md anew
+	$(BIN)/python .ci/map.py
 
 check: $(VENV)/dev.done  ## format, lint and type checks
 	$(BIN)/ruff format --check .
