@@ -1,6 +1,7 @@
-"""The quickstart on real Gemma-3-270M, as a user runs it."""
+"""The quickstart on real Gemma-3-270M, as a user runs it, with less text and fewer tokens unless HSAE_QUICKSTART is set."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,11 @@ from hsae.eval.harness.envelope import read_core
 
 pytestmark = pytest.mark.slow(minutes=10)
 COMMAND = [sys.executable, "-c", "from hsae.cli.main import main; main()", "quickstart"]
-COMMAND += ["--set", "cache.eval.batches_variance=8"]  # half the rows of evaluation, to save minutes
+PACKAGED = "HSAE_QUICKSTART" in os.environ
+"""Whether the quickstart runs at its own sizes (half an hour of one core): only then are its numbers those of the README."""
+if not PACKAGED:
+    for setting in ("cache.batch_rows=4", "cache.train.rows=256", "train.tokens=150_000"):
+        COMMAND += ["--set", setting]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +43,9 @@ def test_it_tells_the_time_of_each_stage_and_where_to_look(place):
 def test_the_baseline_is_alive_and_good_at_its_target_l0(place):
     baseline = results(place, 0)["sae"]
     assert not baseline.dead
-    assert baseline.measure("explained_variance").value > 0.6
+    assert baseline.measure("explained_variance").value > (0.6 if PACKAGED else 0.35)
     assert baseline.measure("l0").value == pytest.approx(32, rel=0.25)
-    assert baseline.measure("ce_loss_score").low > 0.7
+    assert baseline.measure("ce_loss_score").low > (0.7 if PACKAGED else 0.5)
     assert baseline.measure("dead_fraction").value < 0.1
 
 
