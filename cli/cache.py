@@ -203,7 +203,7 @@ def list_stores(
     from hsae.cache.errors import StoreError, UserError
     from hsae.cache.format.layout import read_header, total_bytes
     from hsae.cache.storage.paths import children, place
-    from hsae.cache.suites.catalogue import probe_stores
+    from hsae.cache.suites.catalogue import list_suite_stores
     from hsae.train.config.plan import load_plan
 
     if folder is not None and (plan is not None or overrides):
@@ -225,7 +225,7 @@ def list_stores(
         spec, state = header.spec, "complete" if header.complete else "not finished"
         size = _gb(total_bytes(spec, header.d_model))
         table.add_row(path.name, state, spec.model.id, ", ".join(spec.hooks), f"{spec.rows:,}", size)
-    for found in probe_stores(home):
+    for found in list_suite_stores(home):
         if found.problem:
             table.add_row(found.name, Text(found.problem, "red"), "", "", "", "")
         else:

@@ -1,12 +1,13 @@
 """`hsae eval all`, and `hsae cache build --suite`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID
 
 from hsae import registry
 from hsae.cli import ravel
@@ -26,7 +27,7 @@ from hsae.cli.common import (
 from hsae.cli.evaluations import ForceOption, OutOption, evaluate, show, summarise
 
 if TYPE_CHECKING:
-    from hsae.cache.suites.suite_spec import Suite
+    from hsae.cache.suites.specs import Suite
     from hsae.train.config.plan import Plan
 
 DrawsOption = Annotated[
@@ -109,7 +110,7 @@ def _unlearning(
 
 
 def _suite(name: str) -> "Suite":
-    from hsae.cache.suites.suite_spec import SUITES
+    from hsae.cache.suites.specs import SUITES
 
     return next(suite for suite in SUITES if suite == name)
 
@@ -118,34 +119,43 @@ def _suite(name: str) -> "Suite":
 
 
 def build(plan: "Plan", suite: str, device: str, *, dry_run: bool) -> None:
-    """Make the probe store of one suite, or of all (`hsae cache build --suite`)."""
-    from hsae.cache.language_model.lm import LanguageModel, pinned
-    from hsae.cache.storage.paths import check_writable
-    from hsae.cache.suites.probe_store import build_probe
-    from hsae.cache.suites.suite_spec import SUITES, probe_folder
+    """Make the store of one suite, or of all (`hsae cache build --suite`)."""
+    from hsae.cache.suites.build import build_suites
+    from hsae.cache.suites.specs import SUITES
     from hsae.eval.probing.config import probe_spec
 
     _no_dry_run(dry_run)
-    check_writable(probe_folder(plan.cache.dir))
-    model = LanguageModel.load(pinned(plan.model, plan.cache.dir), device=device, say=say)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "texts")
-    for name in SUITES if suite == "all" else (_suite(suite),):
-        with progress_bars(*columns) as bars:
-            shown: dict[str, TaskID] = {}
-
-            def told(task: str, done: int, total: int, bars: Progress = bars, shown: dict[str, TaskID] = shown) -> None:
-                if task not in shown:
-                    shown[task] = bars.add_task(task, total=total)
-                bars.update(shown[task], completed=done)
-
-            path = build_probe(probe_spec(plan, name), plan.cache.dir, device=device, progress=told, model=model)
-        say(f"{name} store: ", (str(path), "bold"))
+    with _text_bars() as report:
+        specs = [probe_spec(plan, name) for name in (SUITES if suite == "all" else (_suite(suite),))]
+        paths = build_suites(specs, plan.cache.dir, device=device, progress=report, say=say)
+    for spec, path in zip(specs, paths, strict=True):
+        say(f"{spec.suite} store: ", (str(path), "bold"))
 
 
 def build_ravel(plan: "Plan", device: str, *, dry_run: bool) -> None:
     """Make RAVEL's store (`hsae cache build --suite ravel`)."""
+    from hsae.cache.suites.build import build_suites
+    from hsae.eval.ravel.config import ravel_spec
+
     _no_dry_run(dry_run)
-    ravel.build(plan, device)
+    with _text_bars() as report:
+        (path,) = build_suites([ravel_spec(plan)], plan.cache.dir, device=device, progress=report, say=say)
+    ravel.print_counts(plan)
+    say("ravel store: ", (str(path), "bold"))
+
+
+@contextmanager
+def _text_bars() -> "Iterator[Callable[[str, int, int], None]]":
+    """A progress bar for each set of texts."""
+    with progress_bars("{task.description}", BarColumn(), MofNCompleteColumn(), "texts") as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done)
+
+        yield report
 
 
 def _no_dry_run(dry_run: bool) -> None:

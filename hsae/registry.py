@@ -58,7 +58,7 @@ class Table:
 
 
 TABLES: dict[str, Table] = {
-    "suite": Table("hsae.cache.suites.suite_spec:SuiteConfig"),
+    "suite": Table("hsae.cache.suites.specs:SuiteConfig"),
     "unlearning": Table("hsae.eval.unlearning.config:UnlearningConfig", splits=("forget", "retain")),
     "ravel": Table("hsae.eval.ravel.config:RavelConfig"),
     "autointerp": Table("hsae.eval.autointerp.config:AutointerpConfig", splits=("autointerp",)),

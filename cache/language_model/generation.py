@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.suites.probe_store import padded
 
 
 @dataclass
-class Passes:
+class PassCounts:
     """Prompts sent through the model's parts, and those for which that was not needed."""
 
     prefix: int = 0
@@ -27,28 +26,33 @@ class Passes:
 
 
 @dataclass(kw_only=True)
-class Opened:
+class PendingPrompt:
     """A prompt that is to be completed."""
 
     ids: Sequence[int]
     resid_TD: Tensor
     """Residuals at the hook."""
-    decided: Callable[[str], bool]
+    is_decided: Callable[[str], bool]
     """Whether what has been written so far is enough."""
     written: list[int] = field(default_factory=list)
 
 
 def complete(
-    model: LanguageModel, hook: str, opened: Sequence[Opened], most: int, batch_rows: int, passes: Passes
+    model: LanguageModel,
+    hook: str,
+    prompts: Sequence[PendingPrompt],
+    max_new_tokens: int,
+    batch_rows: int,
+    passes: PassCounts,
 ) -> list[str]:
-    """The text written after each prompt: at most `most` tokens, and none once it is decided or the text has ended."""
-    pending = list(opened)
-    for step in range(most):
+    """The text written after each prompt: at most `max_new_tokens`, and none once it is decided or the text has ended."""
+    pending = list(prompts)
+    for step in range(max_new_tokens):
         for start in range(0, len(pending), batch_rows):
             batch = pending[start : start + batch_rows]
-            x_BTD = stacked([item.resid_TD for item in batch])
+            x_BTD = pad_residuals([item.resid_TD for item in batch])
             if step:
-                whole_BTD = model.prefix(padded([[*item.ids, *item.written] for item in batch], model), [hook])[hook]
+                whole_BTD = model.prefix(model.padded([[*item.ids, *item.written] for item in batch]), [hook])[hook]
                 x_BTD = torch.cat([x_BTD, whole_BTD.cpu()[:, x_BTD.shape[1] :]], 1)
                 for row, item in enumerate(batch):
                     x_BTD[row, len(item.ids) :] = whole_BTD[row, len(item.ids) :].cpu()
@@ -59,19 +63,19 @@ def complete(
             tokens = model.unembed(final_BTD[range(len(batch)), ends]).argmax(-1).tolist()
             for item, token in zip(batch, tokens, strict=True):
                 item.written.append(token)
-        pending = [item for item in pending if not _ended(model, item)]
-    return [_text(model, item) for item in opened]
+        pending = [item for item in pending if not _has_ended(model, item)]
+    return [_text(model, item) for item in prompts]
 
 
-def stacked(rows: Sequence[Tensor]) -> Tensor:
+def pad_residuals(rows: Sequence[Tensor]) -> Tensor:
     """[B, T, D] with zeros behind the shorter ones, which causal attention never sees."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def _ended(model: LanguageModel, item: Opened) -> bool:
-    return item.written[-1] == model.tokenizer.eos_token_id or item.decided(_text(model, item))
+def _has_ended(model: LanguageModel, item: PendingPrompt) -> bool:
+    return item.written[-1] == model.tokenizer.eos_token_id or item.is_decided(_text(model, item))
 
 
-def _text(model: LanguageModel, item: Opened) -> str:
+def _text(model: LanguageModel, item: PendingPrompt) -> str:
     text: str = model.tokenizer.decode(item.written, skip_special_tokens=True)
     return text

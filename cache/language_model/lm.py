@@ -228,6 +228,11 @@ class LanguageModel:
                 "together; give the tokenizer that the model was trained with (or resize_token_embeddings, train, and save the model)"
             )
 
+    def padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids [B, T] of rows of several lengths, with padding behind, which causal attention never sees."""
+        width = max(map(len, rows))
+        return torch.tensor([[*row, *[self.special_ids[0]] * (width - len(row))] for row in rows])
+
     def prefix(self, tokens_BT: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
         """The residual [B, T, D] at each hook; nothing after the deepest hook is computed."""
         self.check_hooks(hooks)

@@ -6,15 +6,16 @@ from hsae.cache.errors import StoreError
 from hsae.cache.storage.paths import Place, children, sizes
 from hsae.cache.suites.probe_store import ProbeHeader
 from hsae.cache.suites.ravel_store import RavelHeader
-from hsae.cache.suites.store_files import part_name, read_header
-from hsae.cache.suites.suite_spec import SUITES
+from hsae.cache.suites.residual_sets import part_name
+from hsae.cache.suites.specs import SUITES
+from hsae.cache.suites.suite_files import read_header
 
 FOLDER, SETS = "probe", "texts"
 HEADERS: dict[str, type[ProbeHeader] | type[RavelHeader]] = {**dict.fromkeys(SUITES, ProbeHeader), "ravel": RavelHeader}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listed:
+class SuiteStoreSummary:
     """One suite's store."""
 
     name: str
@@ -27,9 +28,9 @@ class Listed:
     problem: str | None = None
 
 
-def probe_stores(home: Place) -> list[Listed]:
+def list_suite_stores(home: Place) -> list[SuiteStoreSummary]:
     """The stores in a folder or at a URL, by suite."""
-    found: list[Listed] = []
+    summaries: list[SuiteStoreSummary] = []
     lengths: dict[str, dict[str, int]] = {}
     for suite in sorted(HEADERS):
         try:
@@ -37,17 +38,17 @@ def probe_stores(home: Place) -> list[Listed]:
         except (FileNotFoundError, NotADirectoryError):
             continue
         shown = (file for file in files if file.name.endswith(".json") and not file.name.startswith("."))
-        found += [_listed(home, suite, file, lengths) for file in shown]
-    return found
+        summaries += [_summarise(home, suite, file, lengths) for file in shown]
+    return summaries
 
 
-def _listed(home: Place, suite: str, file: Place, lengths: dict[str, dict[str, int]]) -> Listed:
+def _summarise(home: Place, suite: str, file: Place, lengths: dict[str, dict[str, int]]) -> SuiteStoreSummary:
     """One store; `lengths` are those of the parts of the sets that were looked at."""
     name = f"{FOLDER}/{suite}/{file.name}"
     try:
         header: ProbeHeader | RavelHeader = read_header(file, HEADERS[suite], suite)
     except (StoreError, OSError) as error:
-        return Listed(name=name, problem=str(error).removeprefix(f"{file} "))
+        return SuiteStoreSummary(name=name, problem=str(error).removeprefix(f"{file} "))
     held, problem = 0, None
     for texts, parts in header.parts.items():
         if texts not in lengths:
@@ -60,7 +61,7 @@ def _listed(home: Place, suite: str, file: Place, lengths: dict[str, dict[str, i
                 problem = (
                     f"{FOLDER}/{SETS}/{texts}/{part_name(number)} {wrong}; go on with: hsae cache build --suite {suite}"
                 )
-    return Listed(
+    return SuiteStoreSummary(
         name=name,
         model=header.spec.model.id,
         hooks=header.spec.hooks,

@@ -25,7 +25,7 @@ from pydantic import Field
 from hsae.cache.errors import CorpusError
 from hsae.cache.files import parse_json
 from hsae.cache.format.spec import Config
-from hsae.cache.suites.ravel_spec import EntitiesConfig
+from hsae.cache.suites.specs import EntitiesConfig
 from hsae.cache.text.data_sets import described, records, resolved_revision
 
 HUB = "adamkarvonen/ravel_prompts"
@@ -154,7 +154,7 @@ def _checked(kind: EntityType) -> EntityType:
     return kind
 
 
-def forms(label: str) -> tuple[str, ...]:
+def accepted_answers(label: str) -> tuple[str, ...]:
     """What an answer may begin with, in lower case: the label, each part of a list, other names."""
     lower = label.lower().strip()
     parts = [part.strip() for part in lower.split(",")] if "," in lower else []
@@ -162,7 +162,7 @@ def forms(label: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(form for form in (lower, *parts, *others) if form))
 
 
-def verdict(completion: str, label: str, *, final: bool = False) -> bool | None:
+def judge_answer(completion: str, label: str, *, final: bool = False) -> bool | None:
     """Whether a completion says the label (SAEBench's rule): the longer of the two begins with the shorter.
 
     What follows a quotation mark doesn't count. None as long as more text could decide; with `final` there is no more.
@@ -172,7 +172,7 @@ def verdict(completion: str, label: str, *, final: bool = False) -> bool | None:
     ended = final or bool(quote)
     if not said:
         return False if ended else None
-    wanted = forms(label)
+    wanted = accepted_answers(label)
     if any(said.startswith(form) for form in wanted):
         return True
     if any(form.startswith(said) for form in wanted):
@@ -185,13 +185,13 @@ def entity_span(text: str, entity: str) -> tuple[str, int]:
     return text.replace(MARK, entity), text.index(MARK) + len(entity)
 
 
-def covering(offsets: Sequence[tuple[int, int]], end: int) -> int | None:
+def token_at(offsets: Sequence[tuple[int, int]], end: int) -> int | None:
     """The token that holds the character before `end`; None if no token does."""
     held = [place for place, (first, last) in enumerate(offsets) if first < end <= last]
     return held[-1] if held else None
 
 
-def counted(kept: dict[str, dict[str, int]], asked: dict[str, dict[str, int]]) -> str:
+def describe_counts(kept: dict[str, dict[str, int]], asked: dict[str, dict[str, int]]) -> str:
     """`country: Capital 90 of 168, ...` for people."""
     return "; ".join(
         f"{kind}: " + ", ".join(f"{key} {kept[kind].get(key, 0)} of {total}" for key, total in held.items())

@@ -5,11 +5,9 @@ made of the four combinations of two attributes.
 """
 
 import functools
-import hashlib
-import json
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +17,7 @@ from pydantic import Field
 
 from hsae.cache.errors import CorpusError
 from hsae.cache.format.spec import Config
-from hsae.cache.suites.suite_spec import Suite, SuiteConfig
+from hsae.cache.suites.specs import Suite, SuiteConfig
 from hsae.cache.text.data_sets import described, open_data_set, records, resolved_revision
 
 Splits = tuple[str, str]
@@ -395,11 +393,3 @@ def after_the_word(tokenizer: Any, config: SuiteConfig) -> int:
             f"suite.prompt_template {config.prompt_template!r}: it must begin with {{word}} and go on after it"
         )
     return len(tokenizer(after, add_special_tokens=False).input_ids)
-
-
-def digest_of(parts: Iterable[object]) -> str:
-    """SHA-256 of JSON-ready parts."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(json.dumps(part, sort_keys=True).encode() + b"\n")
-    return total.hexdigest()

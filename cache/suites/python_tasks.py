@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hsae.cache.errors import CorpusError
 from hsae.cache.suites.labelled_texts import SPLITS, DataSet, Record
-from hsae.cache.suites.suite_spec import SuiteConfig
+from hsae.cache.suites.specs import SuiteConfig
 
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")
 PAIRS = (("asyncio", "email"), ("unittest", "xml"))

@@ -4,14 +4,13 @@
     <cache.dir>/probe/texts/<model>-<key>/part-*.safetensors     residuals of every prompt asked, each token of it
     <cache.dir>/probe/answers/<key>/part-*.json     what the model wrote after each prompt
 
-A build that is interrupted goes on where it was. Checksums: see `parts`. Shapes: T tokens of a prompt, D residual width.
+A build that is interrupted goes on where it was. Checksums: see `suite_files`. Shapes: T tokens of a prompt, D residual width.
 """
 
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 
 import torch
 from pydantic import Field
@@ -19,18 +18,12 @@ from torch import Tensor
 
 from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.format.spec import Config
-from hsae.cache.language_model.generation import Opened, Passes, complete
-from hsae.cache.language_model.lm import LanguageModel, pinned
-from hsae.cache.storage.paths import Place, check_writable, locked, publish
-from hsae.cache.suites.entities import EntityType, counted, covering, entity_span, read_entities, verdict
-from hsae.cache.suites.probe_store import Wanted, build_set, sets_folder, sweep_probes, versions
-from hsae.cache.suites.ravel_spec import EntitiesConfig, RavelSpec
-from hsae.cache.suites.store_files import PART_TEXTS, ZEROS, Parts, SuiteHeader, kept, read_header, seal, write_header
-from hsae.cache.suites.suite_spec import content_key, probe_folder
-
-MOST_OPEN = 64  # parts that stay mapped
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how many prompts are done, and how many there are."""
+from hsae.cache.language_model.generation import PassCounts, PendingPrompt, complete
+from hsae.cache.storage.paths import Place, publish
+from hsae.cache.suites.entities import EntityType, describe_counts, entity_span, judge_answer, token_at
+from hsae.cache.suites.residual_sets import ResidualSet, SetBuilder, TextResiduals, TokenSet, sets_folder, versions
+from hsae.cache.suites.specs import EntitiesConfig, RavelSpec, content_key, suites_folder
+from hsae.cache.suites.suite_files import PART_TEXTS, ZEROS, SuiteHeader, read_header, read_whole, seal
 
 
 class Prompt(Config):
@@ -74,8 +67,8 @@ class RavelHeader(SuiteHeader):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """A prompt before it is known what the model says."""
+class CandidatePrompt:
+    """A question that is put to the model, before it is known what the model answers."""
 
     kind: str
     attribute: str
@@ -86,7 +79,7 @@ class Question:
     """Where the entity ends, in characters."""
 
 
-def questions(kinds: Sequence[EntityType]) -> list[Question]:
+def candidate_prompts(kinds: Sequence[EntityType]) -> list[CandidatePrompt]:
     """Every question about every entity that has the attribute."""
     found = []
     for kind in kinds:
@@ -96,80 +89,61 @@ def questions(kinds: Sequence[EntityType]) -> list[Question]:
                     if attribute in labels:
                         text, end = entity_span(template, entity)
                         held = {"kind": kind.name, "attribute": attribute, "entity": entity, "label": labels[attribute]}
-                        found.append(Question(**held, text=text, end=end))
+                        found.append(CandidatePrompt(**held, text=text, end=end))
     return found
 
 
-def build_ravel(
-    spec: RavelSpec,
-    root: str | Place,
-    *,
-    device: str = "cpu",
-    progress: Progress = lambda name, done, total: None,
-    say: Callable[[str], None] = lambda text: None,
-    model: LanguageModel | None = None,
-) -> Place:
-    """Ask everything, keep what is answered right, and return the store's file.
+def make_ravel_header(spec: RavelSpec, kinds: Sequence[EntityType], builder: SetBuilder) -> RavelHeader:
+    """Ask everything, keep what is answered right, and describe it.
 
-    Raises UserError if the entities can't be had (before any compute) or too little is answered right; what was computed stays.
+    Raises CorpusError if too little is answered right; what was computed stays.
     """
-    path = spec.path(root)
-    check_writable(probe_folder(root) / "ravel")
-    kinds = read_entities(spec.data)
-    asked = questions(kinds)
-    with locked(path):
-        sweep_probes(root)
-        if model is None:
-            say(f"loading {spec.model.id}")
-            model = LanguageModel.load(pinned(spec.model, root), device=device, say=say)
-        model.check_hooks(spec.hooks)
-        coded = model.tokenizer([one.text for one in asked], return_offsets_mapping=True, verbose=False)
-        ids = [list(row) for row in coded.input_ids]
-        places = [covering(list(offsets), one.end) for offsets, one in zip(coded.offset_mapping, asked, strict=True)]
-        wanted = Wanted(ids=ids, kept=[list(range(len(row))) for row in ids])
-        texts, parts = build_set(root, wanted, spec, spec.data.batch_rows, model, partial(progress, "residuals"))
-        held = Residuals(Parts(sets_folder(root) / texts, parts, "ravel"))
-        answers = _answers(root, texts, asked, ids, held, spec, model, partial(progress, "answers"))
-        right = [
-            Prompt(
-                row=row, kind=one.kind, attribute=one.attribute, entity=one.entity, label=one.label, ids=tuple(ids[row]),
-                position=place, first_token=answers[row][1],
-            )
-            for row, (one, place) in enumerate(zip(asked, places, strict=True))
-            if place is not None and verdict(answers[row][0], one.label, final=True)
-        ]  # fmt: skip
-        chosen = usable(right, asked, spec.data)
-        header = RavelHeader(
-            spec=spec,
-            d_model=model.d_model,
-            model_digest=model.model_digest,
-            tokenizer_digest=model.tokenizer_digest,
-            versions=versions(model),
-            parts={texts: parts},
-            sources={kind.name: kind.source for kind in kinds},
-            texts=texts,
-            count=len(ids),
-            asked=tally(asked),
-            right=tally(right),
-            prompts=chosen,
-            passes=len(ids),
+    model, candidates = builder.model, candidate_prompts(kinds)
+    coded = model.tokenizer([one.text for one in candidates], return_offsets_mapping=True, verbose=False)
+    ids = [list(row) for row in coded.input_ids]
+    ends = [token_at(list(offsets), one.end) for offsets, one in zip(coded.offset_mapping, candidates, strict=True)]
+    texts, parts = builder.build(TokenSet(ids=ids, positions=[list(range(len(row))) for row in ids]), "residuals")
+    residuals = TextResiduals(ResidualSet(sets_folder(builder.root) / texts, parts, spec.suite))
+    answers = _answers(spec, texts, candidates, ids, residuals, builder)
+    right = [
+        Prompt(
+            row=row, kind=one.kind, attribute=one.attribute, entity=one.entity, label=one.label, ids=tuple(ids[row]),
+            position=position, first_token=answers[row][1],
         )
-        write_header(path, header)
-    return path
+        for row, (one, position) in enumerate(zip(candidates, ends, strict=True))
+        if position is not None and judge_answer(answers[row][0], one.label, final=True)
+    ]  # fmt: skip
+    return RavelHeader(
+        spec=spec,
+        d_model=model.d_model,
+        model_digest=model.model_digest,
+        tokenizer_digest=model.tokenizer_digest,
+        versions=versions(model),
+        parts={texts: parts},
+        sources={kind.name: kind.source for kind in kinds},
+        texts=texts,
+        count=len(ids),
+        asked=count_prompts(candidates),
+        right=count_prompts(right),
+        prompts=select_prompts(right, candidates, spec.data),
+        passes=len(ids),
+    )
 
 
-def tally(items: Sequence[Question] | Sequence[Prompt]) -> dict[str, dict[str, int]]:
+def count_prompts(items: Sequence[CandidatePrompt] | Sequence[Prompt]) -> dict[str, dict[str, int]]:
     """Type -> attribute -> number."""
-    found: dict[str, dict[str, int]] = {}
+    counts: dict[str, dict[str, int]] = {}
     for (kind, attribute), count in Counter((item.kind, item.attribute) for item in items).items():
-        found.setdefault(kind, {})[attribute] = count
-    return found
+        counts.setdefault(kind, {})[attribute] = count
+    return counts
 
 
-def usable(right: Sequence[Prompt], asked: Sequence[Question], config: EntitiesConfig) -> list[Prompt]:
+def select_prompts(
+    right: Sequence[Prompt], candidates: Sequence[CandidatePrompt], config: EntitiesConfig
+) -> list[Prompt]:
     """Of each type the entities most often answered right, and the attributes with enough left. Raises CorpusError if nothing is."""
     kept: list[Prompt] = []
-    for kind in dict.fromkeys(one.kind for one in asked):
+    for kind in dict.fromkeys(one.kind for one in candidates):
         mine = [prompt for prompt in right if prompt.kind == kind]
         best = {entity for entity, _ in Counter(prompt.entity for prompt in mine).most_common(config.top_entities)}
         mine = [prompt for prompt in mine if prompt.entity in best]
@@ -182,80 +156,64 @@ def usable(right: Sequence[Prompt], asked: Sequence[Question], config: EntitiesC
         if len(enough) > 1:
             kept += [prompt for prompt in mine if prompt.attribute in enough]
     if not kept:
-        found, total = tally(right), tally(asked)
-        told = counted({kind: found.get(kind, {}) for kind in total}, total)
+        found, total = count_prompts(right), count_prompts(candidates)
+        counts = describe_counts({kind: found.get(kind, {}) for kind in total}, total)
         raise CorpusError(
             f"the model answers too little right for RAVEL: no type of entity has two attributes with {config.min_prompts} right answers "
-            f"each and more than one label ({told}); use a stronger model or easier entities, or lower ravel.min_prompts"
+            f"each and more than one label ({counts}); use a stronger model or easier entities, or lower ravel.min_prompts"
         )
     return kept
 
 
 def _answers(
-    root: str | Place,
-    texts: str,
-    asked: Sequence[Question],
-    ids: list[list[int]],
-    held: "Residuals",
     spec: RavelSpec,
-    model: LanguageModel,
-    progress: Callable[[int, int], None],
+    texts: str,
+    candidates: Sequence[CandidatePrompt],
+    ids: list[list[int]],
+    residuals: TextResiduals,
+    builder: SetBuilder,
 ) -> list[tuple[str, int]]:
-    """What the model writes after each prompt until that is right or wrong, and its first token; parts that are there are read back."""
-    hook, most = spec.hooks[-1], spec.data.new_tokens
-    labels = [one.label for one in asked]
-    key = content_key({"texts": texts, "hook": hook, "labels": labels, "tokens": most, "rows": spec.data.batch_rows})
-    found: list[tuple[str, int]] = []
-    for number, first in enumerate(range(0, len(asked), PART_TEXTS)):
-        rows = range(first, min(first + PART_TEXTS, len(asked)))
+    """What the model writes after each prompt until that is right or wrong, and its first token.
+
+    Parts that are there are read back.
+    """
+    hook, new_tokens = spec.hooks[-1], spec.data.new_tokens
+    labels = [one.label for one in candidates]
+    key = content_key({"texts": texts, "hook": hook, "labels": labels, "tokens": new_tokens, "rows": spec.batch_rows})
+    every: list[tuple[str, int]] = []
+    for number, first in enumerate(range(0, len(candidates), PART_TEXTS)):
+        rows = range(first, min(first + PART_TEXTS, len(candidates)))
         name = f"part-{number:05}.json"
-        file = probe_folder(root) / "answers" / key / name
-        answers = _answered(kept(file, f"{key}/{name}"), len(rows))
+        file = suites_folder(builder.root) / "answers" / key / name
+        answers = _read_answers(read_whole(file, f"{key}/{name}"), len(rows))
         if answers is None:
-            opened = [
-                Opened(ids=ids[row], resid_TD=held.of(row, hook), decided=decided_for(labels[row])) for row in rows
+            pending = [
+                PendingPrompt(ids=ids[row], resid_TD=residuals.of(row, hook), is_decided=is_decided(labels[row]))
+                for row in rows
             ]
-            written = complete(model, hook, opened, most, spec.data.batch_rows, Passes())
-            answers = [(said, item.written[0]) for said, item in zip(written, opened, strict=True)]
+            written = complete(builder.model, hook, pending, new_tokens, spec.batch_rows, PassCounts())
+            answers = [(answer, item.written[0]) for answer, item in zip(written, pending, strict=True)]
             text = json.dumps({"crc32c": ZEROS, "answers": answers}, separators=(",", ":"))
             publish(file, seal(text.encode(), f"{key}/{name}"))
-        found += answers
-        progress(rows.stop, len(asked))
-    return found
+        every += answers
+        builder.report("answers", rows.stop, len(candidates))
+    return every
 
 
-def _answered(data: bytes | None, count: int) -> list[tuple[str, int]] | None:
+def _read_answers(data: bytes | None, count: int) -> list[tuple[str, int]] | None:
     """The answers in a part, if it is there and has so many."""
     if data is None:
         return None
-    answers = [(str(said), int(token)) for said, token in json.loads(data)["answers"]]
+    answers = [(str(answer), int(token)) for answer, token in json.loads(data)["answers"]]
     return answers if len(answers) == count else None
 
 
-def decided_for(label: str) -> Callable[[str], bool]:
+def is_decided(label: str) -> Callable[[str], bool]:
     """Whether an answer so far is right or wrong whatever follows."""
-    return lambda text: verdict(text, label) is not None
+    return lambda text: judge_answer(text, label) is not None
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------------
-
-
-class Residuals:
-    """A set's residuals, text by text."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._opened = lru_cache(MOST_OPEN)(self._open)
-
-    def of(self, row: int, hook: str) -> Tensor:
-        """[T, D] of one text."""
-        part, place = divmod(row, PART_TEXTS)
-        tensors, ends = self._opened(part)
-        return tensors[hook][ends[place - 1] if place else 0 : ends[place]].clone()
-
-    def _open(self, part: int) -> tuple[dict[str, Tensor], list[int]]:
-        tensors = self._parts.open(part)
-        return tensors, tensors["lengths"].cumsum(0).tolist()
 
 
 class RavelStore:
@@ -268,7 +226,7 @@ class RavelStore:
         if self.header.spec != spec:
             raise StoreError(f"{self.path} was made for another configuration; delete it and build it again")
         texts = self.header.texts
-        self._residuals = Residuals(Parts(sets_folder(root) / texts, self.header.parts[texts], "ravel"))
+        self._residuals = TextResiduals(ResidualSet(sets_folder(root) / texts, self.header.parts[texts], "ravel"))
 
     @property
     def digest(self) -> str:
@@ -276,12 +234,12 @@ class RavelStore:
         return content_key(self.header.model_dump(mode="json"))
 
     @property
-    def kept(self) -> dict[str, dict[str, list[Prompt]]]:
+    def prompts(self) -> dict[str, dict[str, list[Prompt]]]:
         """Type -> attribute -> prompts."""
-        found: dict[str, dict[str, list[Prompt]]] = {}
+        by_type: dict[str, dict[str, list[Prompt]]] = {}
         for prompt in self.header.prompts:
-            found.setdefault(prompt.kind, {}).setdefault(prompt.attribute, []).append(prompt)
-        return found
+            by_type.setdefault(prompt.kind, {}).setdefault(prompt.attribute, []).append(prompt)
+        return by_type
 
     def resid(self, prompt: Prompt, hook: str) -> Tensor:
         """[T, D] residuals of a prompt's tokens."""

@@ -1,6 +1,6 @@
 """What the `[suite]` table of a plan comes to."""
 
-from hsae.cache.suites.suite_spec import ProbeSpec, Suite, SuiteConfig
+from hsae.cache.suites.specs import ProbeSpec, Suite, SuiteConfig
 from hsae.train.config.plan import Plan
 
 

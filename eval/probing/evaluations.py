@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from hsae.cache.suites.probe_store import ProbeStore, TaskEntry
-from hsae.cache.suites.store_files import PART_TEXTS
-from hsae.cache.suites.suite_spec import Suite
+from hsae.cache.suites.specs import Suite
+from hsae.cache.suites.suite_files import PART_TEXTS
 from hsae.eval.harness.envelope import envelope, hsae_version
 from hsae.eval.harness.estimates import Estimate
 from hsae.eval.harness.evaluation import Evaluation, Options, Result, cached_method

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from hsae.cache.format.spec import Positive, ProperFraction
-from hsae.cache.suites.ravel_spec import EntitiesConfig, RavelSpec
+from hsae.cache.suites.specs import EntitiesConfig, RavelSpec
 from hsae.train.config.plan import Plan
 
 

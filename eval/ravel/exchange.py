@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from hsae.cache.errors import UserError
-from hsae.cache.language_model.generation import Opened, Passes, complete, stacked
+from hsae.cache.language_model.generation import PassCounts, PendingPrompt, complete, pad_residuals
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.suites.entities import verdict
-from hsae.cache.suites.ravel_store import Prompt, RavelStore, decided_for
+from hsae.cache.suites.entities import judge_answer
+from hsae.cache.suites.ravel_store import Prompt, RavelStore, is_decided
 from hsae.eval.probing.text_probes import generator_for
 from hsae.eval.ravel.config import RavelConfig
 from hsae.train.model.views import View
@@ -110,7 +110,7 @@ class Exchange:
     hook: str
     language: LanguageModel
     config: RavelConfig
-    passes: Passes = field(default_factory=Passes)
+    passes: PassCounts = field(default_factory=PassCounts)
 
     def latents(self, view: View, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """[B, F] each: activations at the base's entity and at the source's."""
@@ -145,7 +145,7 @@ class Exchange:
         self.passes.spared += len(pairs) - len(kept)
         if not kept:
             return 0.0 * gate_F.sum()
-        x_BTD = stacked(self._resid(kept)).to(gate_F.device)
+        x_BTD = pad_residuals(self._resid(kept)).to(gate_F.device)
         rows = torch.arange(len(kept), device=gate_F.device)
         places = torch.tensor([pair.base.position for pair in kept], device=gate_F.device)
         ends = [len(pair.base.ids) - 1 for pair in kept]
@@ -217,9 +217,9 @@ class Exchange:
         for pair, resid_TD, moved_D in zip(pairs, self._resid(pairs), moved_BD, strict=True):
             changed_TD = resid_TD.clone()
             changed_TD[pair.base.position] = moved_D.to(changed_TD)
-            opened.append(Opened(ids=pair.base.ids, resid_TD=changed_TD, decided=decided_for(pair.target)))
+            opened.append(PendingPrompt(ids=pair.base.ids, resid_TD=changed_TD, is_decided=is_decided(pair.target)))
         texts = complete(self.language, self.hook, opened, self.config.new_tokens, self.config.batch_rows, self.passes)
-        return [verdict(text, pair.target, final=True) is True for text, pair in zip(texts, pairs, strict=True)]
+        return [judge_answer(text, pair.target, final=True) is True for text, pair in zip(texts, pairs, strict=True)]
 
 
 # ---- scores -------------------------------------------------------------------------------------------------------------

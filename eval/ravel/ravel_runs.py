@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hsae.cache.errors import NotApplicable, StoreError
-from hsae.cache.language_model.generation import Passes
+from hsae.cache.language_model.generation import PassCounts
 from hsae.cache.language_model.lm import LanguageModel, pinned
 from hsae.cache.language_model.provenance import check_model
 from hsae.cache.storage.paths import size_of
-from hsae.cache.suites.entities import counted
+from hsae.cache.suites.entities import describe_counts
 from hsae.cache.suites.ravel_store import RavelStore
 from hsae.eval.harness.envelope import envelope, hsae_version
 from hsae.eval.harness.estimates import mean_over_seeds
@@ -102,7 +102,7 @@ class Ravel(SuiteEvaluation[RavelStore]):
     def saebench_splits(self) -> list[Split]:
         """SAEBench's pairs: one random stream over all attributes; the first of the mixed pairs train, the rest test."""
         mixed, found = random.Random(self.config.seed), []
-        for kind, prompts in self.store.kept.items():
+        for kind, prompts in self.store.prompts.items():
             for attribute in prompts:
                 pairs = pairs_of(prompts, attribute, self.config.pairs, mixed)
                 cut = int(self.config.train_share * len(pairs))
@@ -113,7 +113,7 @@ class Ravel(SuiteEvaluation[RavelStore]):
     def splits(self) -> list[Split]:
         """Pairs whose entities are either trained on or tested on."""
         found = []
-        for kind, prompts in self.store.kept.items():
+        for kind, prompts in self.store.prompts.items():
             sides: tuple[Attributes, Attributes] = split_entities(
                 prompts, self.config.train_share, random.Random(f"{self.config.seed} {kind}")
             )
@@ -159,7 +159,7 @@ class Ravel(SuiteEvaluation[RavelStore]):
             mask_F = exchange.train(plain, split.train, keep_error=False)
             faithful.append(saebench_scores(split.test, exchange.outcomes(plain, split.test, mask_F, keep_error=False)))
         spent = {"saebench": asdict(exchange.passes)}
-        exchange.passes = Passes()
+        exchange.passes = PassCounts()
         exact = target.view.to(dtype=torch.float32, device=self.device)
         chosen, outcomes, by_chance = [], [], []
         for split in self.splits:
@@ -250,7 +250,7 @@ class Ravel(SuiteEvaluation[RavelStore]):
 
     def eval_config(self) -> dict[str, Any]:
         """SAEBench's `eval_config`."""
-        config, kept = self.config, self.store.kept
+        config, kept = self.config, self.store.prompts
         return {
             "entity_attribute_selection": {kind: list(prompts) for kind, prompts in kept.items()},
             "top_n_entities": config.top_entities,
@@ -274,12 +274,12 @@ class Ravel(SuiteEvaluation[RavelStore]):
 def passes_of(blocks: Sequence[dict[str, Any]]) -> dict[str, int]:
     """The passes behind several results together."""
     spent = [part for block in blocks for part in block["lm_passes"].values()]
-    return {name: sum(part[name] for part in spent) for name in asdict(Passes())}
+    return {name: sum(part[name] for part in spent) for name in asdict(PassCounts())}
 
 
 def describe_store(store: RavelStore) -> str:
     """What was asked and what of it was answered right, for people."""
     header = store.header
     right = {kind: header.right.get(kind, {}) for kind in header.asked}
-    used = sum(len(held) for prompts in store.kept.values() for held in prompts.values())
-    return f"answered right and kept: {counted(right, header.asked)}; {used} prompts used"
+    used = sum(len(held) for prompts in store.prompts.values() for held in prompts.values())
+    return f"answered right and kept: {describe_counts(right, header.asked)}; {used} prompts used"

@@ -18,7 +18,7 @@ from hsae.cache.suites.labelled_texts import (
     vocabulary,
     word_task,
 )
-from hsae.cache.suites.suite_spec import SuiteConfig
+from hsae.cache.suites.specs import SuiteConfig
 from hsae.cache.text.data_sets import records
 
 CONFIG = SuiteConfig(train_per_class=6, test_per_class=4, train_per_quadrant=3, test_per_quadrant=2, seed=7)

@@ -16,11 +16,13 @@ from hsae.cache.format.spec import ModelConfig
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.storage.paths import RemotePath, place, publish, sizes
 from hsae.cache.storage.server import find
-from hsae.cache.suites import store_files as module
-from hsae.cache.suites.catalogue import probe_stores
-from hsae.cache.suites.probe_store import ProbeStore, build_probe
-from hsae.cache.suites.ravel_store import RavelStore, build_ravel
-from hsae.cache.suites.store_files import Parts, part_bytes, part_name
+from hsae.cache.suites import suite_files as module
+from hsae.cache.suites.build import build_suites
+from hsae.cache.suites.catalogue import list_suite_stores
+from hsae.cache.suites.probe_store import ProbeStore
+from hsae.cache.suites.ravel_store import RavelStore
+from hsae.cache.suites.residual_sets import ResidualSet, part_bytes, part_name
+from hsae.cache.suites.suite_files import Part
 from hsae.cli.common import console
 from hsae.eval.probing.config import probe_spec
 from hsae.eval.probing.evaluations import DrawOptions, SparseProbing
@@ -105,8 +107,8 @@ def copied(home, near):
 
 def built(plan, suite, root, model):
     if suite == "ravel":
-        return build_ravel(ravel_spec(plan), root, model=model)
-    return build_probe(probe_spec(plan, suite), root, model=model)
+        return build_suites([ravel_spec(plan)], root, model=model)[0]
+    return build_suites([probe_spec(plan, suite)], root, model=model)[0]
 
 
 def opened(plan, suite, root):
@@ -163,7 +165,10 @@ def test_stores_at_any_place_are_the_same_and_are_read_alike(
             assert torch.equal(here, there)
     assert passes > 400 and counting.texts == counting.suffixes == 0
     assert contents(home) == contents(near)
-    assert probe_stores(home) == probe_stores(near) and [item.problem for item in probe_stores(home)] == [None] * 3
+    assert (
+        list_suite_stores(home) == list_suite_stores(near)
+        and [item.problem for item in list_suite_stores(home)] == [None] * 3
+    )
     if isinstance(home, RemotePath):
         listed = invoke("cache", "ls", str(home))
         assert listed.exit_code == 0 and listed.output.count("complete") == 3, listed.output
@@ -209,7 +214,7 @@ def test_over_http_stores_are_read_and_nothing_else_is_shown(given, near, plan, 
     monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     with serve(near) as (url, _, _):
         assert evaluated(plan, url, language) == results
-        assert probe_stores(place(url)) == probe_stores(near)
+        assert list_suite_stores(place(url)) == list_suite_stores(near)
         listed = invoke("cache", "ls", url)
         assert listed.output.count("complete") == 3, listed.output
         for suite in ("tpp", "ravel"):
@@ -293,7 +298,7 @@ def test_a_harmed_part_is_named_and_mended_to_the_same_bytes(near, plan, copied,
         read_all(plan, "absorption", copied)
     assert str(raised.value).startswith(f"{file} ") and told in str(raised.value)
     assert str(raised.value).endswith("with: hsae cache build --suite absorption")
-    listed = next(item for item in probe_stores(copied) if "/absorption/" in item.name)
+    listed = next(item for item in list_suite_stores(copied) if "/absorption/" in item.name)
     assert (listed.problem is None) == (harm == "flipped")
     built(plan, "absorption", copied, counting)
     assert contents(copied) == whole and counting.texts == module.PART_TEXTS
@@ -316,7 +321,7 @@ def test_of_parts_of_one_length_only_the_checksums_tell_them_apart(home, record_
     held = [made(f"x/{name}") for name in names]
     again, foreign = made(f"x/{names[1]}"), made(f"y/{names[1]}")
     assert len({len(data) for data in (*held, again, foreign)}) == 1
-    folder, listed = home / "x", [module.listed(data) for data in held]
+    folder, listed = home / "x", [Part.of(data) for data in held]
     problems = [
         (held[0], "is another part, put in this one's place"),
         (again, "was made anew, with other numbers than those that the store was made with"),
@@ -326,20 +331,22 @@ def test_of_parts_of_one_length_only_the_checksums_tell_them_apart(home, record_
     for harmed, problem in problems:
         for name, data in zip(names, (held[0], harmed, held[2]), strict=True):
             publish(folder / name, data)
-        parts = Parts(folder, listed, "tpp")
+        parts = ResidualSet(folder, listed, "tpp")
         with pytest.raises(StoreError) as raised:
             parts.open(1)
         assert str(raised.value) == f"{folder}/{names[1]} {problem}; mend the store with: hsae cache build --suite tpp"
-        found = module.kept(folder / names[1], f"x/{names[1]}")
+        found = module.read_whole(folder / names[1], f"x/{names[1]}")
         assert (found is not None) == (harmed == again)
         record_property("injected", 1)
     for foreign in (save({"x": torch.zeros(3, dtype=torch.int8)}), b"\2" + bytes(7) + b"[]", b"\xff" * 40):
         publish(folder / names[1], foreign)
         with pytest.raises(StoreError, match="is no safetensors file of residuals; mend the store with"):
-            Parts(folder, [listed[0], module.listed(foreign), listed[2]], "tpp").open(1)
+            ResidualSet(folder, [listed[0], Part.of(foreign), listed[2]], "tpp").open(1)
     publish(folder / names[1], held[1])
     expected = load(held[1])
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in Parts(folder, listed, "tpp").open(1).items())
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in ResidualSet(folder, listed, "tpp").open(1).items()
+    )
 
 
 def test_a_changed_suites_file_is_refused_and_made_again(given, near, plan, tmp_path, counting, record_property):
@@ -377,11 +384,11 @@ def test_a_build_goes_on_and_takes_no_harmed_part_for_a_whole_one(
                 raise OSError(28, "No space left on device")
             real(target, data)
 
-        for user in ("probe_store", "ravel_store"):
+        for user in ("residual_sets", "ravel_store"):
             monkeypatch.setattr(f"hsae.cache.suites.{user}.publish", failing)
         with pytest.raises(OSError, match="No space left"):
             built(plan, suite, home, counting)
-        for user in ("probe_store", "ravel_store"):
+        for user in ("residual_sets", "ravel_store"):
             monkeypatch.setattr(f"hsae.cache.suites.{user}.publish", real)
         with pytest.raises(StoreError, match="there is no probe store"):
             opened(plan, suite, home)

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from hsae import registry
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.suites.catalogue import probe_stores
-from hsae.cache.suites.probe_store import ProbeStore, TaskEntry, build_probe
-from hsae.cache.suites.store_files import PART_TEXTS, listed, part_bytes, part_name, write_header
-from hsae.cache.suites.suite_spec import SUITES, SuiteConfig
+from hsae.cache.suites.build import build_suites
+from hsae.cache.suites.catalogue import list_suite_stores
+from hsae.cache.suites.probe_store import ProbeStore, TaskEntry
+from hsae.cache.suites.residual_sets import part_bytes, part_name
+from hsae.cache.suites.specs import SUITES, SuiteConfig
+from hsae.cache.suites.suite_files import PART_TEXTS, Part, write_header
 from hsae.cli import common
 from hsae.eval.harness.saebench_schema import LAYOUTS, problems, read_suite
 from hsae.eval.probing.config import probe_spec
@@ -134,12 +136,12 @@ def test_a_build_goes_on_where_it_was_and_ends_with_the_same_bytes(plan, tmp_pat
     source = ProbeStore(probe_spec(plan, "scr"), plan.cache.dir)
     (part,) = source.folder.joinpath(source.header.tasks[0].texts).iterdir()
     model = LanguageModel.load(plan.model)
-    path = build_probe(probe_spec(plan, "scr"), tmp_path, model=model)
+    path = build_suites([probe_spec(plan, "scr")], tmp_path, model=model)[0]
     copy = tmp_path / "probe" / "texts" / part.parent.name / part.name
     assert path.read_bytes() == source.path.read_bytes() and copy.read_bytes() == part.read_bytes()
     path.unlink()
     before = copy.stat().st_mtime_ns
-    build_probe(probe_spec(plan, "scr"), tmp_path, model=model)
+    build_suites([probe_spec(plan, "scr")], tmp_path, model=model)
     assert copy.stat().st_mtime_ns == before and path.is_file()
     copy.unlink()
     with pytest.raises(StoreError) as raised:
@@ -165,7 +167,7 @@ def test_probe_stores_are_listed_with_the_others(overrides, plan, tmp_path):
     done = invoke("cache", "ls", *settings(overrides)[:2], *settings(overrides)[4:])
     assert done.exit_code == 0, (done.output, done.exception)
     spec = probe_spec(plan, "scr")
-    listed = probe_stores(Path(plan.cache.dir))
+    listed = list_suite_stores(Path(plan.cache.dir))
     assert [item.name.split("/")[1] for item in listed] == sorted(SUITES)
     found = next(item for item in listed if "/scr/" in item.name)
     assert found.name == f"probe/scr/{spec.path('').name}" and found.problem is None
@@ -179,7 +181,7 @@ def test_probe_stores_are_listed_with_the_others(overrides, plan, tmp_path):
     (home / "probe" / "scr" / "x.json").write_text(spec.path(plan.cache.dir).read_text())
     (home / "probe" / "tpp").mkdir()
     (home / "probe" / "tpp" / "y.json").write_text("[")
-    scr, tpp = probe_stores(home)
+    scr, tpp = list_suite_stores(home)
     part = f"probe/texts/{header.tasks[0].texts}/part-00000.safetensors"
     assert scr.problem == f"{part} is missing; go on with: hsae cache build --suite scr"
     assert tpp.problem.startswith("is damaged (")
@@ -250,7 +252,7 @@ def test_absorption_from_a_store_of_words_for_a_hierarchy_and_one_of_its_levels(
             tensors = {HOOK: part.contiguous(), "lengths": torch.ones(len(part), dtype=torch.int64)}
             data = part_bytes(tensors, f"{name}/{part_name(number)}")
             (folder / part_name(number)).write_bytes(data)
-            written[name].append(listed(data))
+            written[name].append(Part.of(data))
         lists = {name: {"letters": letters.tolist()}}
         tasks.append(TaskEntry(name=name, source="reference", texts=name, count=len(rows), lists=lists))
     spec.path(tmp_path).parent.mkdir(parents=True)
@@ -344,7 +346,7 @@ def test_what_ships_with_python_is_told_apart_by_gemma(tmp_path):
     small = {"train_per_class": 24, "test_per_class": 16, "context": 32}
     chosen = [f"suite.{key}={value}" for key, value in small.items()] + [f"cache.dir={str(tmp_path)!r}"]
     plan = load_plan("gemma-3-270m", chosen)
-    build_probe(probe_spec(plan, "sparse-probing"), plan.cache.dir)
+    build_suites([probe_spec(plan, "sparse-probing")], plan.cache.dir)
     evaluation = SparseProbing.of_plan(plan, DrawOptions(draws=2))
     measured = evaluation.residual(plan.hook.names[0])[1]
     assert list(measured["tasks"]) == ["python/package", "python/kind", "python/docstring-style"]

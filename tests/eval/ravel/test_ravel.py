@@ -12,11 +12,12 @@ from places import GOLDEN
 
 from hsae.cache.errors import CorpusError, NotApplicable, UserError
 from hsae.cache.format.spec import ModelConfig
-from hsae.cache.language_model.generation import Opened, Passes, complete
+from hsae.cache.language_model.generation import PassCounts, PendingPrompt, complete
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.suites.entities import covering, read_entities, verdict
-from hsae.cache.suites.ravel_spec import EntitiesConfig
-from hsae.cache.suites.ravel_store import Prompt, RavelStore, build_ravel
+from hsae.cache.suites.build import build_suites
+from hsae.cache.suites.entities import judge_answer, read_entities, token_at
+from hsae.cache.suites.ravel_store import Prompt, RavelStore
+from hsae.cache.suites.specs import EntitiesConfig
 from hsae.cli import common
 from hsae.eval.harness.saebench_schema import problems, read_suite
 from hsae.eval.probing.evaluations import DrawOptions
@@ -52,21 +53,21 @@ from hsae.train.runs import run_directory
     ],
 )
 def test_an_answer_is_decided_as_soon_as_no_more_text_can_change_it(completion, label, expected):
-    assert verdict(completion, label) is expected
+    assert judge_answer(completion, label) is expected
     if expected is not None:
-        assert verdict(completion + " and more", label) is expected
-        assert verdict(completion, label, final=True) is expected
+        assert judge_answer(completion + " and more", label) is expected
+        assert judge_answer(completion, label, final=True) is expected
 
 
 def test_an_answer_that_ends_early_counts_as_saebench_counts_it():
-    assert verdict(" Par", "Paris", final=True) is True
-    assert verdict("  ", "Paris", final=True) is False
+    assert judge_answer(" Par", "Paris", final=True) is True
+    assert judge_answer("  ", "Paris", final=True) is False
 
 
 def test_the_entity_is_found_in_the_prompts_own_tokens():
-    assert covering([(0, 0), (0, 3), (3, 5), (5, 9), (9, 12)], 9) == 3
-    assert covering([(0, 0), (0, 3), (3, 6), (6, 9)], 5) == 2
-    assert covering([(0, 0), (0, 3)], 5) is None
+    assert token_at([(0, 0), (0, 3), (3, 5), (5, 9), (9, 12)], 9) == 3
+    assert token_at([(0, 0), (0, 3), (3, 6), (6, 9)], 5) == 2
+    assert token_at([(0, 0), (0, 3)], 5) is None
 
 
 def test_the_packaged_facts_are_whole():
@@ -218,11 +219,11 @@ def test_the_latent_that_carries_an_attribute_scores_one_and_others_do_not(plant
 def test_nothing_is_asked_where_no_chosen_latent_differs(planted):
     exchange, store, view = planted
     pairs = pairs_of(store.prompts, "size", 20, random.Random(2))
-    exchange.passes = Passes()
+    exchange.passes = PassCounts()
     outcomes = exchange.outcomes(view, pairs, only(11, 12), keep_error=True)
-    assert exchange.passes == Passes(spared=40)
+    assert exchange.passes == PassCounts(spared=40)
     assert outcomes == [not pair.cause for pair in pairs]
-    exchange.passes = Passes()
+    exchange.passes = PassCounts()
     assert exchange.outcomes(view, pairs, only(11), keep_error=False) == outcomes  # this SAE has no error
     asked = len({(pair.base.row, pair.target) for pair in pairs})
     assert exchange.passes.suffix + exchange.passes.spared == 40 and asked <= exchange.passes.suffix < 41
@@ -337,7 +338,7 @@ def test_a_store_keeps_the_prompts_that_are_answered_right(store, language):
     assert header.right["word"]["Place"] == header.asked["word"]["Place"] - 1  # the wrong label
     assert header.right["word"]["Base"] == header.asked["word"]["Base"] >= 5
     assert header.passes == header.count == sum(header.asked["word"].values())
-    prompt = store.kept["word"]["Base"][3]
+    prompt = store.prompts["word"]["Base"][3]
     ids = language.tokenizer(TEMPLATES["Base"].format(entity=prompt.entity)).input_ids
     assert list(prompt.ids) == list(ids) and prompt.position == len(ids) - 2
     assert prompt.first_token == greedy(language, ids, 1)[0]
@@ -347,7 +348,7 @@ def test_a_store_keeps_the_prompts_that_are_answered_right(store, language):
 
 def test_prefix_and_suffix_write_what_a_full_forward_pass_with_a_hook_writes(store, language):
     generator = torch.Generator().manual_seed(2)
-    prompts = [held[place] for held in store.kept["word"].values() for place in (0, 4)]
+    prompts = [held[place] for held in store.prompts["word"].values() for place in (0, 4)]
     moves = [torch.randn(D, generator=generator) * 9 for _ in prompts]
     opened, expected, unchanged = [], [], []
     for prompt, move_D in zip(prompts, moves, strict=True):
@@ -359,19 +360,19 @@ def test_prefix_and_suffix_write_what_a_full_forward_pass_with_a_hook_writes(sto
             first[:, prompt.position] += move_D
             return output
 
-        opened.append(Opened(ids=prompt.ids, resid_TD=resid_TD, decided=lambda text: False))
+        opened.append(PendingPrompt(ids=prompt.ids, resid_TD=resid_TD, is_decided=lambda text: False))
         expected.append(greedy(language, prompt.ids, 3, change))
         unchanged.append(greedy(language, prompt.ids, 3))
-    passes = Passes()
+    passes = PassCounts()
     complete(language, HOOK, opened, 3, 4, passes)
     assert [item.written for item in opened] == expected != unchanged
-    assert passes == Passes(prefix=2 * len(prompts), suffix=3 * len(prompts))
+    assert passes == PassCounts(prefix=2 * len(prompts), suffix=3 * len(prompts))
 
 
 def test_gradients_go_through_the_suffix_as_through_the_whole_model(store, language, plan):
     exchange = Exchange(store=store, hook=HOOK, language=language, config=plan.table(RavelConfig))
     view = an_sae(21, seed=1)
-    pairs = pairs_of(store.kept["word"], "Base", 3, random.Random(5))
+    pairs = pairs_of(store.prompts["word"], "Base", 3, random.Random(5))
     gate_F = torch.full((21,), 0.4, requires_grad=True)
     loss = exchange.loss(view, pairs, gate_F, keep_error=True)
     loss.backward()
@@ -397,11 +398,11 @@ def test_gradients_go_through_the_suffix_as_through_the_whole_model(store, langu
 
 
 def test_a_build_goes_on_where_it_was(store, plan, tmp_path, language):
-    path = build_ravel(ravel_spec(plan), tmp_path, model=language)
+    path = build_suites([ravel_spec(plan)], tmp_path, model=language)[0]
     assert path.read_bytes() == store.path.read_bytes()
     path.unlink()
     asked = []
-    build_ravel(ravel_spec(plan), tmp_path, model=SimpleNamespaceModel(language, asked))
+    build_suites([ravel_spec(plan)], tmp_path, model=SimpleNamespaceModel(language, asked))
     assert path.read_bytes() == store.path.read_bytes() and asked == []
 
 
@@ -421,7 +422,7 @@ def test_too_few_right_answers_are_an_error(plan, language, tmp_path):
     spec = ravel_spec(plan)
     spec = spec.model_copy(update={"data": spec.data.model_copy(update={"min_prompts": 300})})
     with pytest.raises(CorpusError) as raised:
-        build_ravel(spec, tmp_path, model=language)
+        build_suites([spec], tmp_path, model=language)
     assert "no type of entity has two attributes with 300 right answers each" in str(raised.value)
     assert "word: Base " in str(raised.value) and not spec.path(tmp_path).is_file()
 
@@ -450,7 +451,7 @@ def test_an_sae_and_every_level_of_a_run_are_evaluated(overrides, plan, store, t
     for file in files:
         content = read_suite(file, "ravel")
         assert problems(content, "ravel") == []
-        names = {f"word_{attribute}" for attribute in store.kept["word"]}
+        names = {f"word_{attribute}" for attribute in store.prompts["word"]}
         assert set(content["eval_result_unstructured"]["word_results"]) == names == set(content["hsae"]["attributes"])
         means = content["eval_result_metrics"]["ravel"]
         entries = content["eval_result_unstructured"]["word_results"].values()
@@ -502,9 +503,9 @@ def test_gemma_knows_the_packaged_facts_and_carries_them_until_the_middle(tmp_pa
     entities = f"ravel.entities={json.dumps(str(countries))}"
     plan = load_plan("gemma-3-270m", [f"hook.names={json.dumps(hooks)}", "ravel.pairs=20", entities])
     language = LanguageModel.load(plan.model)
-    build_ravel(ravel_spec(plan), tmp_path, model=language)
+    build_suites([ravel_spec(plan)], tmp_path, model=language)
     store = RavelStore(ravel_spec(plan), tmp_path)
-    assert set(store.kept) == {"country"} and len(store.header.prompts) > 150
+    assert set(store.prompts) == {"country"} and len(store.header.prompts) > 150
     evaluation = Ravel(store, DrawOptions(draws=2), plan.table(RavelConfig))
     evaluation.language = language
     early = evaluation.residual(hooks[0])

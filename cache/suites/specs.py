@@ -1,4 +1,4 @@
-"""What determines the probe stores of the evaluation suite. Frozen models, checked when they are made."""
+"""What determines the stores of the evaluation suites. Frozen models, checked when they are made."""
 
 import hashlib
 import json
@@ -44,12 +44,17 @@ class SuiteConfig(Config):
 
 
 class ProbeSpec(Config):
-    """What determines the probe store of one suite."""
+    """What determines the store of labelled texts or words of one suite."""
 
     suite: Suite
     model: ModelConfig
     hooks: Annotated[tuple[str, ...], Field(strict=False)]
     tasks: SuiteConfig
+
+    @property
+    def batch_rows(self) -> int:
+        """Texts of one forward pass."""
+        return self.tasks.batch_rows
 
     @property
     def fingerprint(self) -> str:
@@ -58,11 +63,59 @@ class ProbeSpec(Config):
 
     def path(self, root: str | Place) -> Place:
         """The suite's file in a folder or at a URL of stores."""
-        return probe_folder(root) / self.suite / f"{model_slug(self.model)}-{self.fingerprint}.json"
+        return suites_folder(root) / self.suite / f"{model_slug(self.model)}-{self.fingerprint}.json"
 
 
-def probe_folder(root: str | Place) -> Place:
-    """Where the probe stores lie in a folder or at a URL of stores. Raises StoreError for a URL that can't be a store's."""
+class EntitiesConfig(Config):
+    """The part of the `[ravel]` table that the store depends on."""
+
+    entities: str = Field(default="saebench", min_length=1)
+    """`saebench` (RAVEL's cities and Nobel prize winners, on the hub), `facts` (countries and cities that come with hsae), a TOML file
+    with [[entity]] tables, or a folder with RAVEL's own JSON files."""
+    revision: str | None = None
+    """Hub revision of `saebench`; None is the newest. The commit that was read is recorded."""
+    top_entities: int = Field(default=500, ge=4)
+    """Entities of a type that are kept: those with the most prompts answered right."""
+    min_prompts: int = Field(default=20, ge=4)
+    """An attribute with fewer prompts answered right is left out."""
+    new_tokens: int = Field(default=6, ge=1)
+    """Tokens in which an answer must come."""
+    batch_rows: int = Field(default=16, ge=1)
+    """Prompts of one forward pass: part of what the bits depend on."""
+
+
+class RavelSpec(Config):
+    """What determines RAVEL's store."""
+
+    model: ModelConfig
+    hooks: Annotated[tuple[str, ...], Field(strict=False)]
+    data: EntitiesConfig
+
+    @property
+    def suite(self) -> Literal["ravel"]:
+        """As `--suite` names it."""
+        return "ravel"
+
+    @property
+    def batch_rows(self) -> int:
+        """Prompts of one forward pass."""
+        return self.data.batch_rows
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits over every field and the format of the sets."""
+        return content_key({"format": PROBE_FORMAT, **self.model_dump(mode="json")})
+
+    def path(self, root: str | Place) -> Place:
+        """The store's file in a folder or at a URL of stores."""
+        return suites_folder(root) / self.suite / f"{model_slug(self.model)}-{self.fingerprint}.json"
+
+
+SuiteSpec = ProbeSpec | RavelSpec
+
+
+def suites_folder(root: str | Place) -> Place:
+    """Where the stores of suites lie in a folder or at a URL of stores. Raises StoreError for a URL that can't be a store's."""
     return place(root) / "probe"
 
 
