@@ -23,6 +23,10 @@ MARK, WITHIN = b'"crc32c":"', 64  # bytes from the beginning in which the mark i
 HeaderT = TypeVar("HeaderT", bound="SuiteHeader")
 
 
+Data = bytes
+"""A file's content; in `Part`, `bytes` is a field."""
+
+
 class Part(Config):
     """What a suite's file says of a part."""
 
@@ -30,7 +34,7 @@ class Part(Config):
     crc32c: int = Field(ge=0, lt=1 << 32)
 
     @classmethod
-    def of(cls, data: bytes) -> "Part":
+    def of(cls, data: Data) -> "Part":
         """The part that has these bytes."""
         return cls(bytes=len(data), crc32c=crc32c(data))
 
