@@ -457,7 +457,7 @@ def main() -> None:
     began = time.monotonic()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "300"}
     for name in ("torch", "zarr", "transformers.models.gemma2.modeling_gemma2", "hsae.cli.main", "hsae.cache.building.builder", "hsae.train.runs.planned_runs",
-        "hsae.eval.core.core", "hsae.eval.hierarchy.runs", "hsae.eval.report.page"):  # fmt: skip
+        "hsae.eval.core.core", "hsae.eval.hierarchy.composition_evaluation", "hsae.eval.report.page"):  # fmt: skip
         import_module(name)
     with tempfile.TemporaryDirectory(prefix="hsae-inject-") as temporary:
         base = Path(temporary)

@@ -84,7 +84,7 @@ def ablate(
         need("the tests behind ablate's verdicts", "scipy", "eval")
     need("ablations.png", "matplotlib", "report")
 
-    from hsae.cli import cache, hierarchy, synthetic, unlearning
+    from hsae.cli import cache, synthetic, unlearning
     from hsae.cli.evaluations import callback_of
     from hsae.eval.synthetic.compared_runs import NUMBERS
     from hsae.eval.synthetic.tiers import read_results
@@ -98,7 +98,7 @@ def ablate(
         "cache": lambda: cache.build(**common, device=device),
         "train": lambda: _train(loaded, selected, seeds=seeds, device=device),
         "core": lambda: callback_of("core")(run=numbers, seeds=seeds, whole=True, device=device, **common),
-        "composition": lambda: hierarchy.composition(run=numbers, seeds=seeds, device=device, **common),
+        "composition": lambda: callback_of("composition")(run=numbers, seeds=seeds, device=device, **common),
         "synthetic": lambda: synthetic.synthetic(
             tier="T2", run=arms, seeds=seeds, out=out / "synthetic", device=device
         ),

@@ -2,12 +2,10 @@
 
 import typer
 
-from hsae.cli import hierarchy, suite, synthetic
+from hsae.cli import suite, synthetic
 from hsae.cli.evaluations import EvaluationGroup
 
 app = typer.Typer(no_args_is_help=True, cls=EvaluationGroup)
-app.command()(hierarchy.composition)
-app.command()(hierarchy.stability)
 app.command("all")(suite.every)
 app.command(name="synthetic")(synthetic.synthetic)
 

@@ -92,7 +92,8 @@ def callback_of(name: str) -> Callable[..., None]:
     """What the command of a registered evaluation does, with a signature that has its options."""
     kind: type[Evaluation[Any, Any]] = registry.resolve(registry.EVALUATIONS[name].kind)
     own = {field: _option(field, info) for field, info in kind.options_kind.model_fields.items()}
-    options = {**SHARED, **own}
+    shared = {field: option for field, option in SHARED.items() if field not in kind.without}
+    options = shared | {"seeds": (SeedsOption, kind.default_seeds)} | own
 
     def command(**given: Any) -> None:
         chosen = kind.options_kind(**{field: given.pop(field) for field in own if field in given})
@@ -111,10 +112,11 @@ def callback_of(name: str) -> Callable[..., None]:
 def _option(field: str, info: Any) -> tuple[Any, Any]:
     """A field of an evaluation's options as an option of its command."""
     bounds = {type(part).__name__: part for part in info.metadata}
-    settings: dict[str, Any] = {"help": info.description}
+    shown = info.json_schema_extra or {}
+    settings: dict[str, Any] = {"help": info.description, "metavar": shown.get("metavar")}
     if info.annotation is int:
         settings |= {"metavar": "N", "min": bounds["Ge"].ge, "max": bounds["Le"].le}
-    name = (info.json_schema_extra or {}).get("flag", "--" + field.replace("_", "-"))
+    name = shown.get("flag", "--" + field.replace("_", "-"))
     return Annotated[info.annotation, typer.Option(name, **settings)], info.default
 
 
@@ -190,6 +192,8 @@ def show(results: "list[Result[Any]]") -> None:
     evaluation = results[0].evaluation
     for table in evaluation.tables(results):
         console.print(draw(table))
+        for line in table.notes:
+            say(line)
     for note in evaluation.notes(results):
         say(note)
     for warning in evaluation.warnings(results):

@@ -69,8 +69,9 @@ def every(
         "device": device,
     }
     jobs: dict[str, Callable[[], object]] = {}
-    for name in registry.EVALUATIONS:
-        jobs[name] = partial(_registered, name, draws, out=out, **shared)
+    for name, entry in registry.EVALUATIONS.items():
+        if entry.is_in_all:
+            jobs[name] = partial(_registered, name, draws, out=out, **shared)
     jobs["unlearning"] = lambda: _unlearning(loaded, run, seeds, sae, plan, overrides, force, device)
     if failed := summarise(jobs):
         say(f"{failed} of {len(jobs)} evaluations failed")

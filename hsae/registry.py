@@ -16,6 +16,8 @@ class Entry:
     """Its class."""
     summary: str
     """A line of help."""
+    is_in_all: bool = True
+    """Whether `hsae eval all` runs it."""
 
 
 EVALUATIONS: dict[str, Entry] = {
@@ -42,6 +44,16 @@ EVALUATIONS: dict[str, Entry] = {
     "ravel": Entry(
         "hsae.eval.ravel.ravel_runs:Ravel",
         "Whether exchanging a few latents changes one attribute of an entity and no other (SAEBench's RAVEL).",
+    ),
+    "composition": Entry(
+        "hsae.eval.hierarchy.composition_evaluation:Composition",
+        "How a run's levels are composed of each other, beside what chance gives, and its known failures by name.",
+        is_in_all=False,
+    ),
+    "stability": Entry(
+        "hsae.eval.hierarchy.stability_evaluation:Stability",
+        "How alike a run's seeds are: latents matched one to one, and the edges between them, beside what chance gives.",
+        is_in_all=False,
     ),
 }
 """Name -> evaluation, in the order in which `hsae eval all` runs them."""

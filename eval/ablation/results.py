@@ -18,7 +18,7 @@ from hsae.eval.ablation.verdicts import COMPONENTS, judge
 from hsae.eval.harness.current import DIGESTS, Current, core_results, inputs_of, same_bits
 from hsae.eval.harness.result_files import read_result
 from hsae.eval.harness.targets import is_trained, model_digest, whole_view
-from hsae.eval.hierarchy.runs import read_composition
+from hsae.eval.hierarchy.composition_file import read_composition
 from hsae.eval.unlearning.config import SIDES
 from hsae.eval.unlearning.runs import config_digest
 from hsae.train.config.plan import Plan
@@ -123,9 +123,9 @@ class _Reader:
     def _composition(self, plan: Plan, config: RunConfig, weights: str) -> list[Number] | None:
         """Hierarchy numbers of the two coarsest levels."""
         content = read_composition(plan.run_dir(config))
-        if content is None or content["inputs"].get("sae") != weights:
+        if content is None or content.inputs.get("sae") != weights:
             return None
-        inputs = content["inputs"]
+        inputs = content.inputs
         if self.current.why_not(inputs) is not None:
             return None
         self._made_of("composition", plan, config, "models or evaluation texts", *map(inputs.get, DIGESTS))
@@ -136,7 +136,7 @@ class _Reader:
         )
         numbers = []
         for column in _columns("composition"):
-            for name, reading in content["parsed"].pairs[-1].readings.items():
+            for name, reading in content.result.pairs[-1].readings.items():
                 measure = reading.measures.get(column.key)
                 if measure is not None and measure.value is not None:
                     null = measure.nulls.get(column.null or "")

@@ -10,7 +10,7 @@ from hsae.eval.autointerp import explain
 from hsae.eval.autointerp.config import AutointerpConfig
 from hsae.eval.autointerp.judge import Answer, Question
 from hsae.eval.autointerp.windows import Case
-from hsae.eval.hierarchy.measures import UnitMean
+from hsae.eval.harness.estimates import UnitMean
 
 MEASURES = ("balanced_accuracy", "accuracy", "sensitivity", "specificity")
 Ask = Callable[[Question, int], Answer | None]

@@ -1,6 +1,6 @@
 """A measured value with its interval, and the bootstrap behind most intervals.
 
-Shapes: R rows, B rows of a batch, C columns (sums kept), S the data and its resamples, the data first.
+Shapes: R rows, U other units of resampling, B rows of a batch, C columns (sums kept), S the data and its resamples, the data first.
 """
 
 import math
@@ -14,6 +14,8 @@ from torch import Tensor
 RESAMPLES = 1000
 SEED = 0
 LEVEL = 0.95
+DRAWN_AT_ONCE = 1 << 22
+"""Units that are drawn at once while they are resampled."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,40 @@ class ResampledSums:
     def add(self, start: int, values_BC: Tensor) -> None:
         """Take in the rows `start`, `start + 1`, ..."""
         self.sums_SC += self.resampler.weights(start, start + len(values_BC)) @ values_BC.double()
+
+
+@dataclass(frozen=True)
+class UnitMean:
+    """sum `above` / sum `below` over the U units with `below` > 0, which are resampled: latents, for example."""
+
+    above_U: Tensor
+    below_U: Tensor
+    over: str
+    """What the units are."""
+
+    def value(self) -> float | None:
+        """None if there is no unit, or the mean is not a number."""
+        below = float(self.below_U.sum())
+        value = float(self.above_U[self.below_U > 0].sum()) / below if below > 0 else math.nan
+        return value if math.isfinite(value) else None
+
+    def estimate(self) -> Estimate:
+        """The value with its interval over units."""
+        value, used_U = self.value(), self.below_U > 0
+        sums_U2 = torch.stack([self.above_U[used_U], self.below_U[used_U]], 1).double().cpu()
+        units = len(sums_U2)
+        if units < 2 or value is None:
+            return Estimate(value)
+        generator = torch.Generator().manual_seed(SEED)
+        step = max(1, DRAWN_AT_ONCE // units)
+        drawn_S2 = torch.cat(
+            [
+                sums_U2[torch.randint(units, (min(step, RESAMPLES - start), units), generator=generator)].sum(1)
+                for start in range(0, RESAMPLES, step)
+            ]
+        )
+        values_S = torch.cat([torch.tensor([value], dtype=torch.float64), drawn_S2[:, 0] / drawn_S2[:, 1]])
+        return estimate_of(values_S, self.over)
 
 
 def estimate_of(values_S: Tensor, over: str = "rows") -> Estimate:

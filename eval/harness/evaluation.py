@@ -27,7 +27,7 @@ from hsae.eval.harness.fits import check_fits
 from hsae.eval.harness.listener import SILENT, Listener
 from hsae.eval.harness.result_files import describe_changes
 from hsae.eval.harness.tables import Cell, Table, interval_cell
-from hsae.eval.harness.targets import Found, Selection, Target, select_targets, whole_view
+from hsae.eval.harness.targets import AnyTarget, Found, Selection, Target, select_targets, whole_view
 from hsae.train.config.plan import Plan
 from hsae.train.model.trained_model import TrainedModel
 from hsae.train.model.views import View
@@ -36,7 +36,7 @@ from hsae.train.stores import common_texts
 
 StoreT = TypeVar("StoreT")
 ValueT = TypeVar("ValueT")
-TargetT = TypeVar("TargetT", bound=Target)
+TargetT = TypeVar("TargetT", bound=AnyTarget)
 
 
 def cached_method(method: Callable[..., ValueT]) -> Callable[..., ValueT]:
@@ -114,6 +114,10 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
     """Activation stores that are read: text that they share with the training store is named."""
     shares_passes: ClassVar[bool] = False
     """Whether several targets are measured in one pass."""
+    without: ClassVar[frozenset[str]] = frozenset()
+    """Options that evaluations share and this one lacks; without `sae` it is of trained runs only."""
+    default_seeds: ClassVar[int] = 1
+    """Seeds of a run unless its command is told otherwise."""
 
     def __init__(
         self,
@@ -146,6 +150,11 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         """Name of the folder of its results."""
         return cls.name.replace("-", "_")
 
+    @classmethod
+    def select(cls, plan: Plan, selection: Selection, listener: Listener) -> Sequence[Any]:
+        """The targets that are selected. Raises UserError if one is not there."""
+        return select_targets(plan, selection, cls.folder(), listener)
+
     # --- what a subclass says ----------------------------------------------------------------------------------------------
 
     @classmethod
@@ -170,6 +179,10 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         for target in targets:
             self.listener.status(f"{self.name}: {target.label}")
             yield self.measure(target)
+
+    def complete(self, target: TargetT, content: dict[str, Any]) -> dict[str, Any]:
+        """A result with what it says of other results, as they are now; called even if it was there, once all are measured."""
+        return content
 
     def load_language_model(self) -> LanguageModel:
         """The language model that the store was made with, at the same commit."""
@@ -219,9 +232,10 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         return describe_noise(name, {item.label: item.measures[name] for item in results if name in item.measures})
 
 
-def check_target(target: Target, store: Any) -> None:
-    """Refuse an SAE that does not belong to a store, or was trained on activations of another model. Raises UserError."""
-    check_fits(target.view, target.hook, store.header.d_model, store.spec.model.id)
+def check_target(target: AnyTarget, store: Any) -> None:
+    """Refuse an SAE that does not belong to a store, and a run of activations of another model. Raises UserError."""
+    if isinstance(target, Target):
+        check_fits(target.view, target.hook, store.header.d_model, store.spec.model.id)
     check_same_model(target.run_dir, store.url, store.header)
 
 
@@ -264,6 +278,11 @@ def evaluate_targets(
             evaluation.write(places[index].path, content)
             contents[index] = content
             measured.add(index)
+    for index, target in enumerate(targets):
+        content = evaluation.complete(target, contents[index])
+        if content is not contents[index]:
+            evaluation.write(places[index].path, content)
+            contents[index] = content
     results = [
         Result(
             target=target,
@@ -294,7 +313,7 @@ def evaluate_plan(
     """
     options, selection = options or kind.options_kind(), selection or Selection()
     check_packages(kind, options)
-    targets = select_targets(plan, selection, kind.folder(), listener)
+    targets = kind.select(plan, selection, listener)
     evaluation = kind.of_plan(plan, options, device=pick_device(device), listener=listener)
     for text in common_texts(plan, kind.reads_splits if not selection.folders else ()):
         listener.warn(text)
@@ -335,6 +354,8 @@ def evaluate(
         allowed = ", ".join(kind.options_kind.model_fields) or "none"
         wrong = f"has no option {given}" if first["type"] == "extra_forbidden" else f"option {given}: {first['msg']}"
         raise UserError(f"{evaluation} {wrong}; its options: {allowed}") from None
+    if "sae" in kind.without:
+        raise UserError(f"{evaluation} is of trained runs of a plan; run: hsae eval {evaluation} --run N")
     check_packages(kind, chosen)
     hooks = store.spec.hooks
     if hook is None and len(hooks) != 1:

@@ -32,6 +32,8 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Lines below it."""
 
     def add(self, *cells: Cell, is_doubtful: bool = False) -> None:
         """Append a row."""
@@ -49,15 +51,19 @@ class Table:
             )
             for line in lines
         ]
-        return "\n".join([self.title, *(line.rstrip() for line in text)])
+        return "\n".join([self.title, *(line.rstrip() for line in text), *self.notes])
 
 
-def interval_cell(value: float | None, low: float | None, high: float | None, digits: int = 3) -> Cell:
+def interval_cell(value: float | None, low: float | None, high: float | None, digits: int | None = 3) -> Cell:
     """A number with the larger half of its interval: `0.912 ±.004`; `undefined` if there is none."""
     if value is None:
         return "undefined"
+    return spread_cell(value, None if low is None or high is None else max(high - value, value - low), digits)
+
+
+def spread_cell(value: float, half: float | None, digits: int | None = None) -> Cell:
+    """A number and its spread; with as many digits as are worth reading unless `digits` are given."""
+    if digits is None:
+        digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     text = f"{value:.{digits}f}"
-    if low is None or high is None:
-        return text
-    half = f"{max(high - value, value - low):.{digits}f}"
-    return PlusMinus(text, half.removeprefix("0") or "0")
+    return text if half is None else PlusMinus(text, f"{half:.{digits}f}".removeprefix("0") or "0")

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from hsae.cache.errors import UserError
 from hsae.eval.harness.envelope import file_name, hsae_version
@@ -14,7 +14,7 @@ from hsae.eval.harness.result_files import changes
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model import saelens_folder
-from hsae.train.model.trained_model import CONFIG_FILE, WEIGHTS_FILE, load_model
+from hsae.train.model.trained_model import CONFIG_FILE, WEIGHTS_FILE, TrainedModel, load_model
 from hsae.train.model.views import View
 from hsae.train.runs.run_directory import is_complete
 from hsae.train.runs.run_record import command, read_run, run_of
@@ -22,6 +22,26 @@ from hsae.train.runs.run_record import command, read_run, run_of
 ResultT = TypeVar("ResultT")
 KEPT_APART = ("store", "exclude_special_tokens")  # inputs whose results lie side by side
 RESULTS = Path("eval")  # in a run directory; each evaluation has a folder in it
+
+
+class AnyTarget(Protocol):
+    """What the harness asks of every target."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+
+    @property
+    def label(self) -> str:
+        """Short name for people."""
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The run that is evaluated, or that the SAE belongs to, if it is one of hsae's."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What every result of this target depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +71,50 @@ class Target:
     def inputs(self) -> dict[str, Any]:
         """What every result of this SAE depends on."""
         return {"hsae": hsae_version(), "sae": self.weights_digest, "view": self.view.name, "hook": self.hook}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTarget:
+    """A whole trained run of one seed to evaluate."""
+
+    plan: Plan
+    """The plan of the seed."""
+    config: RunConfig
+
+    @classmethod
+    def of(cls, plan: Plan, config: RunConfig) -> Self:
+        """Raises UserError unless the run has been trained to its end."""
+        need_trained(plan, config)
+        return cls(plan=plan, config=config)
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run lies."""
+        return self.plan.run_dir(self.config)
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+        return self.run_dir / RESULTS
+
+    @property
+    def label(self) -> str:
+        """Short name for people."""
+        return self.plan.label(self.config)
+
+    @property
+    def hook(self) -> str:
+        """Where the residuals it was trained on were taken."""
+        return self.plan.hook.names[0]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What every result of this run depends on."""
+        return {"hsae": hsae_version(), "sae": model_digest(self.run_dir / "model"), "hook": self.hook}
+
+    def load(self) -> TrainedModel:
+        """The trained model."""
+        return load_model(self.run_dir / "model")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from hsae.eval.hierarchy.composition import CompositionResult, PairResult
-from hsae.eval.hierarchy.measures import Estimate
+from hsae.eval.harness.estimates import Estimate
+from hsae.eval.hierarchy.composition_result import CompositionResult, PairResult
 from hsae.train.config.run_config import RunConfig
 from hsae.train.training.training_run import map_failures
 

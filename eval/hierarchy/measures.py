@@ -10,58 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hsae.eval.harness.estimates import LEVEL, RESAMPLES, SEED, estimate_of
+from hsae.eval.harness.estimates import Estimate, UnitMean, estimate_of
 from hsae.eval.hierarchy import maps
 from hsae.eval.hierarchy.maps import LevelMap
 from hsae.eval.hierarchy.pairs import MapSums, PairCounts
 from hsae.eval.hierarchy.probes import Probes
 
-DRAWN = 1 << 22  # units drawn at once while resampling
 SIBLINGS = 16  # strongest children of a parent between which IoU is taken
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its 95 % interval; `over` says what was resampled. None where undefined."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    over: str | None = None
-
-
-@dataclass(frozen=True)
-class UnitMean:
-    """sum `above` / sum `below` over the units, which are latents, with `below` > 0."""
-
-    above_U: Tensor
-    below_U: Tensor
-    over: str
-
-    def value(self) -> float | None:
-        """None if there is no unit, or one's value does not exist."""
-        below = float(self.below_U.sum())
-        value = float(self.above_U[self.below_U > 0].sum()) / below if below > 0 else math.nan
-        return value if math.isfinite(value) else None
-
-    def estimate(self) -> Estimate:
-        """The value with its bootstrap interval over units."""
-        used_U = self.below_U > 0
-        sums_U2 = torch.stack([self.above_U[used_U], self.below_U[used_U]], 1).double().cpu()
-        units = len(sums_U2)
-        if units < 2 or self.value() is None:
-            return Estimate(self.value())
-        generator = torch.Generator().manual_seed(SEED)
-        step = max(1, DRAWN // units)
-        drawn_S2 = torch.cat(
-            [
-                sums_U2[torch.randint(units, (min(step, RESAMPLES - start), units), generator=generator)].sum(1)
-                for start in range(0, RESAMPLES, step)
-            ]
-        )
-        ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-        low, high = torch.quantile(drawn_S2[:, 0] / drawn_S2[:, 1], ends).tolist()
-        return Estimate(self.value(), low, high, self.over)
 
 
 @dataclass(frozen=True)
@@ -76,13 +31,8 @@ class Resampled:
         return value if math.isfinite(value) else None
 
     def estimate(self) -> Estimate:
-        """The value with its bootstrap interval over rows."""
-        entry = (
-            estimate_of(self.values_S).to_dict()
-            if len(self.values_S) > 1
-            else {"value": self.value(), "low": None, "high": None}
-        )
-        return Estimate(entry["value"], entry["low"], entry["high"], "rows" if entry["low"] is not None else None)
+        """The value with its interval over rows."""
+        return estimate_of(self.values_S)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,25 +4,26 @@ Shapes: F latents of a level, G of the level below, D residual width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean, stdev
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from hsae.cache.errors import UserError
-from hsae.eval.hierarchy.composition import Null, null_of
+from hsae.eval.hierarchy.composition_result import Null
 from hsae.eval.hierarchy.maps import NULL_DRAWS, edges
 
 Member = tuple[Sequence[Tensor], dict[str, Tensor]]
 """Of one seed: directions [F_l, D] of each level, finest first, and contributions [F_l, F_{l-1}] by reading and level (`learned2`)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Agreement:
+class Agreement(BaseModel):
     """A measure of two seeds' likeness, averaged over all pairs of seeds."""
+
+    model_config = ConfigDict(frozen=True)
 
     name: str
     """mean_max_correlation, or edge_jaccard of a reading."""
@@ -121,5 +122,5 @@ def _agreement(name: str, level: int, values: list[float], chance: list[list[flo
         value=value,
         sd=stdev(values) if len(values) > 1 else None,
         pairs=values,
-        null=null_of(value, [fmean(draws) for draws in chance]),
+        null=Null.of(value, [fmean(draws) for draws in chance]),
     )

@@ -11,8 +11,8 @@ from hsae.eval import figures
 from hsae.eval.harness.current import Current
 from hsae.eval.harness.targets import model_digest
 from hsae.eval.hierarchy import maps
-from hsae.eval.hierarchy.composition import CompositionResult, Measured, PairResult
-from hsae.eval.hierarchy.runs import FILE, read_composition, read_maps, read_verdict
+from hsae.eval.hierarchy.composition_file import FILE, read_composition, read_maps
+from hsae.eval.hierarchy.composition_result import CompositionResult, Measured, PairResult
 from hsae.eval.report.tables import Cell, plain
 from hsae.train.model.trained_model import TrainedModel
 
@@ -56,9 +56,9 @@ def composed_of(run_dir: Path, model: TrainedModel | None, current: Current | No
     if model is None or len(model.levels) == 1:
         return Composed()
     content, read = read_composition(run_dir), read_maps(run_dir)
-    if content is not None and content["inputs"].get("sae") != model_digest(run_dir / "model"):
+    if content is not None and content.inputs.get("sae") != model_digest(run_dir / "model"):
         content, missing = None, ["composition.json is of another model than the one here; run `hsae eval composition`"]
-    elif content is not None and current is not None and (reason := current.why_not(content["inputs"])) is not None:
+    elif content is not None and current is not None and (reason := current.why_not(content.inputs)) is not None:
         content, missing = None, [f"composition.json is {reason}; run `hsae eval composition`"]
     else:
         there = "composition.json is damaged" if (run_dir / FILE).is_file() else "no hierarchy measures yet"
@@ -67,13 +67,12 @@ def composed_of(run_dir: Path, model: TrainedModel | None, current: Current | No
             missing = ["the maps of composition.json are damaged or missing; run `hsae eval composition`"]
     if content is None or read is None:
         read = {f"learned{part.level}": part.contributions for part in model.compositions}
-    verdict = read_verdict(content) if content is not None else None
-    result: CompositionResult | None = content["parsed"] if content is not None else None
+    result = content.result if content is not None else None
     return Composed(
         pictures=[picture for key, part in sorted(read.items(), key=_order) for picture in _pictures(key, part)],
         tables=[_table(pair, name) for pair in (result.pairs if result else []) for name in pair.readings],
-        failures=[failure.text for failure in verdict.failures] if verdict else [],
-        unchecked=[f"{name} ({why})" for name, why in verdict.unchecked.items()] if verdict else [],
+        failures=[failure.text for failure in content.failures or ()] if content else [],
+        unchecked=[f"{name} ({why})" for name, why in content.unchecked.items()] if content else [],
         missing=missing,
         result=result,
     )

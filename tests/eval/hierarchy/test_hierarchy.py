@@ -14,10 +14,15 @@ from hsae.cache.building.builder import build
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.reading.store import ActivationStore
 from hsae.cli.eval import app
-from hsae.eval.hierarchy import runs as hierarchy
-from hsae.eval.hierarchy.composition import CompositionResult, evaluate_composition
+from hsae.eval.harness.estimates import Estimate
+from hsae.eval.harness.evaluation import evaluate_targets
+from hsae.eval.harness.targets import RunTarget
+from hsae.eval.hierarchy import composition_evaluation, stability_evaluation
+from hsae.eval.hierarchy.composition import evaluate_composition
+from hsae.eval.hierarchy.composition_evaluation import Composition, CompositionOptions, Sources
+from hsae.eval.hierarchy.composition_file import FILE, MAPS_FILE, read_composition, read_maps
+from hsae.eval.hierarchy.composition_result import CompositionResult
 from hsae.eval.hierarchy.failures import NAMES, failures
-from hsae.eval.hierarchy.measures import Estimate
 from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.saelens_folder import SAE
@@ -51,6 +56,16 @@ class Memory:
     def acts(self, hook, start, stop):
         assert hook == HOOK
         return self.x[start:stop]
+
+
+def measured(*given, **named):
+    return evaluate_composition(*given, **named)[0]
+
+
+def evaluate(plan, number, sources=None, *, compare=None, force=False):
+    bench = Composition(sources or Sources.of(plan), CompositionOptions(compare=compare))
+    (done,) = evaluate_targets(bench, [RunTarget.of(plan, plan.runs[number])], force=force)
+    return done
 
 
 def parents_of(branching):
@@ -107,7 +122,7 @@ def store():
 
 @pytest.fixture(scope="module")
 def result(store):
-    return evaluate_composition(planted(), store, HOOK)
+    return measured(planted(), store, HOOK)
 
 
 @pytest.mark.parametrize(("level", "branching"), [(2, BRANCHING), (3, FAMILIES)])
@@ -158,7 +173,7 @@ def test_levels_are_worth_what_they_explain(store, result):
 
 
 def test_without_a_learned_map_the_fitted_one_is_measured(store):
-    found = evaluate_composition(planted(2, learned=False), store, HOOK)
+    found = measured(planted(2, learned=False), store, HOOK)
     (pair,) = found.pairs
     assert set(pair.readings) == {"fitted"} and pair.reasons == {"learned": "this run learned no W"}
     assert pair.readings["fitted"].measures["coverage"].value == 1
@@ -166,7 +181,7 @@ def test_without_a_learned_map_the_fitted_one_is_measured(store):
 
 def test_one_level_has_no_pairs(store):
     flat = TrainedModel(structure="flat", levels=planted().levels[:1], compositions=())
-    found = evaluate_composition(flat, store, HOOK)
+    found = measured(flat, store, HOOK)
     assert found.pairs == [] and len(found.levels) == 1 and 0 < found.levels[0].explained_variance.value < 1
 
 
@@ -177,7 +192,7 @@ def test_a_stack_is_measured_by_what_its_latents_do_to_the_residual(store):
     upper = dataclasses.replace(a_level("level2", unit), W_enc=true.T.contiguous())
     maps = (CompositionMap(level=2, weight=true, contributions=true),)
     model = TrainedModel(structure="stacked", levels=(planted().levels[0], upper), compositions=maps)
-    found = evaluate_composition(model, store, HOOK)
+    found = measured(model, store, HOOK)
     measures = found.pairs[0].readings["learned"].measures
     assert measures["coverage"].value == 1 and measures["composition_fvu"].value < 1e-9
     assert found.levels[0].explained_variance.value > found.levels[1].explained_variance.value
@@ -187,27 +202,27 @@ def test_in_two_levels_a_childs_concept_is_the_child_and_its_parent(store):
     fine, coarse, _ = codes_of(400, 1)
     directions = planted_directions()
     two = Memory(fine @ directions[0] + coarse @ directions[1], clean_rows=170)
-    measures = evaluate_composition(planted(2), two, HOOK).pairs[0].readings["learned"].measures
+    measures = measured(planted(2), two, HOOK).pairs[0].readings["learned"].measures
     assert measures["residual_cosine"].value > 0.98
     assert all(abs(null.mean) < 0.5 for null in measures["residual_cosine"].nulls.values())
 
 
 def test_another_text_to_read_maps_on(store):
     x = sum(code @ rows for code, rows in zip(codes_of(90, 5), planted_directions(), strict=True))
-    found = evaluate_composition(planted(2), store, HOOK, fit_store=Memory(x, clean_rows=0))
+    found = measured(planted(2), store, HOOK, fit_store=Memory(x, clean_rows=0))
     assert found.tokens["read"] == 90 * (T - 1)
     assert found.pairs[0].readings["fitted"].measures["coverage"].value == 1
 
 
 def test_results_are_deterministic_and_survive_json(store, result):
-    assert evaluate_composition(planted(), store, HOOK).json() == result.json()
-    content = json.loads(json.dumps(result.json(), allow_nan=False))
-    assert CompositionResult.of_json(content) == result
+    assert measured(planted(), store, HOOK) == result
+    content = json.loads(json.dumps(result.model_dump(), allow_nan=False))
+    assert CompositionResult.model_validate(content) == result
 
 
 def test_batches_do_not_change_the_measures(store, result, monkeypatch):
-    monkeypatch.setattr("hsae.eval.hierarchy.composition.BATCH_TOKENS", 3 * T)
-    found = evaluate_composition(planted(2), store, HOOK)
+    monkeypatch.setattr("hsae.eval.hierarchy.map_reading.BATCH_TOKENS", 3 * T)
+    found = measured(planted(2), store, HOOK)
     for name, entry in found.pairs[0].readings["learned"].measures.items():
         if name != "probe_top5":  # its sample of tokens is drawn batch by batch
             assert entry.value == pytest.approx(result.pairs[0].readings["learned"].measures[name].value, abs=1e-5), (
@@ -220,8 +235,8 @@ def test_dead_levels_have_no_measures_and_break_nothing(store, dead):
     model = planted(2)
     for number in dead:
         model.levels[number].extra["threshold"][:] = 1e9
-    found = evaluate_composition(model, store, HOOK)
-    json.dumps(found.json(), allow_nan=False)
+    found = measured(model, store, HOOK)
+    json.dumps(found.model_dump(), allow_nan=False)
     for reading in found.pairs[0].readings.values():
         for name in ("participation_ratio", "hoyer", "coverage", "or_agreement", "residual_cosine"):
             assert reading.measures[name].value is None and reading.measures[name].reason == "the map is empty"
@@ -232,16 +247,16 @@ def test_dead_levels_have_no_measures_and_break_nothing(store, dead):
 
 def test_rows_of_special_tokens_alone_add_nothing(store, result, monkeypatch):
     """A batch without a single kept token, among others."""
-    monkeypatch.setattr("hsae.eval.hierarchy.composition.BATCH_TOKENS", T)
+    monkeypatch.setattr("hsae.eval.hierarchy.map_reading.BATCH_TOKENS", T)
     short = Memory(store.x[160:190], clean_rows=10)
-    wanted = evaluate_composition(planted(2), short, HOOK)
+    wanted = measured(planted(2), short, HOOK)
     longer = Memory(torch.cat([short.x[:10], torch.zeros(1, T, D), short.x[10:], torch.zeros(1, T, D)]), clean_rows=11)
     longer.tokens = lambda start, stop: torch.where(
         ((torch.arange(start, stop) == 10) | (torch.arange(start, stop) == 31))[:, None],
         PADDING,
         short.tokens(start, stop),
     )
-    found = evaluate_composition(planted(2), longer, HOOK)
+    found = measured(planted(2), longer, HOOK)
     assert found.tokens == wanted.tokens
     for name, entry in found.pairs[0].readings["fitted"].measures.items():
         assert entry.value == pytest.approx(wanted.pairs[0].readings["fitted"].measures[name].value), name
@@ -249,11 +264,11 @@ def test_rows_of_special_tokens_alone_add_nothing(store, result, monkeypatch):
 
 def test_what_can_not_be_measured_is_refused(store):
     with pytest.raises(StoreError, match=r"memory has no activations of other; it has blocks\.1\.hook_resid_post"):
-        evaluate_composition(planted(), store, "other")
+        measured(planted(), store, "other")
     with pytest.raises(UserError, match=r"the model reads vectors of width 29; .* has width 28"):
-        evaluate_composition(planted(), Memory(store.x[..., :28], 9), HOOK)
+        measured(planted(), Memory(store.x[..., :28], 9), HOOK)
     with pytest.raises(StoreError, match="0 reconstruction rows and 400 variance rows; hierarchy measures need both"):
-        evaluate_composition(planted(), Memory(store.x, 0), HOOK)
+        measured(planted(), Memory(store.x, 0), HOOK)
 
 
 # ---- named failures ---------------------------------------------------------------------------------------------------
@@ -265,7 +280,7 @@ def config(**changes):
 
 
 def named(model, store, given=None, **others):
-    found = failures(evaluate_composition(model, store, HOOK), given or config(), **others)
+    found = failures(measured(model, store, HOOK), given or config(), **others)
     return {failure.name: failure for failure in found.failures}, found
 
 
@@ -329,7 +344,7 @@ def test_a_wrong_split(store):
 
 
 def test_a_coarse_level_that_hurts_the_fine_one(store):
-    own = evaluate_composition(planted(2), store, HOOK).levels[0].explained_variance.value
+    own = measured(planted(2), store, HOOK).levels[0].explained_variance.value
     better = Estimate(own + 0.05, own + 0.04, own + 0.06, "rows")
     found, _ = named(planted(2), store, comparison=("11 flat", better))
     assert (
@@ -353,7 +368,6 @@ def test_a_run_without_levels_has_nothing_to_fail(store):
 def quick(monkeypatch):
     """Fewer resamples and shorter probes: runs are about files and words, not values."""
     monkeypatch.setattr("hsae.eval.harness.estimates.RESAMPLES", 20)
-    monkeypatch.setattr("hsae.eval.hierarchy.measures.RESAMPLES", 20)
     monkeypatch.setattr("hsae.eval.hierarchy.probes.STEPS", 3)
 
 
@@ -384,15 +398,15 @@ def test_the_command_measures_trained_runs_and_uses_what_is_there(trained, quick
                   "learned map of level 2: none, this run learned no W", "one level: there is nothing to compose",
                   "no result"):  # fmt: skip
         assert words in text, words
-    content = json.loads((plan.run_dir(plan.runs[3]) / hierarchy.FILE).read_text())
+    content = json.loads((plan.run_dir(plan.runs[3]) / FILE).read_text())
     assert content["compared"] == "11 batchtopk" and content["inputs"]["read_from"] == plan.store("train").fingerprint
     assert {entry["name"] for entry in content["failures"]} <= set(NAMES)
-    maps = hierarchy.read_maps(plan.run_dir(plan.runs[3]))
+    maps = read_maps(plan.run_dir(plan.runs[3]))
     assert {name: tuple(part.shape) for name, part in maps.items()} == dict.fromkeys(("learned2", "fitted2"), (31, 57))
     learned = load_model(plan.run_dir(plan.runs[3]) / "model").compositions[0].contributions
     assert torch.corrcoef(torch.stack([learned.flatten(), maps["learned2"].flatten()]))[0, 1] > 0.95
     before = {path: path.stat().st_mtime_ns for path in plan.run_dir(plan.runs[3]).rglob("composition*")}
-    monkeypatch.setattr(hierarchy, "evaluate_composition", None)  # nothing is computed again
+    monkeypatch.setattr(composition_evaluation, "evaluate_composition", None)  # nothing is computed again
     again = hsae(trained, "composition", "--device", "cpu")
     assert "3 of 3 were there already" in again
     assert {path: path.stat().st_mtime_ns for path in plan.run_dir(plan.runs[3]).rglob("composition*")} == before
@@ -403,20 +417,20 @@ def test_stale_and_damaged_results_are_made_anew(trained, quick, tmp_path):
     original = load_plan("tiny", trained)
     shutil.copytree(original.run_dir(original.runs[3]), plan.run_dir(plan.runs[3]))
     folder = plan.run_dir(plan.runs[3])
-    sources = hierarchy.Sources.of(plan)
+    sources = Sources.of(plan)
 
     def reused():
-        (found,) = hierarchy.evaluate_runs([(plan, plan.runs[3])], sources)
-        assert hierarchy.read_composition(folder)["parsed"] == found.result
-        return found.reused
+        done = evaluate(plan, 3, sources)
+        assert read_composition(folder).result.model_dump() == done.content["result"]
+        return done.is_reused
 
     reused()
     assert reused()
-    held = (folder / hierarchy.FILE).read_text()
+    held = (folder / FILE).read_text()
     for damaged in ("{", "[]", held.replace('"settings"', '"sittings"'), held.replace('"coverage"', '"cove rage')):
-        (folder / hierarchy.FILE).write_text(damaged)
+        (folder / FILE).write_text(damaged)
         assert not reused() and reused()
-    (folder / hierarchy.MAPS_FILE).write_bytes(b"no tensors")
+    (folder / MAPS_FILE).write_bytes(b"no tensors")
     assert not reused()
     write_run(folder, {**read_run(folder), "files": None})
     shutil.copytree(original.seeded(1).run_dir(plan.runs[3]) / "model", folder / "model", dirs_exist_ok=True)
@@ -428,24 +442,24 @@ def test_a_training_store_that_has_gone_leaves_its_results_good(trained, quick, 
     plan = load_plan("tiny", [*trained, f"train.dir={str(tmp_path / 'runs')!r}"])
     original = load_plan("tiny", trained)
     shutil.copytree(original.run_dir(original.runs[3]), plan.run_dir(plan.runs[3]))
-    runs, sources = [(plan, plan.runs[3])], hierarchy.Sources.of(plan)
-    hierarchy.evaluate_runs(runs, sources)
+    sources = Sources.of(plan)
+    evaluate(plan, 3, sources)
     stores = tmp_path / "stores"
     shutil.copytree(plan.cache.dir, stores, copy_function=os.link)
     harmed = load_plan("tiny", [*trained, f"cache.dir={str(stores)!r}"])
     header = stores / plan.store("train").name / "zarr.json"
     header.unlink()
     header.write_text("{")  # a training store that can't be used is as good as none, and that is said
-    without = hierarchy.Sources.of(harmed)
-    assert without.fit is None and without.lacking.startswith("the training store can't be used: ")
-    text = hsae([*trained, f"cache.dir={str(stores)!r}"], "composition", "--run", "3,11", "--device", "cpu")
+    without = Sources.of(harmed)
+    assert without.fit is None and without.why_not_fit.startswith("the training store can't be used: ")
+    text = hsae([*trained, f"cache.dir={str(stores)!r}"], "composition", "--run", "3,11", "--force", "--device", "cpu")
     assert "the training store can't be used: " in text and "the evaluation store's reconstruction rows" in text
-    assert hierarchy.evaluate_runs(runs, without)[0].reused
-    (fresh,) = hierarchy.evaluate_runs(runs, without, force=True)
+    assert evaluate(plan, 3, without).is_reused
+    fresh = evaluate(plan, 3, without, force=True)
     content = json.loads(fresh.path.read_text())
-    assert content["inputs"]["read_from"] == "reconstruction rows" and not fresh.reused
-    assert hierarchy.evaluate_runs(runs, without)[0].reused
-    assert not hierarchy.evaluate_runs(runs, sources)[0].reused
+    assert content["inputs"]["read_from"] == "reconstruction rows" and not fresh.is_reused
+    assert evaluate(plan, 3, without).is_reused
+    assert not evaluate(plan, 3, sources).is_reused
 
 
 def test_a_flat_run_of_another_model_is_not_compared_with(trained, quick, tmp_path):
@@ -454,22 +468,21 @@ def test_a_flat_run_of_another_model_is_not_compared_with(trained, quick, tmp_pa
     original = load_plan("tiny", trained)
     for number in (3, 11):
         shutil.copytree(original.run_dir(original.runs[number]), plan.run_dir(plan.runs[number]))
-    flat, sources = plan.run_dir(plan.runs[11]), hierarchy.Sources.of(plan)
+    flat = plan.run_dir(plan.runs[11])
     held = read_run(flat)
     write_run(flat, {**held, "content": {**held["content"], "model_digest": "0" * 64}})
-    assert hierarchy.evaluate_runs([(plan, plan.runs[3])], sources)[0].compared is None
+    assert evaluate(plan, 3).content["compared"] is None
     with pytest.raises(UserError, match="with other weights than those of"):
-        hierarchy.evaluate_runs([(plan, plan.runs[3])], sources, compare=plan.runs[11])
+        evaluate(plan, 3, compare="11")
 
 
 def test_ce_scores_come_from_core_results_of_this_very_model(trained, quick):
     plan = load_plan("tiny", trained)
     folder = plan.run_dir(plan.runs[3])
-    (found,) = hierarchy.evaluate_runs([(plan, plan.runs[3])], hierarchy.Sources.of(plan))
-    assert all(level.ce_loss_score.value is None for level in found.result.levels)
+    found = CompositionResult.model_validate(evaluate(plan, 3).content["result"])
+    assert all(level.ce_loss_score.value is None for level in found.levels)
     from hsae.eval.core.core_evaluation import Core
     from hsae.eval.harness.envelope import core_result_of
-    from hsae.eval.harness.evaluation import evaluate_targets
     from hsae.eval.harness.targets import run_targets
 
     store = ActivationStore.of(plan.store("eval"), plan.cache.dir)
@@ -478,10 +491,11 @@ def test_ce_scores_come_from_core_results_of_this_very_model(trained, quick):
     explained = {
         item.target.view.name: core_result_of(item.content).measure("explained_variance").value for item in done
     }
-    (found,) = hierarchy.evaluate_runs([(plan, plan.runs[3])], hierarchy.Sources.of(plan))
-    assert found.reused
-    assert [level.ce_loss_score.value for level in found.result.levels] == [scores["sae"], scores["level2"]]
-    assert [level.explained_variance.value for level in found.result.levels] == pytest.approx(
+    again = evaluate(plan, 3)
+    found = CompositionResult.model_validate(again.content["result"])
+    assert again.is_reused
+    assert [level.ce_loss_score.value for level in found.levels] == [scores["sae"], scores["level2"]]
+    assert [level.explained_variance.value for level in found.levels] == pytest.approx(
         [explained["sae"], explained["level2"]], abs=1e-6
     )
     shutil.rmtree(folder / "eval" / "core")
@@ -489,9 +503,9 @@ def test_ce_scores_come_from_core_results_of_this_very_model(trained, quick):
 
 def test_mistakes_are_said(trained, tmp_path):
     plan = load_plan("tiny", trained)
-    with pytest.raises(UserError, match="run 4 no-curriculum of plan tiny has not been trained to its end in "):
+    with pytest.raises(UserError, match=r"run 4 \(no-curriculum\) of plan tiny has not been trained to its end in "):
         hsae(trained, "composition", "--run", "4")
-    with pytest.raises(UserError, match=r"run 3 full seed 2 .* train it with: hsae train --run 3 --seeds 3"):
+    with pytest.raises(UserError, match=r"run 3 \(full\) .*seed2/3; train it with: hsae train --run 3 --seeds 3"):
         hsae(trained, "composition", "--run", "3", "--seeds", "3")
     with pytest.raises(UserError, match="--run and --all exclude each other"):
         hsae(trained, "composition", "--run", "4", "--all")
@@ -501,7 +515,7 @@ def test_mistakes_are_said(trained, tmp_path):
         hsae(trained, "stability")
     with pytest.raises(UserError, match="stability compares two seeds or more, not --seeds 1"):
         hsae(trained, "stability", "--run", "3", "--seeds", "1")
-    with pytest.raises(UserError, match=r"run 3 full seed 2 .* train it with: hsae train --run 3 --seeds 3"):
+    with pytest.raises(UserError, match=r"run 3 \(full\) .*seed2/3; train it with: hsae train --run 3 --seeds 3"):
         hsae(trained, "stability", "--run", "3")
     assert plan.runs[3].levels == 2
 
@@ -516,7 +530,7 @@ def test_stability_of_two_seeds(trained, quick):
     hsae(trained, "composition", "--run", "3", "--seeds", "2", "--force", "--device", "cpu")
     text = hsae(trained, "stability", "--run", "3", "--seeds", "2")
     plan = load_plan("tiny", trained)
-    content = json.loads((plan.run_dir(plan.runs[3]) / hierarchy.STABILITY_FILE).read_text())
+    content = json.loads((plan.run_dir(plan.runs[3]) / stability_evaluation.FILE).read_text())
     assert [(entry["name"], entry["level"]) for entry in content["agreement"]][:2] == [
         ("mean_max_correlation", 1),
         ("mean_max_correlation", 2),

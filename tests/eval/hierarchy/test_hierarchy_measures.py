@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from hsae.eval.core.corrected_measures import Resampler
+from hsae.eval.harness.estimates import UnitMean
 from hsae.eval.hierarchy import maps, pairs
 from hsae.eval.hierarchy.fitted import CodeMoments, nonnegative
 from hsae.eval.hierarchy.maps import EDGE_SHARE, CodeScale, LevelMap
-from hsae.eval.hierarchy.measures import SIBLINGS, PairGeometry, UnitMean, matthews, measures
+from hsae.eval.hierarchy.measures import SIBLINGS, PairGeometry, matthews, measures
 from hsae.eval.hierarchy.pairs import CONTRIBUTES, MapSums, PairCounts
 from hsae.eval.hierarchy.probes import TOP, Probes, train_probes
 

@@ -20,9 +20,10 @@ from hsae.eval.core.core_evaluation import Core
 from hsae.eval.harness.envelope import read_core
 from hsae.eval.harness.evaluation import evaluate_targets
 from hsae.eval.harness.result_files import write_result
-from hsae.eval.harness.targets import run_targets
+from hsae.eval.harness.targets import RunTarget, run_targets
 from hsae.eval.hierarchy import maps
-from hsae.eval.hierarchy import runs as hierarchy
+from hsae.eval.hierarchy.composition_evaluation import Composition, Sources
+from hsae.eval.hierarchy.composition_file import read_composition
 from hsae.eval.report import tables
 from hsae.eval.report.page import write_report
 from hsae.train.config.plan import load_plan
@@ -200,7 +201,7 @@ def test_hierarchy_measures_stand_beside_their_nulls(made, tmp_path, monkeypatch
     copied = load_plan("tiny", [f"cache.dir={plan.cache.dir!r}", f"train.dir={str(tmp_path / 'runs')!r}"])
     copied = dataclasses.replace(plan, train=copied.train)
     shutil.copytree(run_dirs[2], tmp_path / "runs/3")
-    ((item),) = hierarchy.evaluate_runs([(copied, plan.runs[3])], hierarchy.Sources.of(plan))
+    (item,) = evaluate_targets(Composition(Sources.of(plan)), [RunTarget.of(copied, plan.runs[3])])
     content = json.loads(item.path.read_text())
     content["failures"] = [{"name": "copy", "level": 2, "text": "copy: <b>half</b> of level 2"}]
     write_result(item.path, content)
@@ -211,7 +212,7 @@ def test_hierarchy_measures_stand_beside_their_nulls(made, tmp_path, monkeypatch
                   "copy: <b>half</b> of level 2", "Failures not looked for: coarse-hurts-fine"):  # fmt: skip
         assert words in text, words
     assert html.count("<svg") == 1 + 1 + 2 * 2
-    coverage = item.result.pairs[0].readings["fitted"].measures["coverage"]
+    coverage = read_composition(tmp_path / "runs/3").result.pairs[0].readings["fitted"].measures["coverage"]
     assert f">{coverage.value:.3g}<" in html and f"{coverage.nulls['random'].z:+.1f}" in html
     assert "| 3 full · level 2 | fitted |" in markdown and "**3 full**: copy: \\<b>half\\<" in markdown
     assert f"{coverage.value:.3g} ({coverage.nulls['permuted'].z:+.1f}, {coverage.nulls['random'].z:+.1f})" in markdown

@@ -1,0 +1,232 @@
+"""`hsae eval composition`: the hierarchy measures of trained runs and their known failures by name; no language model is run.
+
+Measures are used again while what they are made of is the same. What they say of other results (CE scores from core, the
+flat run that is compared with) is made anew each time.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import Field
+
+from hsae.cache.errors import StoreError, UserError
+from hsae.cache.reading.store import ActivationStore
+from hsae.eval.harness.current import Current, core_results
+from hsae.eval.harness.envelope import CoreResult
+from hsae.eval.harness.estimates import Estimate
+from hsae.eval.harness.evaluation import Options, Result, cached_method, check_target, store_inputs
+from hsae.eval.harness.run_evaluation import RunEvaluation
+from hsae.eval.harness.tables import Table
+from hsae.eval.harness.targets import RunTarget, is_trained
+from hsae.eval.hierarchy.composition import SETTINGS, evaluate_composition
+from hsae.eval.hierarchy.composition_file import FILE, FORMAT, maps_digest, read_composition, read_maps, write_maps
+from hsae.eval.hierarchy.composition_result import CompositionResult, LevelResult
+from hsae.eval.hierarchy.composition_tables import composition_tables
+from hsae.eval.hierarchy.failures import failures
+from hsae.train.config.plan import Plan
+from hsae.train.runs.metrics_log import read_metrics
+
+RECONSTRUCTION_ROWS = "reconstruction rows"
+"""What maps are read on where there is no training store, in a result's inputs."""
+
+
+class CompositionOptions(Options):
+    """Options of `hsae eval composition`."""
+
+    compare: str | None = Field(
+        default=None,
+        description="The flat run a hierarchy must not fall behind; default the first trained one of the same activation.",
+        json_schema_extra={"metavar": "RUN"},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The stores of an evaluation; `fit` is the training store, on which maps are read, where it is there and whole."""
+
+    evaluation: ActivationStore
+    fit: ActivationStore | None
+    why_not_fit: str = ""
+    """Why there is no training store."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Sources":
+        """The plan's stores. Raises StoreError if there is no evaluation store, or one that can't be trusted."""
+        evaluation = ActivationStore.of(plan.store("eval"), plan.cache.dir)
+        if not plan.store_path("train").is_dir():
+            return cls(evaluation=evaluation, fit=None, why_not_fit="no training store here")
+        try:
+            return cls(evaluation=evaluation, fit=ActivationStore.of(plan.store("train"), plan.cache.dir))
+        except StoreError as error:
+            return cls(evaluation=evaluation, fit=None, why_not_fit=f"the training store can't be used: {error}")
+
+
+class Composition(RunEvaluation[Sources]):
+    """How a run's levels are composed of each other."""
+
+    name, file = "composition", FILE.name
+    options_kind = CompositionOptions
+
+    @classmethod
+    def open_store(cls, plan: Plan) -> Sources:
+        """The evaluation store, and the training store where it is there."""
+        return Sources.of(plan)
+
+    def check(self, target: RunTarget) -> None:
+        """Refuse runs of another model than the stores', and what can't be compared with. Raises UserError."""
+        self._check_model(target)
+        if (flat := self._named_flat(target)) is not None:
+            self._check_model(flat)
+
+    def _check_model(self, target: RunTarget) -> None:
+        for store in (self.store.evaluation, self.store.fit):
+            if store is not None:
+                check_target(target, store)
+
+    def inputs(self, target: RunTarget) -> dict[str, Any]:
+        """All that measures made now depend on."""
+        return self._inputs(target, self._texts(target)[-1])
+
+    def _inputs(self, target: RunTarget, read_from: str | None) -> dict[str, Any]:
+        stores = store_inputs(self.store.evaluation)
+        return {**target.inputs, **stores, "read_from": read_from, "settings": SETTINGS}
+
+    def _texts(self, target: RunTarget) -> list[str | None]:
+        """What maps that count may have been read on; the last is what they are read on now."""
+        if target.config.levels == 1:
+            return [None]
+        if self.store.fit is not None:
+            return [self.store.fit.spec.fingerprint]
+        return [target.plan.store("train").fingerprint, RECONSTRUCTION_ROWS]
+
+    def is_current(self, target: RunTarget, content: dict[str, Any]) -> bool:
+        """Whether measures and maps that lie there are whole and made of the same inputs."""
+        accepted = (self._inputs(target, text) for text in self._texts(target))
+        is_whole = read_composition(target.run_dir) is not None and read_maps(target.run_dir) is not None
+        return is_whole and content["inputs"] in accepted
+
+    def measure(self, target: RunTarget) -> dict[str, Any]:
+        """The measures of a run; its maps are written."""
+        has_levels = target.config.levels > 1
+        if has_levels and self.store.fit is None:
+            self._warn_of_fit()
+
+        def tell(phase: str, done: int, total: int) -> None:
+            self.listener.status(f"{self.name}: {target.label}: {phase}, batch {done} of {total}")
+
+        result, maps = evaluate_composition(
+            target.load(),
+            self.store.evaluation,
+            target.hook,
+            fit_store=self.store.fit if has_levels else None,
+            device=self.device,
+            progress=tell,
+        )
+        write_maps(target.run_dir, maps)
+        digest = maps_digest(target.run_dir)
+        return {"format": FORMAT, "inputs": self.inputs(target), "result": result.model_dump(), "maps": digest}
+
+    @cached_method
+    def _warn_of_fit(self) -> None:
+        """Say once that there is no training store."""
+        self.listener.warn(
+            f"{self.store.why_not_fit}; maps that are not there yet are read on the evaluation store's {RECONSTRUCTION_ROWS}"
+        )
+
+    def complete(self, target: RunTarget, content: dict[str, Any]) -> dict[str, Any]:
+        """The measures with CE scores from core, and the known failures that they show."""
+        result = CompositionResult.model_validate(content["result"])
+        levels = self._with_ce_scores(target, content["inputs"]["sae"], result)
+        result = result.model_copy(update={"levels": levels})
+        flat = (self._named_flat(target) or self._flat_like(target)) if len(levels) > 1 else None
+        comparison = (flat.label, self._measures(flat).levels[0].explained_variance) if flat is not None else None
+        verdict = failures(result, target.config, read_metrics(target.run_dir), comparison)
+        config = target.config
+        return {
+            "format": FORMAT,
+            "inputs": content["inputs"],
+            "run": {"number": config.number, "name": config.name, "label": target.label},
+            "compared": flat.label if flat is not None else None,
+            "failures": [asdict(failure) for failure in verdict.failures],
+            "unchecked": verdict.unchecked,
+            "result": result.model_dump(),
+            "maps": maps_digest(target.run_dir),
+        }
+
+    def _with_ce_scores(self, target: RunTarget, weights: str, result: CompositionResult) -> list[LevelResult]:
+        """The levels with the CE scores of core, where a view of this very model reads exactly the levels >= l."""
+        store = self.store.evaluation
+        results = core_results(target.run_dir, weights, Current.of(store.spec, store))
+        return [
+            level.model_copy(update={"ce_loss_score": _ce_score(results, result, level.level)})
+            for level in result.levels
+        ]
+
+    def _measures(self, target: RunTarget) -> CompositionResult:
+        """The measures of a run that is compared with, made if they are not there."""
+        place = self.find(target)
+        content = place.result
+        if content is None:
+            content = self.measure(target)
+            self.write(place.path, content)
+        return CompositionResult.model_validate(content["result"])
+
+    def _named_flat(self, target: RunTarget) -> RunTarget | None:
+        """The run of `--compare`, of the same seed. Raises UserError if it is none without levels, or not trained."""
+        if (named := self.options.compare) is None:
+            return None
+        runs = target.plan.select(named)
+        if len(runs) != 1 or runs[0].levels != 1:
+            raise UserError(f"--compare {named}: name one run without levels (structure flat)")
+        return RunTarget.of(target.plan, runs[0])
+
+    def _flat_like(self, target: RunTarget) -> RunTarget | None:
+        """The first trained run without levels, with the same activation, and of the stores' model."""
+        for config in target.plan.runs.values():
+            is_alike = config.levels == 1 and config.activation == target.config.activation
+            if is_alike and is_trained(target.plan, config):
+                flat = RunTarget(plan=target.plan, config=config)
+                with suppress(UserError):
+                    self._check_model(flat)
+                    return flat
+        return None
+
+    # --- what people see -------------------------------------------------------------------------------------------------
+
+    def tables(self, results: Sequence[Result[RunTarget]]) -> list[Table]:
+        """Of each run a table of its levels, and one of each map."""
+        return [table for result in results for table in self._tables(result)]
+
+    def _tables(self, result: Result[RunTarget]) -> list[Table]:
+        content = result.content
+        tables = composition_tables(result.label, CompositionResult.model_validate(content["result"]))
+        below = tables[-1].notes
+        if result.target.config.levels == 1:
+            below.append("one level: there is nothing to compose")
+            return tables
+        if not content["failures"]:
+            below.append("no known failure")
+        for reason in dict.fromkeys(content["unchecked"].values()):
+            names = [name for name, why in content["unchecked"].items() if why == reason]
+            below.append(f"not looked for: {', '.join(names)} ({reason})")
+        return tables
+
+    def notes(self, results: Sequence[Result[RunTarget]]) -> list[str]:
+        """None: lines lie below the tables."""
+        return []
+
+    def warnings(self, results: Sequence[Result[RunTarget]]) -> list[str]:
+        """The known failures."""
+        return [f"run {item.label}: {failure['text']}" for item in results for failure in item.content["failures"]]
+
+
+def _ce_score(results: dict[str, CoreResult], composition: CompositionResult, level: int) -> Estimate:
+    """The CE score of levels >= `level` from the core result of the view that reads exactly those, if there is one."""
+    is_alone = composition.structure == "stacked" or level == len(composition.levels) > 1
+    view = f"level{level}" if is_alone else "sae" if level == 1 else ""
+    measure = results[view].measure("ce_loss_score") if view in results else None
+    if measure is None:
+        return Estimate(None)
+    return Estimate(measure.value, measure.low, measure.high, "rows" if measure.low is not None else None)
