@@ -93,7 +93,7 @@ def callback_of(name: str) -> Callable[..., None]:
     kind: type[Evaluation[Any, Any]] = registry.resolve(registry.EVALUATIONS[name].kind)
     own = {field: _option(field, info) for field, info in kind.options_kind.model_fields.items()}
     shared = {field: option for field, option in SHARED.items() if field not in kind.without}
-    options = shared | {"seeds": (SeedsOption, kind.default_seeds)} | own
+    options = shared | own
 
     def command(**given: Any) -> None:
         chosen = kind.options_kind(**{field: given.pop(field) for field in own if field in given})

@@ -27,7 +27,7 @@ from hsae.eval.harness.fits import check_fits
 from hsae.eval.harness.listener import SILENT, Listener
 from hsae.eval.harness.result_files import describe_changes
 from hsae.eval.harness.tables import Cell, Table, interval_cell
-from hsae.eval.harness.targets import AnyTarget, Found, Selection, Target, select_targets, whole_view
+from hsae.eval.harness.targets import Found, RunTarget, Selection, Target, select_targets, whole_view
 from hsae.train.config.plan import Plan
 from hsae.train.model.trained_model import TrainedModel
 from hsae.train.model.views import View
@@ -36,7 +36,7 @@ from hsae.train.stores import common_texts
 
 StoreT = TypeVar("StoreT")
 ValueT = TypeVar("ValueT")
-TargetT = TypeVar("TargetT", bound=AnyTarget)
+TargetT = TypeVar("TargetT", bound=Target | RunTarget)
 
 
 def cached_method(method: Callable[..., ValueT]) -> Callable[..., ValueT]:
@@ -79,7 +79,8 @@ class Result(Generic[TargetT]):
     @property
     def measures(self) -> dict[str, Estimate]:
         """hsae's measures by name."""
-        entries = (self.content.get("hsae") or self.content).get("measures", {})
+        block = self.content.get("hsae")
+        entries = (block if isinstance(block, dict) else self.content).get("measures", {})
         return {name: Estimate.of_dict(entry) for name, entry in entries.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,8 +117,6 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
     """Whether several targets are measured in one pass."""
     without: ClassVar[frozenset[str]] = frozenset()
     """Options that evaluations share and this one lacks; without `sae` it is of trained runs only."""
-    default_seeds: ClassVar[int] = 1
-    """Seeds of a run unless its command is told otherwise."""
 
     def __init__(
         self,
@@ -227,12 +226,12 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         """What is left to do once all results are there."""
 
     def noise_note(self, results: Sequence[Result[TargetT]]) -> str | None:
-        """Which SAEs can't be told from the one with the highest headline measure; None with fewer than two SAEs."""
-        name = next(iter(self.headlines.values()))
+        """Which SAEs can't be told from the one with the highest headline measure; None if there is nothing to tell."""
+        name = next(iter(self.headlines.values()), "")
         return describe_noise(name, {item.label: item.measures[name] for item in results if name in item.measures})
 
 
-def check_target(target: AnyTarget, store: Any) -> None:
+def check_target(target: Target | RunTarget, store: Any) -> None:
     """Refuse an SAE that does not belong to a store, and a run of activations of another model. Raises UserError."""
     if isinstance(target, Target):
         check_fits(target.view, target.hook, store.header.d_model, store.spec.model.id)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from hsae.cache.errors import UserError
 from hsae.eval.harness.envelope import file_name, hsae_version
@@ -22,26 +22,6 @@ from hsae.train.runs.run_record import command, read_run, run_of
 ResultT = TypeVar("ResultT")
 KEPT_APART = ("store", "exclude_special_tokens")  # inputs whose results lie side by side
 RESULTS = Path("eval")  # in a run directory; each evaluation has a folder in it
-
-
-class AnyTarget(Protocol):
-    """What the harness asks of every target."""
-
-    @property
-    def folder(self) -> Path:
-        """Where the result goes."""
-
-    @property
-    def label(self) -> str:
-        """Short name for people."""
-
-    @property
-    def run_dir(self) -> Path | None:
-        """The run that is evaluated, or that the SAE belongs to, if it is one of hsae's."""
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """What every result of this target depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +169,7 @@ def trained_runs(plan: Plan, run: str | None, seeds: int, say: Callable[[str], N
     every = [plan.seeded(index) for index in range(seeds)]
     if run is not None:
         return [(seeded, config) for seeded in every for config in plan.select(run)]
-    chosen = [(seeded, config) for seeded in every for config in plan.runs.values() if is_trained(seeded, config)]
+    chosen = [(seeded, config) for seeded in every for config in plan.runs.values() if is_complete(seeded, config)]
     if not chosen:
         raise UserError(
             f"no run of plan {plan.name} has been trained in {plan.train.dir}; train them with: hsae train --all"
@@ -200,14 +180,9 @@ def trained_runs(plan: Plan, run: str | None, seeds: int, say: Callable[[str], N
     return chosen
 
 
-def is_trained(plan: Plan, run: RunConfig) -> bool:
-    """Whether this very run of the plan has been trained to its end."""
-    return is_complete(plan, run)
-
-
 def need_trained(plan: Plan, run: RunConfig) -> None:
     """Raise UserError unless this very run of the plan has been trained to its end."""
-    if not is_trained(plan, run):
+    if not is_complete(plan, run):
         run_dir = plan.run_dir(run)
         raise UserError(
             f"run {run.number} ({run.name}) of plan {plan.name} has not been trained to its end in {run_dir}; "

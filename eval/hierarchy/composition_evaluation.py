@@ -19,7 +19,7 @@ from hsae.eval.harness.estimates import Estimate
 from hsae.eval.harness.evaluation import Options, Result, cached_method, check_target, store_inputs
 from hsae.eval.harness.run_evaluation import RunEvaluation
 from hsae.eval.harness.tables import Table
-from hsae.eval.harness.targets import RunTarget, is_trained
+from hsae.eval.harness.targets import RunTarget
 from hsae.eval.hierarchy.composition import SETTINGS, evaluate_composition
 from hsae.eval.hierarchy.composition_file import FILE, FORMAT, maps_digest, read_composition, read_maps, write_maps
 from hsae.eval.hierarchy.composition_result import CompositionResult, LevelResult
@@ -27,6 +27,7 @@ from hsae.eval.hierarchy.composition_tables import composition_tables
 from hsae.eval.hierarchy.failures import failures
 from hsae.train.config.plan import Plan
 from hsae.train.runs.metrics_log import read_metrics
+from hsae.train.runs.run_directory import is_complete
 
 RECONSTRUCTION_ROWS = "reconstruction rows"
 """What maps are read on where there is no training store, in a result's inputs."""
@@ -186,7 +187,7 @@ class Composition(RunEvaluation[Sources]):
         """The first trained run without levels, with the same activation, and of the stores' model."""
         for config in target.plan.runs.values():
             is_alike = config.levels == 1 and config.activation == target.config.activation
-            if is_alike and is_trained(target.plan, config):
+            if is_alike and is_complete(target.plan, config):
                 flat = RunTarget(plan=target.plan, config=config)
                 with suppress(UserError):
                     self._check_model(flat)
@@ -212,10 +213,6 @@ class Composition(RunEvaluation[Sources]):
             names = [name for name, why in content["unchecked"].items() if why == reason]
             below.append(f"not looked for: {', '.join(names)} ({reason})")
         return tables
-
-    def notes(self, results: Sequence[Result[RunTarget]]) -> list[str]:
-        """None: lines lie below the tables."""
-        return []
 
     def warnings(self, results: Sequence[Result[RunTarget]]) -> list[str]:
         """The known failures."""

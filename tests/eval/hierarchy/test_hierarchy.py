@@ -17,7 +17,7 @@ from hsae.cli.eval import app
 from hsae.eval.harness.estimates import Estimate
 from hsae.eval.harness.evaluation import evaluate_targets
 from hsae.eval.harness.targets import RunTarget
-from hsae.eval.hierarchy import composition_evaluation, stability_evaluation
+from hsae.eval.hierarchy import composition_evaluation
 from hsae.eval.hierarchy.composition import evaluate_composition
 from hsae.eval.hierarchy.composition_evaluation import Composition, CompositionOptions, Sources
 from hsae.eval.hierarchy.composition_file import FILE, MAPS_FILE, read_composition, read_maps
@@ -511,10 +511,8 @@ def test_mistakes_are_said(trained, tmp_path):
         hsae(trained, "composition", "--run", "4", "--all")
     with pytest.raises(UserError, match="--compare 3: name one run without levels"):
         hsae(trained, "composition", "--run", "3", "--compare", "3")
-    with pytest.raises(UserError, match="name the runs: --run 3"):
-        hsae(trained, "stability")
-    with pytest.raises(UserError, match="stability compares two seeds or more, not --seeds 1"):
-        hsae(trained, "stability", "--run", "3", "--seeds", "1")
+    refused = hsae(trained, "stability", "--run", "3", "--seeds", "1")
+    assert "'--seeds'" in refused and "greater than or equal to 2" in refused
     with pytest.raises(UserError, match=r"run 3 \(full\) .*seed2/3; train it with: hsae train --run 3 --seeds 3"):
         hsae(trained, "stability", "--run", "3")
     assert plan.runs[3].levels == 2
@@ -530,7 +528,7 @@ def test_stability_of_two_seeds(trained, quick):
     hsae(trained, "composition", "--run", "3", "--seeds", "2", "--force", "--device", "cpu")
     text = hsae(trained, "stability", "--run", "3", "--seeds", "2")
     plan = load_plan("tiny", trained)
-    content = json.loads((plan.run_dir(plan.runs[3]) / stability_evaluation.FILE).read_text())
+    content = json.loads((plan.run_dir(plan.runs[3]) / "eval/stability.json").read_text())
     assert [(entry["name"], entry["level"]) for entry in content["agreement"]][:2] == [
         ("mean_max_correlation", 1),
         ("mean_max_correlation", 2),
