@@ -24,7 +24,7 @@ from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import sizes
 from hsae.train.config.plan import Plan, load_plan
 from hsae.train.config.run_config import RunConfig
-from hsae.train.model.trained_model import load_model
+from hsae.train.model.model_files import load_model
 from hsae.train.runs.planned_runs import train_runs
 from hsae.train.training.listener import Listener
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from hsae.eval.harness.evaluation import evaluate as evaluate
     from hsae.train.config.plan import Plan as Plan
     from hsae.train.config.plan import load_plan as load_plan
+    from hsae.train.model.hierarchical_sae import HierarchicalSAE as HierarchicalSAE
+    from hsae.train.model.model_files import load as load
     from hsae.train.stores import build as build
     from hsae.train.training.fit import fit as fit
 else:
@@ -33,6 +35,7 @@ else:
         __name__,
         {
             "ActivationStore": "hsae.cache.reading.store",
+            "HierarchicalSAE": "hsae.train.model.hierarchical_sae",
             "LanguageModel": "hsae.cache.language_model.lm",
             "Plan": "hsae.train.config.plan",
             "UserError": "hsae.cache.errors",
@@ -41,6 +44,7 @@ else:
             "eval": "hsae.eval",
             "fit": "hsae.train.training.fit",
             "evaluate": "hsae.eval.harness.evaluation",
+            "load": "hsae.train.model.model_files",
             "load_plan": "hsae.train.config.plan",
             "train": "hsae.train",
         },

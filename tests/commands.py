@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from hsae.cli.main import app
-from hsae.train.model import saelens_folder
+from hsae.train.model.sae import SAE
 
 LAYER, HOOK, D = 2, "blocks.2.hook_resid_post", 48
 TOPICS = {
@@ -65,9 +65,7 @@ def an_sae(latents, seed=0, **changes):
     W = torch.randn(D, latents, generator=generator)
     W /= W.norm(dim=0)
     parts = {"W_enc": W, "W_dec": W.T.clone(), "b_enc": torch.zeros(latents), "b_dec": torch.zeros(D)}
-    return saelens_folder.SAE(
-        **({"name": "sae", "architecture": "standard", "metadata": {"hook_name": HOOK}} | parts | changes)
-    )
+    return SAE(**({"name": "sae", "architecture": "standard", "metadata": {"hook_name": HOOK}} | parts | changes))
 
 
 def write_texts(folder):

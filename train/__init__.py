@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from hsae.train.config.plan import load_plan as load_plan
     from hsae.train.config.plan import packaged_plans as packaged_plans
     from hsae.train.config.run_config import RunConfig as RunConfig
-    from hsae.train.model.trained_model import TrainedModel as TrainedModel
-    from hsae.train.model.trained_model import load_model as load_model
+    from hsae.train.model.hierarchical_sae import HierarchicalSAE as HierarchicalSAE
+    from hsae.train.model.model_files import load as load
+    from hsae.train.model.sae import SAE as SAE
     from hsae.train.model.views import View as View
     from hsae.train.runs.planned_runs import stop_on_signals as stop_on_signals
     from hsae.train.runs.planned_runs import train_runs as train_runs
@@ -29,10 +30,11 @@ else:
             "ProgressBars": "hsae.train.training.listener",
             "Result": "hsae.train.training.listener",
             "RunConfig": "hsae.train.config.run_config",
-            "TrainedModel": "hsae.train.model.trained_model",
+            "HierarchicalSAE": "hsae.train.model.hierarchical_sae",
+            "SAE": "hsae.train.model.sae",
             "View": "hsae.train.model.views",
             "fit": "hsae.train.training.fit",
-            "load_model": "hsae.train.model.trained_model",
+            "load": "hsae.train.model.model_files",
             "load_plan": "hsae.train.config.plan",
             "packaged_plans": "hsae.train.config.plan",
             "stop_on_signals": "hsae.train.runs.planned_runs",

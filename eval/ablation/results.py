@@ -17,12 +17,13 @@ from hsae.eval.ablation.table import COLUMNS, AblationTable, Cell, Column, Kind,
 from hsae.eval.ablation.verdicts import COMPONENTS, judge
 from hsae.eval.harness.current import DIGESTS, Current, core_results, inputs_of, same_bits
 from hsae.eval.harness.result_files import read_result
-from hsae.eval.harness.targets import model_digest, whole_view
+from hsae.eval.harness.targets import model_digest
 from hsae.eval.hierarchy.composition_file import read_composition
 from hsae.eval.unlearning.config import SIDES
 from hsae.eval.unlearning.runs import config_digest
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
+from hsae.train.model.hierarchical_sae import STRUCTURES
 from hsae.train.runs.run_directory import is_complete
 
 BUDGET = "0.01"
@@ -110,7 +111,7 @@ class _Reader:
                 self.missing.append(f"{kind} of {label}")
 
     def _core(self, plan: Plan, config: RunConfig, weights: str) -> list[Number] | None:
-        result = core_results(plan.run_dir(config), weights, self.current).get(whole_view(config.structure))
+        result = core_results(plan.run_dir(config), weights, self.current).get(STRUCTURES[config.structure].whole_view)
         if result is None:
             return None
         self._made_of("core", plan, config, "models or evaluation texts", *map(inputs_of(result.hsae).get, DIGESTS))

@@ -77,7 +77,7 @@ class Sampler:
 
     def _encoded(self, view: View) -> Iterator[tuple[int, Tensor]]:
         """(first row, activations [R, T, F] float32, zero on special tokens), batch by batch."""
-        placed = view.to(dtype=torch.float32, device=self.device)
+        placed = view.copy_to(dtype=torch.float32, device=self.device)
         batch = max(1, BATCH_ELEMENTS // (self.context * view.d_sae))
         for start in range(0, self.rows, batch):
             stop = min(start + batch, self.rows)

@@ -121,7 +121,7 @@ class _Job:
         self.options, self.listener, self.device = options, listener, device
         self.dtype = getattr(torch, store.spec.model.dtype)
         self.d_model = store.header.d_model
-        self.views = [view.to(dtype=self.dtype, device=device) for view in views]
+        self.views = [view.copy_to(dtype=self.dtype, device=device) for view in views]
         self.batch_rows = store.spec.batch_rows
         self.reconstruction = ReconstructionPhase(
             self.views,

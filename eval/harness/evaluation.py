@@ -27,9 +27,9 @@ from hsae.eval.harness.fits import check_fits
 from hsae.eval.harness.listener import SILENT, Listener
 from hsae.eval.harness.result_files import describe_changes
 from hsae.eval.harness.tables import Cell, Table, interval_cell
-from hsae.eval.harness.targets import Found, RunTarget, Selection, Target, select_targets, whole_view
+from hsae.eval.harness.targets import Found, RunTarget, Selection, Target, select_targets
 from hsae.train.config.plan import Plan
-from hsae.train.model.trained_model import TrainedModel
+from hsae.train.model.hierarchical_sae import HierarchicalSAE
 from hsae.train.model.views import View
 from hsae.train.runs.run_record import check_same_model
 from hsae.train.stores import common_texts
@@ -326,7 +326,7 @@ def check_packages(kind: type[Evaluation[Any, Any]], options: Options) -> None:
 
 
 def evaluate(
-    model: TrainedModel | View,
+    model: View,
     store: Any,
     evaluation: str = "core",
     *,
@@ -359,7 +359,7 @@ def evaluate(
     hooks = store.spec.hooks
     if hook is None and len(hooks) != 1:
         raise UserError(f"the store has {len(hooks)} hooks; say hook=..., one of {', '.join(hooks)}")
-    view = model.views()[whole_view(model.structure)] if isinstance(model, TrainedModel) else model
+    view = model.view(model.whole_view) if isinstance(model, HierarchicalSAE) else model
     digest = hashlib.sha256()
     for tensor in (view.W_enc, view.W_dec, view.b_enc, view.b_dec):
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

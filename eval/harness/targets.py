@@ -14,7 +14,8 @@ from hsae.eval.harness.result_files import changes
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model import saelens_folder
-from hsae.train.model.trained_model import CONFIG_FILE, WEIGHTS_FILE, TrainedModel, load_model
+from hsae.train.model.hierarchical_sae import CONFIG_FILE, STRUCTURES, WEIGHTS_FILE, HierarchicalSAE
+from hsae.train.model.model_files import load_model
 from hsae.train.model.views import View
 from hsae.train.runs.run_directory import is_complete
 from hsae.train.runs.run_record import command, read_run, run_of
@@ -92,7 +93,7 @@ class RunTarget:
         """What every result of this run depends on."""
         return {"hsae": hsae_version(), "sae": model_digest(self.run_dir / "model"), "hook": self.hook}
 
-    def load(self) -> TrainedModel:
+    def load(self) -> HierarchicalSAE:
         """The trained model."""
         return load_model(self.run_dir / "model")
 
@@ -190,11 +191,6 @@ def need_trained(plan: Plan, run: RunConfig) -> None:
         )
 
 
-def whole_view(structure: str) -> str:
-    """The view that stands for a model of a structure: all levels together, or, in a stack, level 1 (what its other levels account for)."""
-    return "level1" if structure == "stacked" else "sae"
-
-
 def run_targets(plan: Plan, run: RunConfig, evaluation: str = "core", *, whole: bool = False) -> list[Target]:
     """Every view of a trained run, or with `whole` the one that stands for it, for one evaluation.
 
@@ -217,7 +213,7 @@ def run_targets(plan: Plan, run: RunConfig, evaluation: str = "core", *, whole: 
             run_dir=run_dir,
         )
         for name, view in load_model(model_dir).views().items()
-        if not whole or name == whole_view(run.structure)
+        if not whole or name == STRUCTURES[run.structure].whole_view
     ]
 
 

@@ -41,7 +41,7 @@ from hsae.eval.hierarchy.measures import PairGeometry, measures
 from hsae.eval.hierarchy.pairs import CONTRIBUTES, MapSums, PairCounts
 from hsae.eval.hierarchy.probes import TOKENS as PROBE_TOKENS
 from hsae.eval.hierarchy.probes import Probes
-from hsae.train.model.trained_model import TrainedModel
+from hsae.train.model.hierarchical_sae import HierarchicalSAE
 
 READINGS = ("learned", "fitted")
 SETTINGS = {
@@ -63,7 +63,7 @@ UNDEFINED = {
 """Why a measure is undefined, where it is not because the map is empty."""
 
 
-def check(model: TrainedModel, store: ActivationStore, hook: str, fit_store: ActivationStore | None) -> None:
+def check(model: HierarchicalSAE, store: ActivationStore, hook: str, fit_store: ActivationStore | None) -> None:
     """Refuse what can't be measured. Raises UserError or StoreError."""
     for given in (store, fit_store) if fit_store is not None else (store,):
         if hook not in given.spec.hooks:
@@ -82,7 +82,7 @@ def check(model: TrainedModel, store: ActivationStore, hook: str, fit_store: Act
 
 @torch.no_grad()
 def evaluate_composition(
-    model: TrainedModel,
+    model: HierarchicalSAE,
     store: ActivationStore,
     hook: str,
     *,
@@ -97,7 +97,7 @@ def evaluate_composition(
     UserError or StoreError for what `check` refuses.
     """
     check(model, store, hook, fit_store)
-    placed = model.to(dtype=torch.float32, device=device)
+    placed = model.copy_to(dtype=torch.float32, device=device)
     read_from, rows = (fit_store, fit_store.rows) if fit_store else (store, store.clean_rows)
     reading = MapReading(placed, Text(read_from, hook, 0, rows, device), progress)
     pass_ = _MeasurePass(placed, reading, Text(store, hook, store.clean_rows, store.rows, device), progress)
@@ -114,7 +114,7 @@ def evaluate_composition(
 class _MeasurePass:
     """The pass in which maps are measured, on rows they were not read from."""
 
-    def __init__(self, model: TrainedModel, reading: MapReading, text: Text, progress: Progress) -> None:
+    def __init__(self, model: HierarchicalSAE, reading: MapReading, text: Text, progress: Progress) -> None:
         self.model, self.reading, self.tokens = model, reading, 0
         resampler, d_model = Resampler(text.last - text.first, text.device), model.levels[0].d_in
         self.inputs = InputMoments(resampler, d_model)

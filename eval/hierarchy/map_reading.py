@@ -14,7 +14,7 @@ from hsae.eval.hierarchy.fitted import CodeMoments
 from hsae.eval.hierarchy.maps import LevelMap
 from hsae.eval.hierarchy.probes import TOKENS as PROBE_TOKENS
 from hsae.eval.hierarchy.probes import Probes, train_probes
-from hsae.train.model.trained_model import TrainedModel
+from hsae.train.model.hierarchical_sae import HierarchicalSAE
 
 BATCH_TOKENS = 4096
 FIT_TOKENS = 1 << 17  # most tokens on which maps are read
@@ -50,7 +50,7 @@ class Text:
 class MapReading:
     """Second moments of neighbouring codes, from which maps are read, and a sample of tokens for probes."""
 
-    def __init__(self, model: TrainedModel, text: Text, progress: Progress) -> None:
+    def __init__(self, model: HierarchicalSAE, text: Text, progress: Progress) -> None:
         self.model, self.tokens = model, 0
         widths = [level.d_sae for level in model.levels]
         self.moments = {

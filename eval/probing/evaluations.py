@@ -166,7 +166,7 @@ class TextEvaluation(ProbeEvaluation):
 
     def latents(self, hook: str, view: View) -> Callable[[Task], Tensor]:
         """Gives the sums [U, F] of the view's latents over each text of a task."""
-        placed = view.to(device=self.device)
+        placed = view.copy_to(device=self.device)
 
         def parts(entry: TaskEntry) -> Iterator[tuple[Tensor, list[int]]]:
             for vectors_ND, lengths in self.store.ragged(entry, hook):
@@ -199,10 +199,10 @@ class SparseProbing(TextEvaluation):
 
     def outcome(self, hook: str, view: View) -> tuple[Outcome, dict[str, Any]]:
         """SAEBench's result fields, and measures with intervals over seeds."""
-        latents = self.latents(hook, view.to(dtype=self.dtype))
+        latents = self.latents(hook, view.copy_to(dtype=self.dtype))
         llm, residual = self.residual(hook)
         outcome = sparse_probing.faithful(self.tasks(hook), latents, llm)
-        exact = self.latents(hook, view.to(dtype=torch.float32))
+        exact = self.latents(hook, view.copy_to(dtype=torch.float32))
         own = sparse_probing.ideal(self.exact_tasks(hook), exact, self.seeds)
         return outcome, {**own, "residual": residual["measures"]}
 
@@ -236,7 +236,7 @@ class _ClassAblation(TextEvaluation):
 
     def outcome(self, hook: str, view: View) -> tuple[Outcome, dict[str, Any]]:
         """SAEBench's result fields, and measures with intervals over seeds."""
-        plain, exact = view.to(dtype=self.dtype), view.to(dtype=torch.float32)
+        plain, exact = view.copy_to(dtype=self.dtype), view.copy_to(dtype=torch.float32)
         n_values = [n for n in scr_tpp.N_VALUES if n <= view.d_sae]
         latents = self.latents(hook, plain)
         trained, seeded = self.probes(hook)
@@ -341,7 +341,7 @@ class Absorption(ProbeEvaluation):
 
     def outcome(self, hook: str, view: View) -> tuple[Outcome, dict[str, Any]]:
         """SAEBench's result fields, and measures with intervals over seeds."""
-        plain, exact, words = view.to(dtype=self.dtype), view.to(dtype=torch.float32), self.words(hook)
+        plain, exact, words = view.copy_to(dtype=self.dtype), view.copy_to(dtype=torch.float32), self.words(hook)
         own = absorption.faithful(plain, words, self.settings)
         return own, absorption.ideal(exact, words, self.settings, self.seeds)
 

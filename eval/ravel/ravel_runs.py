@@ -152,7 +152,7 @@ class Ravel(SuiteEvaluation[RavelStore]):
         """A target's result as SAEBench's JSON object with hsae's block."""
         residual = self.residual(target.hook)
         exchange, label = self._exchange(target.hook), target.label
-        plain = target.view.to(dtype=self.language.dtype, device=self.device)
+        plain = target.view.copy_to(dtype=self.language.dtype, device=self.device)
         faithful = []
         for split in self.saebench_splits:
             self.listener.status(f"ravel: {label}, {split.name}")
@@ -160,7 +160,7 @@ class Ravel(SuiteEvaluation[RavelStore]):
             faithful.append(saebench_scores(split.test, exchange.outcomes(plain, split.test, mask_F, keep_error=False)))
         spent = {"saebench": asdict(exchange.passes)}
         exchange.passes = PassCounts()
-        exact = target.view.to(dtype=torch.float32, device=self.device)
+        exact = target.view.copy_to(dtype=torch.float32, device=self.device)
         chosen, outcomes, by_chance = [], [], []
         for split in self.splits:
             self.listener.status(f"ravel: {label}, {split.name}, error kept")

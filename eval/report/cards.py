@@ -13,7 +13,7 @@ import torch
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval import contexts
 from hsae.eval.hierarchy import maps
-from hsae.train.model.trained_model import CompositionMap, TrainedModel
+from hsae.train.model.hierarchical_sae import CompositionMap, HierarchicalSAE
 from hsae.train.model.views import View
 
 COARSE_SHOWN, CHILDREN_SHOWN, LATENTS_SHOWN = 4, 3, 4
@@ -33,7 +33,7 @@ class LatentCard:
     children: "list[LatentCard]" = field(default_factory=list)
 
 
-def cards_of(model: TrainedModel, store: ActivationStore, hook: str, tokenizer: Any) -> list[LatentCard]:
+def cards_of(model: HierarchicalSAE, store: ActivationStore, hook: str, tokenizer: Any) -> list[LatentCard]:
     """Coarse latents with the fine ones they are composed of; without a composition map, a few latents of each level."""
     views = model.views()
     if model.compositions:

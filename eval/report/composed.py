@@ -14,7 +14,7 @@ from hsae.eval.hierarchy import maps
 from hsae.eval.hierarchy.composition_file import FILE, read_composition, read_maps
 from hsae.eval.hierarchy.composition_result import CompositionResult, Measured, PairResult
 from hsae.eval.report.tables import Cell, plain
-from hsae.train.model.trained_model import TrainedModel
+from hsae.train.model.hierarchical_sae import HierarchicalSAE
 
 MARKDOWN = (
     "participation_ratio", "composition_fvu", "gain_over_best_input", "coverage", "coverage_lift", "or_agreement",
@@ -51,7 +51,7 @@ class Composed:
     result: CompositionResult | None = None
 
 
-def composed_of(run_dir: Path, model: TrainedModel | None, current: Current | None = None) -> Composed:
+def composed_of(run_dir: Path, model: HierarchicalSAE | None, current: Current | None = None) -> Composed:
     """What there is to say; nothing of a run with one level. Results of another model or store are left out and named."""
     if model is None or len(model.levels) == 1:
         return Composed()

@@ -24,7 +24,8 @@ from hsae.eval.report.composed import Composed, composed_of
 from hsae.eval.report.composed import markdown as composed_markdown
 from hsae.eval.report.tables import LevelLine, Row
 from hsae.eval.unlearning import pareto
-from hsae.train.model.trained_model import CONFIG_FILE, WEIGHTS_FILE, TrainedModel, load_model
+from hsae.train.model.hierarchical_sae import CONFIG_FILE, WEIGHTS_FILE, HierarchicalSAE
+from hsae.train.model.model_files import load_model
 from hsae.train.runs.metrics_log import damaged_metrics, read_metrics
 from hsae.train.runs.run_record import check_same_model, read_run
 
@@ -184,7 +185,7 @@ def _whole(value: object) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _model(run_dir: Path) -> TrainedModel | None:
+def _model(run_dir: Path) -> HierarchicalSAE | None:
     try:
         return load_model(run_dir / "model")
     except UserError:
@@ -273,7 +274,7 @@ def _facts(infos: Sequence[dict[str, Any]], store: ActivationStore | None) -> li
 def _section(
     run_dir: Path,
     info: dict[str, Any],
-    model: TrainedModel | None,
+    model: HierarchicalSAE | None,
     rows: Sequence[Row],
     unreadable: Sequence[str],
     current: Current | None,

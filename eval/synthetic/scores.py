@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hsae.train.model.hierarchical_sae import HierarchicalSAE
 from hsae.train.model.trainable_sae import seed_of
-from hsae.train.model.trained_model import TrainedModel
 from hsae.train.synthetic_worlds import World
 
 MAPPED_F1 = 0.5
@@ -62,7 +62,7 @@ class Counts:
 
 
 @torch.no_grad()
-def count(model: TrainedModel, world: World, vectors: int) -> Counts:
+def count(model: HierarchicalSAE, world: World, vectors: int) -> Counts:
     """Run the model over a held-out sample."""
     widths = model.level_widths
     both = torch.zeros(sum(widths), world.tier.features, dtype=torch.float64)
@@ -102,7 +102,7 @@ def cut(contributions: Tensor) -> Tensor:
     return (contributions >= RELATIVE_CUT * largest) & (contributions >= ABSOLUTE_CUT)
 
 
-def composition_edges(model: TrainedModel, cuts: Sequence[Tensor]) -> Tensor:
+def composition_edges(model: HierarchicalSAE, cuts: Sequence[Tensor]) -> Tensor:
     """[E, 2] (parent, child) latents, counted over all levels, of the edges in `cuts` (one for each map)."""
     starts = [0]
     for width in model.level_widths:
@@ -150,7 +150,7 @@ def _random_cut(chosen: Tensor, generator: torch.Generator) -> Tensor:
     return torch.zeros_like(drawn, dtype=torch.bool).index_fill(0, kept, True).view_as(chosen)
 
 
-def score(model: TrainedModel, world: World, *, vectors: int = 65_536) -> dict[str, Any]:
+def score(model: HierarchicalSAE, world: World, *, vectors: int = 65_536) -> dict[str, Any]:
     """All scores of one model (JSON-ready); features that the sample never shows are left out of the means."""
     counts = count(model, world, vectors)
     f1, parents = counts.f1(), world.parents
@@ -175,7 +175,7 @@ def score(model: TrainedModel, world: World, *, vectors: int = 65_536) -> dict[s
     }
 
 
-def _all_edge_scores(model: TrainedModel, counts: Counts, mapped: Tensor, parents: Tensor) -> dict[str, Any]:
+def _all_edge_scores(model: HierarchicalSAE, counts: Counts, mapped: Tensor, parents: Tensor) -> dict[str, Any]:
     edges = firing_edges(counts)
     names = ("precision", "recall", "f1")
     firing = dict(zip((f"firing_edge_{name}" for name in names), edge_scores(edges, mapped, parents), strict=True))

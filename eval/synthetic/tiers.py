@@ -21,7 +21,7 @@ from hsae.eval.harness.envelope import hsae_version
 from hsae.eval.harness.result_files import read_result, write_result
 from hsae.eval.synthetic import scores as synthetic
 from hsae.train.config.run_config import RunConfig, StreamConfig
-from hsae.train.model.trained_model import TrainedModel
+from hsae.train.model.hierarchical_sae import HierarchicalSAE
 from hsae.train.synthetic_worlds import Tier, World
 from hsae.train.training.folding import fold
 from hsae.train.training.training_run import TrainingRun
@@ -100,7 +100,7 @@ def train_and_score(
 
 def train_on(
     arm: RunConfig, world: World, stream: StreamConfig, device: str, progress: Callable[[int], None]
-) -> TrainedModel | str:
+) -> HierarchicalSAE | str:
     """Train one arm on a world's batches; returns the model in the world's own units, or why training stopped."""
     scaling = world.scaling()
     run = TrainingRun(arm, scaling, steps=stream.steps, seed=world.seed, device=device)

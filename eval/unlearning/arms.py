@@ -26,7 +26,7 @@ from hsae.eval.unlearning.config import UnlearningConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention, firing_rates, of_means
 from hsae.eval.unlearning.passes import Rows
 from hsae.eval.unlearning.selection import Profile
-from hsae.train.model.trained_model import TrainedModel
+from hsae.train.model.hierarchical_sae import HierarchicalSAE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,13 @@ class Arm:
         return [float(self.profile.mean_F[latent]) for latent in latents]
 
 
-def hierarchy(model: TrainedModel) -> list[Tensor]:
+def hierarchy(model: HierarchicalSAE) -> list[Tensor]:
     """The [C, G] contributions between neighbouring levels, coarsest first; empty unless every level has its map."""
     maps = [part.contributions.float().cpu() for part in sorted(model.compositions, key=lambda part: -part.level)]
     return maps if len(maps) == len(model.levels) - 1 else []
 
 
-def sae_arms(model: TrainedModel, dictionary: Dictionary, profile: Profile, config: UnlearningConfig) -> list[Arm]:
+def sae_arms(model: HierarchicalSAE, dictionary: Dictionary, profile: Profile, config: UnlearningConfig) -> list[Arm]:
     """The arms of one trained model, controls last, each after the arm it is a control of."""
     levels = len(dictionary.widths)
     cap, counts = config.retain_cap, config.latents

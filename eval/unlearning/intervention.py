@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hsae.train.model.trained_model import TrainedModel
+from hsae.train.model.hierarchical_sae import HierarchicalSAE
 from hsae.train.model.views import View
 
 
@@ -34,9 +34,9 @@ class Dictionary:
         return range(start, start + self.widths[number - 1])
 
 
-def of_model(model: TrainedModel, device: str) -> Dictionary:
+def of_model(model: HierarchicalSAE, device: str) -> Dictionary:
     """All levels of a trained model, in float32; encoding happens on `device`, everything else where residuals lie."""
-    moved = model.to(dtype=torch.float32, device=device)
+    moved = model.copy_to(dtype=torch.float32, device=device)
     numbers = range(1, len(moved.levels) + 1)
     return Dictionary(
         encode=lambda x: torch.cat(moved.codes(x.to(device).float()), -1).to(x.device),

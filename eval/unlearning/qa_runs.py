@@ -15,7 +15,7 @@ from hsae.eval.unlearning.questions import Question, check_template
 from hsae.eval.unlearning.runs import Unlearned, check_trained, found_at, inputs_of, open_texts, versions
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
-from hsae.train.model.trained_model import load_model
+from hsae.train.model.model_files import load_model
 
 FILE = "unlearning_qa.json"
 Progress = Callable[[str, int, int], None]

@@ -27,7 +27,7 @@ from hsae.eval.unlearning.passes import Rows
 from hsae.eval.unlearning.sweep import Pieces, Progress, Texts, evaluate
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
-from hsae.train.model.trained_model import load_model
+from hsae.train.model.model_files import load_model
 from hsae.train.runs.run_record import check_same_model
 
 FILE, PARTIAL, FIGURE = "unlearning.json", "unlearning.partial.json", "unlearning.png"

@@ -23,7 +23,7 @@ from hsae.eval.unlearning.arms import Arm, Setting, moved, rate_threshold, sae_a
 from hsae.eval.unlearning.config import SIDES, Side, UnlearningConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention
 from hsae.eval.unlearning.passes import Change, LossMeter, Passes, Rows, Trial, split_rows
-from hsae.train.model.trained_model import TrainedModel
+from hsae.train.model.hierarchical_sae import HierarchicalSAE
 
 TOO_DEAR = (
     2.0  # a setting whose harm on tune documents exceeds so many times the largest budget is not measured further
@@ -164,7 +164,7 @@ class Bench:
 
 
 def evaluate(
-    model: TrainedModel,
+    model: HierarchicalSAE,
     dictionary: Dictionary,
     texts: Texts,
     pieces: Pieces,
@@ -304,7 +304,7 @@ def signature_topics(rows: Rows, wanted: Sequence[str]) -> list[str]:
 
 
 def _signature(
-    model: TrainedModel, dictionary: Dictionary, texts: Texts, pieces: Pieces, progress: Progress
+    model: HierarchicalSAE, dictionary: Dictionary, texts: Texts, pieces: Pieces, progress: Progress
 ) -> dict[str, Any]:
     """Latents selected on one topic (against retain text), tested on other documents of it and on the sibling topic, both ways."""
     everything = Rows.all_of(texts.rows["forget"]["select"].store, texts.rows["forget"]["select"].hook)
@@ -319,7 +319,13 @@ def _signature(
 
 
 def _carried(
-    model: TrainedModel, dictionary: Dictionary, texts: Texts, pieces: Pieces, everything: Rows, own: str, sibling: str
+    model: HierarchicalSAE,
+    dictionary: Dictionary,
+    texts: Texts,
+    pieces: Pieces,
+    everything: Rows,
+    own: str,
+    sibling: str,
 ) -> dict[str, Any]:
     config = texts.config
     mine = everything.where(lambda place: everything.topics[place] == own)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model import sparse_products
 from hsae.train.model.activations import batch_top_k, jump_relu, top_k
+from hsae.train.model.views import NO_PARENT, parent_fires
 from hsae.train.training.latent_sharding import UNDIVIDED, Latents
 from hsae.train.training.workers import ALONE, Workers
 
 THRESHOLD_DECAY = 0.99
 GUESS = 0.7  # of the average threshold: most batches keep nothing below it
-NO_PARENT = -1
 SMALLEST_SPARSE = 1 << 16  # entries of W_enc below which a dense step is the faster one
 
 
@@ -53,12 +53,6 @@ class Output(NamedTuple):
     levels: dict[int, LevelOutput]
     reconstructions: dict[int, Tensor]
     """[B, D] for level l: additive b + sum of the levels >= l that took part; stacked: the cascade of decoders from level l."""
-
-
-def parent_fires(coarse_BF: Tensor, parents_G: Tensor) -> Tensor:
-    """[B, G] whether each fine latent's parent is in the coarse code; true for a latent without one."""
-    fires = coarse_BF.index_select(-1, parents_G.clamp_min(0)) > 0
-    return fires | (parents_G == NO_PARENT)
 
 
 class Level(nn.Module):

@@ -22,7 +22,8 @@ from hsae.cache.reading.store import ActivationStore
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model import saelens_folder
-from hsae.train.model.trained_model import TrainedModel, load_mark, load_model, save_model
+from hsae.train.model.hierarchical_sae import HierarchicalSAE
+from hsae.train.model.model_files import load_mark, load_model
 from hsae.train.runs.run_record import FILE, MODEL_FILES, VIEW, damage, digests, harmed, read_run, write_run
 from hsae.train.training.checkpoints import FILE as CHECKPOINT
 from hsae.train.training.checkpoints import read_mark
@@ -232,13 +233,13 @@ def _whole(run_dir: Path, held: dict[str, Any], say: Callable[[str], None]) -> b
     return True
 
 
-def write_model(model: TrainedModel, run_dir: Path, mark: Mapping[str, Any] | None = None) -> None:
+def write_model(model: HierarchicalSAE, run_dir: Path, mark: Mapping[str, Any] | None = None) -> None:
     """Write a trained model and its folders for other tools; `mark` says what it belongs to."""
-    save_model(model, run_dir / "model", mark)
+    model.save(run_dir / "model", mark)
     _write_saelens(model, run_dir)
 
 
-def _write_saelens(model: TrainedModel, run_dir: Path) -> None:
+def _write_saelens(model: HierarchicalSAE, run_dir: Path) -> None:
     """Make the folders for other tools."""
     for name, sae in model.one_layer().items():
         saelens_folder.save(sae, run_dir / "saelens" / name)

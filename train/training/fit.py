@@ -15,7 +15,7 @@ from hsae.cache.errors import UserError
 from hsae.cache.reading.store import ActivationStore
 from hsae.train.config.checked import checked
 from hsae.train.config.run_config import CompositionConfig, RunConfig, Stage, StreamConfig
-from hsae.train.model.trained_model import TrainedModel
+from hsae.train.model.hierarchical_sae import HierarchicalSAE
 from hsae.train.runs.metrics_log import MetricsLog
 from hsae.train.runs.run_directory import write_model
 from hsae.train.training.folding import fold
@@ -47,7 +47,7 @@ def fit(
     log_steps: int = 10,
     folder: Path | str | None = None,
     **settings: Any,
-) -> TrainedModel:
+) -> HierarchicalSAE:
     """Train one sparse autoencoder, flat or hierarchical, on vectors at hand.
 
     >>> import torch, hsae

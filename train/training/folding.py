@@ -4,28 +4,28 @@ Training works on x = scale * vector. relu, top-k and a threshold are homogeneou
 has the same weight matrices, with every bias and threshold divided by the scale; codes come out divided by it too.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hsae.train.model.saelens_folder import SAE
+from hsae.train.model.hierarchical_sae import STRUCTURES, CompositionMap, HierarchicalSAE, StackedSAE
+from hsae.train.model.sae import SAE
 from hsae.train.model.trainable_sae import Level
-from hsae.train.model.trained_model import CompositionMap, StackedView, TrainedModel
+from hsae.train.model.views import StackedView
 from hsae.train.training.training_run import TrainingRun
 
 ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu", "gated": "gated"}
 
 
 @torch.no_grad()
-def fold(run: TrainingRun, metadata: dict[str, Any], sample_BD: Tensor) -> TrainedModel:
+def fold(run: TrainingRun, metadata: dict[str, Any], sample_BD: Tensor) -> HierarchicalSAE:
     """Return the run's model in raw units.
 
     `metadata` goes into SAELens folders; `sample_BD` [B, D] (scaled) calibrates the one-layer forms of a stack.
     """
     config, scale = run.config, run.scaling.scale
-    levels = []
+    structure, levels = STRUCTURES[config.structure], []
     for number in range(1, config.levels + 1):
         level = run.model.level(number)
         d_sae = level.W_dec.shape[0]
@@ -36,7 +36,7 @@ def fold(run: TrainingRun, metadata: dict[str, Any], sample_BD: Tensor) -> Train
         place = {"hook_name": f"code of level {number - 1} at {metadata['hook_name']}"} if inner else {}
         levels.append(
             SAE(
-                name="sae" if config.structure == "flat" else f"level{number}",
+                name=structure.level_name(number),
                 architecture=architecture,
                 W_enc=level.W_enc.detach().cpu().clone(),
                 W_dec=level.W_dec.detach().cpu().clone(),
@@ -47,22 +47,22 @@ def fold(run: TrainingRun, metadata: dict[str, Any], sample_BD: Tensor) -> Train
                 metadata={**metadata, **place},
             )
         )
-    maps = tuple(
+    maps = [
         CompositionMap(level=number, weight=module.weight().cpu(), contributions=module.contributions().cpu())
         for number, module in ((number, run.composition(number)) for number in range(2, len(run.compositions) + 2))
-    )
-    gates = (run.model.parents(number) for number in range(1, config.levels))
-    parents = tuple(part.cpu() for part in gates if part is not None)
-    model = TrainedModel(structure=config.structure, levels=tuple(levels), compositions=maps, parents=parents)
-    if config.structure != "stacked":
+    ]
+    parents = (run.model.parents(number) for number in range(1, config.levels))
+    model = structure(levels, maps, gates=[part.cpu() for part in parents if part is not None])
+    if not isinstance(model, StackedSAE):
         return model
     thresholds = []
     for number in range(2, config.levels + 1):
-        stack = StackedView.of(model.levels[:number])
+        stack = StackedView(levels[:number])
         pre = (sample_BD.cpu() / scale) @ (stack.W_enc / stack.norms) + stack.b_enc / stack.norms
         kept = max(1, round(len(sample_BD) * config.l0[number - 1]))
         thresholds.append(max(0.0, torch.topk(pre.flatten(), kept).values[-1].item()))
-    return replace(model, effective_thresholds=tuple(thresholds))
+    model.effective_thresholds = tuple(thresholds)
+    return model
 
 
 def _extra(level: Level, d_sae: int, scale: float) -> dict[str, Tensor]:

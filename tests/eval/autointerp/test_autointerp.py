@@ -36,7 +36,8 @@ from hsae.eval.autointerp.windows import Sampler, written
 from hsae.eval.harness.saebench_schema import problems, read_suite
 from hsae.train.config.plan import PlanError, load_plan
 from hsae.train.model import saelens_folder
-from hsae.train.model.trained_model import TrainedModel, save_model
+from hsae.train.model.hierarchical_sae import AdditiveSAE
+from hsae.train.model.sae import SAE
 from hsae.train.runs import run_directory
 
 HOOK, D, ROWS, CONTEXT = "blocks.2.hook_resid_post", 48, 90, 40
@@ -95,7 +96,7 @@ def an_sae(latents, name="sae"):
     """Latent i reads coordinate latents[i]."""
     W = torch.eye(D)[:, list(latents)]
     parts = {"W_enc": W, "W_dec": W.T.clone(), "b_enc": torch.zeros(len(latents)), "b_dec": torch.zeros(D)}
-    return saelens_folder.SAE(name=name, architecture="standard", metadata={"hook_name": HOOK}, **parts)
+    return SAE(name=name, architecture="standard", metadata={"hook_name": HOOK}, **parts)
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +377,7 @@ def test_every_level_and_the_whole_are_evaluated_and_equal_questions_are_asked_o
     digests = dict.fromkeys(("model_digest", "tokenizer_digest", "corpus_digest"), "0" * 64)
     store = type("Store", (), {"spec": plan.store("train"), "header": type("Header", (), {"d_model": D, **digests})})
     run_directory.prepare(plan, config, store, "cpu", resume=False, restart=False)
-    save_model(TrainedModel(structure="additive", levels=levels, compositions=()), plan.run_dir(config) / "model")
+    AdditiveSAE(levels).save(plan.run_dir(config) / "model")
     run_directory.write_run(
         plan.run_dir(config), {**run_directory.read_run(plan.run_dir(config)), "complete": True, "content": None}
     )

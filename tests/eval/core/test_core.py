@@ -2,10 +2,10 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
+from models import changed
 from places import GOLDEN
 from safetensors.torch import load_file
 
@@ -20,7 +20,8 @@ from hsae.eval.core.saebench_metrics import weight_metrics
 from hsae.eval.harness import estimates
 from hsae.eval.harness.envelope import CURRENT, DETAILS
 from hsae.eval.harness.listener import Listener
-from hsae.train.model.saelens_folder import SAE, load
+from hsae.train.model.sae import SAE
+from hsae.train.model.saelens_folder import load
 
 PARAMS = json.loads((GOLDEN / "core" / "params.json").read_text())
 HOOK = PARAMS["hook_name"]
@@ -360,7 +361,7 @@ def test_kl_that_underflows_is_minus_one_in_saebenchs_part_and_a_number_in_hsaes
 
 def test_weight_metrics_against_loops():
     sae = small_sae(3, latents=13)
-    sae = replace(sae, W_dec=torch.cat([torch.zeros(1, sae.d_in), sae.W_dec[1:]]))
+    sae = changed(sae, W_dec=torch.cat([torch.zeros(1, sae.d_in), sae.W_dec[1:]]))
     metrics = weight_metrics(sae)
     rows, columns = sae.W_dec.double(), sae.W_enc.double().T
 
@@ -388,7 +389,7 @@ def test_an_sae_of_another_width_is_refused(made):
     store, model = made("float32")
     with pytest.raises(UserError, match=r"SAE 'wide' reads vectors of width 50; .* has width"):
         narrow = small_sae()
-        wide = replace(narrow, name="wide", W_enc=torch.ones(50, 29), W_dec=torch.ones(29, 50), b_dec=torch.ones(50))
+        wide = changed(narrow, name="wide", W_enc=torch.ones(50, 29), W_dec=torch.ones(29, 50), b_dec=torch.ones(50))
         evaluate([narrow, wide], store, model, hook=HOOK)
 
 

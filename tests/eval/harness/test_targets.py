@@ -20,7 +20,8 @@ from hsae.eval.harness.evaluation import evaluate_targets
 from hsae.eval.harness.listener import Listener
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
-from hsae.train.model.trained_model import TrainedModel, save_model
+from hsae.train.model.hierarchical_sae import AdditiveSAE, FlatSAE
+from hsae.train.model.sae import SAE
 from hsae.train.runs import run_directory
 
 HOOK, D = "blocks.2.hook_resid_post", 48
@@ -59,20 +60,17 @@ def an_sae(latents, seed=0, **changes):
     W = torch.randn(D, latents, generator=generator)
     W /= W.norm(dim=0)
     parts = {"W_enc": W, "W_dec": W.T.clone(), "b_enc": torch.zeros(latents), "b_dec": torch.zeros(D)}
-    return saelens_folder.SAE(
-        **({"name": "sae", "architecture": "standard", "metadata": {"hook_name": HOOK}} | parts | changes)
-    )
+    return SAE(**({"name": "sae", "architecture": "standard", "metadata": {"hook_name": HOOK}} | parts | changes))
 
 
 def a_trained_run(plan, number, levels):
     config = plan.runs[number]
-    structure = "flat" if len(levels) == 1 else "additive"
-    model = TrainedModel(structure=structure, levels=levels, compositions=())
+    model = (FlatSAE if len(levels) == 1 else AdditiveSAE)(levels)
     digests = dict.fromkeys(("model_digest", "tokenizer_digest", "corpus_digest"), "0" * 64)
     store = SimpleNamespace(spec=plan.store("train"), header=SimpleNamespace(d_model=D, **digests))
     run_directory.prepare(plan, config, store, "cpu", resume=False, restart=False)
     held = run_directory.read_run(plan.run_dir(config))
-    save_model(model, plan.run_dir(config) / "model")
+    model.save(plan.run_dir(config) / "model")
     run_directory.write_run(plan.run_dir(config), {**held, "complete": True, "content": None})
     return config
 

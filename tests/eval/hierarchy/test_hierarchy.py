@@ -1,6 +1,5 @@
 """Hierarchy measures of whole models: planted hierarchies whose ideal values are known, runs of a plan, named failures, and the commands."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import changed
 from typer.testing import CliRunner
 
 from hsae.cache.building.builder import build
@@ -25,8 +25,9 @@ from hsae.eval.hierarchy.composition_result import CompositionResult
 from hsae.eval.hierarchy.failures import NAMES, failures
 from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import RunConfig
-from hsae.train.model.saelens_folder import SAE
-from hsae.train.model.trained_model import CompositionMap, TrainedModel, load_model
+from hsae.train.model.hierarchical_sae import AdditiveSAE, CompositionMap, FlatSAE, StackedSAE
+from hsae.train.model.model_files import load_model
+from hsae.train.model.sae import SAE
 from hsae.train.runs.planned_runs import train_runs
 from hsae.train.runs.run_record import read_run, write_run
 
@@ -111,7 +112,7 @@ def planted(levels=3, learned=True):
     maps = (
         tuple(CompositionMap(level=n, weight=w, contributions=w) for n, w in enumerate(weights, 2)) if learned else ()
     )
-    return TrainedModel(structure="additive", levels=parts, compositions=maps)
+    return AdditiveSAE(parts, maps)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_without_a_learned_map_the_fitted_one_is_measured(store):
 
 
 def test_one_level_has_no_pairs(store):
-    flat = TrainedModel(structure="flat", levels=planted().levels[:1], compositions=())
+    flat = FlatSAE(planted().levels[:1])
     found = measured(flat, store, HOOK)
     assert found.pairs == [] and len(found.levels) == 1 and 0 < found.levels[0].explained_variance.value < 1
 
@@ -189,9 +190,9 @@ def test_a_stack_is_measured_by_what_its_latents_do_to_the_residual(store):
     """Level 2 reads level 1's code; a parent's direction is the sum of its children's."""
     true = one_hot(parents_of(BRANCHING), COARSE)
     unit = true / true.norm(dim=1, keepdim=True)
-    upper = dataclasses.replace(a_level("level2", unit), W_enc=true.T.contiguous())
+    upper = changed(a_level("level2", unit), W_enc=true.T.contiguous())
     maps = (CompositionMap(level=2, weight=true, contributions=true),)
-    model = TrainedModel(structure="stacked", levels=(planted().levels[0], upper), compositions=maps)
+    model = StackedSAE((planted().levels[0], upper), maps)
     found = measured(model, store, HOOK)
     measures = found.pairs[0].readings["learned"].measures
     assert measures["coverage"].value == 1 and measures["composition_fvu"].value < 1e-9
@@ -285,7 +286,7 @@ def named(model, store, given=None, **others):
 
 
 def with_map(weight):
-    return dataclasses.replace(planted(2), compositions=(CompositionMap(level=2, weight=weight, contributions=weight),))
+    return AdditiveSAE(planted(2).levels, [CompositionMap(level=2, weight=weight, contributions=weight)])
 
 
 def test_a_sound_run_has_no_failure(store):
@@ -309,8 +310,8 @@ def test_a_map_whose_scale_has_drained(store):
 def test_a_coarse_code_whose_scale_has_drained(store):
     """h_l -> 0 while W stays: the mixture dwarfs the code, and the relative error is far above 1."""
     small = a_level("level2", planted_directions()[1])
-    small = dataclasses.replace(small, W_enc=small.W_enc * 1e-3, extra={"threshold": torch.full((COARSE,), 5e-4)})
-    model = dataclasses.replace(planted(2), levels=(planted().levels[0], small))
+    small = changed(small, W_enc=small.W_enc * 1e-3, extra={"threshold": torch.full((COARSE,), 5e-4)})
+    model = AdditiveSAE([planted().levels[0], small], planted(2).compositions)
     assert set(named(model, store)[0]) == {"scale-drain"}
 
 
@@ -324,7 +325,7 @@ def test_a_map_that_copies(store):
 def test_dead_coarse_latents(store):
     silent = a_level("level2", planted_directions()[1])
     silent.extra["threshold"][:3] = 1e6
-    model = dataclasses.replace(planted(2), levels=(planted().levels[0], silent))
+    model = AdditiveSAE([planted().levels[0], silent], planted(2).compositions)
     found, _ = named(model, store, config(l0=(1.25, 0.5)))
     assert set(found) == {"dead-coarse"} and "60% of level 2's 5 latents never fire" in found["dead-coarse"].text
     log = [{"kind": "metrics", "dead": [0.0, 0.8]}, {"kind": "warning"}]
@@ -338,8 +339,8 @@ def test_a_wrong_split(store):
     assert not named(planted(2), store, joint)[0]
     saturated = a_level("level2", planted_directions()[1])
     saturated.extra["threshold"][:] = -1
-    saturated = dataclasses.replace(saturated, b_enc=torch.ones(COARSE))
-    model = dataclasses.replace(planted(2), levels=(planted().levels[0], saturated))
+    saturated = changed(saturated, b_enc=torch.ones(COARSE))
+    model = AdditiveSAE([planted().levels[0], saturated], planted(2).compositions)
     assert "L0 5 of 5 latents: it is saturated" in named(model, store, joint)[0]["wrong-k-split"].text
 
 
@@ -356,7 +357,7 @@ def test_a_coarse_level_that_hurts_the_fine_one(store):
 
 
 def test_a_run_without_levels_has_nothing_to_fail(store):
-    flat = TrainedModel(structure="flat", levels=planted().levels[:1], compositions=())
+    flat = FlatSAE(planted().levels[:1])
     found, verdict = named(flat, store, config(structure="flat", widths=(FINE,), l0=(9,)))
     assert found == {} and verdict.unchecked == dict.fromkeys(NAMES, "the run has one level")
 

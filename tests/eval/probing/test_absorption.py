@@ -6,6 +6,7 @@ from dataclasses import replace
 import places
 import pytest
 import torch
+from models import changed
 from safetensors.torch import load_file
 
 from hsae.cache.errors import UserError
@@ -21,7 +22,8 @@ from hsae.eval.probing.absorption import (
     k_sparse,
     l1_probe,
 )
-from hsae.train.model.saelens_folder import SAE, load
+from hsae.train.model.sae import SAE
+from hsae.train.model.saelens_folder import load
 
 GOLDEN = places.GOLDEN / "absorption"
 PARAMS = json.loads((GOLDEN / "params.json").read_text())
@@ -58,7 +60,7 @@ def expected(sae, dtype, part):
 
 
 def the_view(sae, dtype):
-    return load(GOLDEN / "saes" / sae).to(dtype=getattr(torch, dtype))
+    return load(GOLDEN / "saes" / sae).to(getattr(torch, dtype))
 
 
 @pytest.mark.parametrize(("sae", "dtype"), CASES)
@@ -154,7 +156,7 @@ def test_decoder_norms_count_where_they_are_not_assumed():
     letter = Letter(letter=0, f1_probe=1.0, per_k=[], split=[0])
     unit = absorbed(view, words, letter)
     scale = torch.linspace(0.5, 3, view.d_sae)
-    scaled = replace(view, W_dec=view.W_dec * scale[:, None], W_enc=view.W_enc / scale, b_enc=view.b_enc / scale)
+    scaled = changed(view, W_dec=view.W_dec * scale[:, None], W_enc=view.W_enc / scale, b_enc=view.b_enc / scale)
     same = absorbed(scaled, words, letter, assume_unit_norm=False)
     assert torch.allclose(same.fraction, unit.fraction, atol=1e-5) and torch.equal(same.full, unit.full)
     assert not torch.allclose(absorbed(scaled, words, letter).fraction, unit.fraction, atol=1e-2)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from hsae.eval.probing import scr_tpp
 from hsae.eval.probing.scr_tpp import Effects, Trained
 from hsae.eval.probing.text_probes import Probe, Task, Training, sum_latents, sum_texts
-from hsae.train.model.saelens_folder import SAE, load
+from hsae.train.model.sae import SAE
+from hsae.train.model.saelens_folder import load
 
 PARAMS = {kind: json.loads((GOLDEN / kind / "params.json").read_text()) for kind in ("scr", "tpp")}
 CASES = [
@@ -88,7 +89,7 @@ def test_the_accuracies_and_scores_are_saebenchs(kind, sae, dtype, mode, monkeyp
     monkeypatch.setattr(scr_tpp, "TRAINING", golden_training(kind))
     expected = json.loads(stem.with_suffix(".json").read_text())
     accuracies = json.loads(stem.with_name(f"{stem.name}_accuracies.json").read_text())
-    view = load(GOLDEN / kind / "saes" / sae).to(dtype=getattr(torch, dtype))
+    view = load(GOLDEN / kind / "saes" / sae).to(getattr(torch, dtype))
     tasks, ragged = golden_tasks(kind, getattr(torch, dtype))
     trained = golden_probes(kind, sae, dtype, accuracies) if mode == "cached" else None
     result, effects = scr_tpp.faithful(

@@ -62,7 +62,7 @@ def test_the_numbers_are_saebenchs(name, dtype, mode, monkeypatch):
     monkeypatch.setattr(sparse_probing, "RANDOM_SEED", PARAMS["random_seed"])
     monkeypatch.setattr(sparse_probing, "TRAINING", TRAINING)
     expected = json.loads((GOLDEN / "expected" / f"{name}_{dtype}_{mode}.json").read_text())
-    view = load(GOLDEN / "saes" / name).to(dtype=getattr(torch, dtype))
+    view = load(GOLDEN / "saes" / name).to(getattr(torch, dtype))
     tasks, ragged = golden_tasks(getattr(torch, dtype))
     llm = None
     if mode == "cached":

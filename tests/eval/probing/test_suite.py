@@ -1,13 +1,13 @@
 """The suite from its probe stores: what is stored, what is shared, what is made anew, and what the commands print."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import HOOK, D, an_sae, invoke, settings, write_texts
+from models import changed
 from places import GOLDEN
 from safetensors.torch import load_file
 
@@ -26,7 +26,7 @@ from hsae.eval.probing.config import probe_spec
 from hsae.eval.probing.evaluations import Absorption, DrawOptions, SparseProbing
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
-from hsae.train.model.trained_model import TrainedModel, save_model
+from hsae.train.model.hierarchical_sae import AdditiveSAE
 from hsae.train.runs import run_directory
 
 
@@ -264,10 +264,10 @@ def test_absorption_from_a_store_of_words_for_a_hierarchy_and_one_of_its_levels(
     found = {}
     parts = {"level1": slice(view.d_sae // 3, None), "level2": slice(None, view.d_sae // 3)}
     levels = tuple(
-        replace(view, name=name, W_enc=view.W_enc[:, part], W_dec=view.W_dec[part], b_enc=view.b_enc[part])
+        changed(view, name=name, W_enc=view.W_enc[:, part], W_dec=view.W_dec[part], b_enc=view.b_enc[part])
         for name, part in parts.items()
     )
-    model = TrainedModel(structure="additive", levels=levels, compositions=())
+    model = AdditiveSAE(levels)
     for name in ("sae", "level1"):
         target = SimpleNamespace(view=model.views()[name], hook=HOOK, release="r", sae_id=name, inputs={"sae": "0"})
         found[name] = evaluation.measure(target)
@@ -290,8 +290,8 @@ def test_every_level_of_a_hierarchy_is_evaluated(overrides, plan, no_language_mo
     digests = dict.fromkeys(("model_digest", "tokenizer_digest", "corpus_digest"), "0" * 64)
     store = SimpleNamespace(spec=plan.store("train"), header=SimpleNamespace(d_model=D, **digests))
     run_directory.prepare(plan, config, store, "cpu", resume=False, restart=True)
-    model = TrainedModel(structure="additive", levels=levels, compositions=())
-    save_model(model, plan.run_dir(config) / "model")
+    model = AdditiveSAE(levels)
+    model.save(plan.run_dir(config) / "model")
     run_directory.write_run(
         plan.run_dir(config), {**run_directory.read_run(plan.run_dir(config)), "complete": True, "content": None}
     )

@@ -26,7 +26,8 @@ from hsae.eval.ravel.exchange import Exchange, Pair, own_scores, pairs_of, saebe
 from hsae.eval.ravel.ravel_runs import MEASURES, Ravel
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
-from hsae.train.model.trained_model import TrainedModel, save_model
+from hsae.train.model.hierarchical_sae import AdditiveSAE
+from hsae.train.model.sae import SAE
 from hsae.train.runs import run_directory
 
 # ---- entities and answers -----------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def planted():
     W_enc = torch.zeros(11, 13)
     W_enc[:, :11] = torch.eye(11)
     parts = {"W_enc": W_enc, "W_dec": W_enc.T.clone(), "b_enc": torch.zeros(13), "b_dec": torch.zeros(11)}
-    view = saelens_folder.SAE(name="planted", architecture="standard", **parts)
+    view = SAE(name="planted", architecture="standard", **parts)
     config = RavelConfig(pairs=20, batch_pairs=5, epochs=3)
     return Exchange(store=store, hook=HOOK, language=Planted(), config=config), store, view
 
@@ -238,7 +239,7 @@ def test_the_masks_algebra_is_that_of_a_loop_over_pairs_and_latents(planted, kee
     generator = torch.Generator().manual_seed(9)
     parts = {"W_enc": torch.randn(11, 17, generator=generator), "W_dec": torch.randn(17, 11, generator=generator)}
     parts |= {"b_enc": torch.randn(17, generator=generator), "b_dec": torch.randn(11, generator=generator)}
-    view = saelens_folder.SAE(name="dense", architecture="standard", **parts)
+    view = SAE(name="dense", architecture="standard", **parts)
     pairs = pairs_of(store.prompts, "size", 3, random.Random(4))
     gate_F = torch.rand(17, generator=generator).requires_grad_()
     moved_BD = exchange.moved(view, pairs, exchange.latents(view, pairs), gate_F, keep_error=keep_error)
@@ -436,7 +437,7 @@ def test_an_sae_and_every_level_of_a_run_are_evaluated(overrides, plan, store, t
     digests = dict.fromkeys(("model_digest", "tokenizer_digest", "corpus_digest"), "0" * 64)
     held = SimpleNamespace(spec=plan.store("train"), header=SimpleNamespace(d_model=D, **digests))
     run_directory.prepare(plan, config, held, "cpu", resume=False, restart=False)
-    save_model(TrainedModel(structure="additive", levels=levels, compositions=()), plan.run_dir(config) / "model")
+    AdditiveSAE(levels).save(plan.run_dir(config) / "model")
     run_directory.write_run(
         plan.run_dir(config), {**run_directory.read_run(plan.run_dir(config)), "complete": True, "content": None}
     )

@@ -27,7 +27,7 @@ from hsae.eval.hierarchy.composition_file import read_composition
 from hsae.eval.report import tables
 from hsae.eval.report.page import write_report
 from hsae.train.config.plan import load_plan
-from hsae.train.model.trained_model import load_model
+from hsae.train.model.model_files import load_model
 from hsae.train.runs.planned_runs import train_runs
 from hsae.train.runs.run_record import write_run
 

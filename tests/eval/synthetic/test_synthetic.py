@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models import changed
 from typer.testing import CliRunner
 
 from hsae.cache.errors import UserError
@@ -13,8 +14,8 @@ from hsae.cli.main import app
 from hsae.eval.synthetic import scores
 from hsae.eval.synthetic.compared_runs import load_arms, split_widths
 from hsae.eval.synthetic.tiers import fingerprint, read_results, run_tier
-from hsae.train.model.saelens_folder import SAE
-from hsae.train.model.trained_model import CompositionMap, TrainedModel
+from hsae.train.model.hierarchical_sae import AdditiveSAE, CompositionMap
+from hsae.train.model.sae import SAE
 from hsae.train.synthetic_worlds import HELD_OUT, TIERS, World, _raised, tier_named
 
 SMALL = replace(
@@ -145,7 +146,7 @@ def perfect(world, fine, coarse, contributions=True):
     )  # fmt: skip
     weight = torch.tensor([[float(world.parents[child] == parent) * 0.4 for child in fine] for parent in coarse])
     maps = (CompositionMap(level=2, weight=weight, contributions=weight),) if contributions else ()
-    return TrainedModel(structure="additive", levels=levels, compositions=maps)
+    return AdditiveSAE(levels, maps)
 
 
 def test_the_truth_scores_one_by_either_reading():
@@ -166,7 +167,7 @@ def test_a_latent_that_absorbs_a_child_shows_as_absorption_and_as_a_lost_edge():
     model = perfect(world, [*range(3, 9), 11, 12], [0, 1, 2, 9, 10])
     W_enc = model.levels[1].W_enc.clone()
     W_enc[:, 0] -= 2 * world.directions[3]  # parent 0 is silent where its child 3 fires
-    absorbed = replace(model, levels=(model.levels[0], replace(model.levels[1], W_enc=W_enc)), compositions=())
+    absorbed = AdditiveSAE([model.levels[0], changed(model.levels[1], W_enc=W_enc)])
     result = scores.score(absorbed, world, vectors=5000)
     assert result["absorption"] == pytest.approx(1 / 6)
     assert result["firing_edge_recall"] == pytest.approx(5 / 6) and result["firing_edge_precision"] == 1
@@ -187,7 +188,7 @@ def random_model(world, seed, levels=(7, 4)):
         )  # fmt: skip
     shares = torch.rand(levels[1], levels[0], generator=generator) ** 3
     maps = (CompositionMap(level=2, weight=shares, contributions=shares),)
-    return TrainedModel(structure="additive", levels=tuple(made), compositions=maps)
+    return AdditiveSAE(tuple(made), maps)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -27,8 +27,9 @@ from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed,
 from hsae.eval.unlearning.passes import LossMeter, Rows, Trial, split_rows
 from hsae.eval.unlearning.questions import Question
 from hsae.train.config.plan import load_plan
-from hsae.train.model.saelens_folder import SAE, load
-from hsae.train.model.trained_model import CompositionMap, TrainedModel, save_model
+from hsae.train.model.hierarchical_sae import STRUCTURES, CompositionMap, FlatSAE
+from hsae.train.model.sae import SAE
+from hsae.train.model.saelens_folder import load
 from hsae.train.runs import run_directory
 
 EXPECTED = json.loads((GOLDEN / "unlearning" / "expected.json").read_text())
@@ -52,7 +53,7 @@ def golden():
 
     def get(name, dtype):
         resid = load_file(GOLDEN / "unlearning" / f"resid_{dtype}.safetensors")
-        view = load(GOLDEN / PARAMS["saes_folder"] / name).to(dtype=getattr(torch, dtype))
+        view = load(GOLDEN / PARAMS["saes_folder"] / name).to(getattr(torch, dtype))
         kept = {side: ~torch.isin(tokens[side], torch.tensor(PARAMS["ignored_token_ids"])) for side in resid}
         return of_view(view), resid, kept
 
@@ -158,12 +159,12 @@ def an_sae(latents, seed, name="level1", bias=-2.0, d_in=D):
 def a_model(structure="additive"):
     """Two levels whose latents fire often on a residual of the tiny model's size."""
     if structure == "flat":
-        return TrainedModel(structure="flat", levels=(an_sae(37, 3, "sae"),), compositions=())
+        return FlatSAE((an_sae(37, 3, "sae"),))
     lower = an_sae(31, 1)
     upper = an_sae(13, 2, "level2", bias=-1.0, d_in=31 if structure == "stacked" else D)
     contributions = torch.rand(13, 31, generator=torch.Generator().manual_seed(4)) ** 4
     maps = (CompositionMap(level=2, weight=2 * contributions, contributions=contributions),)
-    return TrainedModel(structure=structure, levels=(lower, upper), compositions=maps, effective_thresholds=(1.0,))
+    return STRUCTURES[structure]((lower, upper), maps, effective_thresholds=(1.0,))
 
 
 def texts_of(plan, language):
@@ -399,7 +400,7 @@ def test_intervals_draw_whole_documents():
 def trained(plan, number, model):
     """A run directory as training leaves it."""
     config, run_dir = plan.runs[number], plan.run_dir(plan.runs[number])
-    save_model(model, run_dir / "model")
+    model.save(run_dir / "model")
     content = {
         "identity": run_directory.identities(plan, config)[0], "complete": True, "plan": plan.name,
         "number": config.number, "name": config.name,
@@ -485,7 +486,7 @@ def test_results_are_used_again_only_if_made_of_the_same_inputs(plan, overrides,
     assert told == ["evaluated anew, with other settings: 0 baseline"]
     changed_model = a_model("flat")
     changed_model.levels[0].W_dec[0] += 1
-    save_model(changed_model, plan.run_dir(run[1]) / "model")
+    changed_model.save(plan.run_dir(run[1]) / "model")
     assert not unlearning_runs.evaluate_runs([run], lambda store: language)[0].reused
 
 

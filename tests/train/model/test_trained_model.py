@@ -8,7 +8,8 @@ import torch
 from hsae.cache.errors import UserError
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model import saelens_folder
-from hsae.train.model.trained_model import load_model, save_model
+from hsae.train.model.model_files import load_model
+from hsae.train.model.sae import SAE
 from hsae.train.model.views import View
 from hsae.train.training.folding import fold
 from hsae.train.training.scaling import Scaling
@@ -46,7 +47,7 @@ def trained(structure, activation="batchtopk", steps=12, **changes):
 )  # fmt: skip
 def test_the_folded_model_gives_the_trained_reconstructions_in_raw_units(structure, activation, tmp_path):
     run, x = trained(structure, activation)
-    save_model(fold(run, METADATA, x * 5), tmp_path / "model")
+    fold(run, METADATA, x * 5).save(tmp_path / "model")
     model = load_model(tmp_path / "model")
     run.model.eval()
     output = run.model(x * 5)
@@ -63,7 +64,7 @@ def test_the_folded_model_gives_the_trained_reconstructions_in_raw_units(structu
         torch.testing.assert_close(view.decode(codes), expected / 5, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(view.W_dec.norm(dim=1), torch.ones(view.d_sae))
         if view.architecture not in ("stacked", "gated"):  # a stack has no one-layer form
-            torch.testing.assert_close(view.W_enc, view.to(dtype=torch.float64).W_enc.float())
+            torch.testing.assert_close(view.W_enc, view.copy_to(dtype=torch.float64).W_enc.float())
     assert (
         set(views)
         == {
@@ -96,23 +97,23 @@ def test_joint_selection_shares_one_threshold_and_keeps_the_total_l0(tmp_path):
     run, x = trained("additive", selection="joint", composition={"mode": "none"})
     output = run.last_output
     assert sum((level.acts > 0).sum().item() for level in output.levels.values()) == round(B * 6)
-    save_model(fold(run, METADATA, x * 5), tmp_path)
+    fold(run, METADATA, x * 5).save(tmp_path)
     whole = load_model(tmp_path).views()["sae"]
     assert whole.architecture == "jumprelu" and len(set(whole.extra["threshold"].tolist())) == 1
 
 
 def test_a_gated_child_fires_only_with_its_parent_in_training_and_in_the_saved_model(tmp_path):
     run, x = trained("additive", child_gate=True, steps=30)
-    save_model(fold(run, METADATA, x * 5), tmp_path)
+    fold(run, METADATA, x * 5).save(tmp_path)
     model = load_model(tmp_path)
-    assert [tuple(parents.shape) for parents in model.parents] == [(F1,), (F2,)]
-    for fine, parents in enumerate(model.parents, 1):
+    assert [tuple(parents.shape) for parents in model.gates] == [(F1,), (F2,)]
+    for fine, parents in enumerate(model.gates, 1):
         W = run.composition(fine + 1).W.detach()
         expected = [int(W[:, j].argmax()) if W[:, j].max() > 0 else -1 for j in range(W.shape[1])]
         assert parents.tolist() == expected
     trained_codes = [run.last_output.levels[number].acts for number in (1, 2, 3)]
     for codes in (trained_codes, model.codes(x)):
-        for parents, fine, coarse in zip(model.parents, codes, codes[1:], strict=False):
+        for parents, fine, coarse in zip(model.gates, codes, codes[1:], strict=False):
             for j, parent in enumerate(parents.tolist()):
                 if parent >= 0:
                     assert not (fine[:, j] > 0)[coarse[:, parent] == 0].any()
@@ -120,7 +121,9 @@ def test_a_gated_child_fires_only_with_its_parent_in_training_and_in_the_saved_m
     views = model.views()
     torch.testing.assert_close(views["sae"].encode(x), torch.cat(model.codes(x), 1))
     torch.testing.assert_close(views["sae"].decode(views["sae"].encode(x)), model.reconstruct(model.codes(x)))
-    torch.testing.assert_close(views["level2"].to(dtype=torch.float64).encode(x.double()).float(), model.codes(x)[1])
+    torch.testing.assert_close(
+        views["level2"].copy_to(dtype=torch.float64).encode(x.double()).float(), model.codes(x)[1]
+    )
     assert set(model.one_layer()) == {"level3"}  # the only level that no gate closes
     run.model.eval()
     torch.testing.assert_close(
@@ -176,7 +179,7 @@ def test_saelens_folders_round_trip(structure, tmp_path):
 
 def test_composition_is_kept_in_the_codes_own_units(tmp_path):
     run, x = trained("additive", steps=40)
-    save_model(fold(run, METADATA, x * 5), tmp_path)
+    fold(run, METADATA, x * 5).save(tmp_path)
     model = load_model(tmp_path)
     assert [(part.level, tuple(part.weight.shape)) for part in model.compositions] == [(2, (F2, F1)), (3, (F3, F2))]
     part, module = model.compositions[0], run.composition(2)
@@ -191,7 +194,7 @@ def test_damaged_models_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="no trained model in"):
         load_model(tmp_path)
     run, x = trained("flat")
-    save_model(fold(run, METADATA, x * 5), tmp_path)
+    fold(run, METADATA, x * 5).save(tmp_path)
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="is damaged"):
@@ -227,15 +230,13 @@ def test_gated_and_rescaled_topk_follow_saelens():
     W_enc, W_dec = torch.randn(D, F1, generator=generator), torch.randn(F1, D, generator=generator)
     gate, magnitude, r, b_dec, x = (torch.randn(n, generator=generator) for n in (F1, F1, F1, D, D))
     extra = {"b_gate": gate, "b_mag": magnitude, "r_mag": r}
-    sae = saelens_folder.SAE(
-        name="g", architecture="gated", W_enc=W_enc, W_dec=W_dec, b_enc=torch.zeros(F1), b_dec=b_dec, extra=extra
-    )
+    sae = SAE(name="g", architecture="gated", W_enc=W_enc, W_dec=W_dec, b_enc=torch.zeros(F1), b_dec=b_dec, extra=extra)
     centred = x - b_dec
     expected = torch.stack([
         (centred @ W_enc[:, i] + gate[i] > 0) * torch.relu(centred @ (W_enc[:, i] * r[i].exp()) + magnitude[i]) for i in range(F1)
     ])  # fmt: skip
     torch.testing.assert_close(sae.encode(x), expected)
-    topk = saelens_folder.SAE(
+    topk = SAE(
         name="t", architecture="topk", W_enc=W_enc, W_dec=W_dec, b_enc=gate, b_dec=b_dec, k=4,
         rescale_acts_by_decoder_norm=True, apply_b_dec_to_input=False,
     )  # fmt: skip

@@ -19,7 +19,9 @@ from hsae.eval.harness import result_files
 from hsae.eval.harness.envelope import read_core, write_result
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
-from hsae.train.model.trained_model import TrainedModel, load_model
+from hsae.train.model.hierarchical_sae import StackedSAE
+from hsae.train.model.model_files import load_model
+from hsae.train.model.sae import SAE
 from hsae.train.runs import run_directory, run_record
 from hsae.train.runs.metrics_log import MetricsLog, damaged_metrics, read_metrics
 from hsae.train.runs.planned_runs import train_runs
@@ -317,10 +319,10 @@ def test_a_stack_in_another_type_has_views_of_that_type(dtype):
     def level(number, d_in, d_sae):
         W = torch.randn(d_in, d_sae, generator=torch.Generator().manual_seed(number))
         parts = {"W_enc": W, "W_dec": W.T.clone(), "b_enc": torch.ones(d_sae), "b_dec": torch.ones(d_in)}
-        return saelens_folder.SAE(name=f"level{number}", architecture="standard", **parts)
+        return SAE(name=f"level{number}", architecture="standard", **parts)
 
-    stack = TrainedModel(structure="stacked", levels=(level(1, 6, 9), level(2, 9, 4)), compositions=())
-    view, plain = stack.to(dtype=dtype).views()["level2"], stack.views()["level2"]
+    stack = StackedSAE((level(1, 6, 9), level(2, 9, 4)))
+    view, plain = stack.copy_to(dtype=dtype).views()["level2"], stack.views()["level2"]
     assert {view.W_enc.dtype, view.W_dec.dtype, view.b_enc.dtype, view.b_dec.dtype, view.norms.dtype} == {dtype}
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
     assert view.decode(view.encode(x.to(dtype))).dtype == dtype

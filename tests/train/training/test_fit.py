@@ -11,7 +11,7 @@ from hsae.cache.errors import UserError
 from hsae.cache.reading.store import ActivationStore
 from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import StreamConfig
-from hsae.train.model.trained_model import load_model
+from hsae.train.model.model_files import load_model
 from hsae.train.runs.metrics_log import read_metrics
 from hsae.train.runs.planned_runs import train_runs
 from hsae.train.training.fit import fit

@@ -20,7 +20,7 @@ from hsae.cache.reading.store import ActivationStore
 from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import StreamConfig
 from hsae.train.model import saelens_folder
-from hsae.train.model.trained_model import load_model
+from hsae.train.model.model_files import load_model
 from hsae.train.runs import run_directory
 from hsae.train.runs.metrics_log import read_metrics
 from hsae.train.runs.planned_runs import train_runs
