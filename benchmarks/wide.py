@@ -16,10 +16,10 @@ import torch
 
 from hsae.cache.launcher import share
 from hsae.train.config.run_config import CompositionConfig, RunConfig, Stage
-from hsae.train.training.latent_sharding import UNDIVIDED, Latents
+from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
+from hsae.train.parallel.workers import ALONE, Workers, joined
 from hsae.train.training.scaling import Scaling
 from hsae.train.training.training_run import TrainingRun
-from hsae.train.training.workers import ALONE, Workers, joined
 
 
 def peak_bytes() -> int:

@@ -52,7 +52,7 @@ def train(
     from hsae.cache.errors import UserError
     from hsae.cache.launcher import share
     from hsae.train.config.plan import load_plan
-    from hsae.train.training.workers import joined
+    from hsae.train.parallel.workers import joined
 
     if (run is None) == (not all_runs):
         raise UserError("say which runs to train: --run 3, --run 0-5, --run baseline, or --all")

@@ -1,6 +1,7 @@
-"""What can be added to hsae by one line: evaluations, and tables of the plan.
+"""What can be added to hsae by one line: evaluations, tables of the plan, activations and losses.
 
-Everything is named as `module:object` and imported when it is first used, so nothing here costs time or depends on what it names.
+Everything is named as `module:object` and imported when it is first used, so nothing here costs time or depends on what it
+names. What is added at run time may be given itself.
 """
 
 from dataclasses import dataclass
@@ -78,7 +79,50 @@ TABLES: dict[str, Table] = {
 """Name of the table, such as `unlearning` -> what it is."""
 
 
-def resolve(name: str) -> Any:
-    """The object that `module:object` names."""
+@dataclass(frozen=True)
+class Activation:
+    """What stands between an encoder and a decoder: the `activation` of a run."""
+
+    kind: Any
+    """Its subclass of `Level`."""
+    is_flat_only: bool = False
+    """Whether it is for runs with one level."""
+    needs_whole_l0: bool = False
+    """Whether a level's `l0` must be a whole number."""
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation("hsae.train.model.levels:ReLULevel"),
+    "topk": Activation("hsae.train.model.levels:TopKLevel", needs_whole_l0=True),
+    "batchtopk": Activation("hsae.train.model.levels:BatchTopKLevel"),
+    "jumprelu": Activation("hsae.train.model.levels:JumpReLULevel"),
+    "gated": Activation("hsae.train.model.levels:GatedLevel", is_flat_only=True),
+}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of one level in one step of training."""
+
+    function: Any
+    """Takes a `LevelStep`; returns a scalar, or None where it does not apply."""
+    is_standard: bool = False
+    """Whether it is part of every run; others are those that the `losses` of a run give a weight."""
+
+
+LOSSES: dict[str, Loss] = {
+    "reconstruction": Loss("hsae.train.training.training_losses:reconstruction", is_standard=True),
+    "code": Loss("hsae.train.training.training_losses:code", is_standard=True),
+    "sparsity": Loss("hsae.train.training.training_losses:sparsity", is_standard=True),
+    "gate": Loss("hsae.train.training.training_losses:gate", is_standard=True),
+    "auxiliary": Loss("hsae.train.training.training_losses:auxiliary", is_standard=True),
+}
+"""Name -> loss, in the order in which they are added up; metrics.jsonl names them with their level, such as `code2`."""
+
+
+def resolve(name: Any) -> Any:
+    """The object that `module:object` names, or what was given instead of a name."""
+    if not isinstance(name, str):
+        return name
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from hsae.cache.launcher import Share
+from hsae.train.parallel.workers import Workers
 from hsae.train.runs.metrics_log import read_metrics
-from hsae.train.training.workers import Workers
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 HSAE = [sys.executable, "-c", "from hsae.cli.main import main; main()"]

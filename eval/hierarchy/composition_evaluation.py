@@ -26,6 +26,7 @@ from hsae.eval.hierarchy.composition_result import CompositionResult, LevelResul
 from hsae.eval.hierarchy.composition_tables import composition_tables
 from hsae.eval.hierarchy.failures import failures
 from hsae.train.config.plan import Plan
+from hsae.train.model.hierarchical_sae import STRUCTURES
 from hsae.train.runs.metrics_log import read_metrics
 from hsae.train.runs.run_directory import is_complete
 
@@ -221,9 +222,8 @@ class Composition(RunEvaluation[Sources]):
 
 def _ce_score(results: dict[str, CoreResult], composition: CompositionResult, level: int) -> Estimate:
     """The CE score of levels >= `level` from the core result of the view that reads exactly those, if there is one."""
-    is_alone = composition.structure == "stacked" or level == len(composition.levels) > 1
-    view = f"level{level}" if is_alone else "sae" if level == 1 else ""
-    measure = results[view].measure("ce_loss_score") if view in results else None
+    core = results.get(STRUCTURES[composition.structure].view_from(level, len(composition.levels)))
+    measure = core.measure("ce_loss_score") if core is not None else None
     if measure is None:
         return Estimate(None)
     return Estimate(measure.value, measure.low, measure.high, "rows" if measure.low is not None else None)

@@ -3,6 +3,7 @@
 from hsae.eval.harness.estimates import Estimate
 from hsae.eval.harness.tables import Cell, Table, interval_cell, spread_cell
 from hsae.eval.hierarchy.composition_result import CompositionResult, Measured, PairResult
+from hsae.train.model.hierarchical_sae import STRUCTURES
 
 
 def composition_tables(label: str, result: CompositionResult) -> list[Table]:
@@ -14,7 +15,7 @@ def composition_tables(label: str, result: CompositionResult) -> list[Table]:
 
 
 def _level_table(label: str, result: CompositionResult) -> Table:
-    worth = "decoded from this level" if result.structure == "stacked" else "this level and all coarser ones"
+    worth = "this level and all coarser ones" if STRUCTURES[result.structure].is_nested else "decoded from this level"
     columns = ("level", "latents", "L0", "silent", "EV", "CE score")
     table = Table(f"run {label}: levels; EV and CE score: {worth}", columns)
     for level in reversed(result.levels):

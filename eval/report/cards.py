@@ -39,7 +39,7 @@ def cards_of(model: HierarchicalSAE, store: ActivationStore, hook: str, tokenize
     if model.compositions:
         return _families(model.compositions[-1], views, store, hook, tokenizer)
     cards = []
-    for name in list(views) if model.structure == "flat" else [name for name in views if name != "sae"]:
+    for name in [name for name in views if name != "sae"] or list(views):
         seen = contexts.survey(views[name], store, hook)
         latents = contexts.heaviest(seen, LATENTS_SHOWN, common=COMMON)
         found = contexts.top_contexts(views[name], store, hook, tokenizer, seen, latents, CONTEXTS_SHOWN)

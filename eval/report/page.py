@@ -94,7 +94,7 @@ def write_report(
         own, unreadable = _rows(run_dir, info, current)
         rows += own
         left_out += [(f"{info['number']} {info['name']}", text) for text in unreadable]
-        maps += [(model.structure != "additive", info, model.compositions[-1])] if model and model.compositions else []
+        maps += [(not model.is_nested, info, model.compositions[-1])] if model and model.compositions else []
         sections.append(_section(run_dir, info, model, own, unreadable, current, texts, store, tokenizer))
         for text in sections[-1].missing:
             say(f"run {info['number']} {info['name']}: {text}")

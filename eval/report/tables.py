@@ -7,6 +7,7 @@ from typing import Any
 from hsae.eval import figures
 from hsae.eval.harness.current import inputs_of
 from hsae.eval.harness.envelope import CoreResult, Measure
+from hsae.train.model.hierarchical_sae import STRUCTURES
 
 COLUMNS = (  # key of a measure, heading, digits, whether more is better (None: neither)
     ("explained_variance", "explained variance", 3, True),
@@ -150,8 +151,7 @@ def levels(
     last = [line for line in log if line["kind"] == "metrics"][-LOG_LINES:]
     lines = []
     for level in range(len(widths), 0, -1):
-        alone = structure == "stacked" or level == len(widths)
-        from_here = by_view.get(f"level{level}" if alone else "sae" if level == 1 else "")
+        from_here = by_view.get(STRUCTURES[structure].view_from(level, len(widths)))
         own = by_view.get(f"level{level}")
         ends = [line["level_explained_variance"][level - 1] for line in last]
         trained = [value for value in ends if value is not None]

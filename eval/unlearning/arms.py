@@ -88,7 +88,7 @@ def sae_arms(model: HierarchicalSAE, dictionary: Dictionary, profile: Profile, c
         return selection.ranking(profile.forget_F, profile.retain_F, cap, among)
 
     picks: dict[str, dict[int, list[int]]] = {}
-    if model.structure != "stacked":
+    if model.is_nested:
         best = ranked(range(1, levels + 1))
         picks["sae"] = {count: best[:count] for count in counts}
     for number in range(1, levels + 1) if levels > 1 else ():

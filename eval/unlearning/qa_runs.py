@@ -66,7 +66,7 @@ def evaluate_runs(
             }
             levels = range(1, len(dictionary.widths) + 1)
             arms = {f"level{number}": list(dictionary.level(number)) for number in levels if len(levels) > 1}
-            if model.structure != "stacked":
+            if model.is_nested:
                 arms = {"sae": list(range(sum(dictionary.widths))), **arms}
             label = seeded.label(run)
             scores: dict[str, Any] = {}

@@ -1,11 +1,14 @@
 """What a run is made of: the `[train]` and `[runs.N]` tables of a plan. Levels are given finest first."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from hsae.cache.format.spec import Config, NonNegative, Positive
+from hsae.registry import ACTIVATIONS, LOSSES
 
 Fraction = Annotated[float, Field(ge=0, le=1, strict=False)]
 
@@ -68,6 +71,18 @@ class Stage(Config):
     """Take the proximal L1 step on W."""
 
 
+def _any_of(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _registered(activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        allowed = _any_of([repr(name) for name in ACTIVATIONS])
+        raise PydanticCustomError("literal_error", "Input should be {allowed}", {"allowed": allowed})
+    return activation
+
+
 class RunConfig(Config):
     """One run of the plan: a model and how it is trained."""
 
@@ -75,7 +90,8 @@ class RunConfig(Config):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
     structure: Literal["flat", "stacked", "additive"]
     """flat: one level. stacked: level l reads level l-1's code. additive: every level reads the residual."""
-    activation: Literal["relu", "topk", "batchtopk", "jumprelu", "gated"] = "batchtopk"
+    activation: Annotated[str, AfterValidator(_registered)] = "batchtopk"
+    """One of the registry's: relu, topk, batchtopk, jumprelu, gated."""
     selection: Literal["level", "joint"] = "level"
     """level: each level keeps its own l0. joint: one BatchTopK over all levels keeps the sum of l0; without composition and
     curriculum that is a Matryoshka SAE (Bussmann et al. 2025, arXiv 2503.17547), each level an increment of its nested prefixes."""
@@ -105,6 +121,8 @@ class RunConfig(Config):
     """Largest norm of the gradient."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of the matrix products; weights and optimiser stay float32. auto: bfloat16 where the device multiplies it fast."""
+    losses: dict[str, NonNegative] = Field(default_factory=dict, exclude_if=lambda losses: not losses)
+    """Weights of further losses of the registry, or other weights of those that every run has, by name."""
     aux_weight: NonNegative = 1 / 32
     """Weight of the auxiliary loss that revives dead latents (AuxK); 0 turns it off."""
     aux_latents: int = Field(default=512, ge=1)
@@ -132,7 +150,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        levels = self.levels
+        levels, activation = self.levels, ACTIVATIONS[self.activation]
         if (self.structure == "flat") != (levels == 1):
             raise ValueError(
                 f"structure {self.structure!r} with {levels} width(s) {list(self.widths)}: flat has one level, stacked and additive two or more"
@@ -146,10 +164,13 @@ class RunConfig(Config):
         for level, (width, l0) in enumerate(zip(self.widths, self.l0, strict=True), 1):
             if l0 >= width:
                 raise ValueError(f"level {level}: l0 {l0:g} must be below its width {width}")
-            if self.activation == "topk" and l0 != int(l0):
-                raise ValueError(f"level {level}: topk needs a whole number for l0, not {l0:g}")
-        if self.activation == "gated" and levels > 1:
-            raise ValueError("activation 'gated' is for flat runs; levels use relu, topk, batchtopk or jumprelu")
+            if activation.needs_whole_l0 and l0 != int(l0):
+                raise ValueError(f"level {level}: {self.activation} needs a whole number for l0, not {l0:g}")
+        if activation.is_flat_only and levels > 1:
+            others = _any_of([name for name, other in ACTIVATIONS.items() if not other.is_flat_only])
+            raise ValueError(f"activation {self.activation!r} is for flat runs; levels use {others}")
+        if unknown := sorted(self.losses.keys() - LOSSES.keys()):
+            raise ValueError(f"there is no loss {unknown[0]!r}; there are {', '.join(LOSSES)}")
         if self.selection == "joint" and (self.structure != "additive" or self.activation != "batchtopk"):
             raise ValueError("selection 'joint' needs structure 'additive' and activation 'batchtopk'")
         mapped = self.structure == "additive" and self.composition.mode != "none"

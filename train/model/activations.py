@@ -5,8 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsae.train.training.latent_sharding import UNDIVIDED, Latents
-from hsae.train.training.workers import ALONE, Workers
+from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
+from hsae.train.parallel.workers import ALONE, Workers
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is wider: sums of squares are never taken in half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def top_k(pre_BF: Tensor, k: int, latents: Latents = UNDIVIDED) -> Tensor:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hsae.train.config.run_config import CompositionConfig
+from hsae.train.model.activations import widened
 from hsae.train.model.sparse_products import Active, decode
-from hsae.train.training.latent_sharding import UNDIVIDED, Latents
-from hsae.train.training.training_losses import widened
-from hsae.train.training.workers import ALONE, Workers
+from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
+from hsae.train.parallel.workers import ALONE, Workers
 
 RMS_DECAY = 0.99
 RMS_FLOOR = 1e-8
@@ -24,11 +24,10 @@ RMS_FLOOR = 1e-8
 class Composition(nn.Module):
     """The map W [F, G] between two neighbouring levels, with the running rms of both codes.
 
-    Where latents are divided a worker's fine code [B, g], columns of W and rms of both codes are those of its own latents.
+    Where latents are divided, a worker's fine code [B, g], columns of W and rms of both codes are those of its own latents.
+    `workers` are those who hold the rest of a batch.
     """
 
-    workers: Workers = ALONE
-    """Who holds the rest of a batch."""
     rms_coarse: Tensor
     """[F] root mean square of the coarse code, over all tokens."""
     rms_fine: Tensor
@@ -41,9 +40,10 @@ class Composition(nn.Module):
         config: CompositionConfig,
         generator: torch.Generator,
         latents: Latents = UNDIVIDED,
+        workers: Workers = ALONE,
     ) -> None:
         super().__init__()
-        self.config, self.latents = config, latents
+        self.config, self.latents, self.workers = config, latents, workers
 
         def random(rows: int) -> Tensor:
             return torch.rand(rows, fine, generator=generator) * (2 / fine)

@@ -89,6 +89,8 @@ class HierarchicalSAE(View):
     """`flat`, `additive` or `stacked`."""
     whole_view: ClassVar[str] = "sae"
     """Name of the view that stands for the whole model where there can be only one."""
+    is_nested: ClassVar[bool] = True
+    """Whether the reconstruction from a level is the sum with all coarser ones; else each level's stands by itself."""
 
     def __init__(
         self,
@@ -113,9 +115,24 @@ class HierarchicalSAE(View):
             self.register_buffer(f"parents{number}", parents)
 
     @classmethod
+    def reads_code(cls, number: int) -> bool:
+        """Whether level `number` reads the code of the level below rather than the residual."""
+        return False
+
+    @classmethod
     def widths_read(cls, d_in: int, widths: Sequence[int]) -> list[int]:
         """Width of the vectors that each level reads."""
-        return [d_in] * len(widths)
+        return [width if cls.reads_code(n) else d_in for n, width in enumerate((d_in, *widths[:-1]), 1)]
+
+    @classmethod
+    def view_from(cls, level: int, levels: int) -> str:
+        """Name of the view whose reconstruction is that from `level` of `levels` up; empty if there is none."""
+        return cls.whole_view if level == 1 else f"level{level}" if level == levels else ""
+
+    @classmethod
+    def calibrated(cls, levels: Sequence[SAE], x_BD: Tensor, l0: Sequence[float]) -> list[float]:
+        """The `effective_thresholds` at which one-layer forms have their `l0` on residuals; empty where none are needed."""
+        return []
 
     @classmethod
     def level_name(cls, number: int) -> str:
@@ -420,12 +437,28 @@ class StackedSAE(HierarchicalSAE):
     """Level 1 reads the residual, each higher level the code below it; every level reconstructs the residual by itself."""
 
     structure = "stacked"
-    whole_view = "level1"
+    whole_view, is_nested = "level1", False
 
     @classmethod
-    def widths_read(cls, d_in: int, widths: Sequence[int]) -> list[int]:
-        """Width of the vectors that each level reads."""
-        return [d_in, *widths[:-1]]
+    def reads_code(cls, number: int) -> bool:
+        """Whether level `number` reads the code of the level below: all but the first do."""
+        return number > 1
+
+    @classmethod
+    def view_from(cls, level: int, levels: int) -> str:
+        """Name of the view that decodes from `level`."""
+        return f"level{level}"
+
+    @classmethod
+    def calibrated(cls, levels: Sequence[SAE], x_BD: Tensor, l0: Sequence[float]) -> list[float]:
+        """The thresholds at which the linear encoders of levels 2 to L have their `l0` on residuals."""
+        thresholds = []
+        for number in range(2, len(levels) + 1):
+            stack = StackedView(levels[:number])
+            pre_BF = x_BD @ (stack.W_enc / stack.norms) + stack.b_enc / stack.norms
+            count = max(1, round(len(x_BD) * l0[number - 1]))
+            thresholds.append(max(0.0, torch.topk(pre_BF.flatten(), count).values[-1].item()))
+        return thresholds
 
     @property
     def W_enc(self) -> Tensor:

@@ -18,17 +18,18 @@ from hsae.cache.launcher import share
 from hsae.cache.reading.store import ActivationStore
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
+from hsae.train.model.hierarchical_sae import STRUCTURES
+from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
+from hsae.train.parallel.workers import ALONE, Workers, joined
 from hsae.train.runs import run_directory
 from hsae.train.runs.metrics_log import MetricsLog, damaged_metrics
 from hsae.train.training.checkpoints import FILE as CHECKPOINT
 from hsae.train.training.checkpoints import load_checkpoint, save_checkpoint
 from hsae.train.training.folding import fold
-from hsae.train.training.latent_sharding import UNDIVIDED, Latents
 from hsae.train.training.listener import Listener, Result
 from hsae.train.training.loop import Journal, Trainee, check_run, run_steps
 from hsae.train.training.sources import StoreSource
 from hsae.train.training.training_run import TrainingRun
-from hsae.train.training.workers import ALONE, Workers, joined
 
 Divide = Literal["batch", "latents"]
 """What the workers of a training divide among them."""
@@ -121,9 +122,9 @@ def check(plan: Plan, runs: Sequence[RunConfig], world: int = 1, divide: Divide 
 
 
 def _check_latents(run: RunConfig, world: int) -> None:
-    if run.structure == "stacked" and world > 1:
+    if not STRUCTURES[run.structure].is_nested and world > 1:
         raise UserError(
-            f"run {run.number} is stacked: its levels read whole codes, so its latents can't be divided among workers; "
+            f"run {run.number} is {run.structure}: its levels read whole codes, so its latents can't be divided among workers; "
             "use --divide batch"
         )
     for level, width in enumerate(run.widths, 1):

@@ -34,7 +34,7 @@ def fit(
     widths: Sequence[int],
     l0: Sequence[float],
     structure: Literal["flat", "stacked", "additive"] | None = None,
-    activation: Literal["relu", "topk", "batchtopk", "jumprelu", "gated"] = "batchtopk",
+    activation: str = "batchtopk",
     composition: str | dict[str, Any] | CompositionConfig = "none",
     curriculum: Literal["none", "coarse-first", "fine-first"] | Sequence[Stage | dict[str, Any]] = "none",
     tokens: int | None = None,

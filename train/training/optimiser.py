@@ -17,11 +17,11 @@ def make_optimiser(model: TrainableSAE, compositions: nn.ModuleList, run: RunCon
     groups: dict[int, list[nn.Parameter]] = {
         number: list(model.level(number).parameters()) for number in range(1, run.levels + 1)
     }
-    if run.structure == "stacked":
+    if model.is_nested:
+        groups[SHARED] = [model.bias(1)]
+    else:
         for number in range(1, run.levels + 1):
             groups[number].append(model.bias(number))
-    else:
-        groups[SHARED] = [model.bias(1)]
     if learned := [parameter for parameter in compositions.parameters() if parameter.requires_grad]:
         groups[COMPOSITION] = learned
     named = [{"params": parameters, "level": level} for level, parameters in groups.items()]

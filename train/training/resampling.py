@@ -9,8 +9,8 @@ Shapes: B vectors of a batch, I width of what the level reads, F latents of the 
 import torch
 from torch import Tensor
 
-from hsae.train.model.trainable_sae import Level
-from hsae.train.training.training_losses import widened
+from hsae.train.model.activations import widened
+from hsae.train.model.levels import Level
 
 ENCODER_SHARE = 0.2
 
@@ -47,11 +47,7 @@ def resample(
     level.W_dec[dead] = rows
     level.W_enc[:, dead] = (ENCODER_SHARE * norm * rows).T
     level.b_enc[dead] = 0
-    if level.activation == "gated":
-        level.r_mag[dead] = 0
-        level.b_mag[dead] = 0
-    if level.activation == "jumprelu":
-        level.log_threshold[dead] = latents.mean(level.log_threshold[living]) if some else 0.0
+    level.reset(dead, living)
     for name, parameter in level.named_parameters():
         for moment in ("exp_avg", "exp_avg_sq"):
             if (tensor := optimiser.state.get(parameter, {}).get(moment)) is not None:

@@ -1,22 +1,22 @@
-"""Losses of a run besides composition. Shapes: B vectors, I width of what a level reads, F latents of a level.
+"""Losses of a run besides composition; the registry `LOSSES` in hsae.registry names those of a level.
 
+Shapes: B vectors, D residual width, I width of what a level reads, F latents of a level.
 Every reconstruction loss is a fraction of variance unexplained: mean squared error over the variance of its target, so
 that levels and models of any scale weigh alike.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hsae.train.model.activations import step_count, top_k
-from hsae.train.model.trainable_sae import Level, LevelOutput
-from hsae.train.training.workers import ALONE, Workers
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or as it is where it is wider: sums of squares are never taken in half precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+from hsae.registry import LOSSES, resolve
+from hsae.train.config.run_config import RunConfig
+from hsae.train.model.activations import top_k, widened
+from hsae.train.model.hierarchical_sae import STRUCTURES
+from hsae.train.model.levels import GatedLevel, Level, LevelOutput
+from hsae.train.parallel.workers import ALONE, Workers
 
 
 def fraction_unexplained(target_BI: Tensor, reconstruction_BI: Tensor, variance: Tensor | float) -> Tensor:
@@ -37,45 +37,95 @@ def explained_variance(target_BI: Tensor, reconstruction_BI: Tensor, workers: Wo
     return 1 - workers.total(residual.square().sum()) / workers.total(centred.square().sum())
 
 
-def auxiliary(
-    level: Level,
-    read_BI: Tensor,
-    bias_I: Tensor,
-    target_BI: Tensor,
-    reconstruction_BI: Tensor,
-    dead_F: Tensor,
-    latents: int,
-    workers: Workers = ALONE,
-) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class LevelStep:
+    """What a loss sees of one level in one step."""
+
+    config: RunConfig
+    number: int
+    """The level's, from 1 (finest)."""
+    level: Level
+    output: LevelOutput
+    bias_I: Tensor
+    """The bias of what the level reads."""
+    x_BD: Tensor
+    reconstruction_BD: Tensor
+    """Of x: additive, by this level and all coarser ones; stacked, through the cascade of decoders."""
+    target_BI: Tensor
+    """What the level should explain: additive x, stacked what it reads."""
+    decoded_BI: Tensor
+    """The reconstruction of that."""
+    variance: float
+    """E||x - E x||^2."""
+    dead_F: Tensor
+    """Which latents are dead."""
+    coefficient: float
+    """The sparsity controller's."""
+
+    @property
+    def weight(self) -> float:
+        """The level's in `level_weights`."""
+        return self.config.level_weights[self.number - 1] if self.config.level_weights else 1.0
+
+
+def reconstruction(step: LevelStep) -> Tensor:
+    """What is unexplained of x."""
+    return step.weight * fraction_unexplained(step.x_BD, step.reconstruction_BD, step.variance)
+
+
+def code(step: LevelStep) -> Tensor | None:
+    """What is unexplained of the code that a level of a stack reads."""
+    if not STRUCTURES[step.config.structure].reads_code(step.number):
+        return None
+    variance = variance_of(step.target_BI, step.level.workers)
+    return step.weight * fraction_unexplained(step.target_BI, step.decoded_BI, variance)
+
+
+def sparsity(step: LevelStep) -> Tensor | None:
+    """The activation's penalty, where a controller leads its L0."""
+    return step.coefficient * step.level.penalty(step.output) if step.level.is_controlled else None
+
+
+def gate(step: LevelStep) -> Tensor | None:
+    """Loss of a gated SAE's gate alone (Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 8).
+
+    ReLU of the gate's pre-activations, decoded by weights that don't feel it; a fraction of variance unexplained.
+    """
+    if not isinstance(step.level, GatedLevel):
+        return None
+    decoded = step.level.latents.sum(step.output.pre.relu() @ step.level.W_dec.detach())
+    return fraction_unexplained(step.x_BD, decoded + step.bias_I.detach(), step.variance)
+
+
+def auxiliary(step: LevelStep) -> Tensor | None:
     """AuxK (Gao et al. 2024, arXiv 2406.04093, A.2): dead latents reconstruct what the living left over.
 
     The k dead latents with the largest pre-activations of each vector decode the residual; the loss is the fraction of it
-    left unexplained, and 0 while no latent is dead. k is `latents`, but at most half the width read.
+    left unexplained, and 0 while no latent is dead. k is `aux_latents`, but at most half the width read.
     """
-    indices = dead_F.nonzero().squeeze(1)
+    level, config = step.level, step.config
+    if not config.aux_weight or not level.revives_dead:
+        return None
+    indices = step.dead_F.nonzero().squeeze(1)
     dead = int(level.latents.workers.total(torch.tensor(len(indices))))
     if dead == 0:
-        return torch.zeros((), device=target_BI.device)
-    residual_BI = widened(target_BI - reconstruction_BI).detach()
-    pre = (read_BI - bias_I) @ level.W_enc[:, indices] + level.b_enc[indices]
-    acts = top_k(pre, min(latents, max(1, target_BI.shape[1] // 2), dead), level.latents)
-    variance = workers.mean(residual_BI.square().sum(-1).mean()).clamp_min(1e-12)
-    return fraction_unexplained(residual_BI, level.latents.sum(acts @ level.W_dec[indices]), variance)
+        return config.aux_weight * torch.zeros((), device=step.target_BI.device)
+    residual_BI = widened(step.target_BI - step.decoded_BI).detach()
+    pre = (step.output.read - step.bias_I) @ level.W_enc[:, indices] + level.b_enc[indices]
+    acts = top_k(pre, min(config.aux_latents, max(1, step.target_BI.shape[1] // 2), dead), level.latents)
+    variance = level.workers.mean(residual_BI.square().sum(-1).mean()).clamp_min(1e-12)
+    loss = fraction_unexplained(residual_BI, level.latents.sum(acts @ level.W_dec[indices]), variance)
+    return config.aux_weight * loss
 
 
-def gated_auxiliary(level: Level, output: LevelOutput, target_BI: Tensor, bias_I: Tensor, variance: float) -> Tensor:
-    """Loss of a gated SAE's gate alone (Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 8): ReLU of the gate's pre-activations
-    decoded by weights that don't feel it, a fraction of variance unexplained."""
-    decoded = level.latents.sum(output.pre.relu() @ level.W_dec.detach())
-    return fraction_unexplained(target_BI, decoded + bias_I.detach(), variance)
-
-
-def sparsity(level: Level, output: LevelOutput) -> Tensor:
-    """What the controller's coefficient multiplies, a scalar: mean L1 of relu's code or of the gate, mean L0 of jumprelu's."""
-    if level.activation == "jumprelu":
-        return level.latents.sum(step_count(output.pre, level.jump_threshold(output.pre), level.bandwidth))
-    penalised = output.pre.relu() if level.activation == "gated" else output.acts
-    return level.latents.sum(widened(penalised).sum(1).mean())
+def level_losses(step: LevelStep) -> dict[str, Tensor]:
+    """The losses of a level that apply, by their names in metrics.jsonl: those of every run, and those it gives a weight."""
+    losses = {}
+    for name, entry in LOSSES.items():
+        weight = step.config.losses.get(name, 1.0 if entry.is_standard else 0.0)
+        if weight and (loss := resolve(entry.function)(step)) is not None:
+            losses[f"{name}{step.number}"] = loss if weight == 1 else weight * loss
+    return losses
 
 
 class SparsityController:

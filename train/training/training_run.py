@@ -12,26 +12,18 @@ from torch import Tensor, nn
 
 from hsae.cache.language_model.matmul import bfloat16_is_slow
 from hsae.train.config.run_config import RunConfig
+from hsae.train.model.activations import widened
 from hsae.train.model.composition_map import Composition
-from hsae.train.model.trainable_sae import LevelOutput, Output, TrainableSAE, seed_of
+from hsae.train.model.levels import LevelOutput
+from hsae.train.model.trainable_sae import TRAINABLE, Output, seed_of
+from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
+from hsae.train.parallel.workers import ALONE, Workers
 from hsae.train.training.curriculum import Curriculum, Moment
-from hsae.train.training.latent_sharding import UNDIVIDED, Latents
 from hsae.train.training.optimiser import forget, make_optimiser, rename_state, restore_state, schedule, set_rates
 from hsae.train.training.resampling import resample
 from hsae.train.training.scaling import Scaling
-from hsae.train.training.training_losses import (
-    SparsityController,
-    auxiliary,
-    explained_variance,
-    fraction_unexplained,
-    gated_auxiliary,
-    sparsity,
-    variance_of,
-    widened,
-)
-from hsae.train.training.workers import ALONE, Workers
+from hsae.train.training.training_losses import LevelStep, SparsityController, explained_variance, level_losses
 
-CONTROLLED = ("relu", "jumprelu", "gated")  # activations whose L0 a controller leads to its target
 MAPS_JUDGED = 0.7  # share of the run after which a map W that is no good is complained of
 
 
@@ -59,21 +51,17 @@ class TrainingRun:
         self.step_number = 0
         self.failure: str | None = None
         d_in = len(scaling.median)
-        self.model = TrainableSAE(config, d_in, seed=seed, latents=latents)
+        self.model = TRAINABLE[config.structure](config, d_in, seed=seed, latents=latents, workers=workers)
         with torch.no_grad():
             self.model.bias(1).copy_(scaling.median)
         generator = torch.Generator().manual_seed(seed_of(seed, config.number, 1))
         pairs = pairwise(config.widths) if config.composition.mode != "none" else ()
-        maps = [Composition(fine, coarse, config.composition, generator, latents) for fine, coarse in pairs]
+        maps = [Composition(fine, coarse, config.composition, generator, latents, workers) for fine, coarse in pairs]
         self.compositions = nn.ModuleList(maps)
         self.model.to(device).train()
         if torch.device(device).type == "cpu" and not self.rounds:
             self.model.use_sparse()
         self.compositions.to(device)
-        for number in range(1, config.levels + 1):
-            self.model.level(number).workers = workers
-        for module in maps:
-            module.workers = workers
         self.curriculum = Curriculum(config, steps)
         self.optimiser = make_optimiser(self.model, self.compositions, config)
         owned = [latents.own(width) for width in config.widths]
@@ -130,32 +118,26 @@ class TrainingRun:
         return self.workers.means({"loss": loss, **parts})
 
     def _losses(self, x_BD: Tensor, output: Output, moment: Moment) -> dict[str, Tensor]:
-        config = self.config
-        weights = config.level_weights or (1.0,) * config.levels
-        parts: dict[str, Tensor] = {}
+        config, parts = self.config, dict[str, Tensor]()
         for number, level in output.levels.items():
-            if moment.stage.rates.get(number, 1.0) == 0.0 and config.structure == "stacked":
+            if moment.stage.rates.get(number, 1.0) == 0.0 and not self.model.is_nested:
                 continue  # a frozen stacked level has nothing of its own to learn
-            weight = weights[number - 1]
-            target, reconstruction = self.model.target(number, x_BD, output)
-            parts[f"reconstruction{number}"] = weight * fraction_unexplained(
-                x_BD, output.reconstructions[number], self.scaling.variance
+            target, decoded = self.model.target(number, x_BD, output)
+            step = LevelStep(
+                config=config,
+                number=number,
+                level=self.model.level(number),
+                output=level,
+                bias_I=self.model.bias(number),
+                x_BD=x_BD,
+                reconstruction_BD=output.reconstructions[number],
+                target_BI=target,
+                decoded_BI=decoded,
+                variance=self.scaling.variance,
+                dead_F=self._is_dead(number),
+                coefficient=self.controllers[number - 1].coefficient,
             )
-            if config.structure == "stacked" and number > 1:
-                variance = variance_of(target, self.workers)
-                parts[f"code{number}"] = weight * fraction_unexplained(target, reconstruction, variance)
-            module = self.model.level(number)
-            if config.activation in CONTROLLED:
-                parts[f"sparsity{number}"] = self.controllers[number - 1].coefficient * sparsity(module, level)
-            if config.activation == "gated":
-                bias = self.model.bias(number)
-                parts[f"gate{number}"] = gated_auxiliary(module, level, x_BD, bias, self.scaling.variance)
-            elif config.aux_weight and config.activation != "relu":  # below zero a dead relu latent has no gradient
-                dead = self.tokens_since_fired[number - 1] >= config.dead_after_tokens
-                bias = self.model.bias(number)
-                parts[f"auxiliary{number}"] = config.aux_weight * auxiliary(
-                    module, level.read, bias, target, reconstruction, dead, config.aux_latents, self.workers
-                )
+            parts |= level_losses(step)
         for number in range(2, config.levels + 1):
             if config.composition.mode != "none" and {number, number - 1} <= output.levels.keys():
                 fine, coarse = output.levels[number - 1].acts, output.levels[number].acts
@@ -175,7 +157,7 @@ class TrainingRun:
             counter = self.tokens_since_fired[number - 1]
             counter += len(fired) * self.workers.world
             counter[self.workers.either(fired.any(0))] = 0
-            if self.config.activation in CONTROLLED and moment.stage.rates.get(number, 1.0) > 0:
+            if self.model.level(number).is_controlled and moment.stage.rates.get(number, 1.0) > 0:
                 self.controllers[number - 1].update(self._mean_l0(level))
 
     def _set_parents(self) -> None:
@@ -195,12 +177,11 @@ class TrainingRun:
                 continue
             target, reconstruction = self.model.target(number, x_BD, output)
             loss_B = widened(target - reconstruction).square().sum(1)
-            counter = self.tokens_since_fired[number - 1]
-            dead = counter >= config.dead_after_tokens
+            dead = self._is_dead(number)
             generator = torch.Generator().manual_seed(seed_of(self.seed, config.number, self.step_number, number))
             module, bias = self.model.level(number), self.model.bias(number)
             self.resampled[number] = resample(module, level.read, bias, loss_B, dead, self.optimiser, generator)
-            counter[dead] = 0
+            self.tokens_since_fired[number - 1][dead] = 0
 
     @torch.no_grad()
     def metrics(self, x_BD: Tensor, parts: dict[str, Tensor]) -> dict[str, Any]:
@@ -224,7 +205,7 @@ class TrainingRun:
             "explained_variance": levels[min(levels)],
             "learning_rate": self.config.rate * schedule(self.config, self.step_number - 1, self.steps),
             "l0": [self._l0(output, number) for number in numbers],
-            "dead": [self._dead(number) for number in numbers],
+            "dead": [self.latents.whole(self._is_dead(number)).float().mean().item() for number in numbers],
             "level_explained_variance": [levels.get(number) for number in numbers],
             "composition_loss": sum(composition) / strength if composition and strength else None,
             "composition": [self._health(output, number) if moment.composition > 0 else None for number in numbers],
@@ -243,9 +224,9 @@ class TrainingRun:
     def _mean_l0(self, level: LevelOutput) -> float:
         return self.workers.mean(self.latents.sum((level.acts > 0).sum(1)).float().mean()).item()
 
-    def _dead(self, number: int) -> float:
-        dead = self.tokens_since_fired[number - 1] >= self.config.dead_after_tokens
-        return self.latents.whole(dead).float().mean().item()
+    def _is_dead(self, number: int) -> Tensor:
+        """[F] which latents of a level are dead."""
+        return self.tokens_since_fired[number - 1] >= self.config.dead_after_tokens
 
     def complaints(self, metrics: dict[str, Any]) -> list[str]:
         """What is wrong with the step `metrics` tells of, each said once: dead levels, and maps W that went bad, by name."""

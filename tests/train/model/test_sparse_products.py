@@ -6,7 +6,7 @@ import torch
 from hsae.train.config.run_config import CompositionConfig, RunConfig
 from hsae.train.model import sparse_products
 from hsae.train.model.composition_map import Composition
-from hsae.train.model.trainable_sae import TrainableSAE
+from hsae.train.model.trainable_sae import TRAINABLE
 from hsae.train.training.scaling import Scaling
 from hsae.train.training.training_run import TrainingRun
 
@@ -57,7 +57,8 @@ def test_a_pattern_lists_the_active_entries_by_row_and_by_column():
 def test_the_sparse_pass_has_the_values_and_gradients_of_the_dense_one(changes, monkeypatch):
     results = []
     for fast in (False, True):
-        model = TrainableSAE(config(**changes), D).double().train()
+        settings = config(**changes)
+        model = TRAINABLE[settings.structure](settings, D).double().train()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * vectors(*parameter.shape, seed=parameter.numel()))

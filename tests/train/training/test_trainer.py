@@ -283,7 +283,7 @@ def test_weights_that_stop_being_finite_are_never_checkpointed(plan_in, tmp_path
 
 def test_a_silent_level_is_reported_at_once(plan_in, tmp_path, monkeypatch):
     plan, recorder = plan_in(tmp_path, "train.dead_after_tokens=1000"), Recorder()
-    monkeypatch.setattr("hsae.train.model.trainable_sae.Level.activate", lambda self, pre: pre * 0)
+    monkeypatch.setattr("hsae.train.model.levels.ReLULevel.activate", lambda self, pre: pre * 0)
     train_runs(plan, plan.select("0"), recorder, device="cpu")
     messages = [message for _, message in recorder.warnings]
     assert messages == ["level 1 does not fire at all (L0 = 0)", "100% of level 1's latents are dead"]

@@ -8,15 +8,17 @@ import torch
 
 from hsae.train.config.run_config import CompositionConfig, RunConfig
 from hsae.train.model.composition_map import Composition
-from hsae.train.model.trainable_sae import Level, TrainableSAE
+from hsae.train.model.levels import GatedLevel, ReLULevel, TopKLevel
+from hsae.train.model.trainable_sae import TRAINABLE
+from hsae.train.parallel.workers import ALONE
 from hsae.train.training.scaling import Scaling
 from hsae.train.training.training_losses import (
+    LevelStep,
     SparsityController,
     auxiliary,
     explained_variance,
     fraction_unexplained,
-    gated_auxiliary,
-    sparsity,
+    gate,
 )
 from hsae.train.training.training_run import TrainingRun, map_failures
 
@@ -46,10 +48,23 @@ def test_fraction_unexplained_and_explained_variance():
     )
 
 
+def trainable(**changes):
+    settings = config(**changes)
+    return TRAINABLE[settings.structure](settings, D)
+
+
+def step(level, output, x, decoded, bias, dead=None, **changes):
+    """One level's step with variance 1.7."""
+    return LevelStep(
+        config=config(aux_weight=1, **changes), number=1, level=level, output=output, bias_I=bias, x_BD=x, dead_F=dead,
+        reconstruction_BD=decoded, target_BI=x, decoded_BI=decoded, variance=1.7, coefficient=1.0,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("structure", ["additive", "stacked"])
 @pytest.mark.parametrize("activation", ["relu", "batchtopk"])
 def test_forward_is_the_formula(structure, activation):
-    model = double(TrainableSAE(config(structure=structure, activation=activation), D)).train()
+    model = double(trainable(structure=structure, activation=activation)).train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * vectors(*parameter.shape, seed=parameter.numel()))
@@ -79,7 +94,7 @@ def test_forward_is_the_formula(structure, activation):
 
 
 def test_batchtopk_keeps_exactly_k_a_token_on_average_and_tracks_its_threshold():
-    model = TrainableSAE(config(), D).train()
+    model = trainable().train()
     acts = model(vectors(B, D).float()).levels[1].acts
     assert (acts > 0).sum() == B * 3
     assert model.level(1).threshold == acts[acts > 0].min()
@@ -90,7 +105,7 @@ def test_batchtopk_keeps_exactly_k_a_token_on_average_and_tracks_its_threshold()
 
 def test_stacked_losses_of_level_two_reach_level_one_only_without_stop_gradient():
     for stop in (True, False):
-        model = TrainableSAE(config(structure="stacked", stop_gradient=stop), D).train()
+        model = trainable(structure="stacked", stop_gradient=stop).train()
         model(vectors(B, D).float()).reconstructions[2].square().sum().backward()
         touched = model.level(1).W_enc.grad is not None or model.level(1).W_dec.grad is not None
         assert touched is not stop
@@ -98,7 +113,7 @@ def test_stacked_losses_of_level_two_reach_level_one_only_without_stop_gradient(
 
 
 def test_gradients_of_the_reconstruction_and_sparsity_losses_match_finite_differences():
-    level = double(Level(D, F1, config(activation="relu"), 3.0, torch.Generator().manual_seed(0)))
+    level = double(ReLULevel(D, F1, config(activation="relu"), 3.0, torch.Generator().manual_seed(0)))
     x, bias = vectors(B, D), vectors(D, seed=2)
 
     def losses(W_enc, W_dec, b_enc):
@@ -110,12 +125,13 @@ def test_gradients_of_the_reconstruction_and_sparsity_losses_match_finite_differ
 
 
 def test_gradients_of_the_auxiliary_loss_match_finite_differences():
-    level = double(Level(D, F1, config(activation="relu"), 3.0, torch.Generator().manual_seed(0)))
+    level = double(ReLULevel(D, F1, config(activation="relu"), 3.0, torch.Generator().manual_seed(0)))
     x, bias, dead = vectors(B, D), vectors(D, seed=2), torch.arange(F1) % 3 == 1
 
     def loss(W_enc, W_dec):
-        stand_in = SimpleNamespace(W_enc=W_enc, b_enc=level.b_enc, W_dec=W_dec, latents=level.latents)
-        return auxiliary(stand_in, x, bias, x, x * 0.3, dead, 2)
+        changed = {"W_enc": W_enc, "b_enc": level.b_enc, "W_dec": W_dec, "latents": level.latents, "workers": ALONE}
+        stand_in = SimpleNamespace(**changed, revives_dead=True)
+        return auxiliary(step(stand_in, level(x, bias), x, x * 0.3, bias, dead, aux_latents=2))
 
     inputs = tuple(tensor.detach().clone().requires_grad_() for tensor in (level.W_enc, level.W_dec))
     assert torch.autograd.gradcheck(loss, inputs)
@@ -148,12 +164,12 @@ class SimpleModule(torch.nn.Module):
 
 
 def test_auxiliary_is_the_dead_latents_reconstruction_of_what_is_left():
-    level = Level(D, F1, config(activation="relu"), 3.0, torch.Generator().manual_seed(0))
+    level = TopKLevel(D, F1, config(), 3.0, torch.Generator().manual_seed(0))
     x, bias = vectors(B, D).float(), torch.zeros(D)
     output, dead = level(x, bias), torch.zeros(F1, dtype=torch.bool)
-    assert auxiliary(level, x, bias, x, output.decoded, dead, 4).item() == 0
+    assert auxiliary(step(level, output, x, output.decoded, bias, dead, aux_latents=4)).item() == 0
     dead[[1, 4, 6, 9, 12]] = True
-    loss = auxiliary(level, x, bias, x, output.decoded, dead, 512)
+    loss = auxiliary(step(level, output, x, output.decoded, bias, dead, aux_latents=512))
     residual, k = (x - output.decoded).detach(), D // 2
     naive = 0.0
     for row in range(B):
@@ -233,15 +249,7 @@ def training(settings, steps=40):
 
 
 def test_gate_and_sparsity_losses_are_the_formulas():
-    level = double(
-        Level(
-            D,
-            F1,
-            config(structure="flat", widths=(F1,), l0=(3,), activation="gated"),
-            3.0,
-            torch.Generator().manual_seed(0),
-        )
-    )
+    level = double(GatedLevel(D, F1, config(), 3.0, torch.Generator().manual_seed(0)))
     x, bias = vectors(B, D), vectors(D, seed=2)
     with torch.no_grad():
         level.r_mag.copy_(0.3 * vectors(F1, seed=4))
@@ -254,8 +262,8 @@ def test_gate_and_sparsity_losses_are_the_formulas():
             magnitude = max(product * level.r_mag[i].exp().item() + level.b_mag[i].item(), 0.0)
             expected = magnitude if product + level.b_enc[i].item() > 0 else 0.0
             assert output.acts[row, i].item() == pytest.approx(expected, abs=1e-12)
-    assert sparsity(level, output).item() == pytest.approx(output.pre.clamp_min(0).sum().item() / B, rel=1e-6)
-    loss = gated_auxiliary(level, output, x, bias, 1.7)
+    assert level.penalty(output).item() == pytest.approx(output.pre.clamp_min(0).sum().item() / B, rel=1e-6)
+    loss = gate(step(level, output, x, x, bias))
     naive = ((x - (output.pre.clamp_min(0) @ level.W_dec + bias)) ** 2).sum().item() / B / 1.7
     assert loss.item() == pytest.approx(naive, rel=1e-5)
     loss.backward()
@@ -263,20 +271,12 @@ def test_gate_and_sparsity_losses_are_the_formulas():
 
 
 def test_gradients_of_the_gated_losses_match_finite_differences():
-    level = double(
-        Level(
-            D,
-            F1,
-            config(structure="flat", widths=(F1,), l0=(3,), activation="gated"),
-            3.0,
-            torch.Generator().manual_seed(0),
-        )
-    )
+    level = double(GatedLevel(D, F1, config(), 3.0, torch.Generator().manual_seed(0)))
     x, bias = vectors(B, D), vectors(D, seed=2)
 
     def losses(W_enc, b_enc):
         output = torch.func.functional_call(level, {"W_enc": W_enc, "b_enc": b_enc}, (x, bias))
-        return gated_auxiliary(level, output, x, bias, 1.7) + 0.3 * sparsity(level, output)
+        return gate(step(level, output, x, x, bias)) + 0.3 * level.penalty(output)
 
     inputs = tuple(tensor.detach().clone().requires_grad_() for tensor in (level.W_enc, level.b_enc))
     assert torch.autograd.gradcheck(losses, inputs)

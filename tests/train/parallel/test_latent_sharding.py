@@ -23,12 +23,12 @@ from hsae.cache.errors import UserError
 from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.activations import batch_top_k, top_k
+from hsae.train.parallel.latent_sharding import Latents
+from hsae.train.parallel.workers import ALONE
 from hsae.train.runs.metrics_log import read_metrics
 from hsae.train.runs.planned_runs import check, train_runs
-from hsae.train.training.latent_sharding import Latents
 from hsae.train.training.scaling import Scaling
 from hsae.train.training.training_run import TrainingRun
-from hsae.train.training.workers import ALONE
 
 D, BATCH, STEPS = 12, 43, 14
 
@@ -206,7 +206,7 @@ from many_workers import EVEN
 from hsae.cache.launcher import share
 from hsae.train.config.plan import load_plan
 from hsae.train.runs.planned_runs import train_runs
-from hsae.train.training.workers import joined
+from hsae.train.parallel.workers import joined
 
 places = sys.argv[3:]
 def plan(folder, *more):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsae.train.training.workers import ALONE, Workers
+from hsae.train.parallel.workers import ALONE, Workers
 
 ROWS = 64  # drawn at a time
 

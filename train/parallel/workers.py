@@ -1,6 +1,6 @@
 """Workers that train together. Each takes its share of every batch; what is meant of the whole batch is made whole here.
 
-Every worker holds the whole model (unless they divide its latents: `hsae.train.training.latent_sharding`). Replicas start from worker 0's state and take
+Every worker holds the whole model (unless they divide its latents: `hsae.train.parallel.latent_sharding`). Replicas start from worker 0's state and take
 the same steps, because gradients and whatever else a step computes from its batch are added up over all workers first. Alone, every
 method gives back what it was given, untouched.
 

@@ -23,7 +23,7 @@ from many_workers import (
 )
 from places import GOLDEN_MODEL, TESTS
 
-import hsae.train.training.workers as workers_module
+import hsae.train.parallel.workers as workers_module
 from hsae.cache.errors import UserError
 from hsae.cache.launcher import Share
 from hsae.cache.reading.store import ActivationStore
@@ -31,12 +31,12 @@ from hsae.cache.reading.token_stream import TokenStream
 from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.activations import batch_top_k
+from hsae.train.parallel.workers import ALONE, joined
 from hsae.train.runs import run_directory
 from hsae.train.runs.metrics_log import read_metrics
 from hsae.train.runs.planned_runs import check, train_runs
 from hsae.train.training.scaling import Scaling
 from hsae.train.training.training_run import TrainingRun
-from hsae.train.training.workers import ALONE, joined
 
 
 @settings(max_examples=40, deadline=None)
@@ -164,7 +164,7 @@ from many_workers import HARD
 from hsae.cache.launcher import share
 from hsae.train.config.plan import load_plan
 from hsae.train.runs.planned_runs import train_runs
-from hsae.train.training.workers import joined
+from hsae.train.parallel.workers import joined
 
 places = sys.argv[3:]
 def plan(folder, *more):

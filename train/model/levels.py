@@ -1,0 +1,240 @@
+"""Levels in training: an encoder, a decoder, and between them an activation, a class of `Level` each.
+
+Shapes: B vectors of a batch, I width of what a level reads, F latents of a level. `ACTIVATIONS` in hsae.registry names the
+classes; what an activation is, is in its class.
+"""
+
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hsae.train.config.run_config import RunConfig
+from hsae.train.model import sparse_products
+from hsae.train.model.activations import batch_top_k, jump_relu, step_count, top_k, widened
+from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
+from hsae.train.parallel.workers import ALONE, Workers
+
+THRESHOLD_DECAY = 0.99
+GUESS = 0.7  # of the average threshold: most batches keep nothing below it
+
+
+class LevelOutput(NamedTuple):
+    """What one level did with one batch."""
+
+    read: Tensor
+    """[B, I] the vectors the level read, before its bias was taken off."""
+    pre: Tensor
+    """[B, F] pre-activations."""
+    acts: Tensor
+    """[B, F] the level's code."""
+    decoded: Tensor
+    """[B, I] decoder output, without bias."""
+    active: sparse_products.Active | None = None
+    """Where the code is active and with what values, if it was computed sparsely."""
+
+
+class Level(nn.Module):
+    """One encoder and decoder: code = activate((read - bias) W_enc + b_enc), decoded = code W_dec.
+
+    Where latents are divided, weights, pre-activations and code are those of a worker's own, [B, f]; what is decoded is of
+    all. `workers` are those who hold the rest of a batch. A subclass gives `activate`, and `architecture`: the form in
+    SAELens's terms that it takes when it is trained.
+    """
+
+    architecture: ClassVar[str]
+    """`standard`, `topk`, `jumprelu` or `gated`."""
+    is_controlled: ClassVar[bool] = False
+    """Whether a controller leads the L0 to its target by the coefficient of `penalty`."""
+    is_masked: ClassVar[bool] = False
+    """Whether the code is the pre-activation where it is not 0, so that gradients are needed at active latents only."""
+    revives_dead: ClassVar[bool] = True
+    """Whether the auxiliary loss can revive dead latents."""
+    own_weights: ClassVar[tuple[str, ...]] = ()
+    """Names of the activation's own parameters, [F] each, which begin at 0."""
+    threshold: Tensor
+    """Scalar: smallest pre-activation that counts at inference (batchtopk), an average over batches; NaN before the first."""
+
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        run: RunConfig,
+        l0: float,
+        generator: torch.Generator,
+        latents: Latents = UNDIVIDED,
+        workers: Workers = ALONE,
+    ) -> None:
+        super().__init__()
+
+        def directions(count: int) -> Tensor:
+            rows = torch.randn(count, width_in, generator=generator)
+            return rows.div_(rows.norm(dim=1, keepdim=True))
+
+        self.latents, self.workers, self.l0, self.run = latents, workers, l0, run
+        rows = latents.drawn(directions, width)
+        self.W_dec = nn.Parameter(rows)
+        self.W_enc = nn.Parameter(rows.T.clone().contiguous())
+        self.b_enc = nn.Parameter(torch.zeros(len(rows)))
+        for name in self.own_weights:
+            self.register_parameter(name, nn.Parameter(torch.zeros(len(rows))))
+        self.sparse = False
+        self.register_buffer("threshold", torch.tensor(math.nan))
+
+    def activate(self, pre_BF: Tensor) -> Tensor:
+        """The code [B, F]."""
+        raise NotImplementedError
+
+    def penalty(self, output: LevelOutput) -> Tensor:
+        """What the controller's coefficient multiplies, a scalar: the code's mean L1."""
+        return self.latents.sum(widened(output.acts).sum(1).mean())
+
+    def folded(self, scale: float) -> dict[str, Tensor]:
+        """Encoder bias and what the architecture has besides, [F] each, for vectors that are not scaled by `scale`."""
+        return {"b_enc": self.b_enc / scale}
+
+    def reset(self, dead: Tensor, living_F: Tensor) -> None:
+        """Set the activation's own weights of latents that get new directions: `dead` by index, the living by mask."""
+        for name in self.own_weights:
+            self.get_parameter(name)[dead] = 0
+
+    def pre(self, read_BI: Tensor, bias_I: Tensor) -> Tensor:
+        """Pre-activations [B, F]; without gradient where the active ones alone will get it (`sparse`)."""
+        fixed = bias_I.detach()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.sparse):
+            pre_BF = (read_BI - fixed) @ self.W_enc + self.b_enc
+            if bias_I.requires_grad and torch.is_grad_enabled():
+                # zero, but brings the bias its gradient without a product of B rows
+                pre_BF = pre_BF + (fixed - bias_I) @ self.W_enc
+        return pre_BF
+
+    def forward(self, read_BI: Tensor, bias_I: Tensor) -> LevelOutput:
+        """Encode and decode one batch by this level's own activation."""
+        pre_BF = self.pre(read_BI, bias_I)
+        return self.decoded(read_BI, bias_I, pre_BF, self.activate(pre_BF))
+
+    def decoded(self, read_BI: Tensor, bias_I: Tensor, pre_BF: Tensor, acts_BF: Tensor) -> LevelOutput:
+        """The output for a code, with its gradients."""
+        if self.sparse and torch.is_grad_enabled():
+            if (at := sparse_products.pattern_of(acts_BF)) is not None:
+                values_N = sparse_products.encode(read_BI, bias_I, self.W_enc, self.b_enc, pre_BF, at)
+                acts_BF = torch.zeros_like(acts_BF).flatten().index_put((at.flat,), values_N).view_as(acts_BF)
+                decoded_BI = self.latents.sum(sparse_products.decode(values_N, self.W_dec, at))
+                return LevelOutput(read_BI, pre_BF, acts_BF, decoded_BI, sparse_products.Active(at, values_N))
+            pre_BF = (read_BI - bias_I) @ self.W_enc + self.b_enc
+            acts_BF = pre_BF * (acts_BF > 0)
+        return LevelOutput(read_BI, pre_BF, acts_BF, self.latents.sum(acts_BF @ self.W_dec))
+
+    def guess(self) -> Tensor | None:
+        """A value likely below the smallest that the next batch keeps; None where it saves nothing."""
+        return GUESS * self.threshold if self.threshold.device.type == "cpu" and self.threshold > 0 else None
+
+    @torch.no_grad()
+    def track_threshold(self, smallest: Tensor) -> None:
+        """Move the inference threshold towards the smallest value a batch kept."""
+        moved = self.threshold * THRESHOLD_DECAY + smallest * (1 - THRESHOLD_DECAY)
+        self.threshold.copy_(torch.where(torch.isnan(self.threshold), smallest, moved))
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self) -> None:
+        """Take from the decoder's gradient what would only change the rows' norms."""
+        if self.W_dec.grad is not None:
+            self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        """Give the decoder rows unit norm."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+
+class ReLULevel(Level):
+    """ReLU with an L1 penalty."""
+
+    architecture, is_controlled, is_masked = "standard", True, True
+    revives_dead = False  # below zero a dead latent has no gradient
+
+    def activate(self, pre_BF: Tensor) -> Tensor:
+        """The code [B, F]."""
+        return torch.relu(pre_BF)
+
+
+class TopKLevel(Level):
+    """Each vector's k largest (Gao et al. 2024, arXiv 2406.04093); k is `l0`."""
+
+    architecture, is_masked = "topk", True
+
+    def activate(self, pre_BF: Tensor) -> Tensor:
+        """The code [B, F]."""
+        return top_k(pre_BF, int(self.l0), self.latents)
+
+
+class BatchTopKLevel(Level):
+    """The batch's largest (Bussmann et al. 2024, arXiv 2412.06410); at inference those above a threshold."""
+
+    architecture, is_masked = "jumprelu", True
+
+    def activate(self, pre_BF: Tensor) -> Tensor:
+        """The code [B, F]; in training mode the threshold follows what the batch keeps."""
+        if not self.training:
+            return torch.relu(pre_BF) * (pre_BF > self.threshold)
+        acts_BF, smallest = batch_top_k(pre_BF, self.l0, self.guess(), self.workers, self.latents)
+        self.track_threshold(smallest)
+        return acts_BF
+
+    def folded(self, scale: float) -> dict[str, Tensor]:
+        """Encoder bias and threshold."""
+        return {**super().folded(scale), "threshold": torch.full_like(self.b_enc, self.threshold.item()) / scale}
+
+
+class JumpReLULevel(Level):
+    """A learned threshold for each latent (Rajamanoharan et al. 2024, arXiv 2407.14435)."""
+
+    architecture, is_controlled, own_weights = "jumprelu", True, ("log_threshold",)
+    log_threshold: nn.Parameter
+
+    def activate(self, pre_BF: Tensor) -> Tensor:
+        """The code [B, F]."""
+        return jump_relu(pre_BF, self.thresholds(pre_BF), self.run.bandwidth)
+
+    def penalty(self, output: LevelOutput) -> Tensor:
+        """The code's mean L0."""
+        return self.latents.sum(step_count(output.pre, self.thresholds(output.pre), self.run.bandwidth))
+
+    def thresholds(self, pre_BF: Tensor) -> Tensor:
+        """[F]; they begin, all equal, where the first batch has the level's L0."""
+        if self.training and torch.isnan(self.threshold):
+            with torch.no_grad():
+                self.track_threshold(batch_top_k(pre_BF, self.l0, workers=self.workers, latents=self.latents)[1])
+                self.log_threshold.copy_(self.threshold.clamp_min(1e-3).log().expand_as(self.log_threshold))
+        return self.log_threshold.exp().to(pre_BF.dtype)
+
+    def folded(self, scale: float) -> dict[str, Tensor]:
+        """Encoder bias and thresholds."""
+        return {**super().folded(scale), "threshold": self.log_threshold.exp() / scale}
+
+    def reset(self, dead: Tensor, living_F: Tensor) -> None:
+        """The threshold becomes the living ones' mean."""
+        some = bool(self.latents.whole(living_F).any())
+        self.log_threshold[dead] = self.latents.mean(self.log_threshold[living_F]) if some else 0.0
+
+
+class GatedLevel(Level):
+    """A gate, with `b_enc` as its bias, and a magnitude (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+
+    architecture, is_controlled, revives_dead, own_weights = "gated", True, False, ("r_mag", "b_mag")
+    r_mag: nn.Parameter
+    b_mag: nn.Parameter
+
+    def activate(self, pre_BF: Tensor) -> Tensor:
+        """The code [B, F]."""
+        return torch.relu((pre_BF - self.b_enc) * self.r_mag.exp() + self.b_mag) * (pre_BF > 0)
+
+    def penalty(self, output: LevelOutput) -> Tensor:
+        """The gate's mean L1."""
+        return self.latents.sum(widened(output.pre.relu()).sum(1).mean())
+
+    def folded(self, scale: float) -> dict[str, Tensor]:
+        """Biases of gate and magnitude; r_mag scales pre-activations and has no unit."""
+        gate, magnitude = self.b_enc / scale, self.b_mag / scale
+        return {"b_enc": torch.zeros_like(gate), "b_gate": gate, "b_mag": magnitude, "r_mag": self.r_mag}
