@@ -84,7 +84,7 @@ def ablate(
         need("the tests behind ablate's verdicts", "scipy", "eval")
     need("ablations.png", "matplotlib", "report")
 
-    from hsae.cli import cache, synthetic, unlearning
+    from hsae.cli import cache, synthetic
     from hsae.cli.evaluations import callback_of
     from hsae.eval.synthetic.compared_runs import NUMBERS
     from hsae.eval.synthetic.tiers import read_results
@@ -102,13 +102,11 @@ def ablate(
         "synthetic": lambda: synthetic.synthetic(
             tier="T2", run=arms, seeds=seeds, out=out / "synthetic", device=device
         ),
-        "unlearning": lambda: _unlearn(
-            unlearning,
-            cache,
-            ",".join(str(config.number) for config in forgetting),
-            unlearning_seeds or seeds,
-            device,
-            common,
+        "unlearning": lambda: callback_of("unlearning")(
+            run=",".join(str(config.number) for config in forgetting),
+            seeds=unlearning_seeds or seeds,
+            device=device,
+            **common,
         ),
     }
     if not arms:
@@ -116,6 +114,8 @@ def ablate(
     for name, stage in stages.items():
         if name not in left_out:
             console.rule(name)
+            if name == "unlearning":
+                cache.build(suite="unlearning", device=device, **common)
             stage()
 
     from hsae.cache.files import write_atomically
@@ -139,11 +139,6 @@ def _train(plan: "Plan", runs: "list[RunConfig]", *, seeds: int, device: str) ->
 
     if status := train_on_screen(plan, runs, seeds=seeds, resume=True, device=device):
         raise typer.Exit(status)
-
-
-def _unlearn(unlearning: Any, cache: Any, runs: str, seeds: int, device: str, common: dict[str, Any]) -> None:
-    cache.build(suite="unlearning", device=device, **common)
-    unlearning.unlearning(run=runs, seeds=seeds, device=device, **common)
 
 
 def _print(table: "AblationTable") -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -72,7 +71,6 @@ def every(
     for name, entry in registry.EVALUATIONS.items():
         if entry.is_in_all:
             jobs[name] = partial(_registered, name, draws, out=out, **shared)
-    jobs["unlearning"] = lambda: _unlearning(loaded, run, seeds, sae, plan, overrides, force, device)
     if failed := summarise(jobs):
         say(f"{failed} of {len(jobs)} evaluations failed")
         raise typer.Exit(1)
@@ -82,32 +80,6 @@ def _registered(name: str, draws: int, **given: Any) -> None:
     kind = registry.resolve(registry.EVALUATIONS[name].kind)
     options = {"draws": draws} if "draws" in kind.options_kind.model_fields else {}
     show(evaluate(kind, kind.options_kind(**options), **given))
-
-
-def _unlearning(
-    plan: "Plan",
-    run: str | None,
-    seeds: int,
-    sae: list[Path] | None,
-    source: str | None,
-    overrides: list[str] | None,
-    force: bool,
-    device: str,
-) -> None:
-    from hsae.cache.errors import NotApplicable, StoreError
-    from hsae.cache.storage.paths import exists
-    from hsae.cli.unlearning import unlearning
-    from hsae.eval.unlearning.runs import open_texts
-
-    if sae:
-        raise NotApplicable("unlearning compares the levels of trained runs; it takes no --sae")
-    try:
-        open_texts(plan)
-    except StoreError as error:
-        if any(exists(plan.store_path(split)) for split in ("forget", "retain")):
-            raise  # begun, or damaged
-        raise NotApplicable(str(error)) from None
-    unlearning(run=run, seeds=seeds, plan=source, overrides=overrides, force=force, device=device)
 
 
 def _suite(name: str) -> "Suite":

@@ -46,6 +46,10 @@ EVALUATIONS: dict[str, Entry] = {
         "hsae.eval.ravel.ravel_runs:Ravel",
         "Whether exchanging a few latents changes one attribute of an entity and no other (SAEBench's RAVEL).",
     ),
+    "unlearning": Entry(
+        "hsae.eval.unlearning.unlearning_evaluation:Unlearning",
+        "Make the model forget one text and keep another by clamping latents; every way of choosing them side by side.",
+    ),
     "composition": Entry(
         "hsae.eval.hierarchy.composition_evaluation:Composition",
         "How a run's levels are composed of each other, beside what chance gives, and its known failures by name.",

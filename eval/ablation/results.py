@@ -19,8 +19,7 @@ from hsae.eval.harness.current import DIGESTS, Current, core_results, inputs_of,
 from hsae.eval.harness.result_files import read_result
 from hsae.eval.harness.targets import model_digest
 from hsae.eval.hierarchy.composition_file import read_composition
-from hsae.eval.unlearning.config import SIDES
-from hsae.eval.unlearning.runs import config_digest
+from hsae.eval.unlearning.config import SIDES, UnlearningConfig
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.hierarchical_sae import STRUCTURES
@@ -151,7 +150,7 @@ class _Reader:
         try:
             content = read_result(plan.run_dir(config) / UNLEARNING_FILE, "hsae eval unlearning")
             inputs, arms = content["inputs"], content["arms"]
-            if inputs["sae"] != weights or inputs["config"] != config_digest(plan):
+            if inputs["sae"] != weights or inputs["config"] != plan.table(UnlearningConfig).digest:
                 return None
             if any(inputs[f"{side}_store"] not in same_bits(plan.asked(side)) for side in SIDES):
                 return None

@@ -145,6 +145,11 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         return ()
 
     @classmethod
+    def for_options(cls, options: Any) -> "type[Evaluation[Any, Any]]":
+        """The evaluation that options ask for, where several go by one name."""
+        return cls
+
+    @classmethod
     def folder(cls) -> str:
         """Name of the folder of its results."""
         return cls.name.replace("-", "_")
@@ -178,6 +183,9 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         for target in targets:
             self.listener.status(f"{self.name}: {target.label}")
             yield self.measure(target)
+
+    def discard(self, target: TargetT) -> None:
+        """Throw away what was kept of a measurement that was interrupted; done with `force`."""
 
     def complete(self, target: TargetT, content: dict[str, Any]) -> dict[str, Any]:
         """A result with what it says of other results, as they are now; called even if it was there, once all are measured."""
@@ -267,6 +275,8 @@ def evaluate_targets(
     contents = {index: place.result for index, place in enumerate(places) if place.result is not None and not force}
     missing = [index for index in range(len(targets)) if index not in contents]
     measured: set[int] = set()
+    for target in targets if force else ():
+        evaluation.discard(target)
     for batch in [missing] if evaluation.shares_passes else [[index] for index in missing]:
         if not evaluation.shares_passes and not force:  # somebody else may have made it by now
             (index,) = batch
@@ -311,6 +321,7 @@ def evaluate_plan(
     Raises UserError before any compute if something is missing: a package, a store, a run, or an SAE that does not fit.
     """
     options, selection = options or kind.options_kind(), selection or Selection()
+    kind = kind.for_options(options)
     check_packages(kind, options)
     targets = kind.select(plan, selection, listener)
     evaluation = kind.of_plan(plan, options, device=pick_device(device), listener=listener)

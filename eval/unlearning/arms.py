@@ -24,7 +24,7 @@ from torch import Tensor
 from hsae.eval.unlearning import selection
 from hsae.eval.unlearning.config import UnlearningConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention, firing_rates, of_means
-from hsae.eval.unlearning.passes import Rows
+from hsae.eval.unlearning.rows import Rows
 from hsae.eval.unlearning.selection import Profile
 from hsae.train.model.hierarchical_sae import HierarchicalSAE
 
@@ -41,7 +41,7 @@ class Setting:
     """Static if None; else clamping is limited to rows beyond this quantile of the retain rows' firing rates."""
 
 
-def settings(config: UnlearningConfig) -> list[Setting]:
+def settings_of(config: UnlearningConfig) -> list[Setting]:
     """The whole sweep."""
     return [
         Setting(latents=count, multiplier=multiplier, quantile=quantile)
@@ -72,7 +72,7 @@ class Arm:
         return [float(self.profile.mean_F[latent]) for latent in latents]
 
 
-def hierarchy(model: HierarchicalSAE) -> list[Tensor]:
+def level_maps(model: HierarchicalSAE) -> list[Tensor]:
     """The [C, G] contributions between neighbouring levels, coarsest first; empty unless every level has its map."""
     maps = [part.contributions.float().cpu() for part in sorted(model.compositions, key=lambda part: -part.level)]
     return maps if len(maps) == len(model.levels) - 1 else []
@@ -95,7 +95,7 @@ def sae_arms(model: HierarchicalSAE, dictionary: Dictionary, profile: Profile, c
         best = ranked([number])
         picks[f"level{number}"] = {count: best[:count] for count in counts}
     controls: dict[str, str] = {}
-    if levels > 1 and (maps := hierarchy(model)):
+    if levels > 1 and (maps := level_maps(model)):
         coarse, fine, leaning_F = ranked([levels]), ranked([1]), profile.leaning_F
 
         def descended(through: Sequence[Tensor]) -> dict[int, list[int]]:
@@ -141,7 +141,7 @@ def _mean(rows: Rows) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moved:
+class Shift:
     """How far an intervention moves residuals, as a function of m: energy(m) = square m^2 + 2 cross m + constant, per kept token."""
 
     square: float
@@ -161,12 +161,12 @@ class Moved:
         return root if root >= 0 else None
 
 
-def moved(
+def measure_shift(
     intervention: Intervention, means: Sequence[float], acts_RTA: Tensor, kept_RT: Tensor, directions_FD: Tensor
-) -> Moved:
+) -> Shift:
     """How far an intervention that sets latents to -m times their means moves the kept tokens' residuals."""
     if not intervention.latents:
-        return Moved(square=0.0, cross=0.0, constant=0.0)
+        return Shift(square=0.0, cross=0.0, constant=0.0)
     fired_RTA = intervention.fired(acts_RTA, kept_RT) & kept_RT[..., None]
     tokens = max(1, int(kept_RT[:, 1:].sum()))
     fired_NA = fired_RTA[fired_RTA.any(-1)]
@@ -174,7 +174,7 @@ def moved(
     means_NA = fired_NA * torch.tensor(means, dtype=torch.float64)
     chosen_AD = directions_FD[list(intervention.latents)].double()
     gram_AA = chosen_AD @ chosen_AD.T
-    return Moved(
+    return Shift(
         square=float((means_NA @ gram_AA * means_NA).sum()) / tokens,
         cross=float((means_NA @ gram_AA * acts_NA).sum()) / tokens,
         constant=float((acts_NA @ gram_AA * acts_NA).sum()) / tokens,

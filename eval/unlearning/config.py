@@ -1,5 +1,7 @@
 """The `[unlearning]` table of a plan."""
 
+import hashlib
+import json
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -48,6 +50,12 @@ class QAConfig(Config):
     retain_accuracy: ProperFraction = 0.99
     """Configurations that keep less of the retain accuracy don't count."""
 
+    @property
+    def digest(self) -> str:
+        """What the settings are known by in results; questions are known by their content."""
+        content = self.model_dump_json(exclude={"forget", "retain", "revisions"})
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
 
 class UnlearningConfig(Config):
     """The `[unlearning]` table: what is to be forgotten, what kept, and what is tried."""
@@ -83,6 +91,12 @@ class UnlearningConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Of positions, random latents, permuted maps and the bootstrap."""
     qa: QAConfig = QAConfig()
+
+    @property
+    def digest(self) -> str:
+        """What the settings are known by in results; texts are known by their content."""
+        content = self.model_dump(mode="json", exclude={"qa", *SIDES})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def spec(self, side: Side, model: ModelConfig, hook: HookConfig, cache: CacheConfig) -> StoreSpec:
         """The store of one side: tune and test rows first, with clean losses, then the rows that select."""

@@ -1,13 +1,12 @@
 """Trade-offs: the best setting within a budget, the curve of forgetting against harm, its area, and intervals over documents.
 
-Settings are chosen on tune documents and reported on test documents. Intervals are 95 % bootstrap intervals with whole documents as
-the unit, forget and retain drawn apart; every arm sees the same draws.
+Settings are chosen on tune documents and reported on test documents. Intervals are 95 % bootstrap intervals with whole
+documents as the unit, forget and retain drawn apart; every arm sees the same draws.
 
 Shapes: S resamples (the first is the data itself), K documents.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +14,26 @@ import torch
 from torch import Tensor
 
 from hsae.eval import figures
-from hsae.eval.harness import estimates
+from hsae.eval.harness.estimates import Resampler
 from hsae.eval.harness.result_files import read_result, run_option
 
 
-@dataclass(frozen=True, kw_only=True)
-class Draws:
-    """How often each document is drawn in each resample, and which document each row is of."""
+class DocumentBootstrap:
+    """Means over rows, of the data and of resamples of whole documents."""
 
-    counts_SK: Tensor
-    document_R: Tensor
-
-    @classmethod
-    def of(cls, documents: Sequence[int], resamples: int, seed: int) -> "Draws":
-        """Draws for rows of these documents."""
+    def __init__(self, documents: Sequence[int], resamples: int, seed: int) -> None:
         numbers = {document: place for place, document in enumerate(dict.fromkeys(documents))}
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(len(numbers), (resamples, len(numbers)), generator=generator)
-        counts = torch.zeros(resamples, len(numbers), dtype=torch.float64)
-        counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-        return cls(
-            counts_SK=torch.cat([torch.ones(1, len(numbers), dtype=torch.float64), counts]),
-            document_R=torch.tensor([numbers[document] for document in documents]),
-        )
+        self.document_R = torch.tensor([numbers[document] for document in documents])
+        self.weights_SK = Resampler(len(numbers), resamples=resamples, seed=seed).weights(0, len(numbers))
 
     def mean(self, sums_R: Sequence[float], positions_R: Sequence[int]) -> Tensor:
-        """[S] sum over rows per position, of the data and of each resample."""
-        above_K, below_K = (
-            torch.zeros(self.counts_SK.shape[1], dtype=torch.float64).index_add_(
-                0, self.document_R, torch.tensor(values, dtype=torch.float64)
-            )
-            for values in (list(sums_R), list(positions_R))
-        )
-        return (self.counts_SK @ above_K) / (self.counts_SK @ below_K).clamp_min(1)
+        """[S] sum over rows per position."""
+        return self._totals(sums_R) / self._totals(positions_R).clamp_min(1)
+
+    def _totals(self, values_R: Sequence[float]) -> Tensor:
+        values_K = torch.zeros(self.weights_SK.shape[1], dtype=torch.float64)
+        values_K.index_add_(0, self.document_R, torch.tensor(values_R, dtype=torch.float64))
+        return self.weights_SK @ values_K
 
 
 def choose(retain: Sequence[float], forget: Sequence[float | None], budget: float) -> int | None:
@@ -83,11 +69,6 @@ def area(retain: Sequence[Tensor], forget: Sequence[Tensor], most: float) -> Ten
     best_SP = gain_SP.clamp_min(0).cummax(1).values
     ends_SP = torch.cat([harm_SP[:, 1:], torch.full_like(harm_SP[:, :1], most)], 1).clamp_max(most)
     return ((ends_SP - harm_SP.clamp_max(most)) * best_SP).sum(1) / most
-
-
-def interval(values_S: Tensor) -> dict[str, float | None]:
-    """Value with its 95 % interval."""
-    return estimates.estimate_of(values_S).to_dict()
 
 
 @figures.style()

@@ -155,7 +155,8 @@ def test_all_goes_on_whatever_one_evaluation_raises(monkeypatch):
         "absorption": AssertionError("[/] odd"),
     }
 
-    raised["ravel"] = errors.NotApplicable("no store; make it with `hsae cache build --suite ravel`")
+    for name in ("ravel", "unlearning"):
+        raised[name] = errors.NotApplicable(f"no store; make it with `hsae cache build --suite {name}`")
 
     real = suite._registered
 
@@ -175,7 +176,7 @@ def test_all_goes_on_whatever_one_evaluation_raises(monkeypatch):
         ("tpp", "the machine is out of memory"),
         ("absorption", "AssertionError: [/] odd (test_cli_options.py, line"),
         ("ravel", "skipped: no store; make it with `hsae cache build --suite ravel`"),
-        ("unlearning", "skipped: "),
+        ("unlearning", "skipped: no store"),
         ("", "5 of 7 evaluations failed"),
     ]:
         assert re.search(rf"{name} .*{re.escape(said)}" if name else re.escape(said), table), (name, table)

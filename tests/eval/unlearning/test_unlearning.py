@@ -14,18 +14,25 @@ from typer.testing import CliRunner
 
 from hsae.cache.building.builder import build
 from hsae.cache.building.verification import repair, verify
-from hsae.cache.errors import StoreError, UserError
+from hsae.cache.errors import NotApplicable, StoreError, UserError
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.store import ActivationStore
 from hsae.cli.main import app
+from hsae.eval.harness.estimates import estimate_of
+from hsae.eval.harness.evaluation import evaluate_targets
+from hsae.eval.harness.listener import Listener
 from hsae.eval.harness.result_files import read_result, write_result
-from hsae.eval.unlearning import arms, pareto, qa, qa_runs, selection
-from hsae.eval.unlearning import runs as unlearning_runs
-from hsae.eval.unlearning import sweep as unlearning
+from hsae.eval.harness.targets import RunTarget
+from hsae.eval.unlearning import arms, pareto, qa, selection
 from hsae.eval.unlearning.config import UnlearningConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed, of_means, of_model, of_view
-from hsae.eval.unlearning.passes import LossMeter, Rows, Trial, split_rows
+from hsae.eval.unlearning.loss_meter import LossMeter, Trial
+from hsae.eval.unlearning.measurements import Texts
 from hsae.eval.unlearning.questions import Question
+from hsae.eval.unlearning.questions_evaluation import UnlearningQuestions
+from hsae.eval.unlearning.rows import Rows, split_rows
+from hsae.eval.unlearning.text_pair import open_texts
+from hsae.eval.unlearning.unlearning_evaluation import Unlearning
 from hsae.train.config.plan import load_plan
 from hsae.train.model.hierarchical_sae import STRUCTURES, CompositionMap, FlatSAE
 from hsae.train.model.sae import SAE
@@ -168,20 +175,19 @@ def a_model(structure="additive"):
 
 
 def texts_of(plan, language):
-    stores = unlearning_runs.open_texts(plan)
-    rows = [Rows.all_of(stores[side], HOOK) for side in ("forget", "retain")]
-    return unlearning.Texts.of(*rows, language, plan.table(UnlearningConfig))
+    rows = {side: Rows.all_of(store, HOOK) for side, store in open_texts(plan).items()}
+    return Texts.of(rows, language, plan.table(UnlearningConfig))
 
 
 def test_a_row_holds_one_document_and_splits_hold_whole_ones(plan):
-    rows = Rows.all_of(unlearning_runs.open_texts(plan)["forget"], HOOK)
+    rows = Rows.all_of(open_texts(plan)["forget"], HOOK)
     tokens = rows.tokens()
     assert (tokens[:, 0] == rows.store.header.bos_id).all() and not rows.store.special_mask(tokens[:, 1:]).any()
     assert max(rows.documents.count(document) for document in rows.documents) == 3
     assert set(rows.topics) == {"code", "shell"}
-    select, tune, test = split_rows(
-        rows, plan.table(UnlearningConfig).tune_rows, plan.table(UnlearningConfig).test_rows
-    )
+    config = plan.table(UnlearningConfig)
+    parts_by_name = split_rows(rows, config.tune_rows, config.test_rows)
+    select, tune, test = (parts_by_name[name] for name in ("select", "tune", "test"))
     parts = [set(part.documents) for part in (select, tune, test)]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
     assert sum(len(part.numbers) for part in (select, tune, test)) == rows.store.rows == 29
@@ -335,7 +341,7 @@ def test_how_far_residuals_move_is_a_quadratic_that_can_be_solved():
     kept = torch.rand(5, 9, generator=generator) > 0.2
     directions = torch.randn(7, 11, generator=generator)
     means, still = [0.7, 1.1, 0.2], Intervention(latents=(6, 0, 2), values=(0.0, 0.0, 0.0))
-    moved = arms.moved(still, means, acts, kept, directions)
+    moved = arms.measure_shift(still, means, acts, kept, directions)
     for multiplier in (0.0, 1.0, 2.5):
         clamp = still.scaled([-multiplier * mean for mean in means])
         delta = clamp.delta(acts, clamp.fired(acts, kept), directions)
@@ -343,7 +349,7 @@ def test_how_far_residuals_move_is_a_quadratic_that_can_be_solved():
         assert moved.rms(multiplier) == pytest.approx(kept_only.pow(2).sum(1).mean().sqrt().item(), rel=1e-5)
     assert moved.multiplier(moved.rms(1.7)) == pytest.approx(1.7)
     assert moved.multiplier(moved.rms(0) * 0.01) is None
-    assert arms.moved(still, means, torch.zeros_like(acts), kept, directions).multiplier(1.0) is None
+    assert arms.measure_shift(still, means, torch.zeros_like(acts), kept, directions).multiplier(1.0) is None
 
 
 def test_difference_of_means_at_zero_takes_the_difference_away():
@@ -379,19 +385,19 @@ def test_the_area_is_the_mean_over_budgets_of_the_best_within_each():
 
 
 def test_intervals_draw_whole_documents():
-    draws = pareto.Draws.of([4, 4, 9, 7, 7, 7], 400, 0)
-    assert draws.counts_SK.shape == (401, 3) and (draws.counts_SK.sum(1) == 3).all()
+    draws = pareto.DocumentBootstrap([4, 4, 9, 7, 7, 7], 400, 0)
+    assert draws.weights_SK.shape == (401, 3) and (draws.weights_SK.sum(1) == 3).all()
     sums, counts = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 2, 3, 1, 1, 1]
     means = draws.mean(sums, counts)
     assert means[0].item() == pytest.approx(21 / 10)
     documents = {0: (3.0, 4), 1: (3.0, 3), 2: (15.0, 3)}
     for number in (1, 2, 3):
-        drawn = draws.counts_SK[number].tolist()
+        drawn = draws.weights_SK[number].tolist()
         above = sum(times * documents[place][0] for place, times in enumerate(drawn))
         below = sum(times * documents[place][1] for place, times in enumerate(drawn))
         assert means[number].item() == pytest.approx(above / below)
-    entry = pareto.interval(means)
-    assert entry["low"] < entry["value"] < entry["high"]
+    entry = estimate_of(means)
+    assert entry.low < entry.value < entry.high
 
 
 # --- whole evaluations -----------------------------------------------------------------------------------------------
@@ -406,18 +412,25 @@ def trained(plan, number, model):
         "number": config.number, "name": config.name,
     }  # fmt: skip
     run_directory.write_run(run_dir, content)
-    return plan, config
+    return RunTarget.of(plan, config)
+
+
+def unlearn(plan, targets, language=None, *, kind=Unlearning, sets=None, force=False, listener=None):
+    """Results of an evaluation to which the language model is given; without one, nothing can be computed."""
+    evaluation = kind(open_texts(plan), None, plan.table(UnlearningConfig), listener=listener or Listener())
+    evaluation.sets, evaluation.language = sets, language
+    return evaluate_targets(evaluation, targets, force=force)
 
 
 def test_every_arm_is_swept_chosen_on_tune_and_reported_on_test(plan, language):
     runs = [trained(plan, 3, a_model()), trained(plan, 0, a_model("flat")), trained(plan, 1, a_model("stacked"))]
-    done = unlearning_runs.evaluate_runs(runs, lambda store: language)
-    names = [list(item.result["arms"]) for item in done]
+    done = unlearn(plan, runs, language)
+    names = [list(item.content["arms"]) for item in done]
     hierarchical = ["level1", "level2", "descend", "ascend", "descend-permuted", "random"]
     assert names[0] == ["none", "mean-difference", "sae", *hierarchical]
     assert names[1] == ["none", "mean-difference", "sae", "random"]
     assert names[2] == ["none", "mean-difference", *hierarchical]
-    texts, result = texts_of(plan, language), done[0].result
+    texts, result = texts_of(plan, language), done[0].content
     tested = 0
     for name, arm in result["arms"].items():
         assert list(arm["at_retain"]) == ["0.005", "0.01", "0.02", "0.05"]
@@ -467,27 +480,26 @@ def test_every_arm_is_swept_chosen_on_tune_and_reported_on_test(plan, language):
     assert read_result(folder / "unlearning.json", "") == result
 
 
-def refused(store):
-    raise AssertionError("the language model was loaded")
-
-
 def test_results_are_used_again_only_if_made_of_the_same_inputs(plan, overrides, language):
     run = trained(plan, 0, a_model("flat"))
-    first = unlearning_runs.evaluate_runs([run], lambda store: language)[0]
-    again = unlearning_runs.evaluate_runs([run], refused)[0]
-    assert again.reused and again.result == first.result
-    forced = unlearning_runs.evaluate_runs([run], lambda store: language, force=True)[0]
-    assert not forced.reused and forced.result == first.result  # the same bits
+    (first,) = unlearn(plan, [run], language)
+    (again,) = unlearn(plan, [run])
+    assert again.is_reused and again.content == first.content
+    (forced,) = unlearn(plan, [run], language, force=True)
+    assert not forced.is_reused and forced.content == first.content  # the same bits
+    figure = run.folder / "unlearning.png"
+    figure.unlink()
+    assert unlearn(plan, [run])[0].is_reused and figure.is_file()
     other = load_plan("tiny", [*overrides, f"train.dir={plan.train.dir!r}", "unlearning.multipliers=[0, 2]"])
-    told = []
-    assert not unlearning_runs.evaluate_runs([(other, other.runs[0])], lambda store: language, say=told.append)[
-        0
-    ].reused
-    assert told == ["evaluated anew, with other settings: 0 baseline"]
+    listener = Listener()
+    said = []
+    listener.say = said.append
+    assert not unlearn(other, [RunTarget.of(other, other.runs[0])], language, listener=listener)[0].is_reused
+    assert said == ["evaluated anew, with other settings: 0 baseline"]
     changed_model = a_model("flat")
     changed_model.levels[0].W_dec[0] += 1
-    changed_model.save(plan.run_dir(run[1]) / "model")
-    assert not unlearning_runs.evaluate_runs([run], lambda store: language)[0].reused
+    changed_model.save(run.run_dir / "model")
+    assert not unlearn(plan, [run], language)[0].is_reused
 
 
 def test_a_sweep_that_was_interrupted_goes_on_where_it_was(plan, language):
@@ -496,37 +508,44 @@ def test_a_sweep_that_was_interrupted_goes_on_where_it_was(plan, language):
     class Stopped(Exception):
         pass
 
-    def stopping(arm, done, total):
-        if arm == "random" and done == 1:
-            raise Stopped
+    class Stopping(Listener):
+        def progress(self, phase, done, total):
+            if phase == "0 baseline: random" and done == 1:
+                raise Stopped
 
-    with pytest.raises(Stopped):
-        unlearning_runs.evaluate_runs([run], lambda store: language, progress=lambda label: stopping)
-    partial = plan.run_dir(run[1]) / "eval" / "unlearning.partial.json"
-    assert partial.is_file()
-    held = json.loads(partial.read_text())
-    resumed = unlearning_runs.evaluate_runs([run], lambda store: language)[0].result
+    partial = run.folder / "unlearning.partial.json"
+
+    def interrupt():
+        with pytest.raises(Stopped):
+            unlearn(plan, [run], language, listener=Stopping())
+        return json.loads(partial.read_text())
+
+    held = interrupt()
+    resumed = unlearn(plan, [run], language)[0].content
     assert resumed["passes"]["measured_before"] == len(held["pieces"]) > 5
-    whole = unlearning_runs.evaluate_runs([run], lambda store: language, force=True)[0].result
+    (run.folder / "unlearning.json").unlink()
+    interrupt()
+    whole = unlearn(plan, [run], language, force=True)[0].content
+    assert whole["passes"]["measured_before"] == 0
     assert {**resumed, "passes": None} == {**whole, "passes": None}
     assert resumed["passes"]["run"] < whole["passes"]["run"]
     held["inputs"]["sae"] = "another"
     write_result(partial, held, allow_nan=True)
     (partial.parent / "unlearning.json").unlink()
-    fresh = unlearning_runs.evaluate_runs([run], lambda store: language)[0].result
+    fresh = unlearn(plan, [run], language)[0].content
     assert fresh["passes"]["measured_before"] == 0
 
 
 def test_what_is_missing_is_said_with_what_to_run(plan, overrides, tmp_path, monkeypatch):
     elsewhere = load_plan("tiny", [*overrides, f"cache.dir={str(tmp_path / 'none')!r}"])
     path = elsewhere.store_path("forget")
-    with pytest.raises(StoreError) as error:
-        unlearning_runs.open_texts(elsewhere)
+    with pytest.raises(NotApplicable) as error:
+        open_texts(elsewhere)
     assert str(error.value) == (
         f"no forget store at {path}; make it with: hsae cache build --plan tiny --suite unlearning"
     )
     with pytest.raises(UserError, match=r"run 3 \(full\) of plan tiny has not been trained to its end"):
-        unlearning_runs.evaluate_runs([(plan, plan.runs[3])], refused)
+        RunTarget.of(plan, plan.runs[3])
     with pytest.raises(UserError, match=r"unknown key unlearning\.row; allowed: budgets"):
         load_plan("tiny", ["unlearning.row=3"])
     with pytest.raises(UserError, match=r"unlearning\.retain_cap: Input should be less than 1 \(given: 2\)"):
@@ -593,15 +612,17 @@ def test_the_question_form_scores_every_level_and_is_used_again(plan, overrides,
         "unlearning.qa.multipliers=[5, 50]",
     ]
     chosen = load_plan("tiny", [*overrides, f"train.dir={plan.train.dir!r}", *asked])
-    runs = [(chosen, trained(plan, number, a_model(kind))[1]) for number, kind in ((3, "additive"), (1, "stacked"))]
-    done = qa_runs.evaluate_runs(runs, sets, lambda: language)
-    assert [list(item.result["arms"]) for item in done] == [["sae", "level1", "level2"], ["level1", "level2"]]
+    runs = [trained(plan, number, a_model(kind)) for number, kind in ((3, "additive"), (1, "stacked"))]
+    runs = [RunTarget.of(chosen, run.config) for run in runs]
+    done = unlearn(chosen, runs, language, kind=UnlearningQuestions, sets=sets)
+    assert [list(item.content["arms"]) for item in done] == [["sae", "level1", "level2"], ["level1", "level2"]]
     for item in done:
-        for arm in item.result["arms"].values():
+        for arm in item.content["arms"].values():
             assert len(arm["configurations"]) == 4 and 0 <= arm["unlearning_score"] <= 1
             assert arm["unlearning_score"] == qa.score(arm["configurations"], 0.99)
-        assert item.result["questions"]["forget"]["given"] == 9
-    again = qa_runs.evaluate_runs(runs, sets, lambda: refused(None))
-    assert all(item.reused for item in again) and [i.result for i in again] == [i.result for i in done]
-    sets["forget"] = sets["forget"][:-1]
-    assert not qa_runs.evaluate_runs(runs[:1], sets, lambda: language)[0].reused
+        assert item.content["questions"]["forget"]["given"] == 9
+    assert "level2" in str(done[0].table()) and "9 forget questions" in done[0].evaluation.notes(done)[0]
+    again = unlearn(chosen, runs, kind=UnlearningQuestions, sets=sets)
+    assert all(item.is_reused for item in again) and [i.content for i in again] == [i.content for i in done]
+    fewer = {**sets, "forget": sets["forget"][:-1]}
+    assert not unlearn(chosen, runs[:1], language, kind=UnlearningQuestions, sets=fewer)[0].is_reused

@@ -10,10 +10,11 @@ from hsae.cache.errors import ModelError, UserError
 from hsae.cache.format.spec import ModelConfig
 from hsae.cache.language_model import sources
 from hsae.cache.language_model.lm import LanguageModel, load_tokenizer
-from hsae.eval.unlearning import qa, qa_runs, questions
+from hsae.eval.unlearning import qa, questions
 from hsae.eval.unlearning.config import QAConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention
 from hsae.eval.unlearning.questions import Question
+from hsae.eval.unlearning.questions_evaluation import UnlearningQuestions
 from hsae.train.config.plan import load_plan
 
 HOOK, D = "blocks.2.hook_resid_post", 48
@@ -144,7 +145,7 @@ def test_a_model_without_a_chat_template_or_with_an_unknown_one_is_refused():
 
 def test_everything_is_checked_before_any_compute(tmp_path):
     with pytest.raises(UserError, match="has no chat template, so it is not instruction-tuned"):
-        qa_runs.check(load_plan("tiny", [f"cache.dir={str(tmp_path)!r}"]))
+        UnlearningQuestions.of_plan(load_plan("tiny", [f"cache.dir={str(tmp_path)!r}"]))
 
 
 def test_prompts_show_lettered_choices_and_open_an_answer(language):

@@ -1,82 +1,24 @@
 """Losses under an intervention, from cached residuals and suffix passes of the language model.
 
-Rows in which nothing fires cost no pass, and positions before the first firing no unembedding: causality leaves them as they are. At a
-large vocabulary unembedding is dearer than the pass itself, so a row's loss is taken at a few positions, drawn once with a seed.
+Rows in which nothing fires cost no pass, and positions before the first firing no unembedding: causality leaves them as
+they are. At a large vocabulary unembedding costs more than the pass itself, so a row's loss is taken at a few positions,
+drawn once with a seed.
 
-Shapes: R rows, T context, D residual width, A chosen latents, P positions of a row, N positions of several rows, V vocabulary.
+Shapes: R rows, B rows of a batch, T context, D residual width, A chosen latents, N positions of several rows, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from hsae.cache.errors import UserError
 from hsae.cache.language_model import token_losses
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.reading.store import ActivationStore
-from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed
+from hsae.eval.unlearning.intervention import Intervention, changed
+from hsae.eval.unlearning.rows import BATCH_ROWS, Rows
 
-BATCH_ROWS = 16  # rows of one suffix pass
 UNEMBEDDED_BYTES = 64 << 20  # of float32 logits at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Rows of a store: which, of which documents, about what."""
-
-    store: ActivationStore
-    hook: str
-    numbers: tuple[int, ...]
-    documents: tuple[int, ...]
-    topics: tuple[str | None, ...]
-
-    @classmethod
-    def all_of(cls, store: ActivationStore, hook: str) -> "Rows":
-        """Every row of a store of one document a row."""
-        held = store.documents()
-        return cls(
-            store=store,
-            hook=hook,
-            numbers=tuple(range(store.rows)),
-            documents=tuple(document for document, _ in held),
-            topics=tuple(topic for _, topic in held),
-        )
-
-    def where(self, wanted: Callable[[int], bool]) -> "Rows":
-        """The rows whose place in `self` is wanted."""
-        places = [place for place in range(len(self.numbers)) if wanted(place)]
-        parts = {
-            name: tuple(getattr(self, name)[place] for place in places) for name in ("numbers", "documents", "topics")
-        }
-        return Rows(store=self.store, hook=self.hook, **parts)
-
-    def tokens(self) -> Tensor:
-        """[R, T]"""
-        return torch.stack([self.store.tokens(row, row + 1)[0] for row in self.numbers])
-
-    def kept(self, tokens_RT: Tensor | None = None) -> Tensor:
-        """[R, T] True where a token is not special."""
-        return ~self.store.special_mask(self.tokens() if tokens_RT is None else tokens_RT)
-
-    def residuals(self, places: Sequence[int]) -> Tensor:
-        """[places, T, D] of some of the rows."""
-        return torch.stack(
-            [self.store.acts(self.hook, row, row + 1)[0] for row in map(self.numbers.__getitem__, places)]
-        )
-
-    def batches(self) -> "list[tuple[Tensor, Tensor]]":
-        """Residuals and masks of kept tokens, batch by batch."""
-        kept_RT = self.kept()
-        starts = range(0, len(self.numbers), BATCH_ROWS)
-        places = [range(start, min(start + BATCH_ROWS, len(self.numbers))) for start in starts]
-        return [(self.residuals(part), kept_RT[part.start : part.stop]) for part in places]
-
-    def activations(self, dictionary: Dictionary, latents: Sequence[int]) -> Tensor:
-        """[R, T, A] float32 activations of some latents."""
-        chosen = list(latents)
-        return torch.cat([dictionary.encode(x_RTD)[..., chosen].float() for x_RTD, _ in self.batches()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,25 +158,3 @@ class LossMeter:
         if kl_R is not None and kl_N is not None:
             for place, part in zip(places, torch.split(kl_N, sizes), strict=True):
                 kl_R[place] = part.double().sum().item()
-
-
-def split_rows(rows: Rows, tune_rows: int, test_rows: int) -> tuple[Rows, Rows, Rows]:
-    """(select, tune, test): whole documents, tune first, then test, and the rest selects. Raises UserError if one is empty."""
-    first = {document: place for place, document in reversed(list(enumerate(rows.documents)))}
-    last = {document: place for place, document in enumerate(rows.documents)}
-    end = tune_rows + test_rows
-
-    def part(place: int) -> str:
-        document = rows.documents[place]
-        if first[document] < tune_rows:
-            return "tune"
-        return "test" if last[document] < end else "select"
-
-    parts = [rows.where(lambda place, name=name: part(place) == name) for name in ("select", "tune", "test")]  # type: ignore[misc]
-    for name, found in zip(("select", "tune", "test"), parts, strict=True):
-        if not found.numbers:
-            raise UserError(
-                f"the {rows.store.spec.split} text leaves no whole document to {name} on ({tune_rows} tune and {test_rows} test rows of "
-                f"{len(rows.numbers)}); raise unlearning.rows, or lower unlearning.rows_per_document"
-            )
-    return parts[0], parts[1], parts[2]

@@ -1,0 +1,71 @@
+"""What is measured of unlearning: meters on the parts of both texts, and the changes measured so far, kept for a sweep that is
+interrupted.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.eval.harness.result_files import read_result, write_result
+from hsae.eval.unlearning.config import SIDES, Side, UnlearningConfig
+from hsae.eval.unlearning.loss_meter import Change, LossMeter, Passes
+from hsae.eval.unlearning.rows import Rows, split_rows
+
+
+class MeasuredChanges:
+    """Changes of the loss by what was measured; kept in a file as long as the inputs are the same."""
+
+    def __init__(self, path: Path, inputs: dict[str, Any]) -> None:
+        self.path, self.inputs = path, inputs
+        self.changes: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            try:
+                content = read_result(path, "hsae eval unlearning")
+                if content["inputs"] == inputs:
+                    self.changes = content["pieces"]
+            except (ValueError, KeyError, TypeError):
+                pass  # damaged: measured again
+        self.read = len(self.changes)
+        """How many were in the file."""
+
+    def get(self, key: str, measure: Callable[[], Change]) -> Change:
+        """The change under a key, measured unless it is there."""
+        if key not in self.changes:
+            self.changes[key] = asdict(measure())
+            write_result(self.path, {"inputs": self.inputs, "pieces": self.changes}, allow_nan=True)
+        return Change(**self.changes[key])
+
+
+@dataclass(kw_only=True)
+class Texts:
+    """Forget and retain rows, each split in three, with meters."""
+
+    language: LanguageModel
+    config: UnlearningConfig
+    rows: dict[Side, dict[str, Rows]]
+    meters: dict[tuple[Side, str], LossMeter] = field(default_factory=dict)
+    passes: Passes = field(default_factory=Passes)
+
+    @classmethod
+    def of(cls, rows: dict[Side, Rows], language: LanguageModel, config: UnlearningConfig) -> "Texts":
+        """Split the rows of both stores. Raises UserError if there are too few documents."""
+        parts = {side: split_rows(rows[side], config.tune_rows, config.test_rows) for side in SIDES}
+        return cls(language=language, config=config, rows=parts)
+
+    def meter(self, side: Side, part: str) -> LossMeter:
+        """The meter on one part of one side, made once."""
+        if (side, part) not in self.meters:
+            self.meters[side, part] = self.meter_on(self.rows[side][part])
+        return self.meters[side, part]
+
+    def meter_on(self, rows: Rows) -> LossMeter:
+        """A meter on any rows."""
+        return LossMeter(
+            model=self.language,
+            rows=rows,
+            positions_per_row=self.config.positions_per_row,
+            seed=self.config.seed,
+            passes=self.passes,
+        )
