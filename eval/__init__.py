@@ -6,12 +6,12 @@ from hsae._lazy import lazy_names
 
 if TYPE_CHECKING:
     from hsae.eval.core.core import CoreOptions as CoreOptions
-    from hsae.eval.harness.envelope import CoreResult as CoreResult
+    from hsae.eval.core.core_result import CoreResult as CoreResult
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
             "CoreOptions": "hsae.eval.core.core",
-            "CoreResult": "hsae.eval.harness.envelope",
+            "CoreResult": "hsae.eval.core.core_result",
         },
     )

@@ -15,7 +15,7 @@ from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import place
 from hsae.eval.ablation.table import COLUMNS, AblationTable, Cell, Column, Kind, Row
 from hsae.eval.ablation.verdicts import COMPONENTS, judge
-from hsae.eval.harness.current import DIGESTS, Current, core_results, inputs_of, same_bits
+from hsae.eval.core.current import DIGESTS, Current, core_results, inputs_of, same_bits
 from hsae.eval.harness.result_files import read_result
 from hsae.eval.harness.targets import model_digest
 from hsae.eval.hierarchy.composition_file import read_composition

@@ -18,14 +18,15 @@ from typing import Any
 from hsae.cache.errors import UserError
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.autointerp import explain
+from hsae.eval.autointerp.autointerp_file import AutointerpFile, SaebenchAutointerpConfig
 from hsae.eval.autointerp.config import AutointerpConfig
 from hsae.eval.autointerp.interpretation import MEASURES, Interpreted, interpret, measures, told, windows
 from hsae.eval.autointerp.judge import Answer, Judge, Prices, Question
 from hsae.eval.autointerp.windows import Case, Sampler
 from hsae.eval.core.core import check_views
 from hsae.eval.harness import estimates
-from hsae.eval.harness.envelope import envelope, hsae_version, write_result
-from hsae.eval.harness.saebench_schema import read_measured
+from hsae.eval.harness.result_files import hsae_version
+from hsae.eval.harness.saebench_file import read_measured, write_envelope
 from hsae.eval.harness.targets import Found, Target, find
 from hsae.train.runs.run_record import check_same_model
 
@@ -112,7 +113,7 @@ class Autointerp:
     # --- before the judge is asked ---------------------------------------------------------------------------------------
 
     def _find(self, target: Target) -> Found[dict[str, Any]]:
-        return find(target, self.inputs(target), partial(read_measured, suite=SUITE))
+        return find(target, self.inputs(target), partial(read_measured, kind=AutointerpFile, evaluation=SUITE))
 
     def found(self, target: Target) -> Scored | None:
         """The result that lies there, if it was made of the same inputs."""
@@ -184,7 +185,7 @@ class Autointerp:
         """Ask the judge, score its answers and write the result. Raises UserError if it fails, or answers in another form too often."""
         interpreted = self._interpreted(prepared.cases, progress)
         content = self._content(prepared, interpreted)
-        write_result(content, prepared.target.folder, self._find(prepared.target).path.name)
+        write_envelope(self._find(prepared.target).path, content)
         return Scored(target=prepared.target, content=content, reused=False)
 
     def _interpreted(self, cases: Sequence[Case], progress: Progress) -> list[Interpreted]:
@@ -247,8 +248,7 @@ class Autointerp:
         scores = [item.score() for item in scored]
         answers = [answer for item in interpreted for answer in item.answers]
         malformed = [item.case.latent for item in interpreted if item.predicted is None]
-        return envelope(
-            SUITE,
+        return AutointerpFile.content(
             eval_config=self._eval_config(),
             metrics={
                 SUITE: {
@@ -302,32 +302,32 @@ class Autointerp:
             "autointerp": settings,
         }
 
-    def _eval_config(self) -> dict[str, Any]:
+    def _eval_config(self) -> SaebenchAutointerpConfig:
         """SAEBench's `eval_config`."""
         config, spec = self.config, self.store.spec
-        return {
-            "model_name": spec.model.id,
-            "n_latents": config.n_latents,
-            "override_latents": None,
-            "dead_latent_threshold": config.dead_latent_threshold,
-            "random_seed": config.seed,
-            "dataset_name": spec.corpus.corpus,
-            "llm_context_size": spec.context,
-            "llm_batch_size": spec.batch_rows,
-            "llm_dtype": spec.model.dtype,
-            "buffer": config.buffer,
-            "no_overlap": True,
-            "act_threshold_frac": config.act_threshold_frac,
-            "total_tokens": min(self.store.rows * spec.context, config.total_tokens),
-            "scoring": True,
-            "max_tokens_in_explanation": config.max_tokens_in_explanation,
-            "use_demos_in_explanation": True,
-            "n_top_ex_for_generation": config.n_top_ex_for_generation,
-            "n_iw_sampled_ex_for_generation": config.n_iw_sampled_ex_for_generation,
-            "n_top_ex_for_scoring": config.n_top_ex_for_scoring,
-            "n_random_ex_for_scoring": config.n_random_ex_for_scoring,
-            "n_iw_sampled_ex_for_scoring": config.n_iw_sampled_ex_for_scoring,
-        }
+        return SaebenchAutointerpConfig(
+            model_name=spec.model.id,
+            n_latents=config.n_latents,
+            override_latents=None,
+            dead_latent_threshold=config.dead_latent_threshold,
+            random_seed=config.seed,
+            dataset_name=spec.corpus.corpus,
+            llm_context_size=spec.context,
+            llm_batch_size=spec.batch_rows,
+            llm_dtype=spec.model.dtype,
+            buffer=config.buffer,
+            no_overlap=True,
+            act_threshold_frac=config.act_threshold_frac,
+            total_tokens=min(self.store.rows * spec.context, config.total_tokens),
+            scoring=True,
+            max_tokens_in_explanation=config.max_tokens_in_explanation,
+            use_demos_in_explanation=True,
+            n_top_ex_for_generation=config.n_top_ex_for_generation,
+            n_iw_sampled_ex_for_generation=config.n_iw_sampled_ex_for_generation,
+            n_top_ex_for_scoring=config.n_top_ex_for_scoring,
+            n_random_ex_for_scoring=config.n_random_ex_for_scoring,
+            n_iw_sampled_ex_for_scoring=config.n_iw_sampled_ex_for_scoring,
+        )
 
 
 def noise_note(results: Sequence[Scored]) -> str | None:

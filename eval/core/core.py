@@ -20,6 +20,7 @@ from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.language_model.provenance import check_model
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core import corrected_measures
+from hsae.eval.core.core_result import CoreResult, dead_explanation, nan_to_minus_one
 from hsae.eval.core.reconstruction import ReconstructionPhase
 from hsae.eval.core.saebench_metrics import (
     InputMetrics,
@@ -30,10 +31,10 @@ from hsae.eval.core.saebench_metrics import (
     weight_metrics,
 )
 from hsae.eval.harness import estimates
-from hsae.eval.harness.envelope import CoreResult, dead_explanation, hsae_version, nan_to_minus_one
 from hsae.eval.harness.evaluation import Options
 from hsae.eval.harness.fits import check_fits
 from hsae.eval.harness.listener import SILENT, Listener
+from hsae.eval.harness.result_files import hsae_version
 from hsae.train.model.views import View
 
 DETAIL_DIGITS = 10

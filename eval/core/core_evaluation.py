@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core.core import CoreOptions, check, evaluate
-from hsae.eval.harness.envelope import CoreResult, as_json, core_result_of, read_core_file, write_result
+from hsae.eval.core.core_result import CoreResult, as_json, core_result_of, read_core_file
 from hsae.eval.harness.evaluation import Evaluation, Result, store_inputs
+from hsae.eval.harness.saebench_file import write_envelope
 from hsae.eval.harness.tables import Cell, Table, interval_cell
 from hsae.eval.harness.targets import Found, Target, find
 from hsae.train.config.plan import Plan
@@ -116,4 +117,4 @@ class Core(Evaluation[ActivationStore, Target]):
         for item in results:
             names = {"release": item.target.release, "sae_id": item.target.sae_id}
             content = as_json(core_result_of(item.content), **names, layout="legacy")
-            write_result(content, item.target.folder / "legacy", item.path.name)
+            write_envelope(item.target.folder / "legacy" / item.path.name, content)

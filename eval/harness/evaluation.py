@@ -21,11 +21,11 @@ from hsae.cache.errors import UserError, need
 from hsae.cache.format.spec import Config, Split
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.language_model.sources import at_commit
-from hsae.eval.harness.envelope import write_result
 from hsae.eval.harness.estimates import Estimate, describe_noise
 from hsae.eval.harness.fits import check_fits
 from hsae.eval.harness.listener import SILENT, Listener
 from hsae.eval.harness.result_files import describe_changes
+from hsae.eval.harness.saebench_file import write_envelope
 from hsae.eval.harness.tables import Cell, Table, interval_cell
 from hsae.eval.harness.targets import Found, RunTarget, Selection, Target, select_targets
 from hsae.train.config.plan import Plan
@@ -202,7 +202,7 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
 
     def write(self, path: Path, content: dict[str, Any]) -> Path:
         """Write a result file, atomically and with its checksum."""
-        return write_result(content, path.parent, path.name)
+        return write_envelope(path, content)
 
     # --- what people see -----------------------------------------------------------------------------------------------------
 

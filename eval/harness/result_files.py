@@ -9,17 +9,25 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from hsae.cache.errors import UserError
-from hsae.cache.files import CHECKSUM, check_seal, content_digest, parse_json, sealed, sweep, write_atomically
+from hsae.cache.files import CHECKSUM, check_seal, parse_json, sealed, sweep, write_atomically
 from hsae.train.runs.run_record import options
 
 DIGEST = re.compile("[0-9a-f]{16,}")
 NAMED = {"sae": "SAE", "hsae": "version", "seeds": "draws", "state": "state of the store", "corpus": "text"}
 NAMED |= {"config": "settings", "model": "weights of the language model"}
-WRITER = "sae_bench_commit_hash"  # says in SAEBench's schema who wrote a file
+
+
+def hsae_version() -> str:
+    """What hsae calls itself in result files, for example `hsae 0.1.0`."""
+    try:
+        return f"hsae {version('hsae')}"
+    except PackageNotFoundError:
+        return "hsae (not installed)"
 
 
 def publish(path: Path, write: Callable[[Path], Any]) -> None:
@@ -55,35 +63,12 @@ def write_result(path: Path, content: Mapping[str, Any], *, indent: int = 1, all
 
 def read_result(path: Path, again: str) -> dict[str, Any]:
     """The content of a result file without its checksum. Raises UserError, which says to make it `again`, if it is missing or damaged."""
-    content = _read(path, again)
+    content = read_json(path, again)
     try:
         check_seal(content, required=False)
     except ValueError as error:
-        raise _damaged(path, again, error) from None
+        raise damaged(path, again, error) from None
     return {key: value for key, value in content.items() if key != CHECKSUM}
-
-
-def envelope_text(content: Mapping[str, Any]) -> str:
-    """A result in SAEBench's schema, whose keys are fixed, as JSON text: the checksum of all else stands in hsae's own block."""
-    hsae = content.get("hsae")
-    if isinstance(hsae, dict):
-        plain = parse_json(json.dumps(content))
-        content = {**content, "hsae": {**hsae, CHECKSUM: content_digest(plain)}}
-    return json.dumps(content, indent=2)
-
-
-def read_envelope(path: Path, again: str) -> Any:
-    """The content of a file in SAEBench's schema, hsae's or not, without its checksum. Raises UserError as `read_result` does."""
-    content = _read(path, again, "JSON")
-    hsae = content.get("hsae") if isinstance(content, dict) else None
-    if isinstance(hsae, dict) and CHECKSUM in hsae:
-        plain = {**content, "hsae": {key: value for key, value in hsae.items() if key != CHECKSUM}}
-        if hsae[CHECKSUM] != content_digest(plain):
-            raise _damaged(path, again, "it fails its checksum")
-        return plain
-    if isinstance(content, dict) and not content.keys() & {"hsae"} and str(content.get(WRITER)).startswith("hsae "):
-        raise _damaged(path, again, "its block hsae is missing")
-    return content
 
 
 def changes(inputs: Mapping[str, Any], held: Mapping[str, Any]) -> str:
@@ -117,7 +102,8 @@ def run_option(path: Path) -> str:
     return f" {options(run)}" if run is not None and run.name.isdecimal() else ""
 
 
-def _read(path: Path, again: str, kind: str = "a result file") -> Any:
+def read_json(path: Path, again: str, kind: str = "a result file") -> Any:
+    """The content of a JSON file; an object, unless `kind` is "JSON". Raises UserError as `read_result` does."""
     try:
         content = parse_json(path.read_bytes())
     except OSError as error:
@@ -125,9 +111,10 @@ def _read(path: Path, again: str, kind: str = "a result file") -> Any:
     except ValueError as error:
         raise UserError(f"{path} is not {kind}: {error}; make it again with: {again}") from None
     if kind != "JSON" and not isinstance(content, dict):
-        raise _damaged(path, again, "not a JSON object")
+        raise damaged(path, again, "not a JSON object")
     return content
 
 
-def _damaged(path: Path, again: str, problem: object) -> UserError:
+def damaged(path: Path, again: str, problem: object) -> UserError:
+    """What to raise of a damaged file."""
     return UserError(f"{path} is damaged ({problem}); make it again with: {again}")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from hsae.cache.errors import UserError
-from hsae.eval.harness.envelope import file_name, hsae_version
 from hsae.eval.harness.fits import doubts, same_hook
 from hsae.eval.harness.listener import SILENT, Listener
-from hsae.eval.harness.result_files import changes
+from hsae.eval.harness.result_files import changes, hsae_version
+from hsae.eval.harness.saebench_file import file_name
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model import saelens_folder

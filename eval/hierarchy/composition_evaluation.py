@@ -13,8 +13,8 @@ from pydantic import Field
 
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.reading.store import ActivationStore
-from hsae.eval.harness.current import Current, core_results
-from hsae.eval.harness.envelope import CoreResult
+from hsae.eval.core.core_result import CoreResult
+from hsae.eval.core.current import Current, core_results
 from hsae.eval.harness.estimates import Estimate
 from hsae.eval.harness.evaluation import Options, Result, cached_method, check_target, store_inputs
 from hsae.eval.harness.run_evaluation import RunEvaluation

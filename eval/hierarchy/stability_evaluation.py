@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from hsae.cache.errors import UserError
-from hsae.eval.harness.envelope import hsae_version
 from hsae.eval.harness.evaluation import Options, Result
+from hsae.eval.harness.result_files import hsae_version
 from hsae.eval.harness.run_evaluation import RunEvaluation
 from hsae.eval.harness.tables import Table, spread_cell
 from hsae.eval.harness.targets import Found, RunTarget

@@ -16,14 +16,23 @@ from torch import Tensor
 from hsae.cache.suites.probe_store import ProbeStore, TaskEntry
 from hsae.cache.suites.specs import Suite
 from hsae.cache.suites.suite_files import PART_TEXTS
-from hsae.eval.harness.envelope import envelope, hsae_version
 from hsae.eval.harness.estimates import Estimate
 from hsae.eval.harness.evaluation import Evaluation, Options, Result, cached_method
-from hsae.eval.harness.saebench_schema import LAYOUTS, read_measured
+from hsae.eval.harness.result_files import hsae_version
+from hsae.eval.harness.saebench_file import Part, SaebenchFile, read_measured
 from hsae.eval.harness.tables import Cell, PlusMinus
 from hsae.eval.harness.targets import Found, Target, find
 from hsae.eval.probing import absorption, scr_tpp, sparse_probing
 from hsae.eval.probing.config import probe_spec
+from hsae.eval.probing.saebench_files import (
+    AbsorptionConfig,
+    AbsorptionFile,
+    ScrFile,
+    ScrTppConfig,
+    SparseProbingConfig,
+    SparseProbingFile,
+    TppFile,
+)
 from hsae.eval.probing.sparse_probing import RANDOM_SEED, Outcome
 from hsae.eval.probing.text_probes import Task, sum_latents, sum_texts
 from hsae.train.config.plan import Plan
@@ -44,6 +53,7 @@ class SuiteEvaluation(Evaluation[StoreT, Target]):
     """An evaluation of SAEBench's suite: its result is SAEBench's file with hsae's block."""
 
     options_kind = DrawOptions
+    file_kind: ClassVar[type[SaebenchFile]]
 
     @property
     def seeds(self) -> list[int]:
@@ -62,7 +72,7 @@ class SuiteEvaluation(Evaluation[StoreT, Target]):
 
     def find(self, target: Target) -> Found[dict[str, Any]]:
         """Where the target's result belongs, and whether it is there."""
-        return find(target, self.inputs(target), partial(read_measured, suite=self.name))
+        return find(target, self.inputs(target), partial(read_measured, kind=self.file_kind, evaluation=self.name))
 
     def cell(self, measure: Estimate | None) -> Cell:
         """A measure with half its interval."""
@@ -108,14 +118,13 @@ class ProbeEvaluation(SuiteEvaluation[ProbeStore]):
         """SAEBench's result fields, and measures with intervals over seeds."""
 
     @abstractmethod
-    def eval_config(self) -> dict[str, Any]:
+    def eval_config(self) -> Part:
         """SAEBench's `eval_config`."""
 
     def measure(self, target: Target) -> dict[str, Any]:
         """A target's result as SAEBench's JSON object with hsae's block."""
         outcome, own = self.outcome(target.hook, target.view)
-        return envelope(
-            LAYOUTS[self.name].eval_type_id,
+        return self.file_kind.content(
             eval_config=self.eval_config(),
             metrics=outcome.metrics,
             details=outcome.details,
@@ -183,6 +192,7 @@ class SparseProbing(TextEvaluation):
     """How much of a labelled class a few latents tell."""
 
     name = suite = "sparse-probing"
+    file_kind = SparseProbingFile
     headlines: ClassVar[dict[str, str]] = {
         "top 1": "top_1_test_accuracy",
         "top 5": "top_5_test_accuracy",
@@ -206,21 +216,21 @@ class SparseProbing(TextEvaluation):
         own = sparse_probing.ideal(self.exact_tasks(hook), exact, self.seeds)
         return outcome, {**own, "residual": residual["measures"]}
 
-    def eval_config(self) -> dict[str, Any]:
+    def eval_config(self) -> SparseProbingConfig:
         """SAEBench's `eval_config`."""
         spec, tasks = self.store.spec, self.store.spec.tasks
-        return {
-            "random_seed": RANDOM_SEED,
-            "dataset_names": self.dataset_names(),
-            "probe_train_set_size": 2 * tasks.train_per_class,
-            "probe_test_set_size": 2 * tasks.test_per_class,
-            "context_length": tasks.context,
-            "sae_batch_size": PART_TEXTS,
+        return SparseProbingConfig(
+            random_seed=RANDOM_SEED,
+            dataset_names=self.dataset_names(),
+            probe_train_set_size=2 * tasks.train_per_class,
+            probe_test_set_size=2 * tasks.test_per_class,
+            context_length=tasks.context,
+            sae_batch_size=PART_TEXTS,
             **self.model_config(),
-            "model_name": spec.model.id,
-            "k_values": list(sparse_probing.K_VALUES),
-            "lower_vram_usage": False,
-        }
+            model_name=spec.model.id,
+            k_values=list(sparse_probing.K_VALUES),
+            lower_vram_usage=False,
+        )
 
 
 class _ClassAblation(TextEvaluation):
@@ -248,29 +258,29 @@ class _ClassAblation(TextEvaluation):
     def set_sizes(self) -> tuple[int, int]:
         """Texts that a probe is trained on, and tested on."""
 
-    def eval_config(self) -> dict[str, Any]:
+    def eval_config(self) -> ScrTppConfig:
         """SAEBench's `eval_config`."""
         spec, training, names = self.store.spec, scr_tpp.TRAINING, self.dataset_names()
         train, test = self.set_sizes()
-        return {
-            "random_seed": RANDOM_SEED,
-            "dataset_names": names,
-            "perform_scr": self.kind == "scr",
-            "early_stopping_patience": training.patience,
-            "train_set_size": train,
-            "test_set_size": test,
-            "context_length": spec.tasks.context,
-            "probe_train_batch_size": training.batch,
-            "probe_test_batch_size": test,
-            "probe_epochs": training.epochs,
-            "probe_lr": training.lr,
-            "probe_l1_penalty": training.l1,
-            "sae_batch_size": PART_TEXTS,
+        return ScrTppConfig(
+            random_seed=RANDOM_SEED,
+            dataset_names=names,
+            perform_scr=self.kind == "scr",
+            early_stopping_patience=training.patience,
+            train_set_size=train,
+            test_set_size=test,
+            context_length=spec.tasks.context,
+            probe_train_batch_size=training.batch,
+            probe_test_batch_size=test,
+            probe_epochs=training.epochs,
+            probe_lr=training.lr,
+            probe_l1_penalty=training.l1,
+            sae_batch_size=PART_TEXTS,
             **self.model_config(),
-            "lower_vram_usage": False,
-            "model_name": spec.model.id,
-            "n_values": list(scr_tpp.N_VALUES),
-            "column1_vals_lookup": {
+            lower_vram_usage=False,
+            model_name=spec.model.id,
+            n_values=list(scr_tpp.N_VALUES),
+            column1_vals_lookup={
                 name: [
                     list(entry.pair)
                     for entry in self.entries.values()
@@ -278,13 +288,14 @@ class _ClassAblation(TextEvaluation):
                 ]
                 for name in names
             },
-        }
+        )
 
 
 class SCR(_ClassAblation):
     """Whether ablating a few latents removes a spurious correlation."""
 
     name = suite = kind = "scr"
+    file_kind = ScrFile
     headlines: ClassVar[dict[str, str]] = {f"threshold {n}": f"scr_metric_threshold_{n}" for n in (10, 20, 50)}
 
     def set_sizes(self) -> tuple[int, int]:
@@ -297,6 +308,7 @@ class TPP(_ClassAblation):
     """Whether ablating a few latents hurts one class's probe and no other."""
 
     name = suite = kind = "tpp"
+    file_kind = TppFile
     headlines: ClassVar[dict[str, str]] = {
         f"threshold {n} total": f"tpp_threshold_{n}_total_metric" for n in (10, 20, 50)
     }
@@ -311,6 +323,7 @@ class Absorption(ProbeEvaluation):
     """Whether a letter's latents stay silent on words where others speak for it."""
 
     name = suite = "absorption"
+    file_kind = AbsorptionFile
     headlines: ClassVar[dict[str, str]] = {
         "absorption fraction": "mean_absorption_fraction_score",
         "full absorption": "mean_full_absorption_score",
@@ -345,22 +358,22 @@ class Absorption(ProbeEvaluation):
         own = absorption.faithful(plain, words, self.settings)
         return own, absorption.ideal(exact, words, self.settings, self.seeds)
 
-    def eval_config(self) -> dict[str, Any]:
+    def eval_config(self) -> AbsorptionConfig:
         """SAEBench's `eval_config`."""
         spec, settings = self.store.spec, self.settings
-        return {
-            "model_name": spec.model.id,
-            "random_seed": RANDOM_SEED,
-            "f1_jump_threshold": settings.f1_jump,
-            "max_k_value": settings.max_k,
-            "prompt_template": spec.tasks.prompt_template,
-            "prompt_token_pos": self.store.header.prompt_token_pos,
+        return AbsorptionConfig(
+            model_name=spec.model.id,
+            random_seed=RANDOM_SEED,
+            f1_jump_threshold=settings.f1_jump,
+            max_k_value=settings.max_k,
+            prompt_template=spec.tasks.prompt_template,
+            prompt_token_pos=self.store.header.prompt_token_pos,
             **self.model_config(),
-            "k_sparse_probe_l1_decay": settings.l1_decay,
-            "k_sparse_probe_batch_size": settings.batch,
-            "k_sparse_probe_num_epochs": settings.epochs,
-            "min_GT_probe_f1": settings.min_f1,
-            "min_feats_for_eval": settings.min_letters,
-            "eval_k_sparse_probe_batch_size": absorption.ENCODED_AT_ONCE,
-            "precalc_k_sparse_probe_sae_acts": False,
-        }
+            k_sparse_probe_l1_decay=settings.l1_decay,
+            k_sparse_probe_batch_size=settings.batch,
+            k_sparse_probe_num_epochs=settings.epochs,
+            min_GT_probe_f1=settings.min_f1,
+            min_feats_for_eval=settings.min_letters,
+            eval_k_sparse_probe_batch_size=absorption.ENCODED_AT_ONCE,
+            precalc_k_sparse_probe_sae_acts=False,
+        )

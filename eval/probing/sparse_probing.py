@@ -87,7 +87,7 @@ def _probes(
 
 def _outcome(results: dict[str, Accuracies]) -> Outcome:
     means = {name: {key: mean(values.values()) for key, values in found.items()} for name, found in results.items()}
-    keys = [f"{kind}{key}" for kind in ("llm", "sae") for key in ("_test_accuracy", *_top_keys())]
+    keys = [*accuracy_keys("llm"), *accuracy_keys("sae")]
     details: list[dict[str, Any]] = [
         {"dataset_name": f"{name}_results", **{key: found.get(key) for key in keys}} for name, found in means.items()
     ]
@@ -103,8 +103,9 @@ def _outcome(results: dict[str, Accuracies]) -> Outcome:
     return Outcome(metrics=metrics, details=details, unstructured=unstructured)
 
 
-def _top_keys() -> list[str]:
-    return [f"_top_{k}_test_accuracy" for k in SCHEMA_K]
+def accuracy_keys(kind: str) -> list[str]:
+    """SAEBench's keys in its order, of probes on the residual (`llm`) or on latents (`sae`)."""
+    return [f"{kind}_test_accuracy", *(f"{kind}_top_{k}_test_accuracy" for k in SCHEMA_K)]
 
 
 def _mean_or_none(values: list[float | None]) -> float | None:

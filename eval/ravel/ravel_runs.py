@@ -17,9 +17,9 @@ from hsae.cache.language_model.provenance import check_model
 from hsae.cache.storage.paths import size_of
 from hsae.cache.suites.entities import describe_counts
 from hsae.cache.suites.ravel_store import RavelStore
-from hsae.eval.harness.envelope import envelope, hsae_version
 from hsae.eval.harness.estimates import mean_over_seeds
 from hsae.eval.harness.evaluation import Result, cached_method
+from hsae.eval.harness.result_files import hsae_version
 from hsae.eval.harness.targets import Target
 from hsae.eval.probing.evaluations import DrawOptions, SuiteEvaluation
 from hsae.eval.probing.text_probes import generator_for
@@ -36,6 +36,7 @@ from hsae.eval.ravel.exchange import (
     saebench_scores,
     split_entities,
 )
+from hsae.eval.ravel.ravel_file import RavelFile, SaebenchRavelConfig
 from hsae.train.config.plan import Plan
 from hsae.train.model.views import View
 
@@ -66,6 +67,7 @@ class Ravel(SuiteEvaluation[RavelStore]):
     """Whether exchanging a few latents changes one attribute of an entity and no other."""
 
     name = "ravel"
+    file_kind = RavelFile
     config_kind = RavelConfig
     headlines: ClassVar[dict[str, str]] = {name.removesuffix("_score"): name for name in MEASURES}
 
@@ -179,8 +181,7 @@ class Ravel(SuiteEvaluation[RavelStore]):
             }
             for split, held, mask_F in zip(self.splits, outcomes, chosen, strict=True)
         ]
-        return envelope(
-            "ravel",
+        return self.file_kind.content(
             eval_config=self.eval_config(),
             metrics={"ravel": {name: means[short] for name, short in MEASURES.items()}},
             details=[],
@@ -248,27 +249,27 @@ class Ravel(SuiteEvaluation[RavelStore]):
         )
         return [*super().notes(results), passes, describe_store(self.store)]
 
-    def eval_config(self) -> dict[str, Any]:
+    def eval_config(self) -> SaebenchRavelConfig:
         """SAEBench's `eval_config`."""
-        config, kept = self.config, self.store.prompts
-        return {
-            "entity_attribute_selection": {kind: list(prompts) for kind, prompts in kept.items()},
-            "top_n_entities": config.top_entities,
-            "top_n_templates": 90,
-            "full_dataset_downsample": None,
-            "num_pairs_per_attribute": config.pairs,
-            "train_test_split": config.train_share,
-            "force_dataset_recompute": False,
-            "model_name": self.store.spec.model.id,
-            "llm_dtype": self.store.spec.model.dtype,
-            "llm_batch_size": config.batch_pairs,
-            "learning_rate": config.learning_rate,
-            "num_epochs": config.epochs,
-            "train_mdas": False,
-            "n_generated_tokens": config.new_tokens,
-            "random_seed": config.seed,
-            "artifact_dir": "",
-        }
+        config, prompts_by_kind = self.config, self.store.prompts
+        return SaebenchRavelConfig(
+            entity_attribute_selection={kind: list(prompts) for kind, prompts in prompts_by_kind.items()},
+            top_n_entities=config.top_entities,
+            top_n_templates=90,
+            full_dataset_downsample=None,
+            num_pairs_per_attribute=config.pairs,
+            train_test_split=config.train_share,
+            force_dataset_recompute=False,
+            model_name=self.store.spec.model.id,
+            llm_dtype=self.store.spec.model.dtype,
+            llm_batch_size=config.batch_pairs,
+            learning_rate=config.learning_rate,
+            num_epochs=config.epochs,
+            train_mdas=False,
+            n_generated_tokens=config.new_tokens,
+            random_seed=config.seed,
+            artifact_dir="",
+        )
 
 
 def passes_of(blocks: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hsae.eval import figures
-from hsae.eval.harness.current import Current
+from hsae.eval.core.current import Current
 from hsae.eval.harness.targets import model_digest
 from hsae.eval.hierarchy import maps
 from hsae.eval.hierarchy.composition_file import FILE, read_composition, read_maps

@@ -15,8 +15,8 @@ from hsae.cache.files import write_atomically
 from hsae.cache.format.spec import StoreSpec
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval import figures
-from hsae.eval.harness.current import Current, inputs_of, same_bits
-from hsae.eval.harness.envelope import read_core
+from hsae.eval.core.core_result import read_core
+from hsae.eval.core.current import Current, inputs_of, same_bits
 from hsae.eval.harness.targets import model_digest
 from hsae.eval.report import tables
 from hsae.eval.report.cards import LatentCard, cards_of

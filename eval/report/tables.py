@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsae.eval import figures
-from hsae.eval.harness.current import inputs_of
-from hsae.eval.harness.envelope import CoreResult, Measure
+from hsae.eval.core.core_result import CoreResult, Measure
+from hsae.eval.core.current import inputs_of
 from hsae.train.model.hierarchical_sae import STRUCTURES
 
 COLUMNS = (  # key of a measure, heading, digits, whether more is better (None: neither)

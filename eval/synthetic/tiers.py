@@ -17,8 +17,7 @@ from filelock import FileLock, Timeout
 
 from hsae.cache.device import pick_device
 from hsae.cache.errors import UserError
-from hsae.eval.harness.envelope import hsae_version
-from hsae.eval.harness.result_files import read_result, write_result
+from hsae.eval.harness.result_files import hsae_version, read_result, write_result
 from hsae.eval.synthetic import scores as synthetic
 from hsae.train.config.run_config import RunConfig, StreamConfig
 from hsae.train.model.hierarchical_sae import HierarchicalSAE

@@ -14,9 +14,8 @@ from hsae.cache.language_model.provenance import check_model
 from hsae.cache.language_model.sources import at_commit
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import exists
-from hsae.eval.harness.envelope import hsae_version
 from hsae.eval.harness.evaluation import Options, check_target
-from hsae.eval.harness.result_files import write_result
+from hsae.eval.harness.result_files import hsae_version, write_result
 from hsae.eval.harness.run_evaluation import RunEvaluation
 from hsae.eval.harness.targets import RunTarget
 from hsae.eval.unlearning.config import SIDES, Side, UnlearningConfig

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hsae.eval.harness.envelope import read_core
+from hsae.eval.core.core_result import read_core
 
 pytestmark = pytest.mark.slow(minutes=10)
 COMMAND = [sys.executable, "-c", "from hsae.cli.main import main; main()", "quickstart"]

@@ -11,7 +11,8 @@ from hsae.eval.ablation.results import read_table
 from hsae.eval.ablation.significance import compare
 from hsae.eval.ablation.table import COLUMNS, AblationTable, Cell, Component, Row
 from hsae.eval.ablation.verdicts import judge
-from hsae.eval.harness.result_files import envelope_text, read_envelope, read_result, write_result
+from hsae.eval.harness.result_files import read_result, write_result
+from hsae.eval.harness.saebench_file import envelope_text, read_envelope
 from hsae.train.config.plan import load_plan
 
 

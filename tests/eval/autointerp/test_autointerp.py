@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from places import GOLDEN, ROOT
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from hsae.cache.building import writer
@@ -29,11 +30,12 @@ from hsae.cache.reading.store import ActivationStore
 from hsae.cli import common
 from hsae.cli.main import app
 from hsae.eval.autointerp import explain, windows
+from hsae.eval.autointerp.autointerp_file import AutointerpFile
 from hsae.eval.autointerp.config import AutointerpConfig, JudgeConfig
 from hsae.eval.autointerp.evaluation import Scored, noise_note
 from hsae.eval.autointerp.judge import Judge, Question
 from hsae.eval.autointerp.windows import Sampler, written
-from hsae.eval.harness.saebench_schema import problems, read_suite
+from hsae.eval.harness.saebench_file import read_file
 from hsae.train.config.plan import PlanError, load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.hierarchical_sae import AdditiveSAE
@@ -158,7 +160,7 @@ def invoke(work, server, *more, sets=()):
 
 def result(work):
     (path,) = (work[0] / "out" / "autointerp").iterdir()
-    return read_suite(path, "autointerp")
+    return read_file(path, AutointerpFile, "autointerp")
 
 
 def answers(work):
@@ -297,16 +299,16 @@ def test_a_latent_of_one_meaning_scores_high_and_one_of_none_by_chance(work, ser
     done = invoke(work, server, "--yes")
     assert done.exit_code == 0, (done.output, done.exception)
     content = result(work)
-    assert problems(content, "autointerp") == []
+    AutointerpFile.model_validate(content)
     wrong = {
         **content,
         "eval_config": {**content["eval_config"], "buffer": "10"},
         "eval_result_details": [{"latent": 1}],
     }
-    assert problems(wrong, "autointerp") == [
-        "eval_config.buffer is str",
-        "eval_result_details.0.latent is not SAEBench's",
-    ]
+    with pytest.raises(ValidationError) as refused:
+        AutointerpFile.model_validate(wrong)
+    places = [problem["loc"] for problem in refused.value.errors()]
+    assert places == [("eval_config", "buffer"), ("eval_result_details", 0, "latent")]
     entries, hsae = content["eval_result_unstructured"], content["hsae"]
     assert sorted(map(int, entries)) == list(range(11))
     assert hsae["latents"] == {"scored": 11, "alive": 12, "dead": 1, "too_few_examples": [FEW], "malformed": []}

@@ -16,9 +16,9 @@ from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core import reconstruction
 from hsae.eval.core.core import CoreOptions, evaluate
+from hsae.eval.core.core_result import CURRENT, DETAILS
 from hsae.eval.core.saebench_metrics import weight_metrics
 from hsae.eval.harness import estimates
-from hsae.eval.harness.envelope import CURRENT, DETAILS
 from hsae.eval.harness.listener import Listener
 from hsae.train.model.sae import SAE
 from hsae.train.model.saelens_folder import load

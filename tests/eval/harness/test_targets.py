@@ -14,8 +14,8 @@ from hsae.cache.reading.store import ActivationStore
 from hsae.cli.eval import app
 from hsae.eval.core.core import CoreOptions, check
 from hsae.eval.core.core_evaluation import Core
+from hsae.eval.core.core_result import read_core, read_core_file
 from hsae.eval.harness import targets
-from hsae.eval.harness.envelope import read_core, read_core_file
 from hsae.eval.harness.evaluation import evaluate_targets
 from hsae.eval.harness.listener import Listener
 from hsae.train.config.plan import load_plan

@@ -483,7 +483,7 @@ def test_ce_scores_come_from_core_results_of_this_very_model(trained, quick):
     found = CompositionResult.model_validate(evaluate(plan, 3).content["result"])
     assert all(level.ce_loss_score.value is None for level in found.levels)
     from hsae.eval.core.core_evaluation import Core
-    from hsae.eval.harness.envelope import core_result_of
+    from hsae.eval.core.core_result import core_result_of
     from hsae.eval.harness.targets import run_targets
 
     store = ActivationStore.of(plan.store("eval"), plan.cache.dir)

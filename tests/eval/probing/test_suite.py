@@ -9,6 +9,7 @@ import torch
 from commands import HOOK, D, an_sae, invoke, settings, write_texts
 from models import changed
 from places import GOLDEN
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from hsae import registry
@@ -21,13 +22,22 @@ from hsae.cache.suites.residual_sets import part_bytes, part_name
 from hsae.cache.suites.specs import SUITES, SuiteConfig
 from hsae.cache.suites.suite_files import PART_TEXTS, Part, write_header
 from hsae.cli import common
-from hsae.eval.harness.saebench_schema import LAYOUTS, problems, read_suite
+from hsae.eval.harness.saebench_file import first_problem, read_file
 from hsae.eval.probing.config import probe_spec
 from hsae.eval.probing.evaluations import Absorption, DrawOptions, SparseProbing
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.hierarchical_sae import AdditiveSAE
 from hsae.train.runs import run_directory
+
+
+def check_file(content, suite):
+    """Raise ValidationError unless it is a result that SAEBench would read."""
+    kind_of(suite).file_kind.model_validate(content)
+
+
+def measured(path, suite):
+    return read_file(path, kind_of(suite).file_kind, suite)
 
 
 @pytest.fixture(scope="module")
@@ -210,16 +220,16 @@ def test_all_evaluates_without_a_language_model_and_goes_on_when_one_fails(
         assert len(files) == 2
         for file in files:
             content = json.loads(file.read_text())
-            assert problems(content, suite) == []
+            check_file(content, suite)
             assert content["hsae"]["lm_passes"] == 0
             measures = content["hsae"]["measures"]
             assert set(kind_of(suite).headlines.values()) <= set(measures) or suite in ("scr", "tpp")
             assert all(len(measure["seeds"]) == 2 for measure in measures.values())
-    content = read_suite(sorted((tmp_path / "out" / "sparse_probing").iterdir())[0], "sparse-probing")
+    content = measured(sorted((tmp_path / "out" / "sparse_probing").iterdir())[0], "sparse-probing")
     assert content["eval_result_metrics"]["llm"]["llm_test_accuracy"] > 0.8
     assert content["hsae"]["residual"]["test_accuracy"]["value"] > 0.8
     assert content["eval_config"]["probe_train_set_size"] == 22
-    scr = read_suite(sorted((tmp_path / "out" / "scr").iterdir())[0], "scr")
+    scr = measured(sorted((tmp_path / "out" / "scr").iterdir())[0], "scr")
     assert scr["eval_config"]["column1_vals_lookup"] == {"topic": [["lists", "files"]]}
     assert scr["eval_result_metrics"]["scr_metrics"]["scr_dir1_threshold_50"] is None  # more than there are latents
     again = invoke("eval", "tpp", *chosen, "--out", tmp_path / "out", "--draws", 2, *settings(overrides))
@@ -271,12 +281,12 @@ def test_absorption_from_a_store_of_words_for_a_hierarchy_and_one_of_its_levels(
     for name in ("sae", "level1"):
         target = SimpleNamespace(view=model.views()[name], hook=HOOK, release="r", sae_id=name, inputs={"sae": "0"})
         found[name] = evaluation.measure(target)
-        assert problems(found[name], "absorption") == []
+        check_file(found[name], "absorption")
     scores = {name: content["hsae"]["measures"]["mean_absorption_fraction_score"] for name, content in found.items()}
     assert scores["sae"] != scores["level1"]
     assert found["sae"]["sae_cfg_dict"]["d_sae"] == view.d_sae > found["level1"]["sae_cfg_dict"]["d_sae"]
     content = found["sae"]
-    assert problems(content, "absorption") == []
+    check_file(content, "absorption")
     assert content["eval_config"]["prompt_template"] == "{word} starts with the letter:"
     assert 20 <= len(content["eval_result_details"]) <= 26
     assert 0 < content["eval_result_metrics"]["mean"]["mean_absorption_fraction_score"] < 1
@@ -300,7 +310,7 @@ def test_every_level_of_a_hierarchy_is_evaluated(overrides, plan, no_language_mo
     files = sorted((plan.run_dir(config) / "eval" / kind_of(suite).folder()).iterdir())
     views = ("level1", "level2", "sae")
     assert [file.name for file in files] == [f"hsae_tiny_3-full_{view}_eval_results.json" for view in views]
-    results = [read_suite(file, suite) for file in files]
+    results = [measured(file, suite) for file in files]
     assert [result["sae_cfg_dict"]["d_sae"] for result in results] == [13, 7, 20]
     assert results[0]["eval_result_metrics"] != results[1]["eval_result_metrics"]
 
@@ -323,21 +333,24 @@ def test_saebenchs_own_files_fit_the_schema_and_others_do_not(suite):
     files = [path for path in sorted(folder.glob("*.json")) if "eval_type_id" in path.read_text()]
     assert len(files) >= 4
     for file in files:
-        assert problems(json.loads(file.read_text()), suite) == []
+        check_file(json.loads(file.read_text()), suite)
     content = json.loads(files[0].read_text())
     category = next(iter(content["eval_result_metrics"]))
     key = next(iter(content["eval_result_metrics"][category]))
     content["eval_result_metrics"][category][key] = "high"
     del content["eval_config"]["model_name"]
     content["extra"] = 1
-    assert problems(content, suite) == ["extra is not SAEBench's"]
-    del content["extra"]
-    assert problems(content, suite) == [
-        "eval_config.model_name is missing",
-        f"eval_result_metrics.{category}.{key} is str",
-    ]
-    other = next(name for name in LAYOUTS if name != suite)
-    assert problems(json.loads(files[0].read_text()), other)[0].startswith("eval_type_id is ")
+    with pytest.raises(ValidationError) as refused:
+        check_file(content, suite)
+    assert {".".join(map(str, problem["loc"])) for problem in refused.value.errors()} >= {
+        "eval_config.model_name",
+        "extra",
+    }
+    assert any(category in map(str, problem["loc"]) for problem in refused.value.errors())
+    other = next(name for name in SUITES if name != suite)
+    with pytest.raises(ValidationError) as refused:
+        check_file(json.loads(files[0].read_text()), other)
+    assert first_problem(refused.value).startswith("eval_type_id: Value error, is ")
 
 
 @pytest.mark.slow

@@ -19,10 +19,11 @@ from hsae.cache.suites.entities import judge_answer, read_entities, token_at
 from hsae.cache.suites.ravel_store import Prompt, RavelStore
 from hsae.cache.suites.specs import EntitiesConfig
 from hsae.cli import common
-from hsae.eval.harness.saebench_schema import problems, read_suite
+from hsae.eval.harness.saebench_file import read_file
 from hsae.eval.probing.evaluations import DrawOptions
 from hsae.eval.ravel.config import RavelConfig, ravel_spec
 from hsae.eval.ravel.exchange import Exchange, Pair, own_scores, pairs_of, saebench_scores, split_entities
+from hsae.eval.ravel.ravel_file import RavelFile
 from hsae.eval.ravel.ravel_runs import MEASURES, Ravel
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
@@ -450,8 +451,8 @@ def test_an_sae_and_every_level_of_a_run_are_evaluated(overrides, plan, store, t
         f"hsae_tiny_3-full_{view}_eval_results.json" for view in ("level1", "level2", "sae")
     ]
     for file in files:
-        content = read_suite(file, "ravel")
-        assert problems(content, "ravel") == []
+        content = read_file(file, RavelFile, "ravel")
+        RavelFile.model_validate(content)
         names = {f"word_{attribute}" for attribute in store.prompts["word"]}
         assert set(content["eval_result_unstructured"]["word_results"]) == names == set(content["hsae"]["attributes"])
         means = content["eval_result_metrics"]["ravel"]

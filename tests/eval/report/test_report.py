@@ -17,7 +17,7 @@ from hsae.cache.language_model.lm import load_tokenizer
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval import contexts, figures
 from hsae.eval.core.core_evaluation import Core
-from hsae.eval.harness.envelope import read_core
+from hsae.eval.core.core_result import read_core
 from hsae.eval.harness.evaluation import evaluate_targets
 from hsae.eval.harness.result_files import write_result
 from hsae.eval.harness.targets import RunTarget, run_targets

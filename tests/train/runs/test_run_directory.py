@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from hsae.cache.errors import UserError
 from hsae.cache.files import partial_name, write_atomically
+from hsae.eval.core.core_result import read_core
 from hsae.eval.harness import result_files
-from hsae.eval.harness.envelope import read_core, write_result
+from hsae.eval.harness.saebench_file import write_envelope
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.hierarchical_sae import StackedSAE
@@ -223,7 +224,7 @@ def test_a_digit_of_a_result_is_told(tmp_path):
     with (GOLDEN / "user_baseline_core.json").open() as file:
         content = json.load(file)
     content["hsae"] = {"inputs": {}, "measures": {}}
-    path = write_result(content, tmp_path / "5" / "eval" / "core")
+    path = write_envelope(tmp_path / "5" / "eval" / "core" / "r_s_eval_results.json", content)
     assert read_core(path).hsae == content["hsae"]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     text = path.read_text()

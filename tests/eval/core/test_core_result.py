@@ -8,7 +8,8 @@ import pytest
 from places import GOLDEN, TESTS
 
 from hsae.cache.errors import UserError
-from hsae.eval.harness import envelope
+from hsae.eval.core.core_result import Measure, as_json, read_core
+from hsae.eval.harness.saebench_file import file_name, write_envelope
 
 BASELINE = TESTS / "golden" / "user_baseline_core.json"
 EXPECTED = GOLDEN / "core" / "expected"
@@ -29,7 +30,7 @@ ENVELOPE = [
 
 
 def a_result():
-    return envelope.read_core(sorted(EXPECTED.glob("jumprelu*.json"))[0])
+    return read_core(sorted(EXPECTED.glob("jumprelu*.json"))[0])
 
 
 def edited(tmp_path, change):
@@ -43,8 +44,9 @@ def edited(tmp_path, change):
 @pytest.mark.parametrize("path", sorted(EXPECTED.glob("*.json")), ids=lambda path: path.stem)
 def test_a_file_of_saebench_is_written_again_key_for_key(path, tmp_path):
     original = json.loads(path.read_text())
-    result = envelope.read_core(path)
-    written = json.loads(envelope.write_core(result, tmp_path, release=result.release, sae_id=result.name).read_text())
+    result = read_core(path)
+    path = write_envelope(tmp_path / "it.json", as_json(result, release=result.release, sae_id=result.name))
+    written = json.loads(path.read_text())
     assert list(original) == ENVELOPE and list(written) == [*ENVELOPE, "hsae"]
     own = {"eval_id", "datetime_epoch_millis", "sae_bench_commit_hash", "sae_lens_version"}
     assert json.dumps({key: written[key] for key in ENVELOPE if key not in own}) == json.dumps(
@@ -55,13 +57,14 @@ def test_a_file_of_saebench_is_written_again_key_for_key(path, tmp_path):
 
 
 def test_files_are_named_as_saebench_names_them(tmp_path):
-    path = envelope.write_core(a_result(), tmp_path / "new", release="google/gemma_3", sae_id="level/1")
+    content = as_json(a_result(), release="google/gemma_3", sae_id="level/1")
+    path = write_envelope(tmp_path / "new" / file_name("google/gemma_3", "level/1"), content)
     assert path == tmp_path / "new" / "google_gemma_3_level_1_eval_results.json"
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 def test_the_legacy_baseline_is_read_as_what_it_is():
-    result = envelope.read_core(BASELINE)
+    result = read_core(BASELINE)
     assert result.legacy and result.dead
     assert result.release == "google/gemma-2-2b_layer_19_sae" and result.hsae is None
     assert result.metric("explained_variance_legacy") == -0.78515625
@@ -88,7 +91,7 @@ def test_current_files_have_both_explained_variances():
 
 def test_the_legacy_layout_has_the_legacy_files_keys_and_meaning(tmp_path):
     result = a_result()
-    path = envelope.write_core(result, tmp_path, release="r", sae_id="s", layout="legacy")
+    path = write_envelope(tmp_path / "it.json", as_json(result, release="r", sae_id="s", layout="legacy"))
     written, baseline = json.loads(path.read_text()), json.loads(BASELINE.read_text())
     assert [*baseline, "hsae"] == list(written)
     for category, values in baseline["eval_result_metrics"].items():
@@ -96,7 +99,7 @@ def test_the_legacy_layout_has_the_legacy_files_keys_and_meaning(tmp_path):
     assert list(baseline["eval_result_metrics"]) == list(written["eval_result_metrics"])
     assert list(baseline["eval_config"]) == list(written["eval_config"])
     assert "max_decoder_cosine_sim" not in written["eval_result_details"][0]
-    again = envelope.read_core(path)
+    again = read_core(path)
     assert again.legacy
     assert again.metric("explained_variance_legacy") == result.metric("explained_variance_legacy")
 
@@ -115,8 +118,8 @@ def test_a_score_of_minus_one_is_a_value_unless_its_parts_are_nan():
 def test_measures_come_from_the_hsae_block():
     block = {"measures": {"mse": {"value": 0.5, "low": 0.4, "high": 0.6}, "dead_fraction": {"value": None}}}
     result = replace(a_result(), hsae=block)
-    assert result.measure("mse") == envelope.Measure(0.5, 0.4, 0.6)
-    assert result.measure("dead_fraction") == envelope.Measure(None)
+    assert result.measure("mse") == Measure(0.5, 0.4, 0.6)
+    assert result.measure("dead_fraction") == Measure(None)
     assert result.measure("l0") is None
 
 
@@ -135,7 +138,7 @@ def test_measures_come_from_the_hsae_block():
 def test_what_is_wrong_with_a_file_is_said(change, said, tmp_path):
     path = edited(tmp_path, change)
     with pytest.raises(UserError, match=re.escape(said)) as caught:
-        envelope.read_core(path)
+        read_core(path)
     assert str(path) in str(caught.value)
 
 
@@ -144,16 +147,16 @@ def test_a_file_that_is_no_result_is_refused(text, tmp_path):
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(UserError, match=re.escape(str(path))):
-        envelope.read_core(path)
+        read_core(path)
 
 
 def test_a_missing_file_is_a_users_error(tmp_path):
     with pytest.raises(UserError, match="can't be read: No such file"):
-        envelope.read_core(tmp_path / "absent.json")
+        read_core(tmp_path / "absent.json")
 
 
 def test_a_minus_one_that_stands_for_nan_is_never_taken_for_a_score():
-    result = envelope.read_core(BASELINE)
+    result = read_core(BASELINE)
     quality = {**result.metrics["reconstruction_quality"], "mse": -1.0, "explained_variance": -1.0}
     loss = {**result.metrics["model_performance_preservation"], "ce_loss_with_ablation": 2.9375, "ce_loss_score": -1.0}
     broken = replace(

@@ -8,7 +8,7 @@ from typing import Any, Self
 from hsae.cache.errors import UserError
 from hsae.cache.format.spec import StoreSpec
 from hsae.cache.reading.store import ActivationStore
-from hsae.eval.harness.envelope import CoreResult, read_core
+from hsae.eval.core.core_result import CoreResult, read_core
 
 LOSSLESS = ("mappable", "compact")
 DIGESTS = {"model": "weights", "tokenizer": "tokenizer", "corpus": "text"}

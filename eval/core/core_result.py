@@ -1,23 +1,19 @@
-"""SAEBench's result files for core: written as version 0.6.0 writes them, read back in that and in the older layout.
+"""A result of the core evaluation: hsae's or SAEBench's own, written as SAEBench 0.6.0 writes it, read in that and in the older layout.
 
-A file is one JSON object with SAEBench's twelve keys in its order; hsae adds a thirteenth, `hsae`, with the corrected measures. In
-SAEBench's part -1 stands for NaN. Layouts: *current* (0.2 on); *legacy* (up to 0.1): no `misc_metrics`, no
+In SAEBench's part -1 stands for NaN. Layouts: *current* (0.2 on); *legacy* (up to 0.1): no `misc_metrics`, no
 `explained_variance_legacy`, whose place `explained_variance` has.
 """
 
 import math
-import time
-import uuid
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hsae.cache.errors import UserError
-from hsae.eval.harness.result_files import envelope_text, publish, read_envelope, run_option
+from hsae.eval.harness.result_files import run_option
+from hsae.eval.harness.saebench_file import envelope, first_problem, read_envelope
 
 Layout = Literal["current", "legacy"]
 CURRENT: dict[str, tuple[str, ...]] = {
@@ -58,14 +54,6 @@ SCORES = {
     "explained_variance": ("l2_norm_in", "mse"),
     "explained_variance_legacy": ("l2_norm_in", "mse"),
 }
-
-
-def hsae_version() -> str:
-    """What hsae calls itself in result files, for example `hsae 0.1.0`."""
-    try:
-        return f"hsae {version('hsae')}"
-    except PackageNotFoundError:
-        return "hsae (not installed)"
 
 
 @dataclass(frozen=True)
@@ -217,65 +205,6 @@ def as_json(
     )
 
 
-def envelope(
-    eval_type_id: str,
-    *,
-    eval_config: dict[str, Any],
-    metrics: Mapping[str, Mapping[str, float | None]],
-    details: Sequence[Mapping[str, Any]],
-    sae_config: dict[str, Any] | None,
-    unstructured: Any,
-    hsae: dict[str, Any] | None,
-    release: str,
-    sae_id: str,
-    eval_id: str | None = None,
-) -> dict[str, Any]:
-    """Any evaluation's result as the JSON object that SAEBench writes, in its key order, and `hsae` behind it."""
-    return {
-        "eval_type_id": eval_type_id,
-        "eval_config": eval_config,
-        "eval_id": eval_id or str(uuid.uuid4()),
-        "datetime_epoch_millis": int(time.time() * 1000),
-        "eval_result_metrics": metrics,
-        "eval_result_details": details,
-        "sae_bench_commit_hash": hsae_version(),
-        "sae_lens_id": sae_id,
-        "sae_lens_release_id": release,
-        "sae_lens_version": None,
-        "sae_cfg_dict": sae_config,
-        "eval_result_unstructured": unstructured,
-        "hsae": hsae,
-    }
-
-
-def file_name(release: str, sae_id: str, *apart: str) -> str:
-    """SAEBench's name for a result file; `apart` is what tells it from the standard result, such as `all-tokens`."""
-    return f"{'_'.join((release, sae_id, *apart))}_eval_results.json".replace("/", "_")
-
-
-def write_core(
-    result: CoreResult,
-    folder: Path,
-    *,
-    release: str,
-    sae_id: str,
-    layout: Layout = "current",
-    eval_id: str | None = None,
-    name: str | None = None,
-) -> Path:
-    """Write a result into `folder` under SAEBench's file name or another, atomically; returns the file."""
-    content = as_json(result, release=release, sae_id=sae_id, layout=layout, eval_id=eval_id)
-    return write_result(content, folder, name)
-
-
-def write_result(content: dict[str, Any], folder: Path, name: str | None = None) -> Path:
-    """Write any evaluation's JSON object into `folder` under SAEBench's file name or another, atomically; returns the file."""
-    path = folder / (name or file_name(content["sae_lens_release_id"], content["sae_lens_id"]))
-    text = envelope_text(content)
-    publish(path, lambda partial: partial.write_text(text))
-    return path
-
-
 class _File(BaseModel):
     """What a core result file must have; keys that hsae has no use for are let through."""
 
@@ -312,9 +241,7 @@ def core_result_of(found: Any, path: str = "the result") -> CoreResult:
     try:
         content = _File.model_validate(found)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the top level"
-        raise UserError(f"{path} is not a SAEBench core result: {place}: {first['msg']}") from None
+        raise UserError(f"{path} is not a SAEBench core result: {first_problem(error)}") from None
     if content.eval_type_id != "core":
         raise UserError(f"{path} holds a {content.eval_type_id!r} result; only 'core' results can be read here")
     metrics = content.eval_result_metrics
