@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsae.cache.language_model.lm import load_tokenizer
 from hsae.cache.reading.store import ActivationStore
+from hsae.eval.harness.fits import check_fits
+from hsae.train.model.hierarchical_sae import HierarchicalSAE, Latent
 from hsae.train.model.views import View
 
 MOST_ROWS = 1024  # rows read, from the front of the store: bounds the time on large stores
@@ -38,6 +41,35 @@ class Context:
     activation: float
     row: int
     pieces: tuple[Piece, ...]
+
+    def __str__(self) -> str:
+        return "".join(f"«{piece.text}»" if piece.strength == 1 else piece.text for piece in self.pieces)
+
+
+def top_contexts(
+    model: HierarchicalSAE, store: ActivationStore, *latents: Latent, count: int = 5, hook: str | None = None
+) -> dict[Latent, list[Context]]:
+    """Where in a store's text latents, (level, latent) each, are most active: `count` contexts of each, strongest first.
+
+    Contexts are from different documents, in the store's first 1,024 rows. `hook` is needed if the store has several; the
+    tokenizer is that of the store's model. Raises UserError for an unknown latent or a model that does not fit the store.
+
+    >>> for context in hsae.top_contexts(model, store, (2, 17))[2, 17]:  # doctest: +SKIP
+    ...     print(f"{context.activation:.1f} {context}")
+    9.3  a cold front brings «rain» to the coast
+    """
+    hook = store.only_hook(hook)
+    check_fits(model, hook, store.header.d_model, store.spec.model.id)
+    for latent in latents:
+        model.check_latent(latent)
+    tokenizer = load_tokenizer(store.spec.model)
+    contexts: dict[Latent, list[Context]] = {}
+    for level in dict.fromkeys(level for level, _ in latents):
+        view = model.view(model.level_name(level))
+        numbers = [number for at, number in latents if at == level]
+        found = find_contexts(view, store, hook, tokenizer, survey(view, store, hook), numbers, count)
+        contexts |= {(level, number): found[number] for number in numbers}
+    return contexts
 
 
 @dataclass(frozen=True)
@@ -154,7 +186,7 @@ def heaviest(seen: Survey, count: int, *, common: float) -> list[int]:
 
 
 @torch.no_grad()
-def top_contexts(
+def find_contexts(
     view: View, store: ActivationStore, hook: str, tokenizer: Any, seen: Survey, latents: Sequence[int], count: int
 ) -> dict[int, list[Context]]:
     """For each latent up to `count` contexts from different documents, strongest first; texts that are equal are given once."""

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from hsae.cache.errors import UserError as UserError
     from hsae.cache.language_model.lm import LanguageModel as LanguageModel
     from hsae.cache.reading.store import ActivationStore as ActivationStore
+    from hsae.eval.contexts import top_contexts as top_contexts
     from hsae.eval.harness.evaluation import evaluate as evaluate
+    from hsae.eval.logit_effects import logit_effects as logit_effects
     from hsae.train.config.plan import Plan as Plan
     from hsae.train.config.plan import load_plan as load_plan
     from hsae.train.model.hierarchical_sae import HierarchicalSAE as HierarchicalSAE
@@ -46,6 +48,8 @@ else:
             "evaluate": "hsae.eval.harness.evaluation",
             "load": "hsae.train.model.model_files",
             "load_plan": "hsae.train.config.plan",
+            "logit_effects": "hsae.eval.logit_effects",
+            "top_contexts": "hsae.eval.contexts",
             "train": "hsae.train",
         },
     )

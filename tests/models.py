@@ -18,7 +18,7 @@ def changed(sae, **changes):
     return SAE(**(given | flags | changes))
 
 
-def random_model(structure, d_in=8, widths=(32, 6), *, seed=0):
+def random_model(structure, d_in=8, widths=(32, 6), *, seed=0, hook_name=HOOK, model_name="tiny"):
     """An untrained model with unit directions, encoders along them, and every latent composed of every finer one."""
     kind, generator = STRUCTURES[structure], torch.Generator().manual_seed(seed)
     widths, levels, maps = widths[:1] if structure == "flat" else widths, [], []
@@ -26,7 +26,7 @@ def random_model(structure, d_in=8, widths=(32, 6), *, seed=0):
         W_dec = torch.nn.functional.normalize(torch.randn(width, read, generator=generator), dim=1)
         weights = {"W_enc": W_dec.T.contiguous(), "W_dec": W_dec}
         weights |= {"b_enc": torch.zeros(width), "b_dec": torch.randn(read, generator=generator)}
-        metadata = {"model_name": "tiny", "hook_name": HOOK}
+        metadata = {"model_name": model_name, "hook_name": hook_name}
         levels.append(SAE(name=kind.level_name(number), architecture="standard", metadata=metadata, **weights))
     for number, (fine, coarse) in enumerate(itertools.pairwise(widths), 2):
         weight = torch.rand(coarse, fine, generator=generator)

@@ -42,7 +42,7 @@ def cards_of(model: HierarchicalSAE, store: ActivationStore, hook: str, tokenize
     for name in [name for name in views if name != "sae"] or list(views):
         seen = contexts.survey(views[name], store, hook)
         latents = contexts.heaviest(seen, LATENTS_SHOWN, common=COMMON)
-        found = contexts.top_contexts(views[name], store, hook, tokenizer, seen, latents, CONTEXTS_SHOWN)
+        found = contexts.find_contexts(views[name], store, hook, tokenizer, seen, latents, CONTEXTS_SHOWN)
         cards += [_card(name, latent, seen, found) for latent in latents]
     return cards
 
@@ -57,8 +57,8 @@ def _families(
     parents = composed[:COARSE_SHOWN]
     children = {parent: _children(shares_FG[parent]) for parent in parents}
     every = sorted({child for found in children.values() for child in found})
-    shown = contexts.top_contexts(views[coarse], store, hook, tokenizer, seen, parents, CONTEXTS_SHOWN)
-    under = contexts.top_contexts(views[fine], store, hook, tokenizer, below, every, CHILD_CONTEXTS_SHOWN)
+    shown = contexts.find_contexts(views[coarse], store, hook, tokenizer, seen, parents, CONTEXTS_SHOWN)
+    under = contexts.find_contexts(views[fine], store, hook, tokenizer, below, every, CHILD_CONTEXTS_SHOWN)
     ratios = maps.participation_ratio(shares_FG)
     cards = []
     for parent in parents:

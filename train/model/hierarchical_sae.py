@@ -275,7 +275,7 @@ class HierarchicalSAE(View):
             raise UserError(
                 f"level 1 is the finest and has no children; {self._allowed(range(2, len(self.levels) + 1))}"
             )
-        self._check(level, latent)
+        self.check_latent((level, latent))
         part = self._composition(level)
         return _edges(level - 1, part.weight[latent], part.contributions[latent])
 
@@ -286,13 +286,13 @@ class HierarchicalSAE(View):
         """
         if level == len(self.levels):
             raise UserError(f"level {level} is the coarsest and has no parents; {self._allowed(range(1, level))}")
-        self._check(level, latent)
+        self.check_latent((level, latent))
         part = self._composition(level + 1)
         return _edges(level + 1, part.weight[:, latent], part.contributions[:, latent])
 
     def direction(self, latent: Latent) -> Tensor:
         """[D] what one unit of a latent, given as (level, latent), adds to the reconstruction. Raises UserError."""
-        self._check(*latent)
+        self.check_latent(latent)
         return self.directions(latent[0])[latent[1]]
 
     def _composition(self, level: int) -> CompositionMap:
@@ -304,12 +304,13 @@ class HierarchicalSAE(View):
             "(composition = { mode = 'normalised' }), or fit a map with `hsae eval composition`"
         )
 
-    def _check(self, level: int, latent: int) -> None:
-        """Raise UserError unless there is such a latent."""
+    def check_latent(self, latent: Latent) -> None:
+        """Raise UserError unless there is such a latent, given as (level, latent)."""
+        level, number = latent
         if level not in range(1, len(self.levels) + 1):
             raise UserError(f"there is no level {level}; {self._allowed(range(1, len(self.levels) + 1))}")
-        if latent not in range(width := self.level_widths[level - 1]):
-            raise UserError(f"level {level} has no latent {latent}; it has latents 0 to {width - 1}")
+        if number not in range(width := self.level_widths[level - 1]):
+            raise UserError(f"level {level} has no latent {number}; it has latents 0 to {width - 1}")
 
     def _allowed(self, levels: range) -> str:
         return f"this {self.structure} model has level{'s' * (len(self.levels) > 1)} {self._widths()}" + (

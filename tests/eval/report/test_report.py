@@ -359,7 +359,7 @@ def test_top_contexts_are_cut_at_documents_and_shown_once(made):
     seen = contexts.survey(view, store, hook)
     latents = contexts.heaviest(seen, 3, common=1.0)
     assert latents == seen.mass_F.topk(3).indices.tolist()
-    found = contexts.top_contexts(view, store, hook, tokenizer, seen, latents, 4)
+    found = contexts.find_contexts(view, store, hook, tokenizer, seen, latents, 4)
     special = set(contexts.token_texts(tokenizer, store.header.special_ids))
     for latent in latents:
         values = [context.activation for context in found[latent]]
