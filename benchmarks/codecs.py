@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from hsae.cache.building.copying import copy
+from hsae.cache.config import Codec
 from hsae.cache.format.chunk_codec import decode_chunk, encode_chunk
 from hsae.cache.format.layout import arrays
-from hsae.cache.format.spec import Codec
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import sizes
 from hsae.train.config.plan import Plan, load_plan

@@ -17,10 +17,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
+from hsae.cache.config import ModelConfig
 from hsae.cache.errors import ModelError
-from hsae.cache.format.spec import ModelConfig
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.language_model.sources import quiet
+from hsae.cache.language_model.loading import quiet
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests/golden/model"
 LAYER, SECONDS, MOST = 2, 120, 5_000_000

@@ -24,9 +24,10 @@ with atheris.instrument_imports(include=["hsae"]):
     from hsae.cache.building.copying import copy as copy_store
     from hsae.cache.building.verification import verify
     from hsae.cache.errors import UserError
-    from hsae.cache.files import sealed
-    from hsae.cache.format.chunk_codec import crc32c, decode_chunk
-    from hsae.cache.format.layout import ArraySpec, every_array, read_header
+    from hsae.cache.files import crc32c, sealed
+    from hsae.cache.format.arrays import ArraySpec
+    from hsae.cache.format.chunk_codec import decode_chunk
+    from hsae.cache.format.layout import every_array, read_header
     from hsae.cache.reading.store import ActivationStore
     from hsae.cache.reading.token_stream import TokenStream
 

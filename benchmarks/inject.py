@@ -456,7 +456,7 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.monotonic()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "300"}
-    for name in ("torch", "zarr", "transformers.models.gemma2.modeling_gemma2", "hsae.cli.main", "hsae.cache.building.builder", "hsae.train.runs.planned_runs",
+    for name in ("torch", "zarr", "transformers.models.gemma2.modeling_gemma2", "hsae.cli.main", "hsae.cache.building.build", "hsae.train.runs.planned_runs",
         "hsae.eval.core.core", "hsae.eval.hierarchy.composition_evaluation", "hsae.eval.report.page"):  # fmt: skip
         import_module(name)
     with tempfile.TemporaryDirectory(prefix="hsae-inject-") as temporary:

@@ -27,8 +27,9 @@ import numpy as np
 import torch
 
 from hsae.cache.building import sealing, writer
-from hsae.cache.building.builder import Builder, TokenisedText, clear
+from hsae.cache.building.builder import Builder, clear
 from hsae.cache.building.chunk_log import Written
+from hsae.cache.building.contents import StoreContents, TokenisedText
 from hsae.cache.format.layout import (
     Header,
     HookSummary,
@@ -137,8 +138,9 @@ class Model:
 def resume(spec: StoreSpec) -> Measured:
     """A worker that starts again: everything missing of its own share is found, and its tokens fetched; nothing is computed."""
     target, computed = place(f"s3://partly/{STORE}"), []
-    builder = Builder(spec, target, Model(), text=TokenisedText([]), share=WORKER)  # type: ignore[arg-type]
-    builder.compute = lambda index, missing, tokens: computed.append((index, len(missing))) or iter(())  # type: ignore
+    contents = StoreContents(spec, Model(), TokenisedText([]))  # type: ignore[arg-type]
+    contents.compute = lambda index, missing, *rest: computed.append((index, len(missing))) or iter(())  # type: ignore
+    builder = Builder(contents, target, share=WORKER)
     builder.written = written_down(spec)
     mine = WORKER.own(builder.specs["tokens"].count)
     assert list(builder._computed(mine)) == []

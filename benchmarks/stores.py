@@ -27,10 +27,12 @@ from typing import Any
 import torch
 
 from hsae.cache.building import writer
-from hsae.cache.building.builder import TokenisedText, build
+from hsae.cache.building.build import build
+from hsae.cache.building.contents import TokenisedText
 from hsae.cache.building.copying import copy
+from hsae.cache.config import CorpusConfig, ModelConfig
 from hsae.cache.format.layout import Header, HookSummary, arrays, kept_array, statistics_arrays
-from hsae.cache.format.spec import FORMAT_VERSION, CorpusConfig, ModelConfig, StoreSpec
+from hsae.cache.format.spec import FORMAT_VERSION, StoreSpec
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.reading.token_stream import TokenStream
 from hsae.cache.storage.paths import place
@@ -125,7 +127,7 @@ def gather(url: str) -> int:
 
 def s3fs_alone(url: str) -> int:
     """Get the objects of the activations with s3fs, all at once."""
-    filesystem, path = (place(url) / f"acts/{HOOK}/c")._driver  # type: ignore[union-attr]
+    filesystem, path = (place(url) / f"acts/{HOOK}/c")._opened  # type: ignore[union-attr]
     return sum(map(len, filesystem.cat(filesystem.find(path)).values()))
 
 

@@ -7,7 +7,7 @@ from hsae._lazy import lazy_names
 if TYPE_CHECKING:
     from hsae.cache.building.copying import copy as copy
     from hsae.cache.building.in_memory import build_in_memory as build_in_memory
-    from hsae.cache.building.verification import repair as repair
+    from hsae.cache.building.repair import repair as repair
     from hsae.cache.building.verification import verify as verify
     from hsae.cache.errors import CorpusError as CorpusError
     from hsae.cache.errors import ModelError as ModelError
@@ -38,7 +38,7 @@ else:
             "UserError": "hsae.cache.errors",
             "build_in_memory": "hsae.cache.building.in_memory",
             "copy": "hsae.cache.building.copying",
-            "repair": "hsae.cache.building.verification",
+            "repair": "hsae.cache.building.repair",
             "serve": "hsae.cache.storage.server",
             "verify": "hsae.cache.building.verification",
         },

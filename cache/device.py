@@ -17,6 +17,7 @@ def pick_device(device: str) -> str:
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         seen = torch.cuda.device_count()
         raise UserError(
-            f"device {device!r}: this torch ({torch.__version__}) sees {seen or 'no'} GPU{'s' if seen > 1 else ''}; use --device cpu"
+            f"device {device!r}: this torch ({torch.__version__}) sees {seen or 'no'} GPU{'s' if seen > 1 else ''}; "
+            f"use --device cpu"
         )
     return device

@@ -1,6 +1,7 @@
 """Errors a user can cause; the command line prints their text and exits with status 2."""
 
 from importlib.util import find_spec
+from typing import Any
 
 
 class UserError(ValueError):
@@ -9,6 +10,14 @@ class UserError(ValueError):
 
 class StoreError(UserError):
     """An activation store is missing, unfinished, damaged or made for another configuration."""
+
+
+class DamagedFileError(StoreError):
+    """A file of a store is missing or is not what was written, and can be made again."""
+
+    def __init__(self, root: Any, path: Any, problem: str) -> None:
+        super().__init__(f"{path} {problem}; find and mend all such files with: hsae cache verify {root} --repair")
+        self.path, self.problem = path, problem
 
 
 class ModelError(UserError):
@@ -25,6 +34,19 @@ class UnreachableError(CorpusError):
 
 class NotApplicable(UserError):
     """An evaluation lacks what it needs here, or would mean nothing: it is left out, and others go on."""
+
+
+class RemoteError(OSError):
+    """A remote store can't be reached, or refuses."""
+
+
+class TooLongError(RemoteError):
+    """A reply has more bytes than it can have."""
+
+    @classmethod
+    def than(cls, most: int) -> "TooLongError":
+        """One of a reply of more than `most` bytes."""
+        return cls(f"more than {most:,} bytes come, which it can't have")
 
 
 def need(why: str, package: str, extra: str, module: str | None = None) -> None:

@@ -1,8 +1,9 @@
 """Files that are never seen in part, and JSON that tells whether it is what was written.
 
-A file is written under a partial name of its own, synced, renamed into place, and the rename is synced too. Its writer holds a lock (flock)
-on it meanwhile, so that what a killed one has left is told from what is being written. A sealed JSON object has a key
-`checksum`: a digest of everything else in it, so that one changed digit is noticed whichever digit it is.
+A file is written under a partial name of its own, synced, renamed into place, and the rename is synced too. Its
+writer holds a lock (flock) on it meanwhile, so that what a killed one has left is told from what is being written. A
+sealed JSON object has a key `checksum`: a digest of everything else in it, so that one changed digit is noticed
+whichever digit it is.
 """
 
 import contextlib
@@ -18,11 +19,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import google_crc32c
+import numpy as np
+
 PARTIAL = ".partial"  # suffix of a file that is being written
 LEFT = re.compile(
     rf"\..*{re.escape(PARTIAL)}|\.tmp\w{{6}}"
 )  # what killed writers leave; the second is safetensors' own
 CHECKSUM = "checksum"
+READ_BYTES = 1 << 24
 JUST_MADE = 1.0  # seconds in which the writer of a partial file may not have locked it yet
 
 
@@ -39,8 +44,8 @@ def partial_name(path: Path) -> Path:
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a partial file beside `path`, then rename it into place; a failure leaves `path` as it was.
 
-    The file has the mode that any new file gets, and lasts once this returns. What killed writers of `path` have left is deleted.
-    An OSError names `path`.
+    The file has the mode that any new file gets, and lasts once this returns. What killed writers of `path` have left
+    is deleted. An OSError names `path`.
     """
     partial = partial_name(path)
     try:
@@ -62,9 +67,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     except Exception as error:
-        if (told := re.search(r"\(os error (\d+)\)", str(error))) is None:
+        if (match := re.search(r"\(os error (\d+)\)", str(error))) is None:
             raise
-        number = int(told[1])  # safetensors has an error of its own for a full disk
+        number = int(match[1])  # safetensors has an error of its own for a full disk
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -102,7 +107,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path, *, below: bool = True, youngest: float = 0.0) -> int:
-    """Delete what killed writers left half-written in a folder (and `below` it); returns how many files. What is being written stays."""
+    """Delete files that killed writers left half-written in a folder (and `below` it); returns how many."""
     left = folder.glob("**/.*" if below else ".*")
     return sweep_files((path for path in left if LEFT.fullmatch(path.name) and path.is_file()), youngest)
 
@@ -122,7 +127,7 @@ def sweep_files(partial: Iterable[Path], youngest: float = 0.0) -> int:
 
 
 def parse_json(data: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError for whatever is wrong with it: depth, length of numbers and encoding too."""
+    """The value of a JSON text. Raises ValueError for whatever is wrong, depth and encoding too."""
     try:
         return json.loads(data)
     except RecursionError:
@@ -130,7 +135,7 @@ def parse_json(data: str | bytes) -> Any:
 
 
 def parse_toml(data: str | bytes) -> dict[str, Any]:
-    """The tables of a TOML text in UTF-8, with or without a byte order mark. Raises ValueError for whatever is wrong with it."""
+    """The tables of a TOML text in UTF-8. Raises ValueError for whatever is wrong with it."""
     try:
         return tomllib.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)
     except UnicodeDecodeError as error:
@@ -141,8 +146,8 @@ def parse_toml(data: str | bytes) -> dict[str, Any]:
 
 def content_digest(content: Mapping[str, Any]) -> str:
     """Sixteen hex digits over a JSON object but for its checksum; the order of keys and the spacing don't matter."""
-    kept = {key: value for key, value in content.items() if key != CHECKSUM}
-    text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    rest = {key: value for key, value in content.items() if key != CHECKSUM}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -152,7 +157,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_seal(content: Mapping[str, Any], *, required: bool = True) -> None:
-    """Raise ValueError unless a JSON object is what was sealed; one without a checksum passes if it is not `required` (older files)."""
+    """Raise ValueError unless a JSON object is what was sealed; one of an older hsae may have no checksum."""
     if CHECKSUM not in content:
         if required:
             raise ValueError("it has no checksum")
@@ -164,3 +169,44 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, read anew each time."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def crc32c(data: bytes | memoryview, before: int = 0) -> int:
+    """The crc32c checksum of some bytes, or of them and those before, whose checksum is given."""
+    return int(google_crc32c.extend(before, np.frombuffer(data, dtype=np.uint8)))
+
+
+def files_digest(files: list[Path], *, anew: bool = False) -> str:
+    """SHA-256 over names and contents, remembered in hsae's cache as long as paths, sizes and times stay.
+
+    With `anew` the files are read in any case, as quickly as their crc32c is made, so that bits that changed under an
+    unchanged time don't go unseen.
+    """
+    stamp = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    memory = home() / "digests" / f"{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        remembered = parse_json(memory.read_bytes())
+        check_seal(remembered)
+        if not anew or remembered["crc32c"] == [_file_crc32c(file) for file in files]:
+            return str(remembered["sha256"])
+    total, sums = hashlib.sha256(), []
+    for file in files:
+        content = hashlib.sha256()
+        sums.append(_file_crc32c(file, content.update))
+        total.update(file.name.encode())
+        total.update(content.digest())
+    digest = total.hexdigest()
+    with contextlib.suppress(OSError):  # only a shortcut for next time
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes_atomically(memory, json.dumps(sealed({"sha256": digest, "crc32c": sums})).encode())
+    return digest
+
+
+def _file_crc32c(path: Path, also: Callable[[bytes], None] = lambda part: None) -> int:
+    """crc32c of a file, each part of which goes to `also` too."""
+    total = 0
+    with path.open("rb") as file:
+        while part := file.read(READ_BYTES):
+            total = crc32c(part, total)
+            also(part)
+    return total

@@ -1,4 +1,5 @@
-"""Which part of the work is this process's: set by torchrun, Slurm's srun, or any launcher that sets RANK and WORLD_SIZE."""
+"""Which part of the work is this process's: set by torchrun, Slurm's srun, or any launcher that sets RANK and
+WORLD_SIZE."""
 
 import os
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ class Share:
     def others(self, count: int) -> NDArray[np.int64]:
         """All other chunks, in the order in which this worker looks whether they were left.
 
-        Owners go up and helpers come down, each beginning in another part of a share, so that the chunks of a slow or dead worker are
-        divided among the rest; a few may be computed twice, to the same bytes.
+        Owners go up and helpers come down, each beginning in another part of a share, so that the chunks of a slow or
+        dead worker are divided among the rest; a few may be computed twice, to the same bytes.
         """
         index = np.arange(count)
         index = index[index % self.world != self.rank]
@@ -38,18 +39,18 @@ class Share:
 
 
 def share() -> Share:
-    """This process's share, from the launcher's environment; alone without one. Raises UserError if the numbers make no sense."""
+    """This process's share, from the launcher's environment. Raises UserError for impossible numbers."""
     for names in LAUNCHERS:
         if os.environ.get(names[0]) and os.environ.get(names[1]):
             given = {name: os.environ.get(name, "0") for name in names}
             try:
-                found = Share(*(int(text) for text in given.values()))
+                result = Share(*(int(text) for text in given.values()))
             except ValueError:
-                found = Share(-1)
-            if not 0 <= found.rank < found.world or found.local_rank < 0:
+                result = Share(-1)
+            if not 0 <= result.rank < result.world or result.local_rank < 0:
                 told = ", ".join(f"{name}={text}" for name, text in given.items())
                 raise UserError(
                     f"{told}: {names[0]} must be a number from 0 to {names[1]} - 1; unset them to work alone"
                 )
-            return found
+            return result
     return Share()

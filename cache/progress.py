@@ -63,17 +63,22 @@ def bars(console: "Console") -> Iterator[Progress]:
     task_column, count_column, speed_column = (TextColumn(text, markup=False) for text in texts)
     columns = (task_column, BarColumn(), count_column, TimeRemainingColumn(compact=True), speed_column)
     begun: dict[str, tuple[TaskID, float, int]] = {}
-    with Bars(*columns, console=console) as drawn:
+    with Bars(*columns, console=console) as display:
 
         def report(step: Step) -> None:
             if step.task not in begun:
-                task = drawn.add_task(step.task, total=step.total, unit=step.unit, speed="")
+                task = display.add_task(step.task, total=step.total, unit=step.unit, speed="")
                 begun[step.task] = (task, time.perf_counter(), step.done)
             task, since, first = begun[step.task]
             speed = ""
             if step.tokens and step.done > first:
                 rate = (step.done - first) / (time.perf_counter() - since)
                 speed = f"{rate * step.tokens:,.0f} tokens/s  {rate * step.bytes / 1e9:.4f} GB/s"
-            drawn.update(task, completed=step.done, speed=speed)
+            display.update(task, completed=step.done, speed=speed)
 
         yield report
+
+
+def format_bytes(count: int | None) -> str:
+    """A number of bytes for people; `?` for None."""
+    return "?" if count is None else f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"

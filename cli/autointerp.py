@@ -99,10 +99,10 @@ def autointerp(
     loaded = load_plan(plan, [*(overrides or ()), *chosen])
     run = named_runs(loaded, run, all_runs, sae)
 
+    from hsae.cache.config import at_commit
     from hsae.cache.device import pick_device
     from hsae.cache.language_model.lm import load_tokenizer
-    from hsae.cache.language_model.provenance import check_tokenizer
-    from hsae.cache.language_model.sources import at_commit
+    from hsae.cache.reading.provenance import check_tokenizer
     from hsae.cache.reading.store import ActivationStore
     from hsae.cache.storage.paths import place
     from hsae.eval.autointerp.config import AutointerpConfig

@@ -11,7 +11,7 @@ from hsae.cli.common import DeviceOption, PlanOption, SetOption, console, say
 
 if TYPE_CHECKING:
     from hsae.cache.building.estimate import Estimate
-    from hsae.cache.format.spec import Split
+    from hsae.cache.config import Split
 
 app = typer.Typer(no_args_is_help=True)
 BOTH: "tuple[Split, ...]" = ("eval", "train")
@@ -76,6 +76,8 @@ def build(
 
 
 def _sizes(estimates: "list[Estimate]", plan: str, device: str) -> Table:
+    from hsae.cache.progress import format_bytes
+
     model = estimates[0].spec.model
     table = Table(title=f"plan {plan}, {model.id} in {model.dtype} on {device}")
     for column in ("store", "state", "rows", "tokens", "on disk", "free", "model", "time, about"):
@@ -87,16 +89,12 @@ def _sizes(estimates: "list[Estimate]", plan: str, device: str) -> Table:
             item.state,
             f"{spec.rows:,}",
             f"{spec.rows * spec.context:,}",
-            _gb(item.bytes),
-            _gb(item.free_bytes),
-            _gb(item.model_bytes),
+            format_bytes(item.bytes),
+            format_bytes(item.free_bytes),
+            format_bytes(item.model_bytes),
             "-" if item.state == "complete" else _duration(item.seconds),
         )
     return table
-
-
-def _gb(count: int | None) -> str:
-    return "?" if count is None else f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
 def _duration(seconds: float | None) -> str:
@@ -117,30 +115,11 @@ def info(store: StoreArgument) -> None:
 
     Example: hsae cache info activations/gemma-3-270m-train-0123456789abcdef.zarr
     """
-    from hsae.cache.format.layout import build_command, total_bytes
     from hsae.cache.reading.store import ActivationStore
 
     opened = ActivationStore.open(store, require_complete=False)
-    header, spec = opened.header, opened.spec
     table = Table(title=str(opened.root), show_header=False)
-    corpus = spec.corpus
-    last = "the last" if corpus.last_document is None else str(corpus.last_document - 1)
-    rows = {
-        "state": "complete" if header.complete else f"not finished; go on with `{build_command(opened.root)}`",
-        "model": f"{spec.model.id} ({spec.model.revision or 'default revision'}), {spec.model.dtype}, "
-        f"digest {header.model_digest[:12]}",
-        "hooks": ", ".join(spec.hooks),
-        "text": f"{corpus.corpus}, documents {corpus.first_document} to {last}, digest {header.corpus_digest[:12]}",
-        "rows": f"{spec.rows:,} of {spec.context} tokens, width {header.d_model}; clean losses for {spec.clean_rows:,}",
-        "chunks": f"{opened.chunks:,} of {opened.chunk_rows} rows, {spec.codec}",
-        "size": _gb(total_bytes(spec, header.d_model)),
-        "versions": ", ".join(f"{name} {number}" for name, number in header.versions.items()),
-    }
-    for hook, summary in header.statistics.items():
-        rows[f"norm at {hook}"] = (
-            f"root mean square {summary.mean_square_norm**0.5:,.4g} over {summary.tokens:,} tokens"
-        )
-    for key, value in rows.items():
+    for key, value in opened.describe().items():
         table.add_row(key, value)
     console.print(table)
 
@@ -155,13 +134,14 @@ def verify(
 
     Example: hsae cache verify activations/gemma-3-270m-train-0123456789abcdef.zarr --repair
     """
-    from hsae.cache.building.verification import repair as repair_store
+    from hsae.cache.building.repair import repair as repair_store
     from hsae.cache.building.verification import verify as verify_store
     from hsae.cache.device import pick_device
     from hsae.cache.errors import UserError
     from hsae.cache.format.layout import is_sealed
     from hsae.cache.progress import bars
-    from hsae.cache.storage.paths import place, redacted
+    from hsae.cache.storage.paths import place
+    from hsae.cache.storage.retry import redact
 
     if device != "auto" and not repair:
         raise UserError(f"--device {device} says where --repair computes; it doesn't go without it")
@@ -175,14 +155,14 @@ def verify(
         console.print(f"{len(damages) - len(left)} of {len(damages)} damaged files repaired")
         damages = left
     elif damages:
-        say(f"{len(damages)} damaged; mend with: hsae cache verify {redacted(store)} --repair")
+        say(f"{len(damages)} damaged; mend with: hsae cache verify {redact(store)} --repair")
     else:
         console.print("all chunks are whole")
         if unsealed:
             say(
                 "but an older hsae made this store, whose header has no checksum: a digit that changed in it is not "
                 "noticed. "
-                f"If it is right, give it one with: hsae cache verify {redacted(store)} --repair"
+                f"If it is right, give it one with: hsae cache verify {redact(store)} --repair"
             )
     if damages:
         raise typer.Exit(1)
@@ -200,35 +180,23 @@ def list_stores(
 
     Example: hsae cache ls
     """
-    from hsae.cache.errors import StoreError, UserError
-    from hsae.cache.format.layout import read_header, total_bytes
-    from hsae.cache.storage.paths import children, place
-    from hsae.cache.suites.catalogue import list_suite_stores
+    from hsae.cache.errors import UserError
+    from hsae.cache.progress import format_bytes
+    from hsae.cache.storage.paths import place
+    from hsae.cache.suites.catalogue import list_stores as stores_of
     from hsae.train.config.plan import load_plan
 
     if folder is not None and (plan is not None or overrides):
         raise UserError("FOLDER says what to list; it doesn't go with --plan or --set")
-    home = place(folder or load_plan(plan, overrides or ()).cache.dir)
-    if not home.is_dir():
-        raise StoreError(f"there is no folder {home}; stores are made by `hsae cache build`")
-    table = Table(title=str(home))
+    home = folder or load_plan(plan, overrides or ()).cache.dir
+    table = Table(title=str(place(home)))
     for column in ("store", "state", "model", "hooks", "rows or texts", "size"):
         table.add_column(column, overflow="fold")
-    for path in children(home):
-        if not path.name.endswith(".zarr"):
-            continue
-        try:
-            header = read_header(path)
-        except StoreError as error:
-            table.add_row(path.name, Text(str(error), "red"), "", "", "", "")
-            continue
-        spec, state = header.spec, "complete" if header.complete else "not finished"
-        size = _gb(total_bytes(spec, header.d_model))
-        table.add_row(path.name, state, spec.model.id, ", ".join(spec.hooks), f"{spec.rows:,}", size)
-    for found in list_suite_stores(home):
-        if found.problem:
-            table.add_row(found.name, Text(found.problem, "red"), "", "", "", "")
+    for store in stores_of(home):
+        if store.problem:
+            table.add_row(store.name, Text(store.problem, "red"), "", "", "", "")
         else:
-            cells = (found.model, ", ".join(found.hooks), f"{found.texts:,}", _gb(found.bytes))
-            table.add_row(found.name, "complete", *cells)
+            state = "complete" if store.is_complete else "not finished"
+            cells = (store.model, ", ".join(store.hooks), f"{store.count:,}", format_bytes(store.bytes))
+            table.add_row(store.name, state, *cells)
     console.print(table)

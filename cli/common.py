@@ -16,7 +16,7 @@ from rich.progress import Progress, ProgressColumn, TextColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from hsae.cache.format.spec import Split
+    from hsae.cache.config import Split
     from hsae.train.config.plan import Plan
 
 console = Console(highlight=False, markup=False, emoji=False)

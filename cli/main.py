@@ -68,7 +68,7 @@ def main() -> None:
         line = one_line(error)
         if line is None:
             raise
-        from hsae.cache.storage.paths import redacted
+        from hsae.cache.storage.retry import redact
 
-        errors.print(Text.assemble(("Error:", "bold red"), f" {redacted(line)}"), soft_wrap=True)
+        errors.print(Text.assemble(("Error:", "bold red"), f" {redact(line)}"), soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)

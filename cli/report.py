@@ -46,9 +46,9 @@ def report(
                 f"train it with: hsae train --run {config.number}"
             )
 
+    from hsae.cache.config import at_commit
     from hsae.cache.language_model.lm import load_tokenizer
-    from hsae.cache.language_model.provenance import check_tokenizer
-    from hsae.cache.language_model.sources import at_commit
+    from hsae.cache.reading.provenance import check_tokenizer
     from hsae.cache.reading.store import ActivationStore
     from hsae.eval.report.page import write_report
     from hsae.eval.unlearning.config import SIDES

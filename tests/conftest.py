@@ -32,8 +32,9 @@ def pytest_collection_modifyitems(items):
 def made(folder, *, rows=23, context=7, width=10, codec="mappable", clean=9, seed=0):
     """A complete store of random numbers at a folder or URL: chunks of 4 rows, token 0 special. Returns (its place, the numbers)."""
     from hsae.cache.building import writer
+    from hsae.cache.config import CorpusConfig, ModelConfig
     from hsae.cache.format.layout import Header, HookSummary, arrays, statistics_arrays
-    from hsae.cache.format.spec import FORMAT_VERSION, CorpusConfig, ModelConfig, StoreSpec
+    from hsae.cache.format.spec import FORMAT_VERSION, StoreSpec
     from hsae.cache.storage.paths import place
 
     spec = StoreSpec(
@@ -69,7 +70,7 @@ def make_store():
 @pytest.fixture(scope="module")
 def activations(tmp_path_factory):
     """The training store of the tiny plan, of the golden model."""
-    from hsae.cache.building.builder import build
+    from hsae.cache.building.build import build
     from hsae.train.config.plan import load_plan
 
     folder = tmp_path_factory.mktemp("activations")

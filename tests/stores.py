@@ -4,7 +4,8 @@ import hashlib
 
 from places import GOLDEN
 
-from hsae.cache.format.spec import CorpusConfig, ModelConfig, StoreSpec
+from hsae.cache.config import CorpusConfig, ModelConfig
+from hsae.cache.format.spec import StoreSpec
 
 HOOK = "blocks.2.hook_resid_post"
 

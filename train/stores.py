@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
-from hsae.cache.building.builder import build as build_specs
-from hsae.cache.building.builder import check
+from hsae.cache.building.build import build as build_specs
+from hsae.cache.building.build import check
 from hsae.cache.building.estimate import Estimate, check_space, estimate
 from hsae.cache.building.in_memory import build_in_memory
+from hsae.cache.config import Codec, Split
 from hsae.cache.device import pick_device
 from hsae.cache.errors import CorpusError, UserError
-from hsae.cache.format.spec import Codec, Split, StoreSpec
+from hsae.cache.format.spec import StoreSpec
 from hsae.cache.launcher import Share
 from hsae.cache.progress import Progress, shown, silent
 from hsae.cache.reading.store import ActivationStore

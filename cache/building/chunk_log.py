@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsae.cache.files import check_seal, parse_json, sealed
-from hsae.cache.format.layout import ArraySpec
-from hsae.cache.storage.paths import Place, many, publish, sizes
+from hsae.cache.format.arrays import ArraySpec
+from hsae.cache.storage.paths import Place, map_parallel, publish, sizes
 
 FOLDER = "written"
 PER_FILE = 1024  # chunks in one file, which is written again as it grows
@@ -56,7 +56,7 @@ class Written:
             new: dict[str, int] = {}
             with contextlib.suppress(FileNotFoundError):  # the store was finished meanwhile
                 new = {name: size for name, size in sizes(self.folder).items() if self._taken.get(name) != size}
-            for name, data in zip(new, many(self._read, new), strict=True):
+            for name, data in zip(new, map_parallel(self._read, new), strict=True):
                 with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError):
                     self._take(parse_json(data))
                     self._taken[name] = new[name]

@@ -6,20 +6,23 @@ names decides where a file is written.
 """
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hsae.cache.building import writer
 from hsae.cache.building.statistics import MOST_CHUNKS
 from hsae.cache.building.verification import verify
+from hsae.cache.config import Codec
 from hsae.cache.errors import StoreError
 from hsae.cache.files import sweep
-from hsae.cache.format.chunk_codec import TORCH_DTYPES, decode_chunk, encode_chunk, encoded_chunk, read_chunk
+from hsae.cache.format.arrays import ArraySpec
+from hsae.cache.format.chunk_codec import decode_chunk, encode_chunk, encoded_chunk, read_tensor, to_tensor
 from hsae.cache.format.layout import (
     DOCUMENTS,
-    ArraySpec,
     Header,
     LostHeaderError,
     arrays,
@@ -30,10 +33,9 @@ from hsae.cache.format.layout import (
     read_header,
     statistics_arrays,
 )
-from hsae.cache.format.spec import Codec
 from hsae.cache.progress import Progress, Step, silent
 from hsae.cache.reading.mapped_chunks import read_checks
-from hsae.cache.storage.paths import Place, locked, many, place, publish
+from hsae.cache.storage.paths import Place, locked, map_parallel, place, publish
 
 
 def copy(
@@ -61,8 +63,8 @@ def copy(
     if str(target) == str(root):
         raise StoreError(f"{root} is already there; give another folder, or another codec")
     with contextlib.suppress(LostHeaderError):
-        held = read_header(target)
-        if held.model_copy(update={"checks": wanted.checks, "codec_error": wanted.codec_error}) != wanted:
+        existing = read_header(target)
+        if existing.model_copy(update={"checks": wanted.checks, "codec_error": wanted.codec_error}) != wanted:
             raise StoreError(f"{target} is another store of the same name; move it away, or copy to another folder")
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,29 +100,24 @@ def copy(
 def _mean(root: Place, header: Header, path: str) -> torch.Tensor:
     """The mean [D] of the hook whose activations lie at `path`."""
     spec = statistics_arrays(header.spec, header.d_model)[f"stats/{path.removeprefix('acts/')}/mean"]
-    return torch.frombuffer(bytearray(read_chunk(root, spec, 0)), dtype=torch.float64)
-
-
-def _numbers(root: Place, spec: ArraySpec, index: int, data: bytes) -> torch.Tensor:
-    numbers = decode_chunk(root, spec.chunk_file(root, index), data, spec)
-    return torch.frombuffer(bytearray(numbers), dtype=TORCH_DTYPES[spec.dtype]).view(spec.chunks)
+    return read_tensor(root, spec, 0)
 
 
 def _errors(root: Place, header: Header, wanted: Header) -> dict[str, float]:
     """What int8 loses at each hook: E||x - decoded||^2 / E||x - mean||^2 over evenly spaced chunks."""
-    theirs = arrays(wanted.spec, wanted.d_model)
-    found: dict[str, float] = {}
+    lossy = arrays(wanted.spec, wanted.d_model)
+    errors: dict[str, float] = {}
     for path, spec in arrays(header.spec, header.d_model).items():
-        if theirs[path].codec == "int8":
+        if lossy[path].codec == "int8":
             mean, lost, spread = _mean(root, header, path), 0.0, 0.0
             for index in range(0, spec.count, -(-spec.count // MOST_CHUNKS)):
-                rows = min(spec.chunks[0], spec.shape[0] - index * spec.chunks[0])
-                values = _numbers(root, spec, index, encoded_chunk(root, spec, index))
-                decoded = _numbers(root, theirs[path], index, encode_chunk(theirs[path], values, mean))
-                lost += float((values - decoded)[:rows].double().square().sum())
-                spread += float((values[:rows].double() - mean).square().sum())
-            found[path.removeprefix("acts/")] = lost / spread
-    return found
+                values = read_tensor(root, spec, index)
+                data = encode_chunk(lossy[path], values, mean)
+                decoded = to_tensor(decode_chunk(root, spec.chunk_file(root, index), data, lossy[path]), spec, index)
+                lost += float((values - decoded).double().square().sum())
+                spread += float((values.double() - mean).square().sum())
+            errors[path.removeprefix("acts/")] = lost / spread
+    return errors
 
 
 def _copy_chunks(
@@ -143,22 +140,27 @@ def _copy_chunks(
         there = other.lengths(target)
         whole = there == spec.lengths(root) if spec == other else there >= 0
 
-        def transfer(
-            index: int,
-            spec: ArraySpec = spec,
-            other: ArraySpec = other,
-            listed: object = listed,
-            mean: torch.Tensor | None = mean,
-        ) -> None:
-            expected = None if listed is None else int(np.asarray(listed)[index])
-            data = encoded_chunk(root, spec, index, expected)
-            if spec != other:
-                data = encode_chunk(other, _numbers(root, spec, index, data), mean)
-            publish(other.chunk_file(target, index), data)
-
         whole &= [(other.path, index) not in damaged for index in range(other.count)]
         missing = np.flatnonzero(~whole)
         done += spec.count - len(missing)
-        for _ in many(transfer, map(int, missing)):
+        for _ in map_parallel(partial(_transfer, root, target, spec, other, listed, mean), map(int, missing)):
             done += 1
             progress(Step(task="copying", done=done, total=total, unit="chunks"))
+
+
+def _transfer(
+    root: Place,
+    target: Place,
+    spec: ArraySpec,
+    other: ArraySpec,
+    checks: NDArray[np.uint32] | None,
+    mean: torch.Tensor | None,
+    index: int,
+) -> None:
+    """Copy one chunk, into another codec if `other` has one."""
+    listed = None if checks is None else int(checks[index])
+    if spec == other:
+        data = encoded_chunk(root, spec, index, listed)
+    else:
+        data = encode_chunk(other, read_tensor(root, spec, index, listed), mean)
+    publish(other.chunk_file(target, index), data)

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsae.cache.building.builder import is_finished
+from hsae.cache.config import ModelConfig
 from hsae.cache.errors import ModelError, StoreError
-from hsae.cache.format.layout import total_bytes
-from hsae.cache.format.spec import ModelConfig, StoreSpec
+from hsae.cache.format.layout import is_finished, total_bytes
+from hsae.cache.format.spec import StoreSpec
 from hsae.cache.language_model import sources
 from hsae.cache.language_model.hooks import parse_hook
-from hsae.cache.language_model.lm import check_dtype, pinned, positions
+from hsae.cache.language_model.loading import check_dtype, positions, read_description
+from hsae.cache.reading.provenance import pin_commit
 from hsae.cache.storage.paths import Place, exists, place, sizes
 
 CPU_FLOPS, GPU_FLOPS = 1e11, 1e14  # sustained, per machine: only for the estimate before the first batch is timed
@@ -37,12 +38,9 @@ class Estimate:
 
 
 def estimate(spec: StoreSpec, root: str | Place, device: str) -> Estimate:
-    """Sizes and time for `spec` in folder `root`; the weights are not read.
-
-    Raises UserError if the request can't be met.
-    """
+    """Sizes and time for `spec` in folder `root`. Raises UserError if the request can't be met."""
     path = place(root) / spec.name
-    config, model_bytes = model_config(pinned(spec.model, root))
+    config, model_bytes = model_config(pin_commit(spec.model, root))
     check_dtype(spec.model.dtype, config.model_type)
     layers, d_model = config.num_hidden_layers, config.hidden_size
     if (longest := positions(config)) is not None and spec.context > longest:
@@ -83,9 +81,7 @@ def _free(path: Place) -> int | None:
 
 
 def _seconds(spec: StoreSpec, config: Any, device: str) -> float:
-    """Two floating-point operations a weight and token: prefix layers for all rows, everything else for the clean
-    ones.
-    """
+    """Two operations a weight and token: prefix layers for all rows, the rest for the clean ones."""
     width, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     groups = _number(config, "num_key_value_heads", heads)
     layer = width * _number(config, "head_dim", width // heads) * (2 * heads + 2 * groups)
@@ -105,15 +101,12 @@ def _number(config: Any, name: str, otherwise: int) -> int:
 
 
 def model_config(model: ModelConfig) -> tuple[Any, int | None]:
-    """(transformers' description of the language model, bytes of weights), without reading weights.
-
-    Raises ModelError if there is no such model.
-    """
+    """(transformers' description of the model, bytes of weights). Raises ModelError without such a model."""
     size = sources.weight_bytes(model)
     path = sources.config_file(model)
     if path is None:  # a GGUF file that was not converted yet: its metadata is read when it is
         path = sources.model_folder(model) / "config.json"
-    config = sources.described(model.id, path.parent).get_text_config()
+    config = read_description(model.id, path.parent).get_text_config()
     sizes = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
     if missing := [name for name in sizes if _number(config, name, 0) < 1]:
         raise ModelError(f"{model.id}: config.json has no {', '.join(missing)}; is it a decoder-only language model?")

@@ -8,14 +8,17 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from hsae.cache.building.builder import TokenisedText, build
+from hsae.cache.building.build import build
+from hsae.cache.building.contents import TokenisedText
+from hsae.cache.config import Codec, CorpusConfig, ModelConfig, Split
 from hsae.cache.errors import CorpusError, ModelError, UserError
-from hsae.cache.format.spec import Codec, CorpusConfig, ModelConfig, Split, StoreSpec
-from hsae.cache.language_model.lm import LanguageModel, positions
+from hsae.cache.format.spec import StoreSpec, default_codec
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.language_model.loading import positions
 from hsae.cache.progress import Progress, shown
 from hsae.cache.reading.store import ActivationStore
-from hsae.cache.storage.paths import Place, RemotePath, check_writable, place
-from hsae.cache.text.corpora import Packer, tokenised
+from hsae.cache.storage.paths import Place, check_writable, place
+from hsae.cache.text.packing import Packer, tokenise
 
 IN_MEMORY = "memory://"
 CLEAN_SHARE = 11
@@ -83,7 +86,7 @@ def build_in_memory(
         prepend_bos=prepend_bos,
         batch_rows=batch_rows,
         chunk_mib=float(chunk_mib),
-        codec=codec or ("compact" if isinstance(place(folder), RemotePath) else "mappable"),
+        codec=codec or default_codec(folder),
         rows=full,
         clean_rows=clean_rows,
     )
@@ -95,10 +98,7 @@ def build_in_memory(
 def _tokenised(
     texts: Iterable[str], lm: LanguageModel, context: int, bos_id: int | None, rows: int | None
 ) -> tuple[TokenisedText, int]:
-    """(documents of token ids up to the one that fills the last row, full rows).
-
-    Raises CorpusError for too little text.
-    """
+    """(documents of token ids that fill the rows, full rows). Raises CorpusError for too little text."""
     if isinstance(texts, str):
         raise CorpusError("texts is one string; give documents: a list or another iterable of strings")
     digest = hashlib.sha256()
@@ -112,7 +112,7 @@ def _tokenised(
             yield text
 
     def read() -> Iterator[Sequence[int]]:
-        for number, ids in enumerate(tokenised(strings(), lm.tokenizer)):
+        for number, ids in enumerate(tokenise(strings(), lm.tokenizer)):
             digest.update(hashes[number])
             documents.append(array("i", ids))
             yield documents[-1]

@@ -2,22 +2,22 @@
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hsae.cache.building.verification import LOCAL_READERS, check_chunk, packed
+from hsae.cache.building.chunk_log import Written
+from hsae.cache.building.contents import StoreContents
+from hsae.cache.building.verification import check_chunk
 from hsae.cache.building.writer import trailer
 from hsae.cache.errors import StoreError
-from hsae.cache.format.chunk_codec import DamagedChunkError, crc32c, encode_chunk, read_chunk
-from hsae.cache.format.layout import CRC_BYTES, ArraySpec, checks_array, every_array
-from hsae.cache.storage.paths import IN_FLIGHT, Place, RemotePath, many
+from hsae.cache.files import crc32c
+from hsae.cache.format.arrays import CRC_BYTES, ArraySpec
+from hsae.cache.format.chunk_codec import DamagedChunkError, encode_chunk, read_chunk
+from hsae.cache.format.layout import checks_array, every_array
+from hsae.cache.storage.paths import Place, at_once, map_parallel
 
-if TYPE_CHECKING:
-    from hsae.cache.building.builder import Builder
 
-
-def keep_what_is_right(builder: "Builder") -> None:
+def keep_what_is_right(contents: StoreContents, root: Place, written: Written) -> None:
     """Check every chunk that is there, and delete those that are damaged; a build then makes what is missing.
 
     A chunk is compared with its checksum and, where the store had been finished, with its list of checksums; all
@@ -25,31 +25,30 @@ def keep_what_is_right(builder: "Builder") -> None:
     store that had not been finished only chunks that were written down count as there. Raises StoreError if anything
     differs.
     """
-    root, specs = builder.target, builder.specs
-    found = {path: np.flatnonzero(spec.written(root)) for path, spec in specs.items()}
-    if not any(len(indices) for indices in found.values()):
+    specs = contents.specs
+    present = {path: np.flatnonzero(spec.written(root)) for path, spec in specs.items()}
+    if not any(len(indices) for indices in present.values()):
         return
-    checks = _listed(builder)
+    checks = _listed(contents, root)
 
     def check(job: tuple[ArraySpec, int]) -> Place | None:
         spec, index = job
         try:
             check_chunk(root, spec, index, int(checks[spec.path][index]) if checks else None)
-        except DamagedChunkError as error:
-            return error.path
+        except DamagedChunkError:
+            return spec.chunk_file(root, index)
         return None
 
-    jobs = ((specs[path], int(index)) for path, indices in found.items() for index in indices)
-    at_once = IN_FLIGHT if isinstance(root, RemotePath) else LOCAL_READERS
-    damaged = {str(path): path for path in many(check, jobs, at_once) if path is not None}
+    jobs = ((specs[path], int(index)) for path, indices in present.items() for index in indices)
+    damaged = {str(path): path for path in map_parallel(check, jobs, at_once(root)) if path is not None}
     first, known = None, 0
-    for index, chunk in packed(builder):
+    for index, chunk in contents.token_chunks():
         first = chunk if index == 0 else first
-        known += _compare(builder, specs["tokens"], index, encode_chunk(specs["tokens"], chunk), damaged)
+        known += _compare(root, specs["tokens"], index, encode_chunk(specs["tokens"], chunk), damaged)
     there = [spec for path, spec in specs.items() if path != "tokens" and spec.is_written(root, 0)]
     if there and first is not None:
-        for spec, index, values in builder.compute(0, there, first):
-            _compare(builder, spec, index, encode_chunk(spec, values), damaged)
+        for spec, index, values in contents.compute(0, there, first):
+            _compare(root, spec, index, encode_chunk(spec, values), damaged)
     if damaged and not known:
         raise StoreError(
             f"{root} has lost its header, and none of its tokens are whole, so that nobody knows whose it is. Move "
@@ -58,36 +57,33 @@ def keep_what_is_right(builder: "Builder") -> None:
         )
     for path in damaged.values():
         path.unlink(missing_ok=True)
-    if checks and builder.written is not None:  # what a finished store's list tells of is as good as written down
-        for array, indices in found.items():
+    if checks:  # what a finished store's list tells of is as good as written down
+        for array, indices in present.items():
             for number in map(int, indices):
-                builder.written.add(array, number, int(checks[array][number]))
-        builder.written.flush()
+                written.add(array, number, int(checks[array][number]))
+        written.flush()
 
 
-def _listed(builder: "Builder") -> dict[str, np.ndarray]:
+def _listed(contents: StoreContents, root: Place) -> dict[str, np.ndarray]:
     """The checksums of each array's chunks that a finished store would list, if they are there and whole."""
-    for kept in (0, None):  # older stores have no list of kept tokens
-        specs = every_array(builder.header().model_copy(update={"complete": True, "kept_tokens": kept}))
+    for count in (0, None):  # older stores have no list of kept tokens
+        specs = every_array(contents.header().model_copy(update={"complete": True, "kept_tokens": count}))
         with contextlib.suppress(DamagedChunkError):
-            numbers = np.frombuffer(read_chunk(builder.target, checks_array(specs), 0), "<u4")
+            numbers = np.frombuffer(read_chunk(root, checks_array(specs), 0), "<u4")
             ends = np.cumsum([spec.count for spec in specs])[:-1]
             return dict(zip((spec.path for spec in specs), np.split(numbers, ends), strict=True))
     return {}
 
 
-def _compare(builder: "Builder", spec: ArraySpec, index: int, data: bytes, damaged: Mapping[str, Place]) -> bool:
-    """Whether a chunk is there, whole and as it must be; False without one.
-
-    Raises StoreError if it is whole and another.
-    """
-    path = spec.chunk_file(builder.target, index)
-    if str(path) in damaged or not spec.is_written(builder.target, index):
+def _compare(root: Place, spec: ArraySpec, index: int, data: bytes, damaged: Mapping[str, Place]) -> bool:
+    """Whether a chunk is there, whole and right. Raises StoreError if it is whole and another."""
+    path = spec.chunk_file(root, index)
+    if str(path) in damaged or not spec.is_written(root, index):
         return False
-    if trailer(builder.target, spec, index) != crc32c(data[:-CRC_BYTES]):
+    if trailer(root, spec, index) != crc32c(data[:-CRC_BYTES]):
         raise StoreError(
-            f"{builder.target} has lost its header, and its chunks are not those of this model and text: "
-            f"{spec.chunk_file(builder.target, index)} would be another. Move the store away, or build elsewhere "
+            f"{root} has lost its header, and its chunks are not those of this model and text: "
+            f"{spec.chunk_file(root, index)} would be another. Move the store away, or build elsewhere "
             f"with --set cache.dir=FOLDER"
         )
     return True

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from hsae.cache.building.chunk_log import Written
 from hsae.cache.building.writer import trailer
-from hsae.cache.format.chunk_codec import DamagedChunkError, crc32c
-from hsae.cache.format.layout import CRC_BYTES, ArraySpec
+from hsae.cache.files import crc32c
+from hsae.cache.format.arrays import CRC_BYTES, ArraySpec
+from hsae.cache.format.chunk_codec import DamagedChunkError
 from hsae.cache.launcher import Share
 from hsae.cache.reading.mapped_chunks import kept_tokens
-from hsae.cache.storage.paths import Place, many, publish
+from hsae.cache.storage.paths import Place, map_parallel, publish
 
 TALLIED = 1024  # chunks of each array in one part
 FOLDER = "tally"
@@ -40,10 +41,10 @@ def write_parts(
     parts, wrong = -(-specs[0].count // TALLIED), []
     for part in (*share.own(parts), *(() if share.rank else share.others(parts))):
         if _read(target, specs, int(part), written.key) is None:
-            told, found = _tallied(target, specs, int(part), special_ids, written)
-            wrong += found
-            if not found:
-                data = told.tobytes()
+            tally, harmed = _tallied(target, specs, int(part), special_ids, written)
+            wrong += harmed
+            if not harmed:
+                data = tally.tobytes()
                 with contextlib.suppress(
                     FileNotFoundError
                 ):  # worker 0, which did not wait, has just deleted the folder
@@ -54,15 +55,13 @@ def write_parts(
 def collected(
     target: Place, specs: Sequence[ArraySpec], key: str
 ) -> tuple[NDArray[np.uint32], dict[str, NDArray[np.uint32]]] | None:
-    """(non-special tokens of each chunk, the checksums of each array's chunks), from all parts; None if one is not
-    there or not whole.
-    """
-    told: list[NDArray[np.uint32]] = []
-    for part in many(lambda part: _read(target, specs, part, key), range(-(-specs[0].count // TALLIED))):
+    """(non-special tokens of each chunk, checksums of each array's chunks); None if a part is missing or harmed."""
+    parts: list[NDArray[np.uint32]] = []
+    for part in map_parallel(lambda part: _read(target, specs, part, key), range(-(-specs[0].count // TALLIED))):
         if part is None:
             return None
-        told.append(part)
-    whole = np.concatenate(told)
+        parts.append(part)
+    whole = np.concatenate(parts)
     return whole[:, 0], {spec.path: whole[: spec.count, column] for column, spec in enumerate(specs, 1)}
 
 
@@ -92,25 +91,25 @@ def _tallied(
     """(a part's numbers, the chunks that are not what was written down)."""
     tokens = specs[0]
     first, last = part * TALLIED, min((part + 1) * TALLIED, tokens.count)
-    told, wrong = np.zeros((last - first, 1 + len(specs)), "<u4"), []
+    tally, wrong = np.zeros((last - first, 1 + len(specs)), "<u4"), []
 
     def numbers(chunk: Chunk) -> tuple[int, int] | None:
         """(a chunk's non-special tokens if it is one of tokens, its checksum)."""
         spec, index = chunk
         with contextlib.suppress(DamagedChunkError):
-            kept, found = (
+            count, checksum = (
                 kept_tokens(target, spec, index, special_ids) if spec is tokens else (0, trailer(target, spec, index))
             )
-            if found == written[spec.path][index]:
-                return kept, found
+            if checksum == written[spec.path][index]:
+                return count, checksum
         return None
 
     for column, spec in enumerate(specs, 1):
         chunks = [(spec, index) for index in range(first, min(last, spec.count))]
-        for chunk, found in zip(chunks, many(numbers, chunks), strict=True):
-            row = told[chunk[1] - first]
-            if found is None:
+        for chunk, result in zip(chunks, map_parallel(numbers, chunks), strict=True):
+            row = tally[chunk[1] - first]
+            if result is None:
                 wrong.append(chunk)
             else:
-                row[0], row[column] = row[0] + found[0], found[1]
-    return told, wrong
+                row[0], row[column] = row[0] + result[0], result[1]
+    return tally, wrong

@@ -31,8 +31,8 @@ def summarise(
     sample = []
     special = torch.tensor(special_ids, dtype=torch.int32)
     for index in chosen:
-        kept = ~torch.isin(tokens.chunk(index), special)
-        vectors = acts.chunk(index)[kept]
+        mask = ~torch.isin(tokens.chunk(index), special)
+        vectors = acts.chunk(index)[mask]
         for first in range(0, len(vectors), 4096):
             wide = vectors[first : first + 4096].double()
             total += wide.sum(0)

@@ -1,51 +1,27 @@
-"""Every file of a store checked against what it must be, and damaged ones made again.
+"""Every file of a store, checked against what it must be."""
 
-What follows from the header and from other files (metadata, lists) is written again as it was; chunks are computed
-again from the model and the corpus. Nothing is deleted, and nothing is replaced but by what the store's list of
-checksums names.
-"""
-
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from hsae.cache.building.statistics import summarise
-from hsae.cache.building.writer import encoded_json, listed, write_documents, write_header, write_list
-from hsae.cache.errors import StoreError
-from hsae.cache.files import sweep
-from hsae.cache.format.chunk_codec import DamagedChunkError, crc32c, encode_chunk, read_chunk
+from hsae.cache.errors import DamagedFileError
+from hsae.cache.format.arrays import ArraySpec
+from hsae.cache.format.chunk_codec import DamagedChunkError, read_chunk
 from hsae.cache.format.layout import (
-    CRC_BYTES,
-    DOCUMENTS,
-    ArraySpec,
-    DamagedFileError,
     Header,
     check_metadata,
     checks_array,
-    documents_digest,
     every_array,
-    is_sealed,
-    kept_array,
     metadata,
     read_documents,
     read_header,
 )
-from hsae.cache.format.spec import Codec
 from hsae.cache.progress import Progress, Step, silent
-from hsae.cache.reading.mapped_chunks import MappedArray, count_kept, map_chunk, read_checks
-from hsae.cache.storage.paths import IN_FLIGHT, Place, RemotePath, exists, locked, many, place, publish
-
-if TYPE_CHECKING:
-    from hsae.cache.building.builder import Builder
-
-LOCAL_READERS = 2
+from hsae.cache.reading.mapped_chunks import map_chunk, read_checks
+from hsae.cache.storage.paths import Place, at_once, map_parallel, place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +50,7 @@ def verify(url: str | Place, progress: Progress = silent) -> list[Damage]:
         except DamagedFileError as error:
             damages.append(Damage(array=array, index=0, path=error.path, problem=error.problem))
 
-    for name, document in _documents(header).items():
+    for name, document in metadata_files(header).items():
         sound("", lambda name=name, document=document: check_metadata(root, name, document))  # type: ignore[misc]
     if header.spec.rows_per_document is not None and (header.complete or header.documents_digest):
         sound("", lambda: read_documents(root, header))
@@ -90,14 +66,13 @@ def verify(url: str | Place, progress: Progress = silent) -> list[Damage]:
             return Damage(array=spec.path, index=index, path=error.path, problem=error.problem)
         return None
 
-    at_once = IN_FLIGHT if isinstance(root, RemotePath) else LOCAL_READERS
-    for done, damage in enumerate(many(problem, jobs, at_once), 1):
+    for done, damage in enumerate(map_parallel(problem, jobs, at_once(root)), 1):
         damages.extend([damage] if damage else [])
         progress(Step(task="checking", done=done, total=total, unit="chunks"))
     return damages
 
 
-def _documents(header: Header) -> dict[str, dict[str, object]]:
+def metadata_files(header: Header) -> dict[str, dict[str, object]]:
     """Every zarr.json that a store with this header has."""
     specs = every_array(header)
     return metadata(header, specs if header.checks is None else [*specs, checks_array(specs)])
@@ -110,167 +85,3 @@ def check_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None) ->
         map_chunk(root, path, spec, check=True, listed=listed)
     else:
         read_chunk(root, spec, index, listed)
-
-
-def repair(
-    url: str | Place, damages: Sequence[Damage], *, device: str = "cpu", say: Callable[[str], None] = lambda text: None
-) -> list[Damage]:
-    """Make damaged files again, from the header and other files or from the model and the corpus; returns what is
-    still wrong.
-
-    A store made before there were checksums of the header and of all chunks gets them. Raises StoreError, before
-    anything is written, if the model or the corpus are no longer what the store was made from, or if numbers were
-    lost that only another store still has.
-    """
-    root = place(url)
-    header = read_header(root)
-    _refuse_lossy(root, header, damages)
-    with locked(root):
-        if isinstance(root, Path):
-            sweep(root)
-        documents = {str(root / name): (name, document) for name, document in _documents(header).items()}
-        write_documents(root, dict(documents[str(one.path)] for one in damages if str(one.path) in documents))
-        if any(one.array not in ("checks", "stats/kept") and str(one.path) not in documents for one in damages):
-            _Repair(root, header, damages, device, say).run()
-        if any(one.array == "stats/kept" for one in damages):
-            _write_kept(root, header)
-        if header.complete and (
-            header.checks is None or not is_sealed(root) or any(one.array == "checks" for one in damages)
-        ):
-            _seal_again(root, header)
-    return verify(root)
-
-
-def mend_documents(root: Place, *, device: str, say: Callable[[str], None]) -> None:
-    """Make `documents.json` of a finished store again if it is missing or damaged."""
-    try:
-        read_documents(root, read_header(root))
-    except DamagedFileError as error:
-        say(f"{error.path} {error.problem}; making it again")
-        repair(root, [Damage(array="", index=0, path=error.path, problem=error.problem)], device=device, say=say)
-
-
-def _refuse_lossy(root: Place, header: Header, damages: Sequence[Damage]) -> None:
-    """Activations in int8, and statistics of those that they were made from, can't be had from the model: another
-    store has them.
-    """
-    lost = [one for one in damages if one.array.startswith(("acts/", "stats/blocks"))]
-    if header.spec.codec != "int8" or not lost:
-        return
-    codecs: tuple[Codec, ...] = ("mappable", "compact")
-    folder = place(root.url.rpartition("/")[0]) if isinstance(root, RemotePath) else root.parent
-    names = [header.spec.model_copy(update={"codec": codec}).name for codec in codecs]
-    known = next((str(folder / name) for name in names if exists(folder / name)), None)
-    where = "" if known else f", where STORE is the one that it was made from ({' or '.join(names)})"
-    raise StoreError(
-        f"{lost[0].path} {lost[0].problem}, and int8 can't be computed again; nothing was written. Mend it with: "
-        f"hsae cache recode {known or 'STORE'} {folder} --codec int8{where}"
-    )
-
-
-class _Repair:
-    """Computes damaged files again."""
-
-    def __init__(
-        self, root: Place, header: Header, damages: Sequence[Damage], device: str, say: Callable[[str], None]
-    ) -> None:
-        from hsae.cache.building.builder import Builder  # which loads transformers; checking needs none
-        from hsae.cache.language_model.lm import LanguageModel
-        from hsae.cache.language_model.sources import at_commit
-
-        say(f"loading {header.spec.model.id}")
-        model = LanguageModel.load(at_commit(header.spec.model, header.model_commit), device=device, say=say)
-        self.builder = Builder(header.spec, root, model)
-        self.builder.check_same(header, self.builder.header())
-        self.root, self.header, self.say = root, header, say
-        self.damages = damages
-        self.specs = {spec.path: spec for spec in every_array(header)}
-        try:
-            self.checks: Mapping[str, NDArray[np.uint32]] = read_checks(root, header)
-        except DamagedChunkError:
-            self.checks = {}  # written again at the end, and compared with the header
-
-    def run(self) -> None:
-        """Documents and tokens first, since others follow from them."""
-        if any(one.path.name == DOCUMENTS for one in self.damages):
-            self._documents()
-        if tokens := {one.index for one in self.damages if one.array == "tokens"}:
-            for index, chunk in packed(self.builder):
-                if index in tokens:
-                    self._replace("tokens", index, chunk)
-        by_index: dict[int, list[ArraySpec]] = {}
-        for one in self.damages:
-            if one.array in self.builder.specs and one.array != "tokens":
-                by_index.setdefault(one.index, []).append(self.specs[one.array])
-        for number, (index, wanted) in enumerate(sorted(by_index.items()), 1):
-            for spec, _, values in self.builder.compute(index, wanted, self.builder.tokens(index)):
-                self._replace(spec.path, index, values)
-            self.say(f"chunk {index} computed again ({number} of {len(by_index)})")
-        lost = {one.array for one in self.damages if one.array.startswith("stats/blocks")}
-        for hook in {path.split("/")[1] for path in lost}:
-            acts, tokens_of = (
-                MappedArray(self.root, self.specs[path], self.checks.get(path)) for path in (f"acts/{hook}", "tokens")
-            )
-            _, moments = summarise(self.root, acts, tokens_of, self.header.special_ids)
-            for name in lost & {f"stats/{hook}/{name}" for name in moments}:
-                self._replace(name, 0, moments[name.rpartition("/")[2]])
-
-    def _documents(self) -> None:
-        data = encoded_json(self.builder.row_documents[1])
-        if self.header.documents_digest not in (None, documents_digest(data)):
-            raise self._other(self.root / DOCUMENTS)
-        publish(self.root / DOCUMENTS, data)
-
-    def _replace(self, path: str, index: int, values: Tensor) -> None:
-        """Publish a chunk, if it is the one that the store was finished with."""
-        spec = self.specs[path]
-        data = encode_chunk(spec, values)
-        if path in self.checks and int.from_bytes(data[-CRC_BYTES:], "little") != int(self.checks[path][index]):
-            raise self._other(spec.chunk_file(self.root, index))
-        publish(spec.chunk_file(self.root, index), data)
-
-    def _other(self, path: Place) -> StoreError:
-        return StoreError(
-            f"{path} comes out with other numbers than those that the store was finished with, and was left as it "
-            f"is; move {self.root} "
-            "away and build it again with `hsae cache build`"
-        )
-
-
-def packed(builder: "Builder") -> Iterator[tuple[int, Tensor]]:
-    """(number, values) of every chunk of the tokens, packed anew from the corpus."""
-    from hsae.cache.text.corpora import Packer
-
-    spec, array = builder.spec, builder.specs["tokens"]
-    rows = Packer(spec.context, builder.model.bos_id if spec.prepend_bos else None).pack(builder.token_documents())
-    for index in range(array.count):
-        wanted = min(builder.step, spec.rows - index * builder.step)
-        yield index, torch.tensor(list(itertools.islice(rows, wanted)), dtype=torch.int32)
-
-
-def _write_kept(root: Place, header: Header) -> None:
-    """Count the tokens again. Raises StoreError if they are not as many as the header tells."""
-    kept = count_kept(root, every_array(header)[0], header.special_ids)
-    if kept.sum() != header.kept_tokens:
-        raise _not_the_same(root)
-    write_list(root, kept_array(header.spec, header.d_model), kept.astype(np.uint32))
-
-
-def _seal_again(root: Place, header: Header) -> None:
-    """Write the list of checksums and the header's own.
-
-    Raises StoreError if the list is not the one that the header tells of.
-    """
-    specs = every_array(header)
-    checks = listed(root, specs).astype("<u4")
-    if header.checks not in (None, crc32c(checks.tobytes())):
-        raise _not_the_same(root)
-    header = header.model_copy(update={"checks": write_list(root, checks_array(specs), checks)})
-    write_header(root, header)
-
-
-def _not_the_same(root: Place) -> StoreError:
-    return StoreError(
-        f"{root}: the chunks are whole, but not those that the store was finished with; move it away and build it "
-        f"again with `hsae cache build`"
-    )

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hsae.cache.format.bfloat16  # noqa: F401  what is written here can be read with zarr
+from hsae.cache.format.arrays import CRC_BYTES, ArraySpec
 from hsae.cache.format.chunk_codec import TORCH_DTYPES, DamagedChunkError, encode_chunk
-from hsae.cache.format.layout import CRC_BYTES, METADATA, ArraySpec, Header, checks_array, metadata
-from hsae.cache.storage.paths import Place, RemotePath, many, publish
+from hsae.cache.format.layout import METADATA, Header, checks_array, metadata
+from hsae.cache.storage.paths import Place, create_file, map_parallel, publish, read_tail
 
 __all__ = [
     "TORCH_DTYPES",
@@ -33,17 +34,12 @@ __all__ = [
 ]
 
 
-def create(target: Place, header: Header, specs: Iterable[ArraySpec]) -> bool:
-    """Write every zarr.json of a store, the one with the header last, unless another process was faster with that:
-    then False.
-    """
-    if not isinstance(target, RemotePath):
-        write_metadata(target, header, specs)
-        return True
+def create(target: Place, header: Header, specs: Iterable[ArraySpec]) -> None:
+    """Write every zarr.json of a store, the one with the header last, unless another process was faster with that."""
     documents = metadata(header, specs)
     first = documents.pop(METADATA)
     write_documents(target, documents)
-    return (target / METADATA).create_bytes(_encoded(first))
+    create_file(target / METADATA, _encoded(first))
 
 
 def write_metadata(target: Place, header: Header, specs: Iterable[ArraySpec]) -> None:
@@ -62,9 +58,7 @@ def _encoded(document: Any) -> bytes:
 
 
 def write_chunk(target: Place, spec: ArraySpec, index: int, values: Tensor) -> int:
-    """Publish chunk `index`, [rows, ...], and return its checksum; missing rows of the last chunk are padded with
-    zeros.
-    """
+    """Publish chunk `index`, [rows, ...], padded with zeros, and return its checksum."""
     data = encode_chunk(spec, values)
     publish(spec.chunk_file(target, index), data)
     return int.from_bytes(data[-CRC_BYTES:], "little")
@@ -83,14 +77,14 @@ def listed(
     Those of an array that `known` has are taken from there, others are read. Raises DamagedChunkError if a chunk is
     missing.
     """
-    found = []
+    checksums = []
     for spec in specs:
         numbers = known.get(spec.path)
         if numbers is None:
-            read = many(lambda index, spec=spec: trailer(target, spec, index), range(spec.count))  # type: ignore[misc]
+            read = map_parallel(lambda index, spec=spec: trailer(target, spec, index), range(spec.count))  # type: ignore[misc]
             numbers = np.fromiter(read, np.uint32, spec.count)
-        found.append(numbers)
-    return np.concatenate(found)
+        checksums.append(numbers)
+    return np.concatenate(checksums)
 
 
 def write_list(target: Place, spec: ArraySpec, numbers: NDArray[np.uint32]) -> int:
@@ -103,11 +97,7 @@ def trailer(target: Place, spec: ArraySpec, index: int) -> int:
     """The checksum that ends chunk `index`. Raises DamagedChunkError if the chunk is missing."""
     path = spec.chunk_file(target, index)
     try:
-        if isinstance(path, RemotePath):
-            return int.from_bytes(path.read_tail(CRC_BYTES), "little")
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - CRC_BYTES))
-            return int.from_bytes(file.read(CRC_BYTES), "little")
+        return int.from_bytes(read_tail(path, CRC_BYTES), "little")
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedChunkError(target, path, "is missing") from None
 

@@ -19,9 +19,7 @@ NUMPY_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 @dataclass(frozen=True)
 class BFloat16(ZDType[Any, Any], HasEndianness, HasItemSize):
-    """Sixteen bits: a float32 without the lower half of its mantissa. zarr v3 only; little-endian like the machines
-    it is made on.
-    """
+    """Sixteen bits: the upper half of a float32. zarr v3 only; little-endian."""
 
     _zarr_v3_name: ClassVar[str] = "bfloat16"
     dtype_cls = NUMPY_BFLOAT16.__class__

@@ -6,16 +6,17 @@ checksums (`checks`): a flipped bit disagrees with both, a chunk in another's pl
 """
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-import google_crc32c
-import numpy as np
 import torch
 from torch import Tensor
 
+from hsae.cache.errors import DamagedFileError, TooLongError
+from hsae.cache.files import crc32c
+from hsae.cache.format.arrays import CRC_BYTES, ITEM_BYTES, ArraySpec
 from hsae.cache.format.int8 import dequantise, quantise
-from hsae.cache.format.layout import CRC_BYTES, ITEM_BYTES, ArraySpec, DamagedFileError
-from hsae.cache.storage.paths import Place, RemotePath, TooLongError, again
+from hsae.cache.storage.paths import Place, read_again
 
 TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -31,11 +32,6 @@ class DamagedChunkError(DamagedFileError):
     """A chunk is missing or is not what was written."""
 
 
-def crc32c(data: bytes | memoryview, before: int = 0) -> int:
-    """The crc32c checksum of some bytes, or of them and those before, whose checksum is given."""
-    return int(google_crc32c.extend(before, np.frombuffer(data, dtype=np.uint8)))
-
-
 @cache
 def _blosc(item_bytes: int) -> Any:
     from numcodecs import Blosc
@@ -44,10 +40,7 @@ def _blosc(item_bytes: int) -> Any:
 
 
 def encode_chunk(spec: ArraySpec, values: Tensor, mean_D: Tensor | None = None) -> bytes:
-    """The bytes of a chunk's file, [rows, ...]; missing rows of the last chunk are padded with zeros.
-
-    `int8` needs the mean [D].
-    """
+    """The bytes of a chunk's file, [rows, ...], padded with zeros. `int8` needs the mean [D]."""
     padded = values.to(TORCH_DTYPES[spec.dtype]).contiguous()
     if values.shape != spec.chunks:
         padded = torch.zeros(spec.chunks, dtype=TORCH_DTYPES[spec.dtype])
@@ -61,13 +54,11 @@ def encode_chunk(spec: ArraySpec, values: Tensor, mean_D: Tensor | None = None) 
     return b"".join((body, crc32c(body).to_bytes(CRC_BYTES, "little")))
 
 
-def check_sums(root: Place, path: Place, found: int, trailer: int, listed: int | None) -> None:
-    """Raise DamagedChunkError unless a chunk's checksum is the one at its end and the one in the store's list, if
-    there is one.
-    """
-    if found != trailer:
+def check_sums(root: Place, path: Place, checksum: int, trailer: int, listed: int | None) -> None:
+    """Raise DamagedChunkError unless a chunk's checksum is the one at its end and in the store's list, if any."""
+    if checksum != trailer:
         raise DamagedChunkError(root, path, "fails its checksum")
-    if listed is not None and found != listed:
+    if listed is not None and checksum != listed:
         raise DamagedChunkError(root, path, "is another chunk, put in this one's place")
 
 
@@ -105,6 +96,16 @@ def read_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None = No
     return _fetched(root, spec, index, listed)[1]
 
 
+def read_tensor(root: Place, spec: ArraySpec, index: int, listed: int | None = None) -> Tensor:
+    """Chunk `index` in memory, [rows, ...] without padding, fetched and checked. Raises DamagedChunkError."""
+    return to_tensor(read_chunk(root, spec, index, listed), spec, index)
+
+
+def to_tensor(numbers: bytes, spec: ArraySpec, index: int) -> Tensor:
+    """The numbers of chunk `index`, [rows, ...] without padding."""
+    return torch.frombuffer(bytearray(numbers), dtype=TORCH_DTYPES[spec.dtype]).view(spec.chunks)[: spec.rows(index)]
+
+
 def encoded_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None = None) -> bytes:
     """The bytes of chunk `index`'s file, fetched and checked. Raises DamagedChunkError."""
     return _fetched(root, spec, index, listed)[0]
@@ -116,12 +117,12 @@ def _fetched(root: Place, spec: ArraySpec, index: int, listed: int | None) -> tu
 
     def read() -> tuple[bytes, bytes]:
         try:
-            data = path.read_bytes(most) if isinstance(path, RemotePath) else path.read_bytes()
+            data = path.read_bytes() if isinstance(path, Path) else path.read_bytes(most)
         except TooLongError:
             raise DamagedChunkError(root, path, f"is more than {most} bytes long") from None
         return data, decode_chunk(root, path, data, spec, listed)
 
     try:
-        return again(path, read, DamagedChunkError)
+        return read_again(path, read, DamagedChunkError)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise DamagedChunkError(root, path, "is missing") from None

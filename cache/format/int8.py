@@ -44,20 +44,17 @@ def quantise(values: NDArray[Any], mean: NDArray[Any]) -> bytes:
 
 
 def dequantise(data: bytes | memoryview, width: int | None = None) -> NDArray[np.float32]:
-    """The vectors [N, D], float32.
-
-    Raises ValueError if the bytes are not what `quantise` makes, or of another width than is asked for.
-    """
+    """The vectors [N, D], float32. Raises ValueError for what `quantise` does not make, or another width."""
     view = memoryview(data).cast("B")
-    found = int.from_bytes(view[:4], "little")
-    vectors, rest = divmod(len(view) - 4 - 4 * found, 4 + found)
-    if len(view) < 4 or found == 0 or vectors < 0 or rest or (width is not None and found != width):
+    stored = int.from_bytes(view[:4], "little")
+    vectors, rest = divmod(len(view) - 4 - 4 * stored, 4 + stored)
+    if len(view) < 4 or stored == 0 or vectors < 0 or rest or (width is not None and stored != width):
         raise ValueError(
-            f"{len(view)} bytes that name width {found} are no int8 chunk" + (f" of width {width}" if width else "")
+            f"{len(view)} bytes that name width {stored} are no int8 chunk" + (f" of width {width}" if width else "")
         )
-    mean = np.frombuffer(view, "<f4", found, 4)
-    scale = np.frombuffer(view, "<f4", vectors, 4 + 4 * found)
-    numbers = np.frombuffer(view, np.int8, vectors * found, 4 + 4 * found + 4 * vectors).reshape(vectors, found)
+    mean = np.frombuffer(view, "<f4", stored, 4)
+    scale = np.frombuffer(view, "<f4", vectors, 4 + 4 * stored)
+    numbers = np.frombuffer(view, np.int8, vectors * stored, 4 + 4 * stored + 4 * vectors).reshape(vectors, stored)
     return (mean + scale[:, None] * numbers).astype(np.float32, copy=False)
 
 

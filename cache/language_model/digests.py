@@ -23,7 +23,7 @@ def state_digest(model: Any) -> str:
 
 
 def tokenizer_state_digest(tokenizer: Any) -> str:
-    """SHA-256 over what a tokenizer does: its tokenizer.json, or for one without, its class and vocabulary; and its special tokens."""
+    """SHA-256 over a tokenizer.json, or else its class and vocabulary; and the special tokens."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         content = json.loads(backend.to_str())
         content.update(padding=None, truncation=None)  # the state of its last call

@@ -1,7 +1,8 @@
 """What a language model writes after a prompt, greedily, from cached residuals of the prompt, as they are or changed.
 
-A changed residual acts on every later token through attention, as a hook on the prompt's forward pass does. Each further token takes one
-prefix pass (the residuals of what was written) and one suffix pass; most answers are decided by the first.
+A changed residual acts on every later token through attention, as a hook on the prompt's forward pass does. Each
+further token takes one prefix pass (the residuals of what was written) and one suffix pass; most answers are decided
+by the first.
 
 Shapes: B prompts of a batch, T tokens, D residual width.
 """
@@ -45,7 +46,7 @@ def complete(
     batch_rows: int,
     passes: PassCounts,
 ) -> list[str]:
-    """The text written after each prompt: at most `max_new_tokens`, and none once it is decided or the text has ended."""
+    """The text written after each prompt, of at most `max_new_tokens`, until it is decided or has ended."""
     pending = list(prompts)
     for step in range(max_new_tokens):
         for start in range(0, len(pending), batch_rows):

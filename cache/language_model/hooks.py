@@ -1,24 +1,21 @@
 """Hook points of a transformers model: their names, the modules they lie at, and edits of the residual stream there.
 
-Names are TransformerLens's: `blocks.{L}.hook_resid_post` is the output of decoder layer L, `blocks.{L}.hook_resid_pre` its input.
-Shapes: B rows of a batch, T tokens of the pass, D residual width.
+Names are TransformerLens's: `blocks.{L}.hook_resid_post` is the output of decoder layer L,
+`blocks.{L}.hook_resid_pre` its input. Shapes: B rows of a batch, T tokens of the pass, D residual width.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hsae.cache.config import HOOK_PATTERN
 from hsae.cache.errors import ModelError
-from hsae.cache.format.spec import HOOK_PATTERN
-
-if TYPE_CHECKING:
-    from hsae.cache.language_model.lm import LanguageModel
 
 Edit = Tensor | Callable[[Tensor], Tensor]
-"""A tensor that is added to the residual (one that broadcasts to [B, T, D]), or a function from the residual to the one in its place."""
+"""A tensor to add (it broadcasts to [B, T, D]), or a function from the residual to the one in its place."""
 
 
 def parse_hook(hook: str) -> tuple[int, str]:
@@ -56,13 +53,14 @@ def final_norm(model: Any) -> tuple[nn.Module, str]:
 
 def _unknown_layout(model: Any) -> ModelError:
     return ModelError(
-        f"{type(model).__name__} is laid out in a way hsae can't cut: it needs a decoder with `layers` and a final `norm`, "
+        f"{type(model).__name__} is laid out in a way hsae can't cut: it needs a decoder with `layers` and a final "
+        f"`norm`, "
         "as Gemma, Llama, Qwen, Mistral and GPT-NeoX have"
     )
 
 
 def hook_module(model: Any, hook: str) -> tuple[nn.Module, str]:
-    """The decoder layer of a hook in a transformers model, and whether the hook is its input (`pre`) or output (`post`)."""
+    """The decoder layer of a hook, and whether the hook is its input (`pre`) or its output (`post`)."""
     layers = decoder_layers(model)
     layer, kind = parse_hook(hook)
     if layer >= len(layers):
@@ -74,7 +72,7 @@ def hook_module(model: Any, hook: str) -> tuple[nn.Module, str]:
 
 
 def on_residual(model: Any, hook: str, change: Callable[[Tensor], Tensor | None]) -> torch.utils.hooks.RemovableHandle:
-    """Call `change` with the residual [B, T, D] at a hook in every pass; what it returns, unless None, takes the residual's place."""
+    """Call `change` with the residual [B, T, D] in every pass; what it returns, unless None, replaces it."""
     module, kind = hook_module(model, hook)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,14 +92,24 @@ def on_residual(model: Any, hook: str, change: Callable[[Tensor], Tensor | None]
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
+class CheckedModel(Protocol):
+    """A `LanguageModel`, or what has the same of it."""
+
+    model: Any
+
+    def check_hooks(self, hooks: Sequence[str]) -> None:
+        """Raise ModelError unless the model can be cut at every hook."""
+
+
 @contextlib.contextmanager
-def edit_residual(model: "LanguageModel | nn.Module", hook: str, edit: Edit) -> Iterator[None]:
+def edit_residual(model: CheckedModel | nn.Module, hook: str, edit: Edit) -> Iterator[None]:
     """While it is entered, the residual at a hook is edited in every pass of the model, those of `generate` too.
 
-    `model` is a LanguageModel or a transformers model. A tensor is added: [D] at every token, [B, 1, D] one vector for each row. A function
-    takes the residual [B, T, D] and returns the one that goes on in its place; with a key-value cache, as in `generate`, T counts the new tokens
-    only: all of the prompt first, then one token a pass. The result is rounded to the model's type. Edits nest, also at the same hook, where
-    the outer one comes first, and end with the block, whatever happens in it.
+    `model` is a LanguageModel or a transformers model. A tensor is added: [D] at every token, [B, 1, D] one vector
+    for each row. A function takes the residual [B, T, D] and returns the one that goes on in its place; with a
+    key-value cache, as in `generate`, T counts the new tokens only: all of the prompt first, then one token a pass.
+    The result is rounded to the model's type. Edits nest, also at the same hook, where the outer one comes first, and
+    end with the block, whatever happens in it.
 
     Raises ModelError for a hook or a shape that does not fit the model.
 
@@ -120,7 +128,8 @@ def edit_residual(model: "LanguageModel | nn.Module", hook: str, edit: Edit) -> 
         edited = edit(resid_BTD) if callable(edit) else _sum(resid_BTD, edit)
         if edited.shape != resid_BTD.shape:
             raise ModelError(
-                f"the edit at {hook} makes a residual of shape {tuple(edited.shape)}; the model's has {tuple(resid_BTD.shape)}"
+                f"the edit at {hook} makes a residual of shape {tuple(edited.shape)}; the model's has "
+                f"{tuple(resid_BTD.shape)}"
             )
         return edited.to(resid_BTD)
 
@@ -137,6 +146,7 @@ def _sum(resid_BTD: Tensor, added: Tensor) -> Tensor:
     sizes = zip(reversed(added.shape), reversed(resid_BTD.shape), strict=False)
     if added.dim() > resid_BTD.dim() or any(size not in (1, wanted) for size, wanted in sizes):
         raise ModelError(
-            f"a tensor of shape {tuple(added.shape)} can't be added to a residual of shape {tuple(resid_BTD.shape)} (rows, tokens, width)"
+            f"a tensor of shape {tuple(added.shape)} can't be added to a residual of shape {tuple(resid_BTD.shape)} "
+            f"(rows, tokens, width)"
         )
     return resid_BTD + added

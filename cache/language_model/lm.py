@@ -5,7 +5,7 @@ Shapes: B rows of a batch, T context length, D residual width, V vocabulary. Hoo
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,24 +13,32 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hsae.cache.errors import ModelError, StoreError
-from hsae.cache.format.layout import read_header
-from hsae.cache.format.spec import ModelConfig
+from hsae.cache.config import ModelConfig, at_commit
+from hsae.cache.errors import ModelError
 from hsae.cache.language_model import sources
 from hsae.cache.language_model.digests import IN_MEMORY, state_digest, tokenizer_state_digest
 from hsae.cache.language_model.hooks import decoder_layers, final_norm, hook_module, layers_before, on_residual
+from hsae.cache.language_model.loading import (
+    check_dtype,
+    has_sdpa,
+    load_causal,
+    positions,
+    quiet,
+    read_description,
+    read_tokenizer,
+    special_tokens,
+)
 from hsae.cache.language_model.matmul import WidenedProducts, bfloat16_is_slow
-from hsae.cache.storage.paths import Place, children, place
+from hsae.cache.language_model.model_files import one_line, tokenizer_digest, weights_digest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-OVERFLOWING = ("gemma",)  # families whose residual exceeds float16's largest number, 65,504
 CHECKED_TOKENS = 12
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """Relative error of a token's vector up to which the cut agrees with the model's own pass.
 
-Both run the same operations on the same shapes, and on a processor all families that agree do so to the last bit. A graphics card may sum
-in another order: of the size of one rounding in the narrow types, of some hundred in float32. What is cut wrongly differs by far more, or by
-less than the type can tell apart.
+Both run the same operations on the same shapes, and on a processor all families that agree do so to the last bit. A
+graphics card may sum in another order: of the size of one rounding in the narrow types, of some hundred in float32.
+What is cut wrongly differs by far more, or by less than the type can tell apart.
 """
 
 
@@ -72,26 +80,28 @@ class LanguageModel:
         self.bos_id, self.special_ids = special_tokens(tokenizer)
 
     @classmethod
-    def load(cls, config: ModelConfig, *, device: str = "cpu", say: sources.Say = lambda text: None) -> "LanguageModel":
+    def load(
+        cls, config: ModelConfig, *, device: str = "cpu", say: Callable[[str], None] = lambda text: None
+    ) -> "LanguageModel":
         """Load a model for inference. Raises ModelError before reading weights if it can't be used as asked."""
         tokenizer_folder = sources.tokenizer_folder(config)
         commit = sources.commit_of(config, tokenizer_folder)
-        described = sources.described(config.id, tokenizer_folder)
+        described = read_description(config.id, tokenizer_folder)
         text = described.get_text_config()
         check_dtype(config.dtype, text.model_type)
-        tokenizer = sources.load_tokenizer(config.id, tokenizer_folder)
+        tokenizer = read_tokenizer(config.id, tokenizer_folder)
         special_tokens(tokenizer)
-        folder = sources.model_folder(sources.at_commit(config, commit), say)
+        folder = sources.model_folder(at_commit(config, commit), say)
         attention = config.attention
         if attention == "auto":
-            capped = getattr(text, "attn_logit_softcapping", None) or not sources.has_sdpa(described)
+            capped = getattr(text, "attn_logit_softcapping", None) or not has_sdpa(described)
             attention = "eager" if capped else "sdpa"
-        model = sources.load_causal(config.id, folder, dtype=DTYPES[config.dtype], attn_implementation=attention)
+        model = load_causal(config.id, folder, dtype=DTYPES[config.dtype], attn_implementation=attention)
         language = cls(
             model.to(device).eval().requires_grad_(False),
             tokenizer,
-            model_digest=sources.weights_digest(folder, anew=True),
-            tokenizer_digest=sources.tokenizer_digest(folder, anew=True),
+            model_digest=weights_digest(folder, anew=True),
+            tokenizer_digest=tokenizer_digest(folder, anew=True),
         )
         language.folder, language.commit = folder, commit
         return language
@@ -100,8 +110,9 @@ class LanguageModel:
     def of(cls, model: Any, tokenizer: Any) -> "LanguageModel":
         """A transformers model and its tokenizer that are in memory already, where they are and in the type they have.
 
-        The model is the same object: it is put into evaluation mode, and its weights take no gradients any more. Its digest is of its tensors.
-        Raises ModelError for what is no causal language model on one device, in one type of bfloat16, float32 and float16.
+        The model is the same object: it is put into evaluation mode, and its weights take no gradients any more. Its
+        digest is of its tensors. Raises ModelError for what is no causal language model on one device, in one type of
+        bfloat16, float32 and float16.
 
         >>> lm = LanguageModel.of(model, tokenizer)  # doctest: +SKIP
         """
@@ -112,7 +123,8 @@ class LanguageModel:
             )
         if not hasattr(tokenizer, "get_vocab") or not hasattr(tokenizer, "bos_token_id"):
             raise ModelError(
-                f"{type(tokenizer).__name__} is no tokenizer of transformers; give what AutoTokenizer.from_pretrained returns"
+                f"{type(tokenizer).__name__} is no tokenizer of transformers; give what "
+                f"AutoTokenizer.from_pretrained returns"
             )
         if getattr(model.config, "quantization_config", None) is not None:
             raise ModelError(f"{name} is quantised; hsae needs weights in bfloat16, float16 or float32")
@@ -137,20 +149,20 @@ class LanguageModel:
         )
 
     def digest_like(self, what: Literal["model", "tokenizer"], other: str) -> str:
-        """The digest of the weights or the tokenizer, of files or of what is in memory, as `other` is, where there are files."""
+        """The digest of the weights or the tokenizer, of the kind (files or memory) that `other` is of."""
         if other.startswith(IN_MEMORY) and self.folder is not None:
             return state_digest(self.model) if what == "model" else tokenizer_state_digest(self.tokenizer)
         return self.model_digest if what == "model" else self.tokenizer_digest
 
     def generate(self, prompt: str, *, max_new_tokens: int = 40, **options: Any) -> str:
-        """The text that the model writes after a prompt (BOS before it), greedily unless transformers' `options` say otherwise."""
+        """The text written after a prompt (BOS before it), greedily unless transformers' `options` say otherwise."""
         ids = self.tokenizer(prompt)["input_ids"]
         if ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
         tokens = torch.tensor([ids], device=self.device)
         self.check_ids(tokens)
         options = {"do_sample": False, "pad_token_id": self.special_ids[0], **options}
-        with torch.no_grad(), self.products(), sources.quiet():
+        with torch.no_grad(), self.products(), quiet():
             written = self.model.generate(
                 tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, **options
             )
@@ -158,7 +170,7 @@ class LanguageModel:
         return text
 
     def check_hooks(self, hooks: Sequence[str]) -> None:
-        """Raise ModelError unless every hook is a layer this model has, and the cut there is right (tried once, on a few tokens)."""
+        """Raise ModelError unless every hook is a layer of the model and the cut there is right (tried once)."""
         for hook in hooks:
             hook_module(self.model, hook)
             if hook not in self._checked:
@@ -196,7 +208,7 @@ class LanguageModel:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # foreign code, run in a way that was not foreseen
-            what = str(error) if isinstance(error, ModelError) else f"its code ends in {sources.in_a_line(error)}"
+            what = str(error) if isinstance(error, ModelError) else f"its code ends in {one_line(error)}"
             raise ModelError(
                 f"models of type {self.config.model_type!r} can't be cut at {hook} as hsae does: {what}; "
                 "docs/results/families.md names the families that can"
@@ -212,7 +224,8 @@ class LanguageModel:
             alone = self.suffix(hook, torch.zeros(1, 1, self.d_model, dtype=self.dtype))
             if (error := _distance(final, alone.expand_as(final))) > 8 * TOLERANCE[self.dtype]:
                 raise ModelError(
-                    f"models of type {self.config.model_type!r} can't be evaluated at {hook}: what follows from a zeroed residual depends on "
+                    f"models of type {self.config.model_type!r} can't be evaluated at {hook}: what follows from a "
+                    f"zeroed residual depends on "
                     f"the position (relative error {error:.2g}), and hsae keeps one for all"
                 )
 
@@ -220,12 +233,15 @@ class LanguageModel:
         """Raise ModelError for rows that are longer than the model's positions, or ids beyond its embedding."""
         if (longest := positions(self.config)) is not None and tokens.shape[-1] > longest:
             raise ModelError(
-                f"rows of {tokens.shape[-1]} tokens were given; the model has positions for {longest}: lower cache.context"
+                f"rows of {tokens.shape[-1]} tokens were given; the model has positions for {longest}: lower "
+                f"cache.context"
             )
         if tokens.numel() and int(tokens.max()) >= self.known_ids:
             raise ModelError(
-                f"the tokenizer gives id {int(tokens.max())}, and the model's embedding ends at {self.known_ids - 1}: they don't belong "
-                "together; give the tokenizer that the model was trained with (or resize_token_embeddings, train, and save the model)"
+                f"the tokenizer gives id {int(tokens.max())}, and the model's embedding ends at "
+                f"{self.known_ids - 1}: they don't belong "
+                "together; give the tokenizer that the model was trained with (or resize_token_embeddings, train, "
+                "and save the model)"
             )
 
     def padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -258,7 +274,7 @@ class LanguageModel:
         return {hook: caught[boundary] for hook, boundary in after.items()}
 
     def suffix(self, hook: str, resid_BTD: Tensor, *, grad: bool = False) -> Tensor:
-        """The final vector [B, T, D], normed and ready to unembed, that follows from a residual at `hook`; with `grad`, differentiable."""
+        """The final vector [B, T, D], normed, that follows from a residual at `hook`; `grad` for gradients."""
         self.check_hooks([hook])
         if layers_before(hook) == 0:
             raise ModelError(
@@ -272,7 +288,7 @@ class LanguageModel:
             return self._run(inputs_embeds=resid)
 
     def unembed(self, final: Tensor, *, grad: bool = False) -> Tensor:
-        """Logits [..., V] as the model itself makes them, scaled and capped where it does so; with `grad`, differentiable."""
+        """Logits [..., V] as the model itself makes them, scaled and capped; `grad` for gradients."""
         with torch.set_grad_enabled(grad):
             return self._unembed(final.to(self.device, self.dtype))
 
@@ -318,13 +334,13 @@ class LanguageModel:
     @contextlib.contextmanager
     def _replaced(self, indices: range, injected: Tensor | None = None) -> Iterator[None]:
         """Pass-through modules in the place of some layers; every other layer keeps its own index."""
-        kept = {index: self._layers[index] for index in indices}
-        for index, layer in kept.items():
+        layers = {index: self._layers[index] for index in indices}
+        for index, layer in layers.items():
             self._layers[index] = _PassThrough(layer, injected if index == indices[-1] else None)
         try:
             yield
         finally:
-            for index, layer in kept.items():
+            for index, layer in layers.items():
                 self._layers[index] = layer
 
     @contextlib.contextmanager
@@ -339,48 +355,7 @@ class LanguageModel:
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer, without its weights. Raises ModelError if there is none."""
-    return sources.load_tokenizer(config.id, sources.tokenizer_folder(config))
-
-
-def pinned(config: ModelConfig, root: str | Place) -> ModelConfig:
-    """A model of the hub at the commit that stores in folder `root` were made with, whatever its branch has become since."""
-    if sources.on_hub(config):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            for store in children(place(root)):
-                with contextlib.suppress(StoreError):
-                    header = read_header(store) if store.name.endswith(".zarr") else None
-                    if header is not None and header.spec.model == config and header.model_commit is not None:
-                        return sources.at_commit(config, header.model_commit)
-    return config
-
-
-def special_tokens(tokenizer: Any) -> tuple[int, tuple[int, ...]]:
-    """(BOS id, ids of pad, EOS and BOS without doubles); BOS falls back to EOS, as SAEBench's model wrapper does."""
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if bos is None:
-        raise ModelError("the tokenizer has neither a BOS nor an EOS token; rows can't be packed")
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, bos)
-    return int(bos), tuple(sorted({int(token) for token in ids if token is not None}))
-
-
-def check_dtype(dtype: str, family: str) -> None:
-    """Refuse float16 for models whose residual overflows it. Raises ModelError."""
-    if dtype == "float16" and any(part in family.lower() for part in OVERFLOWING):
-        raise ModelError(
-            "model.dtype is float16, but Gemma's residual at BOS is about 1e5 and float16 ends at 65,504: it would overflow; "
-            "use bfloat16 or float32"
-        )
-
-
-def positions(config: Any) -> int | None:
-    """Tokens that a row may have, of transformers' description of a model; None where nothing limits them."""
-    longest = getattr(config, "max_position_embeddings", None)
-    if not isinstance(longest, int) or longest < 1:
-        return None
-    rope = getattr(config, "rope_parameters", None) or {}
-    if not isinstance(rope.get("factor"), (int, float)):
-        return longest
-    return max(longest, int(rope["factor"] * (rope.get("original_max_position_embeddings") or longest)))
+    return read_tokenizer(config.id, sources.tokenizer_folder(config))
 
 
 class _Final:
@@ -404,9 +379,9 @@ def _seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _distance(found: Tensor, wanted: Tensor) -> float:
+def _distance(vectors: Tensor, wanted: Tensor) -> float:
     """Largest relative error of a vector; infinite where the shapes differ or there is something not finite."""
-    if found.shape != wanted.shape:
+    if vectors.shape != wanted.shape:
         return float("inf")
-    error = (found.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1).clamp_min(1e-30)
+    error = (vectors.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1).clamp_min(1e-30)
     return float(error.max()) if torch.isfinite(error).all() else float("inf")

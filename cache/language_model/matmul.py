@@ -1,7 +1,8 @@
 """bfloat16 matrix products at the speed of float32 on processors without instructions for them.
 
-Such processors multiply bfloat16 matrices some forty times slower than float32 ones. Here the factors are widened to float32, which is
-exact, multiplied, and the result rounded to bfloat16 once: what hardware with bfloat16 products does too.
+Such processors multiply bfloat16 matrices some forty times slower than float32 ones. Here the factors are widened to
+float32, which is exact, multiplied, and the result rounded to bfloat16 once: what hardware with bfloat16 products
+does too.
 """
 
 import functools

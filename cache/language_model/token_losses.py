@@ -1,8 +1,9 @@
 """Cross-entropy and KL divergence per token, computed slice by slice so that memory stays bounded at V = 262,144.
 
-Two families. `cross_entropy`, `distribution` and `kl_divergence` do exactly what SAEBench does: every element-wise step is rounded to the
-type of the logits, and the logarithm is taken of the softmax, so that an underflowing probability gives NaN or infinity.
-`stable_losses` works in float32 from log-softmax and has neither defect. All are in nats, and none depends on how rows are grouped.
+Two families. `cross_entropy`, `distribution` and `kl_divergence` do exactly what SAEBench does: every element-wise
+step is rounded to the type of the logits, and the logarithm is taken of the softmax, so that an underflowing
+probability gives NaN or infinity. `stable_losses` works in float32 from log-softmax and has neither defect. All are
+in nats, and none depends on how rows are grouped.
 
 Shapes: N tokens, V vocabulary.
 """
@@ -91,7 +92,7 @@ def stable_distribution(logits_NV: Tensor, out: Distribution | None = None) -> D
 
 
 def stable_losses(clean: Distribution, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token loss and KL(clean || modified), [N] float32 each, from log-softmax; `clean` is a `stable_distribution`."""
+    """Next-token loss and KL(clean || modified), [N] float32; `clean` is a `stable_distribution`."""
     losses = torch.empty(logits_NV.shape[0], dtype=torch.float32, device=logits_NV.device)
     divergence = torch.empty_like(losses)
     index_N1 = targets_N.long()[:, None]

@@ -16,11 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hsae.cache.format.chunk_codec import TORCH_DTYPES, DamagedChunkError, check_sums, crc32c, encoded_chunk, read_chunk
-from hsae.cache.format.layout import CRC_BYTES, ArraySpec, Header, checks_array, every_array
+from hsae.cache.files import crc32c
+from hsae.cache.format.arrays import CRC_BYTES, ArraySpec
+from hsae.cache.format.chunk_codec import TORCH_DTYPES, DamagedChunkError, check_sums, encoded_chunk, read_chunk
+from hsae.cache.format.layout import Header, checks_array, every_array
 from hsae.cache.reading import page_faults
 from hsae.cache.reading.scratch import Scratch, named_checksum, scratch
-from hsae.cache.storage.paths import Place, RemotePath, many
+from hsae.cache.storage.paths import Place, map_parallel
 
 MOST_MAPPED = 16384  # chunks one array keeps mapped; Linux allows a process about 65,000 maps
 
@@ -41,13 +43,10 @@ class MappedArray:
         self._fetched = 0
 
     def chunk(self, index: int) -> Tensor:
-        """Chunk `index` as a tensor over mapped pages, without the padding of the last one.
-
-        Writing to it changes no file.
-        """
+        """Chunk `index` over mapped pages, without padding. Writing to it changes no file."""
         if index not in self._chunks:
-            rows = min(self.spec.chunks[0], self.spec.shape[0] - index * self.spec.chunks[0])
-            self._chunks[index] = (self._mapped(index) if self.in_place else self._mapped_copy(index))[:rows]
+            chunk = self._mapped(index) if self.in_place else self._mapped_copy(index)
+            self._chunks[index] = chunk[: self.spec.rows(index)]
             if len(self._chunks) > MOST_MAPPED:
                 dropped, _ = self._chunks.popitem(last=False)
                 self._files.pop(dropped, None)
@@ -80,17 +79,15 @@ class MappedArray:
         return None if self.checks is None else int(self.checks[index])
 
     def _stamp(self, index: int) -> str:
-        """What tells a changed source from the one that was decoded; a remote chunk with a listed checksum needs no
-        request for it.
-        """
+        """What tells a changed source from the decoded one; empty for a remote chunk with a listed checksum."""
         path = self.spec.chunk_file(self.root, index)
         try:
-            if isinstance(path, RemotePath):
+            if not isinstance(path, Path):
                 if self.checks is not None:
                     return ""
-                told = path.status()
+                info = path.status()
                 return "|".join(
-                    str(told.get(name)) for name in ("size", "ETag", "etag", "mtime", "created", "LastModified")
+                    str(info.get(name)) for name in ("size", "ETag", "etag", "mtime", "created", "LastModified")
                 )
             status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -110,9 +107,7 @@ class MappedArray:
         return tensor_of(pages, self.spec)
 
     def _forget_evicted(self) -> None:
-        """Unmap chunks whose scratch files are gone: a mapped file takes room on the disk though it has no name any
-        more.
-        """
+        """Unmap chunks whose scratch files are gone: mapped, they take room on the disk."""
         self._fetched += 1
         if self._fetched % 64 == 0:
             for index in [index for index, path in self._files.items() if not path.exists()]:
@@ -125,8 +120,7 @@ def kept_tokens(
 ) -> tuple[int, int]:
     """(non-special tokens of chunk `index` of the tokens, its checksum). Raises DamagedChunkError."""
     data = encoded_chunk(root, spec, index, listed)
-    rows = min(spec.chunks[0], spec.shape[0] - index * spec.chunks[0])
-    tokens = np.frombuffer(data, "<i4", rows * spec.chunks[1])
+    tokens = np.frombuffer(data, "<i4", spec.rows(index) * spec.chunks[1])
     return int(np.isin(tokens, special_ids, invert=True).sum()), int.from_bytes(data[-CRC_BYTES:], "little")
 
 
@@ -138,14 +132,11 @@ def count_kept(
     def count(index: int) -> int:
         return kept_tokens(root, spec, index, special_ids, None if checks is None else int(checks[index]))[0]
 
-    return np.fromiter(many(count, range(spec.count)), np.int64, spec.count)
+    return np.fromiter(map_parallel(count, range(spec.count)), np.int64, spec.count)
 
 
 def read_checks(root: Place, header: Header) -> dict[str, NDArray[np.uint32]]:
-    """The listed checksums of each array's chunks; empty for a store that has no list.
-
-    Raises DamagedChunkError if the list is damaged.
-    """
+    """The listed checksums of each array's chunks, empty without a list. Raises DamagedChunkError."""
     if header.checks is None:
         return {}
     specs = every_array(header)
@@ -175,9 +166,7 @@ def mapped_pages(path: Path, size: int) -> Tensor:
 
 
 def scratch_pages(fetch: Callable[[], Path], size: int) -> tuple[Tensor, Path]:
-    """The pages of a scratch file with `size` bytes of numbers, and the file, which is fetched again if it is
-    damaged.
-    """
+    """(the pages of a scratch file, the file); it is fetched again if it is damaged."""
     for _ in range(8):
         path = fetch()
         try:

@@ -24,9 +24,8 @@ import google_crc32c
 from filelock import FileLock
 
 from hsae.cache.errors import UserError
-from hsae.cache.files import JUST_MADE, PARTIAL, home, lock, sweep_files
-from hsae.cache.format.chunk_codec import crc32c
-from hsae.cache.format.layout import CRC_BYTES
+from hsae.cache.files import JUST_MADE, PARTIAL, crc32c, home, lock, sweep_files
+from hsae.cache.format.arrays import CRC_BYTES
 from hsae.cache.storage.paths import IN_FLIGHT
 
 DEFAULT_GIB = 64.0
@@ -46,10 +45,7 @@ class Scratch:
         self._lock = threading.Lock()
 
     def fetch(self, key: str, size: int, make: Callable[[], bytes]) -> Path:
-        """The file of the chunk known as `key`, with `size` bytes of numbers; made if it isn't there.
-
-        Raises UserError if the folder can't be written to.
-        """
+        """The file of the chunk known as `key`, made if it isn't there. Raises UserError if it can't be written."""
         try:
             return self._fetch(key, size, make)
         except OSError as error:
@@ -103,13 +99,13 @@ class Scratch:
                 self._evict(size)
             self._held = (self._held or 0) + size
 
-    def _limit(self, held: int) -> int:
-        return min(self.budget, held + shutil.disk_usage(self.folder).free - SPARE_BYTES)
+    def _limit(self, used: int) -> int:
+        return min(self.budget, used + shutil.disk_usage(self.folder).free - SPARE_BYTES)
 
     def _evict(self, size: int) -> None:
         """Look at what is there, whoever wrote it, and delete the least recently used files if it is too much."""
         with FileLock(self.folder / "evict.lock"):
-            found, now = [], time.time()
+            files, now = [], time.time()
             self._held = 0
             sweep_files(self.folder.glob(f"*{PARTIAL}"), JUST_MADE)
             for entry in os.scandir(self.folder):
@@ -119,11 +115,11 @@ class Scratch:
                         self._held += status.st_size
                         if not entry.name.endswith(PARTIAL):
                             ahead = status.st_mtime > now + AHEAD  # set by a wrong clock: as if never used
-                            found.append((0 if ahead else status.st_mtime_ns, status.st_size, entry.path))
+                            files.append((0 if ahead else status.st_mtime_ns, status.st_size, entry.path))
             limit = self._limit(self._held)
             if self._held + size <= limit:
                 return
-            for _, length, name in sorted(found):
+            for _, length, name in sorted(files):
                 if self._held + size <= KEPT * limit:
                     break
                 Path(name).unlink(missing_ok=True)
@@ -136,10 +132,7 @@ def named_checksum(checksum: int, path: Path) -> int:
 
 
 def scratch() -> Scratch:
-    """The scratch folder of this user, with the budget of `HSAE_SCRATCH_GIB`.
-
-    Raises UserError if that is no positive number.
-    """
+    """The scratch folder of this user, bounded by `HSAE_SCRATCH_GIB`. Raises UserError for no number."""
     text = os.environ.get("HSAE_SCRATCH_GIB") or str(DEFAULT_GIB)
     try:
         gib = float(text)
@@ -151,10 +144,7 @@ def scratch() -> Scratch:
 
 
 class Prefetcher:
-    """Does jobs in the order they will be needed, several at once; a new order replaces what is left of the old one.
-
-    A job's error is not reported: whoever needs its result meets the error again.
-    """
+    """Does jobs in order, several at once, until the next order replaces them; their errors are left out."""
 
     def __init__(self, at_once: int = IN_FLIGHT) -> None:
         self.at_once = at_once

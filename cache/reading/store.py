@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hsae.cache.errors import StoreError, UserError
+from hsae.cache.format.arrays import ITEM_BYTES, ArraySpec
 from hsae.cache.format.layout import (
-    ITEM_BYTES,
-    ArraySpec,
     build_command,
     check_array,
     checks_array,
@@ -25,12 +24,14 @@ from hsae.cache.format.layout import (
     held_by,
     read_documents,
     read_header,
+    total_bytes,
 )
 from hsae.cache.format.spec import StoreSpec
+from hsae.cache.progress import format_bytes
 from hsae.cache.reading.mapped_chunks import MappedArray, count_kept, read_checks
 from hsae.cache.reading.scratch import Prefetcher
 from hsae.cache.reading.token_stream import TokenStream
-from hsae.cache.storage.paths import Place, many, place
+from hsae.cache.storage.paths import Place, map_parallel, place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class ActivationStore:
             raise StoreError(f"{root} is not finished; go on with `{build_command(root)}`")
         self._specs: dict[str, ArraySpec] = {spec.path: spec for spec in every_array(self.header)}
         lists = [] if self.header.checks is None else [checks_array(list(self._specs.values()))]
-        for _ in many(lambda spec: check_array(root, spec), [*self._specs.values(), *lists]):
+        for _ in map_parallel(lambda spec: check_array(root, spec), [*self._specs.values(), *lists]):
             pass
         checks = read_checks(root, self.header)
         self._arrays = {path: MappedArray(root, spec, checks.get(path)) for path, spec in self._specs.items()}
@@ -88,6 +89,28 @@ class ActivationStore:
             f"ActivationStore({self.url!r}: {spec.split} store of {spec.model.id} at {', '.join(spec.hooks)}; "
             f"{self.rows:,} rows of {self.context} tokens, width {self.d_model}, {spec.model.dtype}{state})"
         )
+
+    def describe(self) -> dict[str, str]:
+        """What the store holds and what it was made from, in words."""
+        header, spec, corpus = self.header, self.spec, self.spec.corpus
+        last = "the last" if corpus.last_document is None else str(corpus.last_document - 1)
+        text = f"{corpus.corpus}, documents {corpus.first_document} to {last}, digest {header.corpus_digest[:12]}"
+        revision = spec.model.revision or "default revision"
+        norms = {
+            f"norm at {hook}": f"root mean square {item.mean_square_norm**0.5:,.4g} over {item.tokens:,} tokens"
+            for hook, item in header.statistics.items()
+        }
+        return {
+            "state": "complete" if header.complete else f"not finished; go on with `{build_command(self.root)}`",
+            "model": f"{spec.model.id} ({revision}), {spec.model.dtype}, digest {header.model_digest[:12]}",
+            "hooks": ", ".join(spec.hooks),
+            "text": text,
+            "rows": f"{spec.rows:,} of {spec.context} tokens, width {self.d_model}; clean losses for {spec.clean_rows:,}",
+            "chunks": f"{self.chunks:,} of {self.chunk_rows} rows, {spec.codec}",
+            "size": format_bytes(total_bytes(spec, self.d_model)),
+            "versions": ", ".join(f"{name} {number}" for name, number in header.versions.items()),
+            **norms,
+        }
 
     @classmethod
     def open(cls, url: str | Place, *, require_complete: bool = True) -> "ActivationStore":
@@ -151,10 +174,7 @@ class ActivationStore:
 
     @cached_property
     def tokens_per_chunk(self) -> NDArray[np.int64]:
-        """Non-special tokens of each chunk [chunks].
-
-        In an older store, which has no list of them, all tokens are read.
-        """
+        """Non-special tokens of each chunk [chunks], of an older store by reading all tokens."""
         if self.header.kept_tokens is None:
             tokens = self._arrays["tokens"]
             return count_kept(self.root, tokens.spec, self.header.special_ids, tokens.checks)
@@ -167,9 +187,7 @@ class ActivationStore:
         return counts
 
     def prefetch(self, wanted: Iterable[tuple[str, int]]) -> None:
-        """Fetch these chunks, (array, number), in the background, in this order; what is left of the last call is
-        dropped.
-        """
+        """Fetch these chunks, (array, number), in the background, in this order, instead of the last call's."""
         self._prefetcher.order(
             partial(self._arrays[path].fetch, index) for path, index in wanted if not self._arrays[path].in_place
         )

@@ -157,9 +157,7 @@ class TokenStream:
             thread.join()
 
     def mixing(self, step: int) -> tuple[int, float]:
-        """(distinct source rows of batch `step`, their mean number if its tokens were drawn at random from the
-        store).
-        """
+        """(distinct source rows of batch `step`, their mean number in random batches of the store)."""
         addresses = np.concatenate(list(self._addresses(step * self.batch_tokens, (step + 1) * self.batch_tokens)))
         rows, size = self.store.rows, len(addresses)
         return len(np.unique(addresses // self.store.context)), rows * (1 - (1 - 1 / rows) ** size)
@@ -198,9 +196,7 @@ class TokenStream:
         return self._window
 
     def _needed(self, epoch: int, index: int) -> list[tuple[str, int]]:
-        """The tokens of a window, its chunks in the order in which a batch gathers them, and those of the next
-        window.
-        """
+        """The tokens and chunks of a window, in the order in which they are needed, and of the next window."""
         assert self._bounds is not None
         groups = self._bounds[1]
         following = groups[index + 1] if index + 1 < len(groups) else self._windows_of(epoch + 1)[0][0]

@@ -1,9 +1,10 @@
-"""The connections of `hsae cache serve`: uvicorn's, each of which is over in time, and never more than there are descriptors for.
+"""The connections of `hsae cache serve`: uvicorn's, each of which is over in time, and never more than there are
+descriptors for.
 
-uvicorn waits for ever for a request that was begun or for an answer to be taken, and asyncio accepts without a limit, with a line of log
-(Python 3.11: thousands a second) where the system has no descriptor left. So connections are accepted here. When there are as many as there
-may be, a new one takes the place of the oldest that asks for nothing, those that never showed the token first; if all are being answered, it
-waits.
+uvicorn waits for ever for a request that was begun or for an answer to be taken, and asyncio accepts without a limit,
+with a line of log (Python 3.11: thousands a second) where the system has no descriptor left. So connections are
+accepted here. When there are as many as there may be, a new one takes the place of the oldest that asks for nothing,
+those that never showed the token first; if all are being answered, it waits.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ class Limits:
 
     connections: int = 1024
     request: float = 10.0
-    """From the beginning of a connection, or of a further request, to the end of its head. A TLS handshake may take as long."""
+    """From the beginning of a connection or request to the end of its head; for a TLS handshake too."""
     stalled: float = 60.0
     """Without taking anything of an answer that is ready."""
     idle: int = 75
@@ -40,7 +41,7 @@ class Limits:
 
 
 def most_connections(wanted: int) -> int:
-    """So many, or as many as this process may have descriptors for, each with a file; the soft limit is raised for them."""
+    """So many, or as many as there may be descriptors for, with a file each; raises the soft limit."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -62,7 +63,7 @@ class Connection(H11Protocol):
         self._limits = server.limits
         self._timer: asyncio.TimerHandle | None = None
         self.waiting = False
-        """Whether a request was answered and no byte of another came: a refusal closes its connection, so who waits has the token."""
+        """Whether a request was answered, so that its sender has the token, and no byte of another came."""
         self.known = False
         """Whether it was ever so."""
         self.begun = False
@@ -207,7 +208,8 @@ class Seldom(logging.Filter):
 def server(app: Any, listener: socket.socket, limits: Limits, certificate: Path | None, key: Path | None) -> Server:
     """A server of an ASGI application. Raises OSError if certificate and key can't be used."""
     config = uvicorn.Config(
-        app, loop="asyncio", lifespan="off", ws="none", log_level="error", access_log=False, proxy_headers=False, server_header=False,
+        app, loop="asyncio", lifespan="off", ws="none", log_level="error", access_log=False, proxy_headers=False,
+        server_header=False,
         timeout_keep_alive=limits.idle, timeout_graceful_shutdown=5, ssl_certfile=certificate, ssl_keyfile=key,
     )  # fmt: skip
     config.load()

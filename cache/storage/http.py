@@ -1,8 +1,9 @@
-"""fsspec's HTTP file system with what stores need of it: the token of `hsae cache serve`, no error taken for a missing file, no reply
-without bound.
+"""fsspec's HTTP file system with what stores need of it: the token of `hsae cache serve`, no error taken for a
+missing file, no reply without bound.
 
-The token in HSAE_TOKEN is sent to this machine and to the addresses in HSAE_TOKEN_HOST, and nowhere else: which address a plan names is
-not always its reader's choice. An address without http:// is one of https, so plain http is used where that was written.
+The token in HSAE_TOKEN is sent to this machine and to the addresses in HSAE_TOKEN_HOST, and nowhere else: which
+address a plan names is not always its reader's choice. An address without http:// is one of https, so plain http is
+used where that was written.
 """
 
 import errno
@@ -16,9 +17,11 @@ import aiohttp
 from fsspec.implementations.http import HTTPFileSystem
 from yarl import URL
 
-from hsae.cache.errors import UserError
-from hsae.cache.storage.paths import MOST_BYTES, TooLongError, whole
+from hsae.cache.errors import TooLongError, UserError
+from hsae.cache.storage.paths import map_parallel
+from hsae.cache.storage.remote import MOST_BYTES, MOST_LISTED, Backend, RemotePath, read_all
 
+DEEPEST = 16  # folders in folders
 TOKEN, TOKEN_HOST = "HSAE_TOKEN", "HSAE_TOKEN_HOST"
 LINK = re.compile(rb"""<a\s[^>]{0,999}?href\s*=\s*["']([^"'<>]{1,9999})["']""", re.IGNORECASE)
 
@@ -35,8 +38,8 @@ class WebFileSystem(HTTPFileSystem):  # type: ignore[misc]
             self._raise_not_found_for_status(answer, url)
             if answer.content_length is None:
                 raise OSError(errno.EINVAL, "the server does not tell the lengths of files")
-            told = {name: answer.headers[name] for name in ("ETag", "Last-Modified") if name in answer.headers}
-            return {"name": url, "type": "file", "size": answer.content_length, **told}
+            tags = {name: answer.headers[name] for name in ("ETag", "Last-Modified") if name in answer.headers}
+            return {"name": url, "type": "file", "size": answer.content_length, **tags}
 
     async def _cat_file(
         self, url: str, start: int | None = None, end: int | None = None, most: int = MOST_BYTES, **kwargs: Any
@@ -57,11 +60,11 @@ class WebFileSystem(HTTPFileSystem):  # type: ignore[misc]
             path = path.removeprefix(URL(folder).raw_path) if path.startswith("/") else path
             if re.fullmatch(r"[^/?#:]+/?", path) and path.rstrip("/") not in (".", ".."):
                 names.add(folder + path)
-        found = sorted(names)
+        entries = sorted(names)
         return (
-            [{"name": name, "size": None, "type": "directory" if name.endswith("/") else "file"} for name in found]
+            [{"name": name, "size": None, "type": "directory" if name.endswith("/") else "file"} for name in entries]
             if detail
-            else found
+            else entries
         )
 
     async def _got(self, url: str, most: int, wanted: dict[str, str]) -> tuple[aiohttp.ClientResponse, bytes]:
@@ -72,13 +75,47 @@ class WebFileSystem(HTTPFileSystem):  # type: ignore[misc]
                 raise OSError(errno.EINVAL, "the server compresses its answers, unasked")
             if (answer.content_length or 0) > most:
                 raise TooLongError.than(most)
-            return answer, await whole(answer.content.read, most)
+            return answer, await read_all(answer.content.read, most)
 
 
-def file_system() -> WebFileSystem:
-    """The file system of http:// and https://."""
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
-    return WebFileSystem(client_kwargs={"auto_decompress": False, "timeout": timeout, "read_bufsize": 1 << 20})
+class WebBackend(Backend):
+    """Stores at http:// and https:// URLs, which can only be read."""
+
+    def open(self, url: str) -> tuple[WebFileSystem, str]:
+        """A file system of our own, and the URL."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
+        client = {"auto_decompress": False, "timeout": timeout, "read_bufsize": 1 << 20}
+        return WebFileSystem(client_kwargs=client), url
+
+    def read(self, filesystem: Any, path: str, most: int) -> bytes:
+        """A file's bytes, by one GET that ends where they can't be right any more."""
+        return filesystem.cat_file(path, most=most)  # type: ignore[no-any-return]
+
+    def describe(self, error: Exception) -> str:
+        """An error in one line; a server's refusal by what it means."""
+        return refusal(error) if isinstance(error, aiohttp.ClientResponseError) else super().describe(error)
+
+    def sizes(self, target: RemotePath, prefix: str) -> dict[str, int]:
+        """By a walk through the folders, whose listings have no sizes, and a HEAD of every file."""
+
+        def listed(folder: str) -> list[str]:
+            try:
+                names = (target / folder).request(lambda filesystem, path: filesystem.ls(path, detail=False))
+            except FileNotFoundError:
+                return []
+            return [folder + str(name)[len(f"{target.url}/{folder}") :] for name in names]
+
+        files: list[str] = []
+        folders, seen = [""], 0
+        while folders:
+            names = [name for inner in map_parallel(listed, folders) for name in inner]
+            seen += len(names)
+            if seen > MOST_LISTED or folders[0].count("/") > DEEPEST:
+                raise target.refuse_endless("folders")
+            folders = [name for name in names if name.endswith("/")]
+            files += [name for name in names if not name.endswith("/")]
+        lengths = map_parallel(lambda name: int((target / name).status()["size"]), files)
+        return dict(zip(files, lengths, strict=True))
 
 
 def _headers(address: URL) -> dict[str, str]:
@@ -98,7 +135,7 @@ def is_here(host: str) -> bool:
 
 
 def takes_secrets(address: URL, variable: str) -> bool:
-    """Whether a secret may be sent to an address: to this machine, or to one that the environment variable names. Raises UserError."""
+    """Whether a secret may be sent there: to this machine, or to what the environment variable names."""
     return is_here(address.host or "") or (address.scheme, address.host, address.port) in named(variable)
 
 
@@ -116,11 +153,11 @@ def refusal(error: aiohttp.ClientResponseError) -> str:
     """What a server's refusal means, in words."""
     if error.status != 401:
         return f"{error.status} {error.message}"
-    asked, at = (
+    first_url, at = (
         error.history[0].url if error.history else error.request_info.real_url,
         error.request_info.real_url.origin(),
     )
-    if asked.origin() != at:
+    if first_url.origin() != at:
         return (
             f"the server redirects to {at}, which wants a token and gets none; if that is right, give its own address"
         )

@@ -1,9 +1,9 @@
-"""Stores over HTTP, for reading only: whole files, ranges and listings of what lies in `*.zarr` folders, and of the .json and .safetensors
-files in the folder `probe`, to who has the token.
+"""Stores over HTTP, for reading only: whole files, ranges and listings of what lies in `*.zarr` folders, and of the
+.json and .safetensors files in the folder `probe`, to who has the token.
 
-Nothing else is shown: no other file of the folder, no name that begins with a dot (partial files and locks do), nothing that a link leads
-to outside, and no method but GET and HEAD. The token is compared in constant time before a request's path is looked at, and who has
-none keeps no reader out (see `connections`).
+Nothing else is shown: no other file of the folder, no name that begins with a dot (partial files and locks do),
+nothing that a link leads to outside, and no method but GET and HEAD. The token is compared in constant time before a
+request's path is looked at, and who has none keeps no reader out (see `connections`).
 """
 
 import hmac
@@ -26,11 +26,11 @@ SHORTEST_TOKEN = 16
 
 
 def served(path: Path) -> tuple[Path, str | None, list[str]]:
-    """For a store: its folder, its name, its name again; for a folder of stores: the folder, None, their names, `probe` too. Raises StoreError."""
+    """(folder, name of the one store served or None, names of all). Raises StoreError."""
     path = path.expanduser().resolve()
     if path.name.endswith(SUFFIX) and (path / "zarr.json").is_file():
         return path.parent, path.name, [path.name]
-    names = sorted(found.name for found in path.glob(f"*{SUFFIX}") if (found / "zarr.json").is_file())
+    names = sorted(store.name for store in path.glob(f"*{SUFFIX}") if (store / "zarr.json").is_file())
     if (path / PROBE).is_dir():
         names.append(PROBE)
     if not names:
@@ -44,13 +44,14 @@ def checked_token(token: str | None) -> str:
         raise UserError("set HSAE_TOKEN to a secret that readers must know: export HSAE_TOKEN=$(openssl rand -hex 32)")
     if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise UserError(
-            f"HSAE_TOKEN must be {SHORTEST_TOKEN} or more ASCII characters without spaces, for example the output of openssl rand -hex 32"
+            f"HSAE_TOKEN must be {SHORTEST_TOKEN} or more ASCII characters without spaces, for example the output of "
+            f"openssl rand -hex 32"
         )
     return token
 
 
 def find(root: Path, only: str | None, name: str) -> Path | None:
-    """The file or folder of a request's path; None if there is none that may be shown. `only` is the one store served, or None for all."""
+    """The file or folder of a request's path, if it may be shown; `only` is the one store served."""
     parts = name.strip("/").split("/") if name.strip("/") else []
     if any(part in ("", "..") or part.startswith(".") for part in parts):
         return None
@@ -87,22 +88,22 @@ def application(root: Path, only: str | None, token: str) -> "ASGIApp":
 
     def answer(request: Request) -> Response:
         name = request.path_params["name"]
-        found = find(root, only, name)
+        target = find(root, only, name)
         try:
-            if found is None:
+            if target is None:
                 return PlainTextResponse("not found", status_code=404)
-            if found.is_file():
-                found.open("rb").close()
-                return WholeFile(found, stat_result=found.stat(), media_type="application/octet-stream")
+            if target.is_file():
+                target.open("rb").close()
+                return WholeFile(target, stat_result=target.stat(), media_type="application/octet-stream")
             inner = name.strip("/")
-            entries = [(child, find(root, only, f"{inner}/{child.name}")) for child in sorted(found.iterdir())]
+            entries = [(child, find(root, only, f"{inner}/{child.name}")) for child in sorted(target.iterdir())]
         except FileNotFoundError:
             return PlainTextResponse("not found", status_code=404)
         except PermissionError:
             return PlainTextResponse("the server may not read this", status_code=403)
         except OSError:  # it has no descriptor or memory left, or its disk fails
             return PlainTextResponse("the server can't read this now", status_code=503)
-        names = [child.name + "/" * held.is_dir() for child, held in entries if held is not None]
+        names = [child.name + "/" * shown.is_dir() for child, shown in entries if shown is not None]
         links = (f'<a href="{quote(entry)}">{escape(entry)}</a><br>' for entry in names)
         return HTMLResponse(f"<!doctype html>{''.join(links)}")
 
@@ -142,7 +143,7 @@ def serve(
     key: Path | None = None,
     started: Callable[[str, list[str]], None] = lambda url, names: None,
 ) -> None:
-    """Serve a store or a folder of stores until interrupted; `started` is told the URL and the stores. Raises UserError."""
+    """Serve stores until interrupted; `started` is called with the URL and their names. Raises UserError."""
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -170,5 +171,6 @@ def _listener(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"can't listen at {host}, port {port} ({error.strerror if isinstance(error, OSError) else error}); give another --host or --port"
+            f"can't listen at {host}, port {port} ({error.strerror if isinstance(error, OSError) else error}); give "
+            f"another --host or --port"
         ) from None

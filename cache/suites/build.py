@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hsae.cache.files import JUST_MADE, sweep
-from hsae.cache.language_model.lm import LanguageModel, pinned
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.reading.provenance import pin_commit
 from hsae.cache.storage.paths import Place, check_writable, locked
 from hsae.cache.suites.entities import read_entities
 from hsae.cache.suites.probe_store import make_probe_header
@@ -29,8 +30,9 @@ def build_suites(
 ) -> list[Place]:
     """Make the suites' stores in folder or at URL `root`, or finish or mend them, and return each one's file.
 
-    All are of one language model, which is loaded once unless it is given. Interrupted, the same call goes on where it was. Raises UserError
-    if a store can't be made: before the model is loaded where nothing can be written or RAVEL's entities can't be had.
+    All are of one language model, which is loaded once unless it is given. Interrupted, the same call goes on where
+    it was. Raises UserError if a store can't be made: before the model is loaded where nothing can be written or
+    RAVEL's entities can't be had.
     """
     paths = [spec.path(root) for spec in specs]
     with contextlib.ExitStack() as locks:
@@ -41,7 +43,7 @@ def build_suites(
         _sweep_unfinished(root)
         if model is None:
             say(f"loading {specs[0].model.id}")
-            model = LanguageModel.load(pinned(specs[0].model, root), device=device, say=say)
+            model = LanguageModel.load(pin_commit(specs[0].model, root), device=device, say=say)
         for spec, path, kinds in zip(specs, paths, entities, strict=True):
             model.check_hooks(spec.hooks)
             say(f"reading the texts of {spec.suite}")

@@ -1,71 +1,95 @@
-"""What evaluation stores lie in a folder or at a URL of stores, whichever suite they are of."""
+"""What lies in a folder or at a URL of stores: activation stores, and the stores of evaluation suites."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hsae.cache.errors import StoreError
-from hsae.cache.storage.paths import Place, children, sizes
+from hsae.cache.format.layout import read_header as read_store_header
+from hsae.cache.format.layout import total_bytes
+from hsae.cache.storage.paths import Place, children, place, sizes
 from hsae.cache.suites.probe_store import ProbeHeader
 from hsae.cache.suites.ravel_store import RavelHeader
-from hsae.cache.suites.residual_sets import part_name
-from hsae.cache.suites.specs import SUITES
-from hsae.cache.suites.suite_files import read_header
+from hsae.cache.suites.residual_sets import part_name, sets_folder
+from hsae.cache.suites.specs import SUITES, suites_folder
+from hsae.cache.suites.suite_files import SuiteHeader, read_header
 
-FOLDER, SETS = "probe", "texts"
-HEADERS: dict[str, type[ProbeHeader] | type[RavelHeader]] = {**dict.fromkeys(SUITES, ProbeHeader), "ravel": RavelHeader}
+HEADERS: dict[str, type[SuiteHeader]] = {**dict.fromkeys(SUITES, ProbeHeader), "ravel": RavelHeader}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteStoreSummary:
-    """One suite's store."""
+class StoreSummary:
+    """One store."""
 
     name: str
     """Relative to the folder or URL."""
     model: str = ""
     hooks: tuple[str, ...] = ()
-    texts: int = 0
+    count: int = 0
+    """Rows; of a suite's store texts."""
     bytes: int = 0
-    """Of its sets of residuals; suites share sets, so these don't add up."""
+    """Of a suite's store those of its sets of residuals; suites share sets, so these don't add up."""
+    is_complete: bool = True
     problem: str | None = None
 
 
-def list_suite_stores(home: Place) -> list[SuiteStoreSummary]:
-    """The stores in a folder or at a URL, by suite."""
-    summaries: list[SuiteStoreSummary] = []
+def list_stores(folder: str | Place) -> Iterator[StoreSummary]:
+    """The stores in a folder or at a URL, activations first. Raises StoreError if there is no such folder."""
+    home = place(folder)
+    if not home.is_dir():
+        raise StoreError(f"there is no folder {home}; stores are made by `hsae cache build`")
+    for path in children(home):
+        if path.name.endswith(".zarr"):
+            yield _summarise_activations(path)
     lengths: dict[str, dict[str, int]] = {}
     for suite in sorted(HEADERS):
         try:
-            files = children(home / FOLDER / suite)
+            files = children(suites_folder(home) / suite)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        shown = (file for file in files if file.name.endswith(".json") and not file.name.startswith("."))
-        summaries += [_summarise(home, suite, file, lengths) for file in shown]
-    return summaries
+        for file in files:
+            if file.name.endswith(".json") and not file.name.startswith("."):
+                yield _summarise_suite(home, suite, file, lengths)
 
 
-def _summarise(home: Place, suite: str, file: Place, lengths: dict[str, dict[str, int]]) -> SuiteStoreSummary:
-    """One store; `lengths` are those of the parts of the sets that were looked at."""
-    name = f"{FOLDER}/{suite}/{file.name}"
+def _summarise_activations(path: Place) -> StoreSummary:
     try:
-        header: ProbeHeader | RavelHeader = read_header(file, HEADERS[suite], suite)
+        header = read_store_header(path)
+    except StoreError as error:
+        return StoreSummary(name=path.name, problem=str(error))
+    return StoreSummary(
+        name=path.name,
+        model=header.spec.model.id,
+        hooks=header.spec.hooks,
+        count=header.spec.rows,
+        bytes=total_bytes(header.spec, header.d_model),
+        is_complete=header.complete,
+    )
+
+
+def _summarise_suite(home: Place, suite: str, file: Place, lengths: dict[str, dict[str, int]]) -> StoreSummary:
+    """A suite's store; `lengths` are those of the parts of the sets that were looked at."""
+    name = f"{suites_folder(home).name}/{suite}/{file.name}"
+    try:
+        header = read_header(file, HEADERS[suite], suite)
     except (StoreError, OSError) as error:
-        return SuiteStoreSummary(name=name, problem=str(error).removeprefix(f"{file} "))
-    held, problem = 0, None
+        return StoreSummary(name=name, problem=str(error).removeprefix(f"{file} "))
+    total, problem = 0, None
     for texts, parts in header.parts.items():
+        folder = sets_folder(home) / texts
         if texts not in lengths:
-            lengths[texts] = sizes(home / FOLDER / SETS / texts)
+            lengths[texts] = sizes(folder)
         for number, part in enumerate(parts):
             size = lengths[texts].get(part_name(number))
-            held += size or 0
+            total += size or 0
             if size != part.bytes and problem is None:
                 wrong = "is missing" if size is None else f"is {size} bytes long, not {part.bytes}"
-                problem = (
-                    f"{FOLDER}/{SETS}/{texts}/{part_name(number)} {wrong}; go on with: hsae cache build --suite {suite}"
-                )
-    return SuiteStoreSummary(
+                inner = f"probe/texts/{texts}/{part_name(number)}"
+                problem = f"{inner} {wrong}; go on with: hsae cache build --suite {suite}"
+    return StoreSummary(
         name=name,
         model=header.spec.model.id,
         hooks=header.spec.hooks,
-        texts=sum(header.sets.values()),
-        bytes=held,
+        count=sum(header.sets.values()),
+        bytes=total,
         problem=problem,
     )

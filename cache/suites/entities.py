@@ -4,10 +4,11 @@ A local set is a TOML file:
 
     [[entity]]
     name = "country"
-    file = "countries.csv"      # .csv, .jsonl or .parquet, relative to the TOML file: a column for the entity, one for each attribute
+    file = "countries.csv"      # .csv, .jsonl or .parquet, relative to the TOML file, with columns for the entity
+                                # and for each attribute
     column = "country"
 
-    [entity.prompts]            # attribute -> questions, each with {entity} once; the answer is what the model writes next
+    [entity.prompts]            # attribute -> questions with {entity} once; the model writes the answer behind
     Capital = ["The capital of {entity} is the city of"]
     Language = ["The official language of {entity} is"]
 
@@ -22,11 +23,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from hsae.cache.config import Config
 from hsae.cache.errors import CorpusError
 from hsae.cache.files import parse_json
-from hsae.cache.format.spec import Config
 from hsae.cache.suites.specs import EntitiesConfig
-from hsae.cache.text.data_sets import described, records, resolved_revision
+from hsae.cache.text.data_sets import read_tables, records, resolve_revision
 
 HUB = "adamkarvonen/ravel_prompts"
 HUB_ATTRIBUTES = {
@@ -84,7 +85,7 @@ def read_entities(config: EntitiesConfig) -> list[EntityType]:
 def _hub(revision: str | None) -> list[EntityType]:
     from huggingface_hub import hf_hub_download
 
-    commit = resolved_revision(HUB, revision, INSTEAD)
+    commit = resolve_revision(HUB, revision, INSTEAD)
     try:
         for kind in HUB_ATTRIBUTES:
             for part in PARTS:
@@ -99,35 +100,38 @@ def _hub(revision: str | None) -> list[EntityType]:
 
 def _ravel_folder(folder: Path, source: str) -> list[EntityType]:
     """RAVEL's JSON files, whichever of its two types are there."""
-    found = []
+    kinds = []
     for kind, attributes in HUB_ATTRIBUTES.items():
         files = [folder / f"ravel_{kind}_{part}.json" for part in PARTS]
         if not files[0].is_file():
             continue
         try:
             labels, prompts = (parse_json(file.read_bytes()) for file in files)
-            found.append(
+            kinds.append(
                 EntityType(
                     name=kind,
-                    labels={entity: {key: str(held[key]) for key in attributes} for entity, held in labels.items()},
+                    labels={
+                        entity: {key: str(answers[key]) for key in attributes} for entity, answers in labels.items()
+                    },
                     prompts={key: tuple(text.replace("%s", MARK) for text in prompts[key]) for key in attributes},
                     source=source,
                 )
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorpusError(f"{folder} does not hold RAVEL's files of {kind} ({error!r})") from None
-    if not found:
+    if not kinds:
         raise CorpusError(f"{folder} holds none of RAVEL's files, such as ravel_city_entity_attributes.json")
-    return [_checked(kind) for kind in found]
+    return [_checked(kind) for kind in kinds]
 
 
 def _local(path: Path) -> list[EntityType]:
     if not path.is_file():
         raise CorpusError(
-            f"ravel.entities {str(path)!r}: no such file; give saebench, facts, a TOML file with [[entity]] tables, or a folder "
+            f"ravel.entities {str(path)!r}: no such file; give saebench, facts, a TOML file with [[entity]] tables, "
+            f"or a folder "
             "with RAVEL's JSON files"
         )
-    return [_checked(_of_file(table, path.parent)) for table in described(path, "entity", LocalEntities)]
+    return [_checked(_of_file(table, path.parent)) for table in read_tables(path, "entity", LocalEntities)]
 
 
 def _of_file(table: LocalEntities, folder: Path) -> EntityType:
@@ -149,7 +153,7 @@ def _checked(kind: EntityType) -> EntityType:
             raise CorpusError(
                 f"entities {kind.name}, {attribute}: {wrong[0]!r} must have {MARK} once, with text behind it"
             )
-        if len({held[attribute] for held in kind.labels.values() if attribute in held}) < 2:
+        if len({labels[attribute] for labels in kind.labels.values() if attribute in labels}) < 2:
             raise CorpusError(f"entities {kind.name}: all have the same {attribute}, so nothing can be exchanged")
     return kind
 
@@ -187,13 +191,13 @@ def entity_span(text: str, entity: str) -> tuple[str, int]:
 
 def token_at(offsets: Sequence[tuple[int, int]], end: int) -> int | None:
     """The token that holds the character before `end`; None if no token does."""
-    held = [place for place, (first, last) in enumerate(offsets) if first < end <= last]
-    return held[-1] if held else None
+    places = [place for place, (first, last) in enumerate(offsets) if first < end <= last]
+    return places[-1] if places else None
 
 
-def describe_counts(kept: dict[str, dict[str, int]], asked: dict[str, dict[str, int]]) -> str:
+def describe_counts(right: dict[str, dict[str, int]], total_counts: dict[str, dict[str, int]]) -> str:
     """`country: Capital 90 of 168, ...` for people."""
     return "; ".join(
-        f"{kind}: " + ", ".join(f"{key} {kept[kind].get(key, 0)} of {total}" for key, total in held.items())
-        for kind, held in asked.items()
+        f"{kind}: " + ", ".join(f"{key} {right[kind].get(key, 0)} of {total}" for key, total in totals.items())
+        for kind, totals in total_counts.items()
     )

@@ -1,8 +1,10 @@
 """The stores of labelled texts and of words: what sparse probing, SCR, TPP and absorption read.
 
-    <cache.dir>/probe/<suite>/<model>-<fingerprint>.json    what a suite is made of: its tasks, the set of residuals each uses, and sums
+<cache.dir>/probe/<suite>/<model>-<fingerprint>.json    what a suite is made of: its tasks, the set of residuals each
+uses, and sums
 
-The suite's file is written after its sets of residuals (see `residual_sets`). Shapes: D residual width, N tokens of a part.
+The suite's file is written after its sets of residuals (see `residual_sets`). Shapes: D residual width, N tokens of a
+part.
 """
 
 from collections.abc import Iterator
@@ -12,14 +14,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hsae.cache.errors import CorpusError, StoreError
-from hsae.cache.format.spec import Config
+from hsae.cache.config import Config
+from hsae.cache.errors import CorpusError
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.storage.paths import Place
-from hsae.cache.suites.labelled_texts import after_the_word, text_tasks, word_task
-from hsae.cache.suites.residual_sets import ResidualSet, SetBuilder, TokenSet, sets_folder, versions
-from hsae.cache.suites.specs import ProbeSpec, content_key
-from hsae.cache.suites.suite_files import Part, SuiteHeader, read_header
+from hsae.cache.suites.first_letters import after_the_word, word_task
+from hsae.cache.suites.residual_sets import ResidualSet, SetBuilder, TokenSet, sets_folder
+from hsae.cache.suites.specs import ProbeSpec
+from hsae.cache.suites.suite_files import Part, SuiteHeader, SuiteStore
+from hsae.cache.suites.text_tasks import text_tasks
 
 
 class TaskEntry(Config):
@@ -34,7 +37,7 @@ class TaskEntry(Config):
     pair: Annotated[tuple[str, str], Field(strict=False)] | None = None
     """SCR: the two labels."""
     lists: dict[str, dict[str, list[int]]]
-    """Split -> class -> rows of the set. For absorption: of each split the letter (0-25) of each word, as list `letters`."""
+    """Split -> class -> rows of the set; for absorption `letters` -> letter (0-25) of each word."""
 
 
 class ProbeHeader(SuiteHeader):
@@ -63,10 +66,7 @@ def make_probe_header(spec: ProbeSpec, builder: SetBuilder) -> ProbeHeader:
         entries.append(entry.model_copy(update={"texts": key}))
     return ProbeHeader(
         spec=spec,
-        d_model=model.d_model,
-        model_digest=model.model_digest,
-        tokenizer_digest=model.tokenizer_digest,
-        versions=versions(model),
+        **builder.made_with(),
         parts=parts,
         tasks=entries,
         prompt_token_pos=position,
@@ -106,26 +106,19 @@ def _entry(name: str, source: str, count: int, lists: dict[str, dict[str, list[i
     return TaskEntry(name=name, source=source, texts="", count=count, lists=lists)
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------
 
 
-class ProbeStore:
-    """A finished probe store. Raises StoreError if it is missing, unfinished or not to be trusted."""
+class ProbeStore(SuiteStore[ProbeHeader]):
+    """A finished store of labelled texts or of words."""
+
+    header_kind = ProbeHeader
 
     def __init__(self, spec: ProbeSpec, root: str | Place) -> None:
-        self.path, self.spec, self.folder = spec.path(root), spec, sets_folder(root)
-        self.url = str(self.path)
-        self.header = read_header(self.path, ProbeHeader, spec.suite)
-        if self.header.spec != spec:
-            raise StoreError(f"{self.path} was made for another configuration; delete it and build it again")
-        self._parts = {
-            name: ResidualSet(self.folder / name, parts, spec.suite) for name, parts in self.header.parts.items()
-        }
-
-    @property
-    def digest(self) -> str:
-        """Sixteen hex digits of all that the store's numbers depend on."""
-        return content_key(self.header.model_dump(mode="json"))
+        super().__init__(spec, root)
+        self.spec = spec
+        sets = self.header.parts.items()
+        self._parts = {name: ResidualSet(sets_folder(root) / name, parts, spec.suite) for name, parts in sets}
 
     def lengths(self, task: TaskEntry) -> Tensor:
         """Kept tokens of each text, int64."""
@@ -133,8 +126,7 @@ class ProbeStore:
 
     def ragged(self, task: TaskEntry, hook: str) -> Iterator[tuple[Tensor, list[int]]]:
         """Part by part the vectors [N, D] of the kept tokens, and how many each text has."""
-        if hook not in self.spec.hooks:
-            raise StoreError(f"{self.path} holds {', '.join(self.spec.hooks)}, not {hook}")
+        self.check_hook(hook)
         for part in self._opened(task):
             yield part[hook], part["lengths"].tolist()
 

@@ -1,9 +1,9 @@
-"""Labelled texts that ship with every CPython: pieces of the standard library and of its documentation, told apart by what they are.
+"""Labelled texts that ship with every CPython: pieces of the standard library and of its documentation, told apart by
+what they are.
 
 No file gives texts to both the training and the test split of a class, so that a probe can't win by knowing a file.
 """
 
-import ast
 import functools
 import importlib
 import random
@@ -15,85 +15,19 @@ from pathlib import Path
 from hsae.cache.errors import CorpusError
 from hsae.cache.suites.labelled_texts import SPLITS, DataSet, Record
 from hsae.cache.suites.specs import SuiteConfig
+from hsae.cache.text.python_text import documented, library_files, read_module
 
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")
 PAIRS = (("asyncio", "email"), ("unittest", "xml"))
 KINDS = ("code", "docstring", "comment", "reference")
 STYLES = ("imperative", "third person", "noun phrase", "example")
-SKIPPED = {
-    "test",
-    "tests",
-    "idlelib",
-    "site-packages",
-    "lib2to3",
-    "turtledemo",
-    "ensurepip",
-    "__pycache__",
-    "pydoc_data",
-}
-IMPERATIVES = frozenset(
-    [
-        "return",
-        "create",
-        "get",
-        "set",
-        "make",
-        "convert",
-        "check",
-        "read",
-        "write",
-        "open",
-        "close",
-        "run",
-        "add",
-        "remove",
-        "find",
-        "parse",
-        "send",
-        "start",
-        "stop",
-        "call",
-        "raise",
-        "print",
-        "format",
-        "test",
-        "compare",
-        "build",
-        "load",
-        "compute",
-        "determine",
-        "initialize",
-        "execute",
-        "given",
-        "decode",
-        "encode",
-        "copy",
-        "delete",
-        "generate",
-        "handle",
-        "insert",
-        "join",
-        "list",
-        "register",
-        "replace",
-        "wait",
-        "yield",
-        "display",
-        "define",
-        "expand",
-        "extract",
-        "fetch",
-        "import",
-        "install",
-        "split",
-        "update",
-        "use",
-        "wrap",
-        "append",
-        "apply",
-    ]
-)
-NOUNS = frozenset(["a", "an", "the", "this", "these", "class", "base", "simple", "abstract", "internal", "helper"])
+IMPERATIVES = """
+return create get set make convert check read write open close run add remove find parse send start stop call raise
+print format test compare build load compute determine initialize execute given decode encode copy delete generate
+handle insert join list register replace wait yield display define expand extract fetch import install split update
+use wrap append apply
+"""
+NOUNS = "a an the this these class base simple abstract internal helper"
 PIECE, SHORTEST = 400, 60  # characters
 
 Piece = tuple[str, str]
@@ -127,17 +61,17 @@ def python_sets(config: SuiteConfig) -> list[DataSet]:
 def _split(pieces: dict[tuple[str, str], list[Piece]], config: SuiteConfig, scr: bool) -> dict[str, list[Record]]:
     """Records of both splits: whole files go to the test split, in an order mixed by the seed, until it has enough."""
     homes: dict[str, set[str]] = {}
-    for file, text in (piece for found in pieces.values() for piece in found):
+    for file, text in (piece for members in pieces.values() for piece in members):
         homes.setdefault(text, set()).add(file)
     needed = max(config.test_per_class, 2 * config.test_per_quadrant if scr else 0)
-    held: dict[str, list[Record]] = {split: [] for split in SPLITS}
-    for (label, attribute), found in sorted(pieces.items()):
+    records: dict[str, list[Record]] = {split: [] for split in SPLITS}
+    for (label, attribute), members in sorted(pieces.items()):
         by_file: dict[str, list[str]] = {}
-        for file, text in dict.fromkeys(piece for piece in found if len(homes[piece[1]]) == 1):
+        for file, text in dict.fromkeys(piece for piece in members if len(homes[piece[1]]) == 1):
             by_file.setdefault(file, []).append(text)
         files = sorted(by_file)
         random.Random(f"{config.seed} {label} {attribute}").shuffle(files)
-        count, share = 0, max(1, len(found) // 3)
+        count, share = 0, max(1, len(members) // 3)
         parts: dict[str, list[Record]] = {split: [] for split in SPLITS}
         for file in files:
             texts = by_file[file]
@@ -146,37 +80,37 @@ def _split(pieces: dict[tuple[str, str], list[Piece]], config: SuiteConfig, scr:
             parts[split] += [Record(text, label, attribute) for text in texts]
         for split, mine in parts.items():
             random.Random(f"{config.seed} {split}").shuffle(mine)
-            held[split] += mine
-    return held
+            records[split] += mine
+    return records
 
 
 def _packages() -> dict[tuple[str, str], list[Piece]]:
-    found: dict[tuple[str, str], list[Piece]] = {}
+    pieces: dict[tuple[str, str], list[Piece]] = {}
     for package in PACKAGES:
         for file, name in _files(package):
             code, docstrings, _ = _parts(file)
-            found.setdefault((package, "code"), []).extend((name, text) for text in code)
-            found.setdefault((package, "docstring"), []).extend((name, text) for text in docstrings)
-    return found
+            pieces.setdefault((package, "code"), []).extend((name, text) for text in code)
+            pieces.setdefault((package, "docstring"), []).extend((name, text) for text in docstrings)
+    return pieces
 
 
 def _kinds() -> dict[tuple[str, str], list[Piece]]:
-    found: dict[tuple[str, str], list[Piece]] = {(kind, ""): [] for kind in KINDS}
+    pieces: dict[tuple[str, str], list[Piece]] = {(kind, ""): [] for kind in KINDS}
     for file, name in _files():
         for kind, texts in zip(KINDS[:3], _parts(file), strict=True):
-            found[kind, ""] += [(name, text) for text in texts]
+            pieces[kind, ""] += [(name, text) for text in texts]
     topics = importlib.import_module("pydoc_data.topics").topics
-    found["reference", ""] = [(topic, text) for topic, whole in topics.items() for text in pieces_of(whole)]
-    return found
+    pieces["reference", ""] = [(topic, text) for topic, whole in topics.items() for text in pieces_of(whole)]
+    return pieces
 
 
 def _styles() -> dict[tuple[str, str], list[Piece]]:
-    found: dict[tuple[str, str], list[Piece]] = {(style, ""): [] for style in STYLES}
+    pieces: dict[tuple[str, str], list[Piece]] = {(style, ""): [] for style in STYLES}
     for file, name in _files():
         for text in _parts(file)[1]:
             if (style := style_of(text)) is not None:
-                found[style, ""].append((name, text))
-    return found
+                pieces[style, ""].append((name, text))
+    return pieces
 
 
 def style_of(docstring: str) -> str | None:
@@ -185,46 +119,38 @@ def style_of(docstring: str) -> str | None:
         return "example"
     first = re.match(r"[A-Za-z]+", docstring)
     word = first[0].lower() if first else ""
-    if word in IMPERATIVES:
+    imperatives = IMPERATIVES.split()
+    if word in imperatives:
         return "imperative"
-    if word in NOUNS:
+    if word in NOUNS.split():
         return "noun phrase"
-    return "third person" if word.removesuffix("s") in IMPERATIVES or word.removesuffix("es") in IMPERATIVES else None
+    return "third person" if {word.removesuffix("s"), word.removesuffix("es")} & set(imperatives) else None
 
 
 def _files(package: str = "") -> Iterator[tuple[Path, str]]:
-    library = Path(sysconfig.get_path("stdlib"))
-    found = False
-    for file in sorted((library / package).rglob("*.py")):
-        if not SKIPPED & set(file.relative_to(library).parts):
-            found = True
-            yield file, file.relative_to(library).as_posix()
-    if not found:
+    """Files of the library, and their names in it."""
+    files = library_files(package)
+    if not files:
         raise CorpusError(
-            f"this Python ships no sources of {package or 'its library'}; give other texts with --set suite.tasks=FILE.toml"
+            f"this Python ships no sources of {package or 'its library'}; "
+            "give other texts with --set suite.tasks=FILE.toml"
         )
+    return ((file, inner.as_posix()) for file, inner in files)
 
 
 @functools.cache
 def _parts(file: Path) -> tuple[list[str], list[str], list[str]]:
     """Pieces of a file's code without docstrings and comments, its docstrings, and its blocks of comment lines."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        tree = ast.parse(text)
-    except (SyntaxError, UnicodeDecodeError, ValueError):
+    if (module := read_module(file)) is None:
         return [], [], []
-    lines = text.splitlines()
     docstrings, gone = [], set[int]()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
-            docstring := ast.get_docstring(node)
-        ):
-            held = node.body[0]
-            gone.update(range(held.lineno - 1, held.end_lineno or held.lineno))
-            if len(docstring) >= SHORTEST:
-                docstrings.append(docstring[:PIECE])
+    for node, docstring in documented(module.tree):
+        first = node.body[0]
+        gone.update(range(first.lineno - 1, first.end_lineno or first.lineno))
+        if len(docstring) >= SHORTEST:
+            docstrings.append(docstring[:PIECE])
     code, comments, block = [], [], list[str]()
-    for number, line in enumerate([*lines, ""]):
+    for number, line in enumerate([*module.text.splitlines(), ""]):
         bare = line.strip()
         if bare.startswith("#"):
             block.append(bare.lstrip("#! ").rstrip())

@@ -4,7 +4,8 @@
     <cache.dir>/probe/texts/<model>-<key>/part-*.safetensors     residuals of every prompt asked, each token of it
     <cache.dir>/probe/answers/<key>/part-*.json     what the model wrote after each prompt
 
-A build that is interrupted goes on where it was. Checksums: see `suite_files`. Shapes: T tokens of a prompt, D residual width.
+A build that is interrupted goes on where it was. Checksums: see `suite_files`. Shapes: T tokens of a prompt, D
+residual width.
 """
 
 import json
@@ -16,14 +17,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hsae.cache.errors import CorpusError, StoreError
-from hsae.cache.format.spec import Config
+from hsae.cache.config import Config
+from hsae.cache.errors import CorpusError
 from hsae.cache.language_model.generation import PassCounts, PendingPrompt, complete
 from hsae.cache.storage.paths import Place, publish
 from hsae.cache.suites.entities import EntityType, describe_counts, entity_span, judge_answer, token_at
-from hsae.cache.suites.residual_sets import ResidualSet, SetBuilder, TextResiduals, TokenSet, sets_folder, versions
+from hsae.cache.suites.residual_sets import ResidualSet, SetBuilder, TextResiduals, TokenSet, sets_folder
 from hsae.cache.suites.specs import EntitiesConfig, RavelSpec, content_key, suites_folder
-from hsae.cache.suites.suite_files import PART_TEXTS, ZEROS, SuiteHeader, read_header, read_whole, seal
+from hsae.cache.suites.suite_files import PART_TEXTS, ZEROS, SuiteHeader, SuiteStore, read_whole, seal
 
 
 class Prompt(Config):
@@ -81,23 +82,25 @@ class CandidatePrompt:
 
 def candidate_prompts(kinds: Sequence[EntityType]) -> list[CandidatePrompt]:
     """Every question about every entity that has the attribute."""
-    found = []
+    candidates = []
     for kind in kinds:
         for attribute, templates in kind.prompts.items():
             for template in templates:
                 for entity, labels in kind.labels.items():
                     if attribute in labels:
                         text, end = entity_span(template, entity)
-                        held = {"kind": kind.name, "attribute": attribute, "entity": entity, "label": labels[attribute]}
-                        found.append(CandidatePrompt(**held, text=text, end=end))
-    return found
+                        fields = {
+                            "kind": kind.name,
+                            "attribute": attribute,
+                            "entity": entity,
+                            "label": labels[attribute],
+                        }
+                        candidates.append(CandidatePrompt(**fields, text=text, end=end))
+    return candidates
 
 
 def make_ravel_header(spec: RavelSpec, kinds: Sequence[EntityType], builder: SetBuilder) -> RavelHeader:
-    """Ask everything, keep what is answered right, and describe it.
-
-    Raises CorpusError if too little is answered right; what was computed stays.
-    """
+    """Ask everything and keep what is answered right. Raises CorpusError for too little; parts stay."""
     model, candidates = builder.model, candidate_prompts(kinds)
     coded = model.tokenizer([one.text for one in candidates], return_offsets_mapping=True, verbose=False)
     ids = [list(row) for row in coded.input_ids]
@@ -115,10 +118,7 @@ def make_ravel_header(spec: RavelSpec, kinds: Sequence[EntityType], builder: Set
     ]  # fmt: skip
     return RavelHeader(
         spec=spec,
-        d_model=model.d_model,
-        model_digest=model.model_digest,
-        tokenizer_digest=model.tokenizer_digest,
-        versions=versions(model),
+        **builder.made_with(),
         parts={texts: parts},
         sources={kind.name: kind.source for kind in kinds},
         texts=texts,
@@ -141,8 +141,8 @@ def count_prompts(items: Sequence[CandidatePrompt] | Sequence[Prompt]) -> dict[s
 def select_prompts(
     right: Sequence[Prompt], candidates: Sequence[CandidatePrompt], config: EntitiesConfig
 ) -> list[Prompt]:
-    """Of each type the entities most often answered right, and the attributes with enough left. Raises CorpusError if nothing is."""
-    kept: list[Prompt] = []
+    """Entities most often answered right, and attributes with enough left. Raises CorpusError without any."""
+    selected: list[Prompt] = []
     for kind in dict.fromkeys(one.kind for one in candidates):
         mine = [prompt for prompt in right if prompt.kind == kind]
         best = {entity for entity, _ in Counter(prompt.entity for prompt in mine).most_common(config.top_entities)}
@@ -154,15 +154,17 @@ def select_prompts(
             and len({prompt.label for prompt in mine if prompt.attribute == attribute}) > 1
         ]
         if len(enough) > 1:
-            kept += [prompt for prompt in mine if prompt.attribute in enough]
-    if not kept:
-        found, total = count_prompts(right), count_prompts(candidates)
-        counts = describe_counts({kind: found.get(kind, {}) for kind in total}, total)
+            selected += [prompt for prompt in mine if prompt.attribute in enough]
+    if not selected:
+        answered, total = count_prompts(right), count_prompts(candidates)
+        counts = describe_counts({kind: answered.get(kind, {}) for kind in total}, total)
         raise CorpusError(
-            f"the model answers too little right for RAVEL: no type of entity has two attributes with {config.min_prompts} right answers "
-            f"each and more than one label ({counts}); use a stronger model or easier entities, or lower ravel.min_prompts"
+            f"the model answers too little right for RAVEL: no type of entity has two attributes with "
+            f"{config.min_prompts} right answers "
+            f"each and more than one label ({counts}); use a stronger model or easier entities, or lower "
+            f"ravel.min_prompts"
         )
-    return kept
+    return selected
 
 
 def _answers(
@@ -173,10 +175,7 @@ def _answers(
     residuals: TextResiduals,
     builder: SetBuilder,
 ) -> list[tuple[str, int]]:
-    """What the model writes after each prompt until that is right or wrong, and its first token.
-
-    Parts that are there are read back.
-    """
+    """What the model writes after each prompt until it is decided, and its first token."""
     hook, new_tokens = spec.hooks[-1], spec.data.new_tokens
     labels = [one.label for one in candidates]
     key = content_key({"texts": texts, "hook": hook, "labels": labels, "tokens": new_tokens, "rows": spec.batch_rows})
@@ -213,25 +212,18 @@ def is_decided(label: str) -> Callable[[str], bool]:
     return lambda text: judge_answer(text, label) is not None
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------
 
 
-class RavelStore:
-    """A finished store. Raises StoreError if it is missing, unfinished or not to be trusted."""
+class RavelStore(SuiteStore[RavelHeader]):
+    """A finished store of prompts that the model answers right."""
+
+    header_kind = RavelHeader
 
     def __init__(self, spec: RavelSpec, root: str | Place) -> None:
-        self.root, self.path, self.spec = root, spec.path(root), spec
-        self.url = str(self.path)
-        self.header = read_header(self.path, RavelHeader, "ravel")
-        if self.header.spec != spec:
-            raise StoreError(f"{self.path} was made for another configuration; delete it and build it again")
-        texts = self.header.texts
+        super().__init__(spec, root)
+        self.spec, texts = spec, self.header.texts
         self._residuals = TextResiduals(ResidualSet(sets_folder(root) / texts, self.header.parts[texts], "ravel"))
-
-    @property
-    def digest(self) -> str:
-        """Sixteen hex digits of all that the store's numbers depend on."""
-        return content_key(self.header.model_dump(mode="json"))
 
     @property
     def prompts(self) -> dict[str, dict[str, list[Prompt]]]:
@@ -243,8 +235,7 @@ class RavelStore:
 
     def resid(self, prompt: Prompt, hook: str) -> Tensor:
         """[T, D] residuals of a prompt's tokens."""
-        if hook not in self.spec.hooks:
-            raise StoreError(f"{self.path} holds {', '.join(self.spec.hooks)}, not {hook}")
+        self.check_hook(hook)
         return self._residuals.of(prompt.row, hook)
 
     def entity(self, prompts: Sequence[Prompt], hook: str) -> Tensor:

@@ -1,10 +1,12 @@
 """Sets of residuals of texts, computed once for every SAE that will be evaluated on them.
 
-    <cache.dir>/probe/texts/<model>-<key>/part-00000.safetensors, ...    a set: `<hook>` [n, D] in the model's type, `lengths` [texts] int64
+<cache.dir>/probe/texts/<model>-<key>/part-00000.safetensors, ...    a set: `<hook>` [n, D] in the model's type,
+`lengths` [texts] int64
 
-A set holds the residuals of some tokens of each text (all that are not special, or the one at a word), without padding. Its key is
-that of the token ids themselves, the weights and all else that the numbers depend on, so suites share it and nothing stale is found.
-Parts appear whole and are kept when a build is interrupted. Checksums: see `suite_files`.
+A set holds the residuals of some tokens of each text (all that are not special, or the one at a word), without
+padding. Its key is that of the token ids themselves, the weights and all else that the numbers depend on, so suites
+share it and nothing stale is found. Parts appear whole and are kept when a build is interrupted. Checksums: see
+`suite_files`.
 
 Shapes: T tokens of a text, N tokens of a part, D residual width.
 """
@@ -17,20 +19,20 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hsae.cache.errors import StoreError
-from hsae.cache.files import parse_json
-from hsae.cache.format.chunk_codec import crc32c
+from hsae.cache.errors import StoreError, TooLongError
+from hsae.cache.files import crc32c, parse_json
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading import page_faults
 from hsae.cache.reading.mapped_chunks import mapped_pages, scratch_pages
 from hsae.cache.reading.scratch import scratch
-from hsae.cache.storage.paths import Place, RemotePath, TooLongError, again, publish, sizes
-from hsae.cache.suites.specs import PROBE_FORMAT, SuiteSpec, content_key, model_slug, suites_folder
+from hsae.cache.storage.paths import Place, publish, read_again, sizes
+from hsae.cache.suites.specs import PROBE_FORMAT, SuiteSpec, content_key, suites_folder
 from hsae.cache.suites.suite_files import PART_TEXTS, ZEROS, Part, is_whole, read_whole, seal
 
 LIBRARIES = ("torch", "transformers", "tokenizers")
@@ -61,7 +63,7 @@ class SetBuilder:
 
         Batches never cross parts, so parts do not depend on when they were made.
         """
-        key = f"{model_slug(self.spec.model)}-{self._key(tokens)}"
+        key = f"{self.spec.model.slug}-{self._key(tokens)}"
         total, parts = len(tokens.ids), []
         for number, first in enumerate(range(0, total, PART_TEXTS)):
             last = min(first + PART_TEXTS, total)
@@ -75,6 +77,12 @@ class SetBuilder:
             parts.append(Part.of(data))
             self.report(name, last, total)
         return key, parts
+
+    def made_with(self) -> dict[str, Any]:
+        """What a store's header says of the model and the libraries."""
+        model = self.model
+        digests = {"model_digest": model.model_digest, "tokenizer_digest": model.tokenizer_digest}
+        return {"d_model": model.d_model, **digests, "versions": self._versions()}
 
     def _residuals(self, tokens: TokenSet, rows: range, report: Callable[[int], None]) -> dict[str, Tensor]:
         """Each hook's [N, D] of some texts."""
@@ -100,14 +108,13 @@ class SetBuilder:
         digest = hashlib.sha256(json.dumps([tokens.ids, tokens.positions]).encode()).hexdigest()
         model = self.spec.model.model_dump(mode="json", include={"dtype", "attention"})
         content = {"format": PROBE_FORMAT, "model": self.model.model_digest, **model, "hooks": self.spec.hooks}
-        content |= {"batch": self.spec.batch_rows, "tokens": digest, "versions": versions(self.model)}
+        content |= {"batch": self.spec.batch_rows, "tokens": digest, "versions": self._versions()}
         return content_key(content)
 
-
-def versions(model: LanguageModel) -> dict[str, str]:
-    """What residuals were computed with."""
-    libraries = {name: version(name) for name in LIBRARIES}
-    return {"python": platform.python_version(), "device": torch.device(model.device).type, **libraries}
+    def _versions(self) -> dict[str, str]:
+        """What residuals are computed with."""
+        libraries = {name: version(name) for name in LIBRARIES}
+        return {"python": platform.python_version(), "device": torch.device(self.model.device).type, **libraries}
 
 
 def sets_folder(root: str | Place) -> Place:
@@ -131,16 +138,17 @@ def part_bytes(tensors: Mapping[str, Tensor], name: str) -> bytes:
 class ResidualSet:
     """The parts of a set, mapped where they lie or from their copies in the scratch folder.
 
-    Raises StoreError, which names the part, if one is missing, has another length or, when it is opened, another checksum.
+    Raises StoreError, which names the part, if one is missing, has another length or, when it is opened, another
+    checksum.
     """
 
     def __init__(self, folder: Place, parts: Sequence[Part], suite: str) -> None:
         self.folder, self.parts, self.build = folder, parts, f"hsae cache build --suite {suite}"
         self._checked: set[int] = set()
         """Local parts whose checksums were tested."""
-        found = sizes(folder)
+        lengths = sizes(folder)
         for number, part in enumerate(parts):
-            if (size := found.get(part_name(number))) != part.bytes:
+            if (size := lengths.get(part_name(number))) != part.bytes:
                 raise self._missing(number) if size is None else self._damaged(number, self._length(number, size))
 
     def __len__(self) -> int:
@@ -172,7 +180,7 @@ class ResidualSet:
 
     def _fetched(self, number: int) -> bytes:
         file, size = self.folder / part_name(number), self.parts[number].bytes
-        assert isinstance(file, RemotePath)
+        assert not isinstance(file, Path)
 
         def read() -> bytes:
             try:
@@ -185,15 +193,15 @@ class ResidualSet:
             return data
 
         try:
-            return again(file, read, StoreError)
+            return read_again(file, read, StoreError)
         except (FileNotFoundError, NotADirectoryError):
             raise self._missing(number) from None
 
     def _check(self, number: int, data: bytes | memoryview) -> None:
-        found, name = crc32c(data), part_name(number)
-        if found == self.parts[number].crc32c:
+        checksum, name = crc32c(data), part_name(number)
+        if checksum == self.parts[number].crc32c:
             return
-        if any(found == part.crc32c for part in self.parts):
+        if any(checksum == part.crc32c for part in self.parts):
             problem = "is another part, put in this one's place"
         elif is_whole(data, f"{self.folder.name}/{name}"):
             problem = "was made anew, with other numbers than those that the store was made with"
@@ -215,13 +223,13 @@ def _tensors(pages: Tensor) -> dict[str, Tensor]:
     """A safetensors file's tensors over its pages; its checksum has been tested."""
     data = pages.numpy().data
     start = 8 + int.from_bytes(data[:8], "little")
-    found = {}
-    for name, told in parse_json(bytes(data[8:start])).items():
+    tensors = {}
+    for name, entry in parse_json(bytes(data[8:start])).items():
         if name != "__metadata__":
-            dtype, (first, last) = DTYPES[told["dtype"]], told["data_offsets"]
+            dtype, (first, last) = DTYPES[entry["dtype"]], entry["data_offsets"]
             count = (last - first) // dtype.itemsize
-            found[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start + first).view(told["shape"])
-    return found
+            tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start + first).view(entry["shape"])
+    return tensors
 
 
 class TextResiduals:

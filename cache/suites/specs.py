@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from hsae.cache.format.spec import Config, ModelConfig
+from hsae.cache.config import Config, ModelConfig
 from hsae.cache.storage.paths import Place, place
 
 PROBE_FORMAT = 2
@@ -19,7 +18,7 @@ class SuiteConfig(Config):
     """The `[suite]` table: what the evaluations of labelled texts and words are made from."""
 
     tasks: str = Field(default="saebench", min_length=1)
-    """`saebench` (data sets on the hub), `python` (texts that ship with Python), or a TOML file that lists local data sets."""
+    """`saebench` (from the hub), `python` (texts that ship with Python), or a TOML file of local data sets."""
     revisions: dict[str, str] = Field(default_factory=dict)
     """Hub data set -> revision; what is not named is taken as it is now, and the revision found is recorded."""
     train_per_class: int = Field(default=2000, ge=4)
@@ -43,7 +42,16 @@ class SuiteConfig(Config):
     seed: int = Field(default=42, ge=0)
 
 
-class ProbeSpec(Config):
+class StoredConfig(Config):
+    """What determines a store, and so names it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits over every field and the format of the sets."""
+        return content_key({"format": PROBE_FORMAT, **self.model_dump(mode="json")})
+
+
+class ProbeSpec(StoredConfig):
     """What determines the store of labelled texts or words of one suite."""
 
     suite: Suite
@@ -56,22 +64,18 @@ class ProbeSpec(Config):
         """Texts of one forward pass."""
         return self.tasks.batch_rows
 
-    @property
-    def fingerprint(self) -> str:
-        """Sixteen hex digits over every field and the format of the sets."""
-        return content_key({"format": PROBE_FORMAT, **self.model_dump(mode="json")})
-
     def path(self, root: str | Place) -> Place:
-        """The suite's file in a folder or at a URL of stores."""
-        return suites_folder(root) / self.suite / f"{model_slug(self.model)}-{self.fingerprint}.json"
+        """The store's file in a folder or at a URL of stores."""
+        return suites_folder(root) / self.suite / f"{self.model.slug}-{self.fingerprint}.json"
 
 
 class EntitiesConfig(Config):
     """The part of the `[ravel]` table that the store depends on."""
 
     entities: str = Field(default="saebench", min_length=1)
-    """`saebench` (RAVEL's cities and Nobel prize winners, on the hub), `facts` (countries and cities that come with hsae), a TOML file
-    with [[entity]] tables, or a folder with RAVEL's own JSON files."""
+    """`saebench` (RAVEL's cities and Nobel prize winners, on the hub), `facts` (countries and cities that come with
+    hsae), a TOML file with [[entity]] tables, or a folder with RAVEL's own JSON files.
+    """
     revision: str | None = None
     """Hub revision of `saebench`; None is the newest. The commit that was read is recorded."""
     top_entities: int = Field(default=500, ge=4)
@@ -84,7 +88,7 @@ class EntitiesConfig(Config):
     """Prompts of one forward pass: part of what the bits depend on."""
 
 
-class RavelSpec(Config):
+class RavelSpec(StoredConfig):
     """What determines RAVEL's store."""
 
     model: ModelConfig
@@ -101,29 +105,19 @@ class RavelSpec(Config):
         """Prompts of one forward pass."""
         return self.data.batch_rows
 
-    @property
-    def fingerprint(self) -> str:
-        """Sixteen hex digits over every field and the format of the sets."""
-        return content_key({"format": PROBE_FORMAT, **self.model_dump(mode="json")})
-
     def path(self, root: str | Place) -> Place:
         """The store's file in a folder or at a URL of stores."""
-        return suites_folder(root) / self.suite / f"{model_slug(self.model)}-{self.fingerprint}.json"
+        return suites_folder(root) / self.suite / f"{self.model.slug}-{self.fingerprint}.json"
 
 
 SuiteSpec = ProbeSpec | RavelSpec
 
 
 def suites_folder(root: str | Place) -> Place:
-    """Where the stores of suites lie in a folder or at a URL of stores. Raises StoreError for a URL that can't be a store's."""
+    """Where suites' stores lie in a folder or at a URL. Raises StoreError for a URL that can't be a store's."""
     return place(root) / "probe"
 
 
 def content_key(content: dict[str, Any]) -> str:
     """Sixteen hex digits over JSON-ready content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def model_slug(model: ModelConfig) -> str:
-    """A model's name as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", model.id.rstrip("/").split("/")[-1]).strip("-.").lower() or "model"

@@ -1,21 +1,21 @@
 """The files of suites' stores, wherever they lie: how each tells whether it is whole, and the header of a store.
 
-A file has eight hex digits behind its first `"crc32c":"`, which is the first key of a JSON file and in the metadata of a safetensors
-file: the crc32c of all its bytes, with zeros for the digits, and of its name below `probe/texts` or `probe/answers` (a suite's file: of no
-name). So a part that is flipped, cut or in another's place is known while nothing lists it yet. A suite's file lists the bytes and the
-crc32c of every part that it needs, which are compared when a part is first opened.
+A file has eight hex digits behind its first `"crc32c":"`, which is the first key of a JSON file and in the metadata
+of a safetensors file: the crc32c of all its bytes, with zeros for the digits, and of its name below `probe/texts` or
+`probe/answers` (a suite's file: of no name). So a part that is flipped, cut or in another's place is known while
+nothing lists it yet. A suite's file lists the bytes and the crc32c of every part that it needs, which are compared
+when a part is first opened.
 """
 
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
+from hsae.cache.config import Config
 from hsae.cache.errors import StoreError
-from hsae.cache.files import parse_json
-from hsae.cache.format.chunk_codec import crc32c
-from hsae.cache.format.spec import Config
-from hsae.cache.storage.paths import Place, again, publish
-from hsae.cache.suites.specs import PROBE_FORMAT
+from hsae.cache.files import crc32c, parse_json
+from hsae.cache.storage.paths import Place, publish, read_again
+from hsae.cache.suites.specs import PROBE_FORMAT, SuiteSpec, content_key
 
 PART_TEXTS = 256
 ZEROS = "0" * 8
@@ -52,6 +52,7 @@ class SuiteHeader(Config):
     """Set of residuals -> its parts."""
     passes: int
     """Prefix passes (texts) that the sets took."""
+    spec: SuiteSpec
     older: ClassVar[bool] = False
     """As an activation store's; these files have always had a checksum, so that it can't be told of them."""
 
@@ -63,13 +64,36 @@ class SuiteHeader(Config):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if {name: -(-count // PART_TEXTS) for name, count in self.sets.items()} != {
-            name: len(held) for name, held in self.parts.items()
+            name: len(parts) for name, parts in self.parts.items()
         }:
             raise ValueError("its parts are not those of its texts")
         return self
 
 
-# ---- whole files --------------------------------------------------------------------------------------------------------
+class SuiteStore(Generic[HeaderT]):
+    """A finished store of a suite. Raises StoreError if it is missing, unfinished or not to be trusted."""
+
+    header_kind: type[HeaderT]
+
+    def __init__(self, spec: SuiteSpec, root: str | Place) -> None:
+        self.root, self.path = root, spec.path(root)
+        self.url = str(self.path)
+        self.header = read_header(self.path, self.header_kind, spec.suite)
+        if self.header.spec != spec:
+            raise StoreError(f"{self.path} was made for another configuration; delete it and build it again")
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of all that the store's numbers depend on."""
+        return content_key(self.header.model_dump(mode="json"))
+
+    def check_hook(self, hook: str) -> None:
+        """Raise StoreError unless the store has residuals of a hook."""
+        if hook not in self.header.spec.hooks:
+            raise StoreError(f"{self.path} holds {', '.join(self.header.spec.hooks)}, not {hook}")
+
+
+# ---- whole files ---------------------------------------------------------------------
 
 
 def seal(data: bytes, name: str = "") -> bytes:
@@ -87,11 +111,11 @@ def is_whole(data: bytes | memoryview, name: str = "") -> bool:
 
 
 def _digits(data: bytes | memoryview, name: str) -> tuple[int, bytes]:
-    view, found = memoryview(data), 0
+    view, checksum = memoryview(data), 0
     at = bytes(view[:WITHIN]).index(MARK) + len(MARK)
     for piece in (view[:at], ZEROS.encode(), view[at + len(ZEROS) :], name.encode()):
-        found = crc32c(piece, found) if piece else found
-    return at, f"{found:08x}".encode()
+        checksum = crc32c(piece, checksum) if piece else checksum
+    return at, f"{checksum:08x}".encode()
 
 
 def read_whole(file: Place, name: str) -> bytes | None:
@@ -130,6 +154,6 @@ def read_header(path: Place, kind: type[HeaderT], suite: str) -> HeaderT:
             raise StoreError(f"{path} is damaged ({detail}); make it again with: {build}") from None
 
     try:
-        return again(path, read, StoreError)
+        return read_again(path, read, StoreError)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"there is no probe store {path}; make it with: {build}") from None

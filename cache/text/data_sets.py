@@ -1,7 +1,8 @@
 """Rows of several columns from local files and from data sets on the hub.
 
-Files are .jsonl, .csv, .tsv and .parquet, the first three also compressed (.gz, .bz2, .xz, .zst). Text is UTF-8, with or without a byte
-order mark; bytes are taken for UTF-8, and half of a surrogate pair, which no tokenizer takes, becomes U+FFFD.
+Files are .jsonl, .csv, .tsv and .parquet, the first three also compressed (.gz, .bz2, .xz, .zst). Text is UTF-8, with
+or without a byte order mark; bytes are taken for UTF-8, and half of a surrogate pair, which no tokenizer takes,
+becomes U+FFFD.
 """
 
 import bz2
@@ -19,9 +20,9 @@ from typing import Any, BinaryIO, TypeVar
 
 from pydantic import ValidationError
 
+from hsae.cache.config import Config
 from hsae.cache.errors import CorpusError, UnreachableError
 from hsae.cache.files import parse_json, parse_toml
-from hsae.cache.format.spec import Config
 
 TableT = TypeVar("TableT", bound=Config)
 
@@ -36,7 +37,7 @@ LONGEST_FIELD = 1 << 30  # characters of one cell of a .csv file
 UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error)
 
 
-def described(path: Path, name: str, kind: type[TableT]) -> list[TableT]:
+def read_tables(path: Path, name: str, kind: type[TableT]) -> list[TableT]:
     """The [[name]] tables of a TOML file that describes local files. Raises CorpusError naming what is wrong."""
     try:
         return [kind(**table) for table in parse_toml(path.read_bytes())[name]]
@@ -55,10 +56,10 @@ def records(file: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         raise CorpusError(f"there is no file {file}")
     if file_kind(file) not in READERS:
         raise CorpusError(f"{file}: rows are read from {', '.join(READERS)} files")
-    return (values for _, values in placed_records(file, columns))
+    return (values for _, values in records_with_places(file, columns))
 
 
-def placed_records(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def records_with_places(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """The rows of `records`, each with the words that say where it is."""
     kind = file_kind(file)
     try:
@@ -77,7 +78,7 @@ def file_kind(file: Path) -> str:
     return Path(name).suffix
 
 
-def opened(file: Path) -> BinaryIO:
+def open_decompressed(file: Path) -> BinaryIO:
     """A file's bytes, decompressed if its name says so."""
     suffix = file.suffix.lower()
     if suffix == ".zst":
@@ -89,12 +90,12 @@ def opened(file: Path) -> BinaryIO:
     return how.get(suffix, open)(file, "rb")  # type: ignore[no-any-return]
 
 
-def decoded(data: bytes) -> str:
+def decode_text(data: bytes) -> str:
     """UTF-8 as text. Raises UnicodeDecodeError."""
-    return whole(data.decode("utf-8", "surrogatepass"))
+    return replace_surrogates(data.decode("utf-8", "surrogatepass"))
 
 
-def whole(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """A text with U+FFFD in place of halves of surrogate pairs."""
     try:
         text.encode()
@@ -103,8 +104,8 @@ def whole(text: str) -> str:
     return text
 
 
-def values_of(row: dict[str, Any], columns: Sequence[str], where: str) -> tuple[Any, ...]:
-    """The values of some columns of a row: text, numbers, None, never bytes. Raises CorpusError naming column and place."""
+def read_values(row: dict[str, Any], columns: Sequence[str], where: str) -> tuple[Any, ...]:
+    """Values of some columns of a row, never bytes. Raises CorpusError naming column and place."""
     _check(row, columns, where)
     return tuple(_value(row[column], column, where) for column in columns)
 
@@ -112,12 +113,12 @@ def values_of(row: dict[str, Any], columns: Sequence[str], where: str) -> tuple[
 def _value(value: Any, column: str, where: str) -> Any:
     if isinstance(value, bytes):
         try:
-            return decoded(value)
+            return decode_text(value)
         except UnicodeDecodeError as error:
             raise CorpusError(f"{where}: column {column!r} holds bytes that are not UTF-8 ({error.reason})") from None
     if isinstance(value, list | dict):
         raise CorpusError(f"{where}: column {column!r} holds a {type(value).__name__}, not one value")
-    return whole(value) if isinstance(value, str) else value
+    return replace_surrogates(value) if isinstance(value, str) else value
 
 
 def _check(row: Any, columns: Sequence[str], where: str) -> None:
@@ -129,7 +130,7 @@ def _check(row: Any, columns: Sequence[str], where: str) -> None:
 
 def _lines(file: Path, *, ends: bool = False) -> Iterator[str]:
     """Lines of text, however they end, with their ends if asked for."""
-    with opened(file) as blocks:
+    with open_decompressed(file) as blocks:
         for number, block in enumerate(blocks):
             block = block if number else block.removeprefix(codecs.BOM_UTF8)
             yield from (line.decode("utf-8", "surrogatepass") for line in block.splitlines(ends))
@@ -143,7 +144,7 @@ def _jsonl(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[Any,
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
             where = f"{file}, line {number}"
-            yield where, values_of(row, columns, where)
+            yield where, read_values(row, columns, where)
 
 
 def _csv(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -154,7 +155,7 @@ def _csv(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[Any, .
         where = f"{file}, row {number}"
         if None in row:
             raise CorpusError(f"{where} has more cells than the header; put text that holds commas in quotes")
-        yield where, values_of(row, columns, where)
+        yield where, read_values(row, columns, where)
 
 
 def _parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -176,7 +177,7 @@ def _parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[An
                 for row in zip(*(listed(batch.column(name)) for name in columns), strict=True):
                     number += 1
                     where = f"{file}, row {number}"
-                    yield where, values_of(dict(zip(columns, row, strict=True)), columns, where)
+                    yield where, read_values(dict(zip(columns, row, strict=True)), columns, where)
     except pyarrow.ArrowException as error:
         raise CorpusError(f"{file} is not a parquet file: {error}") from None
 
@@ -202,7 +203,7 @@ INSTEAD = (
 
 
 def open_data_set(name: str, revision: str | None, subset: str | None, split: str, instead: str = INSTEAD) -> Any:
-    """A hub data set's split, streamed in its own order. Raises CorpusError, with what to do instead, if it can't be opened."""
+    """A hub data set's split, streamed. Raises CorpusError, with what to do instead."""
     need("datasets", f"data set {name!r} on the hub")
     from datasets import load_dataset
     from datasets.utils.logging import set_verbosity_error
@@ -214,7 +215,7 @@ def open_data_set(name: str, revision: str | None, subset: str | None, split: st
         raise _unreachable(name, error, instead) from None
 
 
-def streamed(data: Any, name: str, instead: str = INSTEAD) -> Iterator[Any]:
+def stream_rows(data: Any, name: str, instead: str = INSTEAD) -> Iterator[Any]:
     """The rows of an opened data set. Raises CorpusError if the hub fails meanwhile."""
     try:
         yield from data
@@ -222,8 +223,8 @@ def streamed(data: Any, name: str, instead: str = INSTEAD) -> Iterator[Any]:
         raise _unreachable(name, error, instead) from None
 
 
-def resolved_revision(name: str, revision: str | None, instead: str = INSTEAD) -> str:
-    """The commit a hub data set's revision stands for now. Raises CorpusError, with what to do instead, if the hub can't be asked."""
+def resolve_revision(name: str, revision: str | None, instead: str = INSTEAD) -> str:
+    """The commit of a hub data set's revision now. Raises CorpusError, with what to do instead."""
     need("datasets", f"data set {name!r} on the hub")
     from huggingface_hub import HfApi
 
@@ -236,5 +237,6 @@ def resolved_revision(name: str, revision: str | None, instead: str = INSTEAD) -
 def _unreachable(name: str, error: Exception, instead: str) -> UnreachableError:
     first = str(error).splitlines()[0] if str(error) else ""
     return UnreachableError(
-        f"data set {name!r} can't be found on the hub ({type(error).__name__}: {first}); check the network, or {instead}"
+        f"data set {name!r} can't be found on the hub ({type(error).__name__}: {first}); check the network, or "
+        f"{instead}"
     )

@@ -1,14 +1,16 @@
-"""Text that comes with every CPython: English prose from its documentation, and the source code of its standard library.
+"""Text that comes with every CPython: English prose from its documentation, and the source code of its standard
+library.
 
-    python-docs    the language reference's topics and each module's docstrings, as they are: prose with signatures and examples
-    python-prose   the paragraphs of those topics, docstrings and of the modules' comments that are English prose (see `is_prose`)
+    python-docs    the language reference's topics and each module's docstrings, with signatures and examples
+    python-prose   the paragraphs of those and of the modules' comments that are English prose (see `is_prose`)
     python-source  each module's source code without docstrings and comments
-    python-mix     source, prose, source, prose, ... while both last, then the rest of the longer one; of a long module only the
+    python-mix     source, prose, ... while both last, then the rest of the longer one; of a long module only the
                    first 20,000 characters of source, so that prose is a good quarter of the text
 
-A document is a topic or a module; its own topic is `language` or the module's top-level package (asyncio, email, json, ...). Order is
-mixed by a fixed seed, and there are no doubles. Documents 0 to 2n-1 of python-mix are documents 0 to n-1 of python-source and of
-python-prose, so that windows of documents that don't overlap can be stated for all three, whatever the Python version.
+A document is a topic or a module; its own topic is `language` or the module's top-level package (asyncio, email,
+json, ...). Order is mixed by a fixed seed, and there are no doubles. Documents 0 to 2n-1 of python-mix are documents
+0 to n-1 of python-source and of python-prose, so that windows of documents that don't overlap can be stated for all
+three, whatever the Python version.
 """
 
 import ast
@@ -20,7 +22,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from hsae.cache.errors import CorpusError
 
@@ -28,17 +30,8 @@ SEED = 20240229
 LEAST_CHARACTERS = 200
 LEAST_WORDS = 8
 MOST_CHARACTERS_MIXED = 20_000
-SKIPPED_PARTS = {
-    "test",
-    "tests",
-    "idlelib",
-    "site-packages",
-    "lib2to3",
-    "turtledemo",
-    "ensurepip",
-    "__pycache__",
-    "pydoc_data",
-}
+TESTS_AND_TOOLS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+SKIPPED_PARTS = TESTS_AND_TOOLS | {"site-packages", "__pycache__", "pydoc_data"}
 TABLES = re.compile(r"encodings|_sysconfigdata.*")  # top-level names whose source is tables, not code
 STRING_OR_COMMENT = re.compile(
     r"""\"{3}(?:\\.|[^\\])*?\"{3}|'{3}(?:\\.|[^\\])*?'{3}|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*""", re.DOTALL
@@ -65,11 +58,16 @@ def _arranged(documents: Iterable[Document]) -> tuple[Document, ...]:
     return tuple(by_text[text] for text in texts)
 
 
-def _modules() -> list[tuple[Path, str]]:
-    """Files of the standard library and their top-level names, in the order of their paths."""
+def library_files(package: str = "") -> list[tuple[Path, PurePath]]:
+    """Files of the standard library, or of a package of it, sorted; the second path is relative."""
     library = Path(sysconfig.get_path("stdlib"))
-    files = [(file, file.relative_to(library).parts) for file in sorted(library.rglob("*.py"))]
-    return [(file, parts[0].removesuffix(".py")) for file, parts in files if not SKIPPED_PARTS & set(parts)]
+    files = [(file, file.relative_to(library)) for file in sorted((library / package).rglob("*.py"))]
+    return [(file, inner) for file, inner in files if not SKIPPED_PARTS & set(inner.parts)]
+
+
+def _modules() -> list[tuple[Path, str]]:
+    """Files of the standard library and their top-level names."""
+    return [(file, inner.parts[0].removesuffix(".py")) for file, inner in library_files()]
 
 
 @functools.cache
@@ -116,8 +114,10 @@ def prose(text: str) -> str:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph is English sentences: it begins with a capital, ends as a sentence does, has no examples, and of at
-    least eight words 85 % are plain words of letters (quotes, brackets and punctuation around them allowed)."""
+    """Whether a paragraph is English sentences: it begins with a capital, ends as a sentence does, has no examples,
+    and of at least eight words 85 % are plain words of letters (quotes, brackets and punctuation around them
+    allowed).
+    """
     words = paragraph.split()
     if len(words) < LEAST_WORDS or ">>>" in words or not words[-1].rstrip("\"')”").endswith((".", "!", "?", ":")):
         return False
@@ -127,21 +127,22 @@ def is_prose(paragraph: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Module:
-    """A module read."""
+class Module:
+    """A module of Python's, read."""
 
     text: str
     tree: ast.Module
 
 
 @functools.cache
-def _read(file: Path) -> _Module | None:
+def read_module(file: Path) -> Module | None:
+    """A module; None if it is no Python that this Python parses."""
     try:
         text = file.read_text(encoding="utf-8")
         tree = ast.parse(text)
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return None
-    return _Module(text, tree)
+    return Module(text, tree)
 
 
 def _language() -> list[str]:
@@ -149,27 +150,35 @@ def _language() -> list[str]:
     return list(topics.values())
 
 
-def _docstrings(file: Path, *, signatures: bool = False) -> list[str]:
-    """A module's docstring and those of its classes and functions, each under its signature if asked for."""
-    if (read := _read(file)) is None:
-        return []
-    parts = []
-    for node in ast.walk(read.tree):
+def documented(
+    tree: ast.Module,
+) -> Iterator[tuple[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, str]]:
+    """A module, its classes and functions that have a docstring, each with it."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
             text := ast.get_docstring(node)
         ):
-            if isinstance(node, ast.Module) or not signatures:
-                parts.append(text)
-            elif isinstance(node, ast.ClassDef):
-                parts.append(f"class {node.name}\n{text}")
-            else:
-                parts.append(f"{node.name}({ast.unparse(node.args)})\n{text}")
+            yield node, text
+
+
+def _docstrings(file: Path, *, signatures: bool = False) -> list[str]:
+    """A module's docstring and those of its classes and functions, each under its signature if asked for."""
+    if (read := read_module(file)) is None:
+        return []
+    parts = []
+    for node, text in documented(read.tree):
+        if isinstance(node, ast.Module) or not signatures:
+            parts.append(text)
+        elif isinstance(node, ast.ClassDef):
+            parts.append(f"class {node.name}\n{text}")
+        else:
+            parts.append(f"{node.name}({ast.unparse(node.args)})\n{text}")
     return parts
 
 
 def _comments(file: Path) -> list[str]:
     """Blocks of comment lines that have nothing else on them and follow each other, without their signs."""
-    if (read := _read(file)) is None:
+    if (read := read_module(file)) is None:
         return []
     blocks: list[list[str]] = []
     end = -1
@@ -189,8 +198,8 @@ def _comment_signs(text: str) -> Iterator[re.Match[str]]:
 
 
 def _code(file: Path) -> str:
-    """A module's source without comments and without strings that stand alone (docstrings among them); never two empty lines in a row."""
-    if (read := _read(file)) is None:
+    """A module's source without comments, docstrings and double empty lines."""
+    if (read := read_module(file)) is None:
         return ""
     text = STRING_OR_COMMENT.sub(lambda match: "" if match[0].startswith("#") else match[0], read.text)
     lines = text.split("\n")

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from hsae.cache.format.spec import (
+from hsae.cache.config import (
     CacheConfig,
     Config,
     CorpusConfig,
@@ -15,10 +15,8 @@ from hsae.cache.format.spec import (
     Positive,
     ProperFraction,
     Split,
-    StoreSpec,
-    spec_of,
-    store_spec,
 )
+from hsae.cache.format.spec import StoreSpec, spec_of, store_spec
 
 OPENAI_URL = "https://api.openai.com/v1"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.language_model.provenance import check_model
+from hsae.cache.reading.provenance import check_model
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core import corrected_measures
 from hsae.eval.core.core_result import CoreResult, dead_explanation, nan_to_minus_one

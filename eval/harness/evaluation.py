@@ -16,11 +16,10 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hsae import registry
+from hsae.cache.config import Config, Split, at_commit
 from hsae.cache.device import pick_device
 from hsae.cache.errors import UserError, need
-from hsae.cache.format.spec import Config, Split
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.language_model.sources import at_commit
 from hsae.eval.harness.estimates import Estimate, describe_noise
 from hsae.eval.harness.fits import check_fits
 from hsae.eval.harness.listener import SILENT, Listener

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
+from hsae.cache.config import HOOK_PATTERN
 from hsae.cache.errors import UserError
-from hsae.cache.format.spec import HOOK_PATTERN
 from hsae.train.model.views import View
 
 

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from hsae.cache.format.spec import Positive, ProperFraction
+from hsae.cache.config import Positive, ProperFraction
 from hsae.cache.suites.specs import EntitiesConfig, RavelSpec
 from hsae.train.config.plan import Plan
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hsae.cache.errors import NotApplicable, StoreError
 from hsae.cache.language_model.generation import PassCounts
-from hsae.cache.language_model.lm import LanguageModel, pinned
-from hsae.cache.language_model.provenance import check_model
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.reading.provenance import check_model, pin_commit
 from hsae.cache.storage.paths import size_of
 from hsae.cache.suites.entities import describe_counts
 from hsae.cache.suites.ravel_store import RavelStore
@@ -91,7 +91,7 @@ class Ravel(SuiteEvaluation[RavelStore]):
 
     def load_language_model(self) -> LanguageModel:
         """The language model at the commit that stores beside this one were made with."""
-        return LanguageModel.load(pinned(self.store.spec.model, self.store.root), device=self.device)
+        return LanguageModel.load(pin_commit(self.store.spec.model, self.store.root), device=self.device)
 
     @cached_property
     def language(self) -> LanguageModel:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hsae.cache.format.spec import (
+from hsae.cache.config import (
     CacheConfig,
     Config,
     CorpusConfig,
@@ -15,9 +15,8 @@ from hsae.cache.format.spec import (
     NonNegative,
     Positive,
     ProperFraction,
-    StoreSpec,
-    spec_of,
 )
+from hsae.cache.format.spec import StoreSpec, spec_of
 
 Side = Literal["forget", "retain"]
 SIDES: tuple[Side, Side] = ("forget", "retain")

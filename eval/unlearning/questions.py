@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hsae.cache.errors import UserError
 from hsae.cache.files import parse_json
-from hsae.cache.text.data_sets import whole
+from hsae.cache.text.data_sets import replace_surrogates
 
 LETTERS = "ABCDEFGH"
 PROBE = "hsae probe text"
@@ -96,7 +96,10 @@ def _question(record: Any, where: str, subject: str) -> Question:
     ):
         told = str(held.get("subject", subject))
         return Question(
-            text=whole(text.strip()), choices=tuple(map(whole, choices)), answer=answer, subject=whole(told)
+            text=replace_surrogates(text.strip()),
+            choices=tuple(map(replace_surrogates, choices)),
+            answer=answer,
+            subject=replace_surrogates(told),
         )
     raise UserError(
         f"{where} is not a question; write "

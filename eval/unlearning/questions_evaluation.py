@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self
 
-from hsae.cache.language_model.lm import load_tokenizer, pinned
+from hsae.cache.language_model.lm import load_tokenizer
+from hsae.cache.reading.provenance import pin_commit
 from hsae.eval.harness.evaluation import Options, Result, cached_method
 from hsae.eval.harness.listener import SILENT, Listener
 from hsae.eval.harness.tables import Table
@@ -31,7 +32,7 @@ class UnlearningQuestions(TextPairEvaluation):
         cls, plan: Plan, options: Options | None = None, *, device: str = "cpu", listener: Listener = SILENT
     ) -> Self:
         """The evaluation as a plan describes it. Raises UserError for a model that is not instruction-tuned, too."""
-        check_template(load_tokenizer(pinned(plan.model, plan.cache.dir)), plan.model.id)
+        check_template(load_tokenizer(pin_commit(plan.model, plan.cache.dir)), plan.model.id)
         sets = qa.read_sets(plan.table(UnlearningConfig).qa)
         evaluation = super().of_plan(plan, options, device=device, listener=listener)
         evaluation.sets = sets

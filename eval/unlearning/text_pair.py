@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import Field
 
+from hsae.cache.config import at_commit
 from hsae.cache.errors import NotApplicable, StoreError
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.language_model.provenance import check_model
-from hsae.cache.language_model.sources import at_commit
+from hsae.cache.reading.provenance import check_model
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import exists
 from hsae.eval.harness.evaluation import Options, check_target

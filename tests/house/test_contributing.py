@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from typing import ClassVar
 
 import fsspec
 import torch
@@ -9,6 +10,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from places import ROOT
 
 import hsae
+from hsae.cache.storage.remote import BACKENDS, Backend
 
 
 def test_the_map_is_that_of_the_code():
@@ -42,3 +44,23 @@ def test_a_storage_backend_is_a_driver_of_fsspec(make_store):
     store = hsae.ActivationStore.open(str(target))
     hook = store.spec.hooks[0]
     assert torch.equal(store.acts(hook, 0, store.rows), values[f"acts/{hook}"])
+
+
+class CountingBackend(Backend):
+    """One that needs more than a driver: it counts what is read."""
+
+    reads: ClassVar[list[str]] = []
+
+    def read(self, filesystem, path, most):
+        self.reads.append(path)
+        return super().read(filesystem, path, most)
+
+
+def test_a_storage_backend_that_needs_more_is_a_class_and_a_line(make_store, monkeypatch):
+    fsspec.register_implementation("shelf", Shelf, clobber=True)
+    monkeypatch.setitem(BACKENDS, "shelf", f"{__name__}:CountingBackend")
+    target, values = make_store("shelf://counted")
+    store = hsae.ActivationStore.open(str(target))
+    hook = store.spec.hooks[0]
+    assert torch.equal(store.acts(hook, 0, store.rows), values[f"acts/{hook}"])
+    assert any(path.endswith("zarr.json") for path in CountingBackend.reads)

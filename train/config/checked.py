@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from hsae.cache.config import Config
 from hsae.cache.errors import UserError
-from hsae.cache.format.spec import Config
 
 SHOWN = 100
 """Characters of a wrong value that an error shows."""

@@ -12,10 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hsae.cache.config import CacheConfig, Config, HookConfig, ModelConfig, Split
 from hsae.cache.files import parse_toml
-from hsae.cache.format.spec import CacheConfig, Config, HookConfig, ModelConfig, Split, StoreSpec, store_spec
+from hsae.cache.format.spec import StoreSpec, store_spec
 from hsae.cache.storage.paths import Place, exists, place
-from hsae.cache.text.corpora import TEXT_TABLES, common_text
+from hsae.cache.text.common_text import common_text
+from hsae.cache.text.corpora import TEXT_TABLES
 from hsae.registry import TABLES, resolve
 from hsae.train.config.checked import SHOWN, ConfigT, PlanError, check_table, checked, shorten
 from hsae.train.config.run_config import RunConfig, StreamConfig

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from hsae.cache.format.spec import Config, NonNegative, Positive
+from hsae.cache.config import Config, NonNegative, Positive
 from hsae.registry import ACTIVATIONS, LOSSES
 
 Fraction = Annotated[float, Field(ge=0, le=1, strict=False)]

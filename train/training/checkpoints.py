@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsae.cache.errors import UserError
-from hsae.cache.files import parse_json, write_atomically
-from hsae.cache.format.chunk_codec import crc32c
+from hsae.cache.files import crc32c, parse_json, write_atomically
 
 FILE = "checkpoint/state.safetensors"
 

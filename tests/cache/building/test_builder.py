@@ -26,17 +26,18 @@ from safetensors.torch import load_file
 from stores import HOOK, contents, spec
 from transformers import AutoConfig
 
-from hsae.cache.building.builder import Builder, TokenisedText, build
+from hsae.cache.building.build import build
+from hsae.cache.building.contents import StoreContents, TokenisedText
 from hsae.cache.building.estimate import _seconds as estimated_seconds
 from hsae.cache.building.estimate import check_space, estimate
+from hsae.cache.building.repair import repair
 from hsae.cache.building.statistics import geometric_median
-from hsae.cache.building.verification import repair, verify
+from hsae.cache.building.verification import verify
 from hsae.cache.building.writer import write_header
+from hsae.cache.config import CorpusConfig, ModelConfig
 from hsae.cache.errors import CorpusError, ModelError, StoreError, UserError
-from hsae.cache.files import sealed
+from hsae.cache.files import crc32c, sealed
 from hsae.cache.format import layout
-from hsae.cache.format.chunk_codec import crc32c
-from hsae.cache.format.spec import CorpusConfig, ModelConfig
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.launcher import Share, share
 from hsae.cache.reading.mapped_chunks import MappedArray
@@ -239,7 +240,7 @@ def test_missing_stores_and_urls_are_refused_clearly(tmp_path):
 
 
 def test_a_finished_store_is_used_again_without_the_model(built, tmp_path, monkeypatch):
-    monkeypatch.setattr("hsae.cache.building.builder.LanguageModel.load", None)
+    monkeypatch.setattr("hsae.cache.building.build.LanguageModel.load", None)
     assert build([spec()], built.parent) == [built]
 
 
@@ -306,11 +307,12 @@ def test_kill_minus_nine_ten_times_then_build_again_gives_the_same_bytes(built, 
     """Build in a process that is killed with SIGKILL at random moments, finish, compare."""
     record_property("injected", 10)
     code = (
-        "import sys, json, time\nfrom hsae.cache.building import builder as b\nfrom hsae.cache.format.spec import StoreSpec\n"
-        "slow = b.writer.write_chunk\n"
+        "import sys, json, time\nfrom hsae.cache.building import writer\nfrom hsae.cache.building.build import "
+        "build\nfrom hsae.cache.format.spec import StoreSpec\n"
+        "slow = writer.write_chunk\n"
         "def write(*a):\n    print(flush=True); time.sleep(0.02); return slow(*a)\n"
-        "b.writer.write_chunk = write\n"
-        f"b.build([StoreSpec(**json.loads({spec().model_dump_json()!r}))], {str(tmp_path)!r})"
+        "writer.write_chunk = write\n"
+        f"build([StoreSpec(**json.loads({spec().model_dump_json()!r}))], {str(tmp_path)!r})"
     )
     generator, killed = torch.Generator().manual_seed(1), 0
     while killed < 10:
@@ -416,15 +418,15 @@ def test_a_build_on_a_remote_store_is_the_local_one_and_goes_on_where_it_was(bui
 
 WORKER = """
 import json, sys
-from hsae.cache.building import builder as module
+from hsae.cache.building import build, contents, liveness
 from hsae.cache.format.spec import StoreSpec
 from hsae.cache.launcher import share
-real, computed = module.Builder.compute, []
-def compute(self, index, wanted, tokens):
+real, computed = contents.StoreContents.compute, []
+def compute(self, index, *rest):
     computed.append(index)
-    return real(self, index, wanted, tokens)
-module.Builder.compute, module.POLL = compute, 0.05
-module.build([StoreSpec.model_validate_json(sys.argv[1])], sys.argv[2], share=share())
+    return real(self, index, *rest)
+contents.StoreContents.compute, liveness.POLL = compute, 0.05
+build.build([StoreSpec.model_validate_json(sys.argv[1])], sys.argv[2], share=share())
 print(json.dumps(computed))
 """
 
@@ -444,7 +446,7 @@ def test_workers_share_one_store_and_make_the_same_bytes(built, tmp_path):
 
 
 def test_worker_0_alone_does_what_a_lost_worker_left_and_the_others_wait_for_its_tokens(built, tmp_path, monkeypatch):
-    from hsae.cache.building import builder as module
+    from hsae.cache.building import liveness as module
 
     monkeypatch.setattr(module, "WAIT", 0.05)
     monkeypatch.setattr(module, "POLL", 0.01)
@@ -455,33 +457,33 @@ def test_worker_0_alone_does_what_a_lost_worker_left_and_the_others_wait_for_its
 
 
 def test_workers_wait_as_long_as_worker_0_lives_whatever_it_does(built, tmp_path, monkeypatch):
-    from hsae.cache.building import builder as module
+    from hsae.cache.building import builder
+    from hsae.cache.building import liveness as module
 
     target, signs = tmp_path / built.name, set()
     monkeypatch.setattr(module, "BEAT", 0.01)
     monkeypatch.setattr(module, "POLL", 0.01)
 
-    def salvage(builder):  # as long as the workers would wait without a sign, and longer
+    def salvage(*given):  # as long as the workers would wait without a sign, and longer
         while len(signs) < 3:
             with contextlib.suppress(FileNotFoundError):
-                signs.add(module._sign(target).read_bytes())
+                signs.add(module.sign_of_life(target).read_bytes())
 
-    monkeypatch.setattr(module, "keep_what_is_right", salvage)
+    monkeypatch.setattr(builder, "keep_what_is_right", salvage)
     build([spec()], tmp_path, share=Share(0, 2))
-    assert contents(target) == contents(built) and not module._sign(target).exists()
+    assert contents(target) == contents(built) and not module.sign_of_life(target).exists()
 
     clock = itertools.count(0, module.WAIT / 2)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
-    waiting = SimpleNamespace(target=target)
     calls = iter(range(20))
 
     def there():
-        module._sign(target).write_text(str(number := next(calls)))
+        module.sign_of_life(target).write_text(str(number := next(calls)))
         return number == 9
 
-    module.Builder._await(waiting, there)
+    module.wait_for(target, there)
     with pytest.raises(StoreError, match="no sign of life"):
-        module.Builder._await(waiting, lambda: False)
+        module.wait_for(target, lambda: False)
 
 
 def test_shares_cover_every_chunk_and_impossible_ones_are_refused(monkeypatch):
@@ -506,7 +508,7 @@ def test_shares_cover_every_chunk_and_impossible_ones_are_refused(monkeypatch):
         share()
 
 
-# ---- FIX C8: what a message names mends it ------------------------------------------------------------------------------
+# ---- FIX C8: what a message names mends it ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("harm", ["lost", "empty", "digit"])
@@ -521,9 +523,9 @@ def test_a_lost_or_damaged_header_is_built_again_from_the_chunks(built, copied, 
     damaged = copied / f"acts/{HOOK}/c/3/0/0"
     damaged.write_bytes(b"x" * damaged.stat().st_size)
     computed = []
-    compute = Builder.compute
+    compute = StoreContents.compute
     monkeypatch.setattr(
-        Builder, "compute", lambda self, index, *rest: computed.append(index) or compute(self, index, *rest)
+        StoreContents, "compute", lambda self, index, *rest: computed.append(index) or compute(self, index, *rest)
     )
     assert build([spec()], copied.parent) == [copied]
     assert computed == [0, 3]  # the first to compare, the damaged one to mend
@@ -555,8 +557,8 @@ def test_repair_keeps_what_it_can_not_make_again(built, copied, monkeypatch):
     chunk = copied / f"acts/{HOOK}/c/1/0/0"
     chunk.write_bytes(b"x" * chunk.stat().st_size)
     before = contents(copied)
-    compute = Builder.compute
-    monkeypatch.setattr(Builder, "compute", lambda *given: ((*at, values + 1) for *at, values in compute(*given)))
+    compute = StoreContents.compute
+    monkeypatch.setattr(StoreContents, "compute", lambda *given: ((*at, values + 1) for *at, values in compute(*given)))
     with pytest.raises(
         StoreError, match=r"comes out with other numbers than .* was left as it is; move .* build it again"
     ):

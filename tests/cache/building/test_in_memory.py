@@ -10,7 +10,7 @@ from hsae.cache.building.in_memory import build_in_memory
 from hsae.cache.building.verification import verify
 from hsae.cache.errors import CorpusError, ModelError, StoreError, UserError
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.language_model.provenance import check_model
+from hsae.cache.reading.provenance import check_model
 
 TEXTS = [
     f"The list {number} has an item, and the file {number} is read by a method of the class." for number in range(60)
@@ -51,7 +51,7 @@ def test_the_same_call_opens_the_same_store_and_any_change_makes_another(model, 
     again = made(model, tokenizer, tmp_path / "b", texts=iter(TEXTS))
     assert again.root.name == first.root.name and contents(again.root) == contents(first.root)
     with monkeypatch.context() as patch:
-        patch.setattr("hsae.cache.building.builder.Builder", None)  # nothing is built
+        patch.setattr("hsae.cache.building.build.Builder", None)  # nothing is built
         assert made(model, tokenizer, tmp_path / "a").root == first.root
     names = {first.root.name}
     names.add(

@@ -1,4 +1,5 @@
-"""A single flipped, cut, missing, swapped or foreign chunk is found and named; no metadata makes a reader do anything but refuse."""
+"""A single flipped, cut, missing, swapped or foreign chunk is found and named; no metadata makes a reader do anything
+but refuse."""
 
 import contextlib
 import json
@@ -18,26 +19,19 @@ from hsae.cache.building import sealing
 from hsae.cache.building.builder import clear
 from hsae.cache.building.chunk_log import Written
 from hsae.cache.building.copying import copy
-from hsae.cache.building.verification import repair, verify
+from hsae.cache.building.repair import repair
+from hsae.cache.building.verification import verify
 from hsae.cache.building.writer import encoded_json, seal, write_header, write_list
 from hsae.cache.errors import StoreError
-from hsae.cache.files import sealed
+from hsae.cache.files import crc32c, sealed
+from hsae.cache.format.arrays import ITEM_BYTES, ArraySpec
 from hsae.cache.format.bfloat16 import NUMPY_BFLOAT16
-from hsae.cache.format.chunk_codec import DamagedChunkError, crc32c, decode_chunk
+from hsae.cache.format.chunk_codec import DamagedChunkError, decode_chunk
 from hsae.cache.format.int8 import Int8Codec
-from hsae.cache.format.layout import (
-    ITEM_BYTES,
-    ArraySpec,
-    arrays,
-    documents_digest,
-    every_array,
-    is_sealed,
-    kept_array,
-    read_header,
-)
-from hsae.cache.language_model.provenance import check_model
+from hsae.cache.format.layout import arrays, documents_digest, every_array, is_sealed, kept_array, read_header
 from hsae.cache.launcher import Share
 from hsae.cache.reading.mapped_chunks import read_checks
+from hsae.cache.reading.provenance import check_model
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.reading.token_stream import TokenStream
 
@@ -212,9 +206,12 @@ def places_in(tree, path=()):
 
 
 HOSTILE = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 3), st.sampled_from([-(1 << 63), 1 << 40, 1 << 63, 10**30, 10**400, -1, 0]),
-    st.floats(allow_nan=False), st.sampled_from(["", "../../etc/passwd", "/etc", "c/0", "\0", "float64", "s3://x/y", "blocks.3.hook_resid_pre"]),
-    st.lists(st.integers(-1, 1 << 40), max_size=4), st.dictionaries(st.sampled_from(["name", "a"]), st.integers(), max_size=2),
+    st.none(), st.booleans(), st.integers(-3, 3),
+    st.sampled_from([-(1 << 63), 1 << 40, 1 << 63, 10**30, 10**400, -1, 0]),
+    st.floats(allow_nan=False),
+    st.sampled_from(["", "../../etc/passwd", "/etc", "c/0", "\0", "float64", "s3://x/y", "blocks.3.hook_resid_pre"]),
+    st.lists(st.integers(-1, 1 << 40), max_size=4),
+    st.dictionaries(st.sampled_from(["name", "a"]), st.integers(), max_size=2),
 )  # fmt: skip
 
 
@@ -353,7 +350,7 @@ def test_a_store_without_statistics_says_so(make_store, tmp_path):
         ActivationStore.open(root, require_complete=False).statistics(HOOK)
 
 
-# ---- FIX C4: no digit of the header, of metadata or of documents.json changes without a word --------------------------------
+# ---- FIX C4: no digit of the header, of metadata or of documents.json changes without a word -----------------------
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +390,7 @@ def test_no_changed_digit_passes(labelled, name, record_property, monkeypatch):
 
 
 def test_metadata_and_lists_are_written_again_as_they_were_without_the_model(labelled, monkeypatch):
-    monkeypatch.setattr("hsae.cache.building.verification._Repair", None)
+    monkeypatch.setattr("hsae.cache.building.repair._Repair", None)
     files = [path for path in labelled.rglob("*") if path.name == "zarr.json" and path != labelled / "zarr.json"]
     whole = {path: path.read_bytes() for path in (*files, labelled / "checks/c/0")}
     for number, path in enumerate(whole):
@@ -447,15 +444,17 @@ def test_metadata_is_what_zarr_writes(codec, dtype):
     spec = ArraySpec("a/b", (23, 7), dtype, (4, 7), codec)
     held: dict = {}
     array = zarr.create_group(MemoryStore(held), zarr_format=3).create_array(
-        "a/b", shape=spec.shape, chunks=spec.chunks, dtype=NUMPY_BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype), filters=(),
+        "a/b", shape=spec.shape, chunks=spec.chunks, dtype=NUMPY_BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype),
+        filters=(),
         serializer=Int8Codec() if codec == "int8" else BytesCodec(endian="little"), fill_value=0,
-        compressors=(*([BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=ITEM_BYTES[dtype])] * (codec == "compact")), Crc32cCodec()),
+        compressors=(*([BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle",
+        typesize=ITEM_BYTES[dtype])] * (codec == "compact")), Crc32cCodec()),
     )  # fmt: skip
     assert array.shape == spec.shape and json.loads(held["a/b/zarr.json"].to_bytes()) == spec.metadata
     assert json.loads(held["a/zarr.json"].to_bytes()) == {"attributes": {}, "zarr_format": 3, "node_type": "group"}
 
 
-# ---- FIX C7: int8 is recoded, never computed again --------------------------------------------------------------------------
+# ---- FIX C7: int8 is recoded, never computed again -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("array", [f"acts/{HOOK}", f"stats/{HOOK}/mean"])
@@ -487,7 +486,7 @@ def test_the_command_that_makes_a_lost_store_is_its_own(tmp_path, name, command)
         ActivationStore.open(tmp_path / f"{name}.zarr")
 
 
-# ---- FIX A4: a store and the model that is loaded for it ----------------------------------------------------------------------
+# ---- FIX A4: a store and the model that is loaded for it -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "what"), [("model_digest", "weights"), ("tokenizer_digest", "tokenizer files")])

@@ -1,4 +1,5 @@
-"""Unfinished stores that were harmed between two goes: the build goes on and makes the bytes of one that was left alone (FIX C6, C11)."""
+"""Unfinished stores that were harmed between two goes: the build goes on and makes the bytes of one that was left
+alone (FIX C6, C11)."""
 
 import json
 import shutil
@@ -9,7 +10,7 @@ from stores import HOOK, contents, spec
 
 from hsae.cache.building import builder as module
 from hsae.cache.building import sealing
-from hsae.cache.building.builder import build
+from hsae.cache.building.build import build
 from hsae.cache.errors import StoreError
 from hsae.cache.files import PARTIAL, sealed
 from hsae.cache.language_model.lm import LanguageModel
@@ -42,7 +43,7 @@ def stopped(folder, name, at):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.writer, name, failing)
         patch.setattr(module, "PACKED_AT_ONCE", 1)
-        patch.setattr(module, "LOCAL_WRITERS", 1)
+        patch.setattr("hsae.cache.storage.paths.LOCAL_AT_ONCE", 1)
         with pytest.raises(OSError, match="No space left"):
             build([spec()], folder)
     return place(folder) / spec().name
@@ -56,7 +57,7 @@ def stores(tmp_path_factory, model):
         patch.setattr(LanguageModel, "load", lambda *arguments, **settings: model)
         patch.setattr(module.chunk_log, "EVERY", 0.0)
         whole = build([spec()], root / "whole")[0]
-        return whole, stopped(root / "last", "write_metadata", 1), stopped(root / "packing", "write_chunk", 3)
+        return whole, stopped(root / "last", "write_metadata", 0), stopped(root / "packing", "write_chunk", 3)
 
 
 def exchange(first, second):

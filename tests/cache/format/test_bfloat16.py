@@ -1,4 +1,5 @@
-"""bfloat16 in zarr: our metadata, read by plain zarr after one import of ours and by tensorstore, which knows nothing of us."""
+"""bfloat16 in zarr: our metadata, read by plain zarr after one import of ours and by tensorstore, which knows nothing
+of us."""
 
 import json
 import subprocess

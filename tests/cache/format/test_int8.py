@@ -80,7 +80,7 @@ def test_a_store_recoded_to_int8_is_half_as_large_and_says_what_it_lost(make_sto
 
 
 def test_an_int8_store_is_copied_as_it_is_and_cannot_be_built(make_store, scratch_home, tmp_path):
-    from hsae.cache.building.builder import build
+    from hsae.cache.building.build import build
 
     near, _ = make_store(tmp_path)
     small = copy(near, tmp_path, codec="int8")

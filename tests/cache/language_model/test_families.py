@@ -1,4 +1,5 @@
-"""A sample of the table of model families (FIX A5, A6): what is cut rightly is so to the bit, what is not is refused in one line."""
+"""A sample of the table of model families (FIX A5, A6): what is cut rightly is so to the bit, what is not is refused
+in one line."""
 
 import importlib.util
 import json
@@ -7,8 +8,8 @@ import pytest
 import torch
 from places import ROOT
 
+from hsae.cache.config import ModelConfig
 from hsae.cache.errors import ModelError
-from hsae.cache.format.spec import ModelConfig
 from hsae.cache.language_model.lm import LanguageModel
 
 HOOK = "blocks.2.hook_resid_post"

@@ -5,8 +5,8 @@ import torch
 from places import GOLDEN_MODEL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hsae.cache.config import ModelConfig
 from hsae.cache.errors import ModelError
-from hsae.cache.format.spec import ModelConfig
 from hsae.cache.language_model.hooks import edit_residual, hook_module
 from hsae.cache.language_model.lm import LanguageModel
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from places import GOLDEN_MODEL
 
+from hsae.cache.config import ModelConfig
 from hsae.cache.errors import ModelError
-from hsae.cache.format.spec import ModelConfig
-from hsae.cache.language_model import sources
-from hsae.cache.language_model.lm import LanguageModel, special_tokens
+from hsae.cache.language_model import model_files, sources
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.language_model.loading import special_tokens
 
 B, T = 3, 29
 
@@ -99,7 +100,8 @@ def test_hooks_that_do_not_exist_are_named_with_what_does():
     [
         (
             "nowhere",
-            "no such folder; give a local folder, a .gguf file, a hub id such as google/gemma-2-2b, or a packaged model",
+            "no such folder; give a local folder, a .gguf file, a hub id such as google/gemma-2-2b, or a packaged "
+            "model",
         ),
         ("absent.gguf", "there is no such file"),
         ("{empty}", "is a folder without config.json"),
@@ -162,11 +164,11 @@ def test_digests_name_the_content_and_are_remembered(tmp_path, monkeypatch):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({}))
         (folder / "model.safetensors").write_bytes(b"weights")
-    assert sources.weights_digest(first) == sources.weights_digest(second)
+    assert model_files.weights_digest(first) == model_files.weights_digest(second)
     (second / "model.safetensors").write_bytes(b"weight2")
-    assert sources.weights_digest(first) != sources.weights_digest(second)
-    monkeypatch.setattr(sources, "_crc32c", None)
-    assert len(sources.weights_digest(first)) == 64  # from memory: the file is not read again
+    assert model_files.weights_digest(first) != model_files.weights_digest(second)
+    monkeypatch.setattr("hsae.cache.files._file_crc32c", None)
+    assert len(model_files.weights_digest(first)) == 64  # from memory: the file is not read again
 
 
 def test_bos_falls_back_to_eos():

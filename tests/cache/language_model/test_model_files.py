@@ -1,4 +1,5 @@
-"""What a model's folder may hold (FIX A1, A2, A4, A9, B, C9, D1, D2): whatever would give other numbers than the model's is refused."""
+"""What a model's folder may hold (FIX A1, A2, A4, A9, B, C9, D1, D2): whatever would give other numbers than the
+model's is refused."""
 
 import json
 import os
@@ -10,13 +11,17 @@ import torch
 from places import GOLDEN_MODEL as GOLDEN
 from safetensors.torch import load_file, save_file
 
-from hsae.cache.building.builder import Builder, build
+from hsae.cache.building.build import build
+from hsae.cache.building.builder import Builder
 from hsae.cache.building.estimate import estimate
+from hsae.cache.config import CorpusConfig, ModelConfig
 from hsae.cache.errors import CorpusError, ModelError
+from hsae.cache.files import files_digest
 from hsae.cache.format.layout import read_header
-from hsae.cache.format.spec import CorpusConfig, ModelConfig, StoreSpec
-from hsae.cache.language_model import sources
-from hsae.cache.language_model.lm import LanguageModel, load_tokenizer, pinned
+from hsae.cache.format.spec import StoreSpec
+from hsae.cache.language_model import gguf, model_files, sources
+from hsae.cache.language_model.lm import LanguageModel, load_tokenizer
+from hsae.cache.reading.provenance import pin_commit
 
 HOOK = "blocks.2.hook_resid_post"
 
@@ -33,8 +38,10 @@ def load(folder, dtype="float32"):
 
 def spec(model, corpus, **changes):
     wanted = {
-        "split": "train", "model": model if isinstance(model, ModelConfig) else ModelConfig(id=str(model), dtype="float32"), "hooks": (HOOK,), "corpus": CorpusConfig(corpus=str(corpus)),
-        "context": 16, "prepend_bos": True, "batch_rows": 2, "chunk_mib": 0.02, "codec": "mappable", "rows": 6, "clean_rows": 0,
+        "model": model if isinstance(model, ModelConfig) else ModelConfig(id=str(model), dtype="float32"),
+        "split": "train", "hooks": (HOOK,), "corpus": CorpusConfig(corpus=str(corpus)),
+        "context": 16, "prepend_bos": True, "batch_rows": 2, "chunk_mib": 0.02, "codec": "mappable", "rows": 6,
+        "clean_rows": 0,
     }  # fmt: skip
     return StoreSpec(**{**wanted, **changes})
 
@@ -61,7 +68,7 @@ def shard(folder, names=lambda number: f"part{number}.safetensors"):
     return where
 
 
-# --- weights that don't fit: FIX A1 -----------------------------------------------------------------------------------
+# --- weights that don't fit: FIX A1 ---------------------------------------------------------------------
 
 
 def without(part):
@@ -82,9 +89,11 @@ def reshaped(tensors):
         (prefixed("_orig_mod."), "named _orig_mod.…, as torch.compile does"),
         (prefixed("module."), "named module.…, as DataParallel"),
         (prefixed("base_model.model."), "merge the adapter first"),
-        (without("layers.1.mlp.down_proj"), "tensors 1 missing (model.layers.1.mlp.down_proj.weight); it would run with random"),
+        (without("layers.1.mlp.down_proj"),
+        "tensors 1 missing (model.layers.1.mlp.down_proj.weight); it would run with random"),
         (without("layers.1."), "missing (model.layers.1."),
-        (lambda tensors: {**tensors, "model.layers.9.mlp.down_proj.weight": torch.zeros(2)}, "1 that the model has no place for"),
+        (lambda tensors: {**tensors, "model.layers.9.mlp.down_proj.weight": torch.zeros(2)},
+        "1 that the model has no place for"),
         (lambda tensors: {**tensors, "model.layers.0.mlp.lora_A.weight": torch.zeros(2)}, "merge it first"),
         (reshaped, "1 of another shape (model.layers.0.mlp.down_proj.weight (47, 96) for (48, 96))"),
     ],
@@ -113,11 +122,11 @@ def test_an_output_layer_that_was_left_out_is_refused_and_a_tied_one_is_not(fold
         load(folder)
 
 
-# --- tokenizers: FIX A2, B ---------------------------------------------------------------------------------------------
+# --- tokenizers: FIX A2, B ---------------------------------------------------------------------
 
 
 def test_a_folder_without_tokenizer_files_is_refused_before_the_weights_are_read(folder, monkeypatch):
-    monkeypatch.setattr(sources, "load_causal", None)
+    monkeypatch.setattr("hsae.cache.language_model.lm.load_causal", None)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(
         ModelError, match=r"has no tokenizer: tokenizer.json is missing in .*copy the tokenizer's files"
@@ -139,15 +148,15 @@ def byte_pairs(folder, vocabulary, merges):
 
 
 def test_vocabularies_beside_no_tokenizer_json_are_in_the_digest_and_none_of_them_may_lack(folder):
-    golden = sources.tokenizer_digest(folder)
+    golden = model_files.tokenizer_digest(folder)
     (folder / "merges.txt").write_text("a b")
-    assert sources.tokenizer_digest(folder) == golden  # tokenizer.json decides, and stores made before stay
+    assert model_files.tokenizer_digest(folder) == golden  # tokenizer.json decides, and stores made before stay
     words = {token: number for number, token in enumerate(["<|endoftext|>", "a", "b", "c", "ab"])}
     byte_pairs(folder, words, "#version: 0.2\na b\n")
-    first = sources.tokenizer_digest(folder)
+    first = model_files.tokenizer_digest(folder)
     assert load_tokenizer(ModelConfig(id=str(folder)))("abc").input_ids == [4, 3]
     byte_pairs(folder, words, "#version: 0.2\nb c\n")
-    assert sources.tokenizer_digest(folder) not in (first, golden)
+    assert model_files.tokenizer_digest(folder) not in (first, golden)
     (folder / "merges.txt").unlink()
     with pytest.raises(ModelError, match="merges"):
         load_tokenizer(ModelConfig(id=str(folder)))
@@ -178,7 +187,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused_before_compu
         build([spec(folder, tmp_path / "text.txt")], tmp_path / "stores")
 
 
-# --- what else a folder may hold ----------------------------------------------------------------------------------------
+# --- what else a folder may hold ---------------------------------------------------------------------
 
 
 def test_an_adapter_beside_the_model_is_refused(folder):  # FIX A9
@@ -186,7 +195,7 @@ def test_an_adapter_beside_the_model_is_refused(folder):  # FIX A9
     with pytest.raises(ModelError, match=r"holds an adapter .*merge it into the model"):
         load(folder)
     with pytest.raises(ModelError, match="owner/name holds an adapter"):
-        sources._check_names("owner/name", ["config.json", "model.safetensors", "adapter_model.safetensors"])
+        model_files.check_names("owner/name", ["config.json", "model.safetensors", "adapter_model.safetensors"])
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
@@ -223,8 +232,10 @@ def eight_bit(folder):
         (lambda folder: (folder / "tokenizer.json").write_text("[" * 100000), "the tokenizer of .* can't be loaded"),
         (lambda folder: change_config(folder, model_type="none such"), "transformers can't read config.json"),
         (lambda folder: change_config(folder, hidden_size="wide"), "transformers can't read config.json"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "is no decoder-only language model"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'), "is no decoder-only language model"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'),
+        "is no decoder-only language model"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'),
+        "is no decoder-only language model"),
         (lambda folder: change_config(folder, transformers_weights="../x.safetensors"), "has no ../x.safetensors"),
     ],
 )  # fmt: skip
@@ -262,7 +273,7 @@ def test_float16_is_refused_by_the_family_and_not_by_the_path(tmp_path):  # FIX 
     assert model.dtype == torch.float16
 
 
-# --- code and pickles: FIX D1, D2 ---------------------------------------------------------------------------------------
+# --- code and pickles: FIX D1, D2 ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "own"])
@@ -305,17 +316,17 @@ def test_an_index_may_name_safetensors_beside_it_only(folder):
 
 def test_which_files_an_index_names_is_in_the_digest_where_there_are_others(folder):
     shard(folder)
-    plain = sources.weights_digest(folder)
+    plain = model_files.weights_digest(folder)
     parts = [folder / f"part{number}.safetensors" for number in range(2)]
-    assert plain == sources.files_digest([folder / "config.json", *parts])  # as in stores that were made before
+    assert plain == files_digest([folder / "config.json", *parts])  # as in stores that were made before
     shutil.copy(parts[1], folder / "part2.safetensors")
-    before = sources.weights_digest(folder)
+    before = model_files.weights_digest(folder)
     index = (folder / "model.safetensors.index.json").read_text()
     (folder / "model.safetensors.index.json").write_text(index.replace("part1", "part2"))
-    assert len({plain, before, sources.weights_digest(folder)}) == 3
+    assert len({plain, before, model_files.weights_digest(folder)}) == 3
 
 
-# --- rot: FIX C9 --------------------------------------------------------------------------------------------------------
+# --- rot: FIX C9 ---------------------------------------------------------------------
 
 
 def test_bits_that_rot_under_an_unchanged_time_are_seen_when_the_model_is_loaded(folder, tmp_path, monkeypatch):
@@ -326,15 +337,15 @@ def test_bits_that_rot_under_an_unchanged_time_are_seen_when_the_model_is_loaded
     data[-5] ^= 4
     path.write_bytes(data)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert sources.weights_digest(folder) == whole  # remembered
+    assert model_files.weights_digest(folder) == whole  # remembered
     assert load(folder).model_digest != whole
-    assert sources.weights_digest(folder) != whole  # and now the memory knows
+    assert model_files.weights_digest(folder) != whole  # and now the memory knows
     for memory in (tmp_path / "home/digests").iterdir():
         memory.write_text(memory.read_text().replace('"sha256": "', '"sha256": "0'))
-    assert sources.weights_digest(folder) == load(folder).model_digest  # a harmed memory is none
+    assert model_files.weights_digest(folder) == load(folder).model_digest  # a harmed memory is none
 
 
-# --- the hub: FIX A4, B ---------------------------------------------------------------------------------------------------
+# --- the hub: FIX A4, B ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -360,10 +371,10 @@ def test_the_commit_of_a_hub_model_is_kept_with_the_store(hub, tmp_path):
     assert header.model_commit == f"{0:040d}"
     hub(1)
     assert LanguageModel.load(model).model_digest != header.model_digest
-    assert LanguageModel.load(pinned(model, "stores")).model_digest == header.model_digest
+    assert LanguageModel.load(pin_commit(model, "stores")).model_digest == header.model_digest
     other = build([spec(model, tmp_path / "text.txt", rows=8)], "stores")[0]
     assert read_header(other).model_digest == header.model_digest  # main has moved, the stores stay of one model
-    assert pinned(ModelConfig(id=str(GOLDEN)), "stores").revision is None
+    assert pin_commit(ModelConfig(id=str(GOLDEN)), "stores").revision is None
 
 
 def test_a_tokenizer_is_fetched_without_the_weights(hub, tmp_path, monkeypatch):
@@ -394,15 +405,15 @@ def test_what_a_killed_conversion_left_goes_with_the_next(tmp_path, monkeypatch)
     left.mkdir()
     (left / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="can't be converted: no such architecture"):
-        sources._convert(tmp_path / "small.gguf", tmp_path / "small-0123", lambda text: None)
+        gguf._convert(tmp_path / "small.gguf", tmp_path / "small-0123", lambda text: None)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_a_gguf_file_is_read_once_in_a_process_unless_it_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("HSAE_HOME", str(tmp_path / "home"))
-    read, hashed = [], sources.file_sha256
-    monkeypatch.setattr(sources, "file_sha256", lambda path: read.append(path) or hashed(path))
-    monkeypatch.setattr(sources, "_convert", lambda path, done, say: done.mkdir(parents=True) or done)
+    read, hashed = [], gguf.file_sha256
+    monkeypatch.setattr(gguf, "file_sha256", lambda path: read.append(path) or hashed(path))
+    monkeypatch.setattr(gguf, "_convert", lambda path, done, say: done.mkdir(parents=True) or done)
     path = tmp_path / "small.gguf"
     path.write_bytes(b"one")
     config = ModelConfig(id=str(path), dtype="float32")

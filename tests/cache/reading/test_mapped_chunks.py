@@ -1,4 +1,5 @@
-"""Mapped chunks: no descriptor stays with one (FIX C2), and one that is cut while it is mapped is said before the end (FIX C10)."""
+"""Mapped chunks: no descriptor stays with one (FIX C2), and one that is cut while it is mapped is said before the end
+(FIX C10)."""
 
 import os
 import resource
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from stores import HOOK, spec
 
-from hsae.cache.building.builder import build
+from hsae.cache.building.build import build
 from hsae.cache.reading.mapped_chunks import mapped_pages
 from hsae.cache.reading.store import ActivationStore
 
@@ -86,7 +87,8 @@ def test_a_file_cut_while_it_is_mapped_is_said_with_the_names_of_the_stores(tmp_
     ended = subprocess.run([sys.executable, "-c", CUT, str(path)], capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL and ended.stderr.count("Error:") == 1
     assert (
-        "Error: a file of /some folder/é.zarr or probe/texts/x was cut, or its disk failed, while it was being read (SIGBUS). Checkpoints "
+        "Error: a file of /some folder/é.zarr or probe/texts/x was cut, or its disk failed, while it was being read "
+        "(SIGBUS). Checkpoints "
         "and results that were written are kept. Find the damage with: hsae cache verify '/some folder/é.zarr'\n"
     ) in ended.stderr
 

@@ -10,15 +10,15 @@ from places import GOLDEN
 from safetensors.torch import load_file, save_file
 from stores import contents, spec
 
-from hsae.cache.building.builder import build
-from hsae.cache.building.verification import repair, verify
+from hsae.cache.building.build import build
+from hsae.cache.building.repair import repair
+from hsae.cache.building.verification import verify
+from hsae.cache.config import CorpusConfig, ModelConfig
 from hsae.cache.errors import StoreError
-from hsae.cache.files import sealed
+from hsae.cache.files import files_digest, sealed
 from hsae.cache.format.layout import is_sealed, read_header
-from hsae.cache.format.spec import CorpusConfig, ModelConfig
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.language_model.provenance import check_model, check_tokenizer
-from hsae.cache.language_model.sources import files_digest
+from hsae.cache.reading.provenance import check_model, check_tokenizer
 from hsae.cache.text.corpora import open_corpus
 
 
@@ -86,12 +86,13 @@ def test_what_is_not_on_this_machine_is_not_compared_and_that_is_said(finished):
         (folder / "elsewhere").rename(folder / name)
 
 
-# ---- stores of an hsae that had other rules for digests ----------------------------------------------------------------
+# ---- stores of an hsae that had other rules for digests ------------------------------------------------------------
 
 
 @pytest.fixture
 def older(tmp_path):
-    """(Root, spec) of a store such as an hsae without checksums of headers made, of a model and a text with files that it did not look at."""
+    """(Root, spec) of a store such as an hsae without checksums of headers made, of a model and a text with files
+    that it did not look at."""
     folder = tmp_path / "older"
     model, text = folder / "model", folder / "text"
     shutil.copytree(GOLDEN / "model", model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from stores import HOOK, spec
 
-from hsae.cache.building.builder import build
+from hsae.cache.building.build import build
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.reading.token_stream import TokenStream

@@ -1,7 +1,8 @@
-"""Stores on S3 (a real HTTP server) and on other fsspec file systems: the same bytes, the same batches, whatever fails on the way.
+"""Stores on S3 (a real HTTP server) and on other fsspec file systems: the same bytes, the same batches, whatever
+fails on the way.
 
-FIX C14: a missing bucket is told; what comes harmed from S3 is fetched again. FIX D4: passwords of URLs are shown nowhere. FIX D5: no reply
-is read without bound.
+FIX C14: a missing bucket is told; what comes harmed from S3 is fetched again. FIX D4: passwords of URLs are shown
+nowhere. FIX D5: no reply is read without bound.
 """
 
 import itertools
@@ -18,12 +19,13 @@ import zarr
 from typer.testing import CliRunner
 
 from hsae.cache.building.verification import verify
-from hsae.cache.errors import StoreError
-from hsae.cache.format.layout import ArraySpec
+from hsae.cache.errors import RemoteError, StoreError
+from hsae.cache.format.arrays import ArraySpec
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.reading.token_stream import TokenStream
-from hsae.cache.storage import paths
-from hsae.cache.storage.paths import RemoteError, RemotePath, children, place, publish, remove, sizes
+from hsae.cache.storage import paths, retry
+from hsae.cache.storage.paths import children, place, publish, remove, sizes
+from hsae.cache.storage.remote import RemotePath
 from hsae.cli.main import app
 
 HOOK = "blocks.3.hook_resid_post"
@@ -45,7 +47,7 @@ def bucket(s3, scratch_home):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(paths, "PATIENCE", 0.5)
+    monkeypatch.setattr(retry, "PATIENCE", 0.5)
 
 
 @pytest.mark.parametrize("codec", ["mappable", "compact"])
@@ -126,15 +128,15 @@ def test_s3_may_be_gone_for_a_while_and_that_is_said_once(bucket, make_store, s3
     """It comes back when its absence has been logged."""
     far, values = make_store(bucket)
     store = ActivationStore.open(str(far))
-    monkeypatch.setattr(paths, "SILENCE", 0.01)
-    monkeypatch.setattr(paths, "_logged_at", -paths.BETWEEN)
+    monkeypatch.setattr(retry, "SILENCE", 0.01)
+    monkeypatch.setattr(retry, "_logged_at", -retry.BETWEEN)
     lines = []
 
     def logged(line):
         lines.append(line)
         s3.gone_until = time.monotonic() + 0.5
 
-    monkeypatch.setattr(paths.LOG, "warning", logged)
+    monkeypatch.setattr(retry.LOG, "warning", logged)
     s3.faults.clear()
     s3.gone_until = time.monotonic() + 250
     assert torch.equal(store.acts(HOOK, 0, 4), values[f"acts/{HOOK}"][:4])
@@ -151,7 +153,7 @@ def test_patience_ends_and_refusals_are_told_at_once(bucket, s3, impatient, monk
     with pytest.raises(RemoteError, match=r"s3://bucket/.*/x can't be reached, tried for 0 s \("):
         target.read_bytes()
     s3.rate = 0.0
-    monkeypatch.setattr(paths, "PATIENCE", 1000.0)
+    monkeypatch.setattr(retry, "PATIENCE", 1000.0)
     with pytest.raises(FileNotFoundError):
         (place(bucket) / "y").read_bytes()
     with pytest.raises(StoreError, match=r"no activation store at s3://bucket/store.zarr; make it with"):
@@ -174,13 +176,14 @@ def test_a_missing_bucket_is_told(s3, make_store):
 def test_what_comes_harmed_is_fetched_again_and_what_stays_harmed_is_named(bucket, make_store, s3, scratch_home, codec):
     far, values = make_store(bucket, codec=codec)
     harms = [
-        lambda body: body[:-1], lambda body: b"", lambda body: body + b"x", lambda body: bytes([body[0] ^ 1]) + body[1:],
+        lambda body: body[:-1], lambda body: b"", lambda body: body + b"x",
+        lambda body: bytes([body[0] ^ 1]) + body[1:],
         lambda body: b"<html>gateway</html>", lambda body: body * 3 + bytes(9000),
     ]  # fmt: skip
     for harm in harms:
         store = ActivationStore.open(str(far))
         shutil.rmtree(scratch_home, ignore_errors=True)
-        s3.harms += [harm] * (paths.TRIES - 1 if harm is harms[0] else 1)
+        s3.harms += [harm] * (retry.TRIES - 1 if harm is harms[0] else 1)
         assert torch.equal(store.acts(HOOK, 0, 4), values[f"acts/{HOOK}"][:4])
         assert not s3.harms
     for count in range(3):  # the header, the metadata of a group or an array, the list of checksums
@@ -193,7 +196,7 @@ def test_what_comes_harmed_is_fetched_again_and_what_stays_harmed_is_named(bucke
             store.tokens(4, 5)
 
 
-# ---- FIX D5: no reply without bound ---------------------------------------------------------------------------------
+# ---- FIX D5: no reply without bound ---------------------------------------------------------------------
 
 
 def test_no_reply_is_read_without_bound(bucket, memory, s3, monkeypatch):
@@ -208,14 +211,14 @@ def test_no_reply_is_read_without_bound(bucket, memory, s3, monkeypatch):
 
 
 def test_a_listing_without_end_is_refused(bucket, s3, monkeypatch):
-    monkeypatch.setattr(paths, "MOST_LISTED", 2)
+    monkeypatch.setattr("hsae.cache.storage.s3.MOST_LISTED", 2)
     for name in "abc":
         publish(place(bucket) / name, b"")
     with pytest.raises(RemoteError, match=r"is refused \(the server lists objects without end\)"):
         sizes(place(bucket))
 
 
-# ---- FIX D4: passwords ----------------------------------------------------------------------------------------------
+# ---- FIX D4: passwords ---------------------------------------------------------------------
 
 SECRET = "hunter2hunter2"
 
@@ -224,9 +227,12 @@ SECRET = "hunter2hunter2"
     ("url", "shown"),
     [
         (f"ftp://me:{SECRET}@host/a", "ftp://me:***@host/a"), (f"sftp://me:{SECRET}@host:22/a@b", "sftp://me:***@b"),
-        (f"s3://AKIA:{SECRET}/x+@bucket/a", "s3://AKIA:***@bucket/a"), (f"abfs://box:{SECRET}@account.host/a", "abfs://box:***@account.host/a"),
-        (f"abfs://box@account.host/a?sv=1&sig={SECRET}", "abfs://box@account.host/a?***"), (f"ftp://:{SECRET}@host/a", "ftp://:***@host/a"),
-        (f"ftp://me:{SECRET}@@host/a", "ftp://me:***@host/a"), ("abfs://box@account.host/a", "abfs://box@account.host/a"),
+        (f"s3://AKIA:{SECRET}/x+@bucket/a", "s3://AKIA:***@bucket/a"),
+        (f"abfs://box:{SECRET}@account.host/a", "abfs://box:***@account.host/a"),
+        (f"abfs://box@account.host/a?sv=1&sig={SECRET}", "abfs://box@account.host/a?***"),
+        (f"ftp://:{SECRET}@host/a", "ftp://:***@host/a"),
+        (f"ftp://me:{SECRET}@@host/a", "ftp://me:***@host/a"),
+        ("abfs://box@account.host/a", "abfs://box@account.host/a"),
         ("s3://bucket/a@b", "s3://bucket/a@b"), ("http://[::1]:80/a", "http://[::1]:80/a"),
     ],
 )  # fmt: skip
@@ -234,7 +240,7 @@ def test_passwords_in_urls_are_not_shown_and_are_used(url, shown):
     target = RemotePath(url)
     assert str(target) == shown
     assert SECRET not in repr(target) and (target / "b").url == f"{url}/b"
-    assert paths.redacted(f"can't open '{url}' (503), '{url}'.").count(shown) == 2
+    assert retry.redact(f"can't open '{url}' (503), '{url}'.").count(shown) == 2
 
 
 def test_what_a_driver_says_shows_no_password(memory, monkeypatch):
@@ -245,17 +251,17 @@ def test_what_a_driver_says_shows_no_password(memory, monkeypatch):
         f"see ftp://me:{SECRET}%21@host/x",
         "not k3y-of-FSSPEC",
     ]
-    _ = target._driver
-    monkeypatch.setitem(target._driver[0].storage_options, "secret_key", "k3y-of-FSSPEC")
+    _ = target._opened
+    monkeypatch.setitem(target._opened[0].storage_options, "secret_key", "k3y-of-FSSPEC")
     for text in told:
         with pytest.raises(RemoteError) as refused:
-            target._patiently(lambda *_, text=text: (_ for _ in ()).throw(PermissionError(text)))
+            target.request(lambda *_, text=text: (_ for _ in ()).throw(PermissionError(text)))
         assert SECRET not in str(refused.value) and "k3y" not in str(refused.value) and "***" in str(refused.value)
 
 
 def test_no_command_shows_a_password(monkeypatch):
     """A server at which nobody listens: whatever the command says, and wherever it says it."""
-    monkeypatch.setattr(paths, "PATIENCE", 0.0)
+    monkeypatch.setattr(retry, "PATIENCE", 0.0)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"ftp://me:{SECRET}@127.0.0.1:{taken.getsockname()[1]}/x.zarr"
@@ -282,13 +288,13 @@ def test_what_will_not_pass_is_not_tried_again(memory, error):
         raise error
 
     with pytest.raises(RemoteError, match=r"memory://.* is refused \("):
-        place(memory)._patiently(request)
+        place(memory).request(request)
     assert len(calls) == 1
 
 
 def test_a_bug_is_not_taken_for_bad_weather(memory):
     with pytest.raises(RemoteError, match=r"is refused \(TypeError: unsupported operand"):
-        place(memory)._patiently(lambda filesystem, path: None + 1)
+        place(memory).request(lambda filesystem, path: None + 1)
 
 
 def test_places(memory, tmp_path, monkeypatch):
@@ -332,9 +338,9 @@ def test_many_keeps_the_order_and_bounds_what_is_under_way():
             running -= 1
         return number * number
 
-    assert list(paths.many(work, range(50), 4)) == [number * number for number in range(50)]
+    assert list(paths.map_parallel(work, range(50), 4)) == [number * number for number in range(50)]
     assert 1 < most <= 4
-    assert list(itertools.islice(paths.many(work, itertools.count(), 3), 5)) == [0, 1, 4, 9, 16]
+    assert list(itertools.islice(paths.map_parallel(work, itertools.count(), 3), 5)) == [0, 1, 4, 9, 16]
 
 
 def test_plain_zarr_reads_a_store_on_s3(bucket, make_store, s3_server):

@@ -1,7 +1,7 @@
 """Stores over HTTP: what `hsae cache serve` shows and refuses, and a real server process read as any other store.
 
-FIX D3: connections that ask for nothing are closed, make room for readers, and fill no log. FIX D5: the token is sent to this machine and to
-named addresses alone; no reply is read without bound.
+FIX D3: connections that ask for nothing are closed, make room for readers, and fill no log. FIX D5: the token is sent
+to this machine and to named addresses alone; no reply is read without bound.
 """
 
 import errno
@@ -18,14 +18,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hsae.cache.building.builder import build
+from hsae.cache.building.build import build
 from hsae.cache.building.copying import copy
-from hsae.cache.building.verification import repair, verify
-from hsae.cache.errors import StoreError, UserError
+from hsae.cache.building.repair import repair
+from hsae.cache.building.verification import verify
+from hsae.cache.errors import RemoteError, StoreError, UserError
 from hsae.cache.format.layout import read_header
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.reading.token_stream import TokenStream
-from hsae.cache.storage.paths import RemoteError, children, place, sizes
+from hsae.cache.storage.paths import children, place, sizes
 from hsae.cache.storage.server import application, find, serve
 from hsae.cli.common import console
 from hsae.cli.main import app
@@ -102,10 +103,14 @@ def test_files_ranges_and_listings(folder, url, token):
 @pytest.mark.parametrize(
     "path",
     [
-        "/secret.txt", "/.hidden.zarr/zarr.json", "/lone.zarr", "/{name}/.x.partial", "/{name}/outside", "/{name}/above", "/{name}/above/x",
-        "/{name}/dotted", "/{name}/loop", "/{name}/pipe", "/{name}/../secret.txt", "/../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd",
-        "/{name}/..%2fsecret.txt", "/{name}/%2e%2e%2f%2e%2e%2fsecret.txt", "/%252e%252e/x", "//etc/passwd", "/%2Fetc%2Fpasswd", "/etc/passwd",
-        "/{name}/\\..\\..\\secret.txt", "/{name}/zarr.json%00", "/{name}//zarr.json", "/{name}/./zarr.json", "/%ff%fe", "/" + "x" * 5000, "/{name}/missing",
+        "/secret.txt", "/.hidden.zarr/zarr.json", "/lone.zarr", "/{name}/.x.partial", "/{name}/outside",
+        "/{name}/above", "/{name}/above/x",
+        "/{name}/dotted", "/{name}/loop", "/{name}/pipe", "/{name}/../secret.txt", "/../../../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/{name}/..%2fsecret.txt", "/{name}/%2e%2e%2f%2e%2e%2fsecret.txt", "/%252e%252e/x", "//etc/passwd",
+        "/%2Fetc%2Fpasswd", "/etc/passwd",
+        "/{name}/\\..\\..\\secret.txt", "/{name}/zarr.json%00", "/{name}//zarr.json", "/{name}/./zarr.json",
+        "/%ff%fe", "/" + "x" * 5000, "/{name}/missing",
         "/{name}/zarr.json/x",
     ],
 )  # fmt: skip
@@ -155,7 +160,8 @@ def test_a_store_over_http_is_read_as_the_local_one(folder, url, tmp_path, codec
     assert {name: here[name] for name in there} == there and "checks/c/0" in there
     monkeypatch.setattr(console, "_width", 300)
     for arguments, words in (
-        (["verify", far], "all chunks are whole"), (["info", far], f"6 of 4 rows, {codec}"), (["ls", url], f"{near.name} │ complete"),
+        (["verify", far], "all chunks are whole"), (["info", far], f"6 of 4 rows, {codec}"),
+        (["ls", url], f"{near.name} │ complete"),
     ):  # fmt: skip
         told = CliRunner().invoke(app, ["cache", *arguments])
         assert told.exit_code == 0 and words in told.output, told.output
@@ -176,7 +182,8 @@ def test_a_damaged_chunk_is_named_by_its_url(make_store, serve, token, tmp_path)
 def test_what_is_wrong_with_the_token_is_said_in_one_sentence(folder, url, monkeypatch):
     far = f"{url}/{store_in(folder).name}"
     monkeypatch.setenv("HSAE_TOKEN", "another-token-altogether")
-    refused = f"{far}/zarr.json is refused (the server does not take the token in HSAE_TOKEN; set it to the one that the server was started with)"
+    refused = f"{far}/zarr.json is refused (the server does not take the token in HSAE_TOKEN; set it to the one that "
+    refused += "the server was started with)"
     for command in (["cache", "verify", far], ["cache", "info", far]):
         told = CliRunner().invoke(app, command)
         assert isinstance(told.exception, RemoteError) and str(told.exception) == refused
@@ -269,18 +276,22 @@ def test_a_file_the_server_may_not_read_is_refused_at_once(make_store, token, tm
         verify(f"http://127.0.0.1:{port}/{near.name}")
 
 
-# ---- FIX D5: where the token goes, and how much is read -------------------------------------------------------------
+# ---- FIX D5: where the token goes, and how much is read ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("named", "address", "sent"),
     [
-        ("", "http://127.0.0.1:1/x", True), ("", "http://localhost:1/x", True), ("", "https://[::1]/x", True), ("", "http://127.9.9.9/x", True),
+        ("", "http://127.0.0.1:1/x", True), ("", "http://localhost:1/x", True), ("", "https://[::1]/x", True),
+        ("", "http://127.9.9.9/x", True),
         ("", "https://server/x", False), ("", "http://10.0.0.1/x", False), ("", "https://localhost.evil.net/x", False),
-        ("server:8420", "https://server:8420/x", True), ("server:8420", "http://server:8420/x", False), ("server:8420", "https://server/x", False),
+        ("server:8420", "https://server:8420/x", True), ("server:8420", "http://server:8420/x", False),
+        ("server:8420", "https://server/x", False),
         ("http://server:8420", "http://server:8420/x", True), ("http://server:8420", "https://server:8420/x", False),
-        ("server", "https://server:443/x", True), ("server", "https://server.evil.net/x", False), ("other, server", "https://server/x", True),
-        ("SERVER", "https://server/x", True), ("https://server:8420/folder", "https://server:8420/x", True), ("server", "https://2130706433/x", False),
+        ("server", "https://server:443/x", True), ("server", "https://server.evil.net/x", False),
+        ("other, server", "https://server/x", True),
+        ("SERVER", "https://server/x", True), ("https://server:8420/folder", "https://server:8420/x", True),
+        ("server", "https://2130706433/x", False),
     ],
 )  # fmt: skip
 def test_the_token_goes_to_this_machine_and_to_named_addresses(named, address, sent, token, monkeypatch):
@@ -300,7 +311,8 @@ def test_a_wrong_name_of_a_host_is_told(token, monkeypatch):
 
 @contextmanager
 def answering(answer):
-    """(its port, the headers of each request) of a server that answers GET and HEAD by answer(path) -> (status, headers, pieces)."""
+    """(its port, the headers of each request) of a server that answers GET and HEAD by answer(path) -> (status,
+    headers, pieces)."""
     seen = []
 
     async def application(scope, receive, send):
@@ -373,7 +385,8 @@ def test_folders_without_end_are_refused():
 
 def test_a_page_s_links_are_what_lies_directly_in_the_folder():
     links = [
-        "a", "./b/", "/x/c", "http://127.0.0.1:{port}/x/d", "?C=N", "../", "/", "http://other/x/e", "f/g", "#h", "mailto:me", "a%20b", "/y/i", "&#106;",
+        "a", "./b/", "/x/c", "http://127.0.0.1:{port}/x/d", "?C=N", "../", "/", "http://other/x/e", "f/g", "#h",
+        "mailto:me", "a%20b", "/y/i", "&#106;",
     ]  # fmt: skip
     ports = []
 
@@ -394,7 +407,7 @@ def test_a_server_that_tells_no_length_is_refused():
             file.status()
 
 
-# ---- FIX D3: who has no token keeps no reader out -------------------------------------------------------------------
+# ---- FIX D3: who has no token keeps no reader out ------------------------------------------------------------------
 
 LONG = {"request": 1e6, "stalled": 1e6, "idle": 10**6}  # seconds: no test waits for these
 
@@ -449,7 +462,9 @@ def answered(connection):
 
 
 @pytest.mark.parametrize(
-    "sent", [b"", b"G", b"GET / HTTP/1.1\r\nHost: x\r\n", b"GET / HTTP/1.1\r\nX: " + b"x" * 5000, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01"]
+    "sent",
+    [b"", b"G", b"GET / HTTP/1.1\r\nHost: x\r\n", b"GET / HTTP/1.1\r\nX: " + b"x" * 5000,
+     b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01"],
 )  # fmt: skip
 def test_a_connection_without_a_whole_request_is_closed(folder, token, sent):
     with limited(folder, token, request=0.1) as (_, opened):
@@ -560,8 +575,10 @@ def test_without_descriptors_it_goes_on_later_and_says_nothing(folder, token, ca
 
 def test_what_strangers_send_fills_no_log(folder, token, caplog):
     garbage = [
-        b"garbage\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n", b"\xff" * 70000,
-        b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\ngarbage\r\n", b"GET \xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"garbage\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n",
+        b"\xff" * 70000,
+        b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\ngarbage\r\n",
+        b"GET \xff HTTP/1.1\r\nHost: x\r\n\r\n",
     ]  # fmt: skip
     with limited(folder, token) as (_, opened):
         for sent in garbage:
@@ -623,7 +640,8 @@ def self_signed(folder):
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        (None, "set HSAE_TOKEN to a secret that readers must know"), ("", "set HSAE_TOKEN to a secret"), ("short", "must be 16 or more ASCII"),
+        (None, "set HSAE_TOKEN to a secret that readers must know"), ("", "set HSAE_TOKEN to a secret"),
+        ("short", "must be 16 or more ASCII"),
         ("with spaces in the middle", "without spaces"), ("ümlaut-in-the-secret", "must be 16 or more ASCII"),
     ],
 )  # fmt: skip

@@ -8,17 +8,10 @@ import pytest
 
 from hsae.cache.errors import CorpusError
 from hsae.cache.suites import python_tasks
-from hsae.cache.suites.labelled_texts import (
-    SCR_LISTS,
-    DataSet,
-    Record,
-    classes,
-    quadrants,
-    text_tasks,
-    vocabulary,
-    word_task,
-)
+from hsae.cache.suites.first_letters import vocabulary, word_task
+from hsae.cache.suites.labelled_texts import SCR_LISTS, DataSet, Record, classes, quadrants
 from hsae.cache.suites.specs import SuiteConfig
+from hsae.cache.suites.text_tasks import text_tasks
 from hsae.cache.text.data_sets import records
 
 CONFIG = SuiteConfig(train_per_class=6, test_per_class=4, train_per_quadrant=3, test_per_quadrant=2, seed=7)
@@ -230,7 +223,8 @@ def test_hub_data_sets_are_asked_for_at_their_pinned_revisions_and_what_to_do_of
     names = list(asked)
     assert asked == {"LabHC/bias_in_bios": "0123abc", names[1]: None, names[2]: None}
     assert str(raised.value) == (
-        f"data set {names[2]!r} can't be found on the hub (ConnectionError: no route); check the network, or use texts that ship with "
+        f"data set {names[2]!r} can't be found on the hub (ConnectionError: no route); check the network, or use "
+        f"texts that ship with "
         "Python with --set suite.tasks=python, or local files with --set suite.tasks=FILE.toml"
     )
 

@@ -1,4 +1,5 @@
-"""The suites' stores in other places and in harm's way: S3, memory and HTTP hold and give what a folder does, and damage is named and mended."""
+"""The suites' stores in other places and in harm's way: S3, memory and HTTP hold and give what a folder does, and
+damage is named and mended."""
 
 import json
 import random
@@ -11,14 +12,15 @@ from commands import HOOK, an_sae, invoke, settings, write_entities, write_texts
 from places import GOLDEN_MODEL as MODEL
 from safetensors.torch import load, save
 
+from hsae.cache.config import ModelConfig
 from hsae.cache.errors import StoreError
-from hsae.cache.format.spec import ModelConfig
 from hsae.cache.language_model.lm import LanguageModel
-from hsae.cache.storage.paths import RemotePath, place, publish, sizes
+from hsae.cache.storage.paths import place, publish, sizes
+from hsae.cache.storage.remote import RemotePath
 from hsae.cache.storage.server import find
 from hsae.cache.suites import suite_files as module
 from hsae.cache.suites.build import build_suites
-from hsae.cache.suites.catalogue import list_suite_stores
+from hsae.cache.suites.catalogue import list_stores
 from hsae.cache.suites.probe_store import ProbeStore
 from hsae.cache.suites.ravel_store import RavelStore
 from hsae.cache.suites.residual_sets import ResidualSet, part_bytes, part_name
@@ -66,8 +68,10 @@ def given(tmp_path_factory, language):
     write_texts(folder)
     write_entities(folder, language)
     values = {
-        "model.id": str(MODEL), "train.dir": str(folder / "runs"), "suite.tasks": str(folder / "tasks.toml"), "suite.context": 16,
-        "suite.batch_rows": 5, "suite.train_per_class": 11, "suite.test_per_class": 7, "suite.words": 380, "suite.min_letters": 1,
+        "model.id": str(MODEL), "train.dir": str(folder / "runs"), "suite.tasks": str(folder / "tasks.toml"),
+        "suite.context": 16,
+        "suite.batch_rows": 5, "suite.train_per_class": 11, "suite.test_per_class": 7, "suite.words": 380,
+        "suite.min_letters": 1,
         "ravel.entities": str(folder / "words.toml"), "ravel.min_prompts": 5, "ravel.pairs": 10, "ravel.batch_pairs": 3,
         "ravel.batch_rows": 7, "ravel.learning_rate": 0.1, "ravel.least_ceiling": 0,
     }  # fmt: skip
@@ -149,7 +153,7 @@ def multi(near):
     return name.relative_to(near).as_posix()
 
 
-# ---- places -------------------------------------------------------------------------------------------------------------
+# ---- places ---------------------------------------------------------------------
 
 
 def test_stores_at_any_place_are_the_same_and_are_read_alike(
@@ -166,8 +170,8 @@ def test_stores_at_any_place_are_the_same_and_are_read_alike(
     assert passes > 400 and counting.texts == counting.suffixes == 0
     assert contents(home) == contents(near)
     assert (
-        list_suite_stores(home) == list_suite_stores(near)
-        and [item.problem for item in list_suite_stores(home)] == [None] * 3
+        list(list_stores(home)) == list(list_stores(near))
+        and [item.problem for item in list_stores(home)] == [None] * 3
     )
     if isinstance(home, RemotePath):
         listed = invoke("cache", "ls", str(home))
@@ -209,12 +213,13 @@ def test_a_third_of_the_requests_fails_and_no_part_is_lost(near, plan, s3, scrat
     assert contents(home).items() <= contents(near).items()
 
 
-def test_over_http_stores_are_read_and_nothing_else_is_shown(given, near, plan, serve, token, scratch_home, language, results, monkeypatch):  # fmt: skip
+def test_over_http_stores_are_read_and_nothing_else_is_shown(given, near, plan, serve, token, scratch_home, language,
+results, monkeypatch):  # fmt: skip
     monkeypatch.setattr(console, "_width", 300)
     monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     with serve(near) as (url, _, _):
         assert evaluated(plan, url, language) == results
-        assert list_suite_stores(place(url)) == list_suite_stores(near)
+        assert list(list_stores(place(url))) == list(list_stores(near))
         listed = invoke("cache", "ls", url)
         assert listed.output.count("complete") == 3, listed.output
         for suite in ("tpp", "ravel"):
@@ -254,7 +259,8 @@ def test_a_place_that_can_not_be_written_is_said_before_the_model_is_loaded(give
     missing = "there is no such bucket; make it, or correct the URL"
     for home, cause, words in (
         ("s3://nowhere/x", missing, missing),
-        (str(tmp_path / "file" / "x"), "nothing can be written in", "there is no probe store .*; make it with: hsae cache build --suite"),
+        (str(tmp_path / "file" / "x"), "nothing can be written in",
+        "there is no probe store .*; make it with: hsae cache build --suite"),
     ):  # fmt: skip
         for suite in ("absorption", "ravel"):
             done = invoke("cache", "build", "--suite", suite, *settings([*given[1], f"cache.dir={home!r}"]))
@@ -264,7 +270,7 @@ def test_a_place_that_can_not_be_written_is_said_before_the_model_is_loaded(give
                 opened(plan, suite, home)
 
 
-# ---- damage -------------------------------------------------------------------------------------------------------------
+# ---- damage ---------------------------------------------------------------------
 
 HARMS = {
     "flipped": lambda data, other: flipped(data),
@@ -298,7 +304,7 @@ def test_a_harmed_part_is_named_and_mended_to_the_same_bytes(near, plan, copied,
         read_all(plan, "absorption", copied)
     assert str(raised.value).startswith(f"{file} ") and told in str(raised.value)
     assert str(raised.value).endswith("with: hsae cache build --suite absorption")
-    listed = next(item for item in list_suite_stores(copied) if "/absorption/" in item.name)
+    listed = next(item for item in list_stores(copied) if "/absorption/" in item.name)
     assert (listed.problem is None) == (harm == "flipped")
     built(plan, "absorption", copied, counting)
     assert contents(copied) == whole and counting.texts == module.PART_TEXTS
@@ -430,7 +436,8 @@ def test_another_suite_with_the_same_residuals_says_that_they_were_made_anew(nea
     with pytest.raises(StoreError) as raised:
         read_all(plan, "tpp", copied)
     assert str(raised.value) == (
-        f"{file} was made anew, with other numbers than those that the store was made with; mend the store with: hsae cache build --suite tpp"
+        f"{file} was made anew, with other numbers than those that the store was made with; mend the store with: "
+        f"hsae cache build --suite tpp"
     )
     built(plan, "tpp", copied, counting)
     (held,) = read_all(plan, "tpp", copied)

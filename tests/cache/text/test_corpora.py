@@ -1,4 +1,7 @@
-"""Text and packing. Kinds of FIX: A8 (evaluation text that is trained on), B (odd rows, folders and corpora that are too small)."""
+"""Text and packing.
+
+Kinds of FIX: A8 (evaluation text that is trained on), B (odd rows, folders and corpora that are too small).
+"""
 
 import argparse
 import bz2
@@ -18,11 +21,13 @@ from pathlib import Path
 import pytest
 from places import GOLDEN_MODEL
 
-from hsae.cache.building.builder import build
+from hsae.cache.building.build import build
+from hsae.cache.config import CorpusConfig
 from hsae.cache.errors import CorpusError
-from hsae.cache.format.spec import CorpusConfig
 from hsae.cache.text import python_text
-from hsae.cache.text.corpora import Packer, common_text, open_corpus
+from hsae.cache.text.common_text import common_text
+from hsae.cache.text.corpora import open_corpus
+from hsae.cache.text.packing import Packer
 from hsae.cache.text.python_text import Document, python_docs, python_mix, python_prose, python_source
 from hsae.train.config.plan import load_plan
 
@@ -164,7 +169,8 @@ def test_source_and_prose_are_apart_and_the_mix_is_made_of_both_by_turns():
 def test_code_is_what_is_left_of_a_module_without_comments_and_docstrings(tmp_path):
     module = tmp_path / "module.py"
     module.write_text(
-        '"""A module.\n\nWith two paragraphs."""\n# A comment of a line.\n# It goes on here.\nx = "# kept"  # gone\n\n\n\n\n'
+        '"""A module.\n\nWith two paragraphs."""\n# A comment of a line.\n# It goes on here.\n'
+        'x = "# kept"  # gone\n\n\n\n\n'
         'def f():\n    """Says."""\n    return (1,  # one\n            2)\n'
     )
     assert python_text._code(module) == 'x = "# kept"\n\ndef f():\n\n    return (1,\n            2)\n'
@@ -204,7 +210,7 @@ def test_packaged_corpora_know_their_topics_and_files_their_names(tmp_path):
     assert first == python_source()[3]
 
 
-# --- FIX B: rows -----------------------------------------------------------------------------------------------------------
+# --- FIX B: rows ---------------------------------------------------------------------
 
 
 def test_halves_of_surrogate_pairs_are_replaced_wherever_text_enters(tmp_path):
@@ -305,7 +311,7 @@ def test_a_corpus_that_ends_before_the_first_document_names_the_key(tmp_path):
         CorpusConfig(corpus="python-docs", first_document=7, last_document=7)
 
 
-# --- FIX B: files and folders ----------------------------------------------------------------------------------------------
+# --- FIX B: files and folders ---------------------------------------------------------------------
 
 
 def test_compressed_files_csv_and_byte_order_marks_are_read(tmp_path):
@@ -384,7 +390,7 @@ def test_a_folder_of_parts_is_one(tmp_path):
         assert corpus.notes == ()
 
 
-# --- FIX A8: evaluation text that is trained on ----------------------------------------------------------------------------
+# --- FIX A8: evaluation text that is trained on ---------------------------------------------------------------------
 
 
 def common(one, other, **windows):
@@ -484,7 +490,7 @@ def test_rows_of_a_data_set_on_the_hub_are_read_as_those_of_files(monkeypatch):
         yield from ({"text": "cut \ud83d"}, {"text": None}, {"text": b"bytes"})
         raise ConnectionError("no route")
 
-    monkeypatch.setattr("hsae.cache.text.corpora.resolved_revision", lambda name, revision, instead: "abc")
+    monkeypatch.setattr("hsae.cache.text.corpora.resolve_revision", lambda name, revision, instead: "abc")
     monkeypatch.setattr("hsae.cache.text.corpora.open_data_set", lambda *asked: rows())
     texts = open_corpus(CorpusConfig(corpus="owner/name"), "retain").open()
     assert list(itertools.islice(texts, 3)) == ["cut \ufffd", "", "bytes"]

@@ -25,7 +25,7 @@ from hsae.cache.errors import UserError
 from hsae.cache.format.layout import Header, HookSummary, arrays, statistics_arrays
 from hsae.cache.format.spec import FORMAT_VERSION
 from hsae.cache.language_model.lm import LanguageModel, load_tokenizer
-from hsae.cache.language_model.sources import tokenizer_digest
+from hsae.cache.language_model.model_files import tokenizer_digest
 from hsae.cache.reading.store import ActivationStore
 from hsae.cli import common
 from hsae.cli.main import app

@@ -9,9 +9,11 @@ from models import changed
 from places import GOLDEN
 from safetensors.torch import load_file
 
-from hsae.cache.building.builder import TokenisedText, build
+from hsae.cache.building.build import build
+from hsae.cache.building.contents import TokenisedText
+from hsae.cache.config import CorpusConfig, ModelConfig
 from hsae.cache.errors import StoreError, UserError
-from hsae.cache.format.spec import CorpusConfig, ModelConfig, StoreSpec
+from hsae.cache.format.spec import StoreSpec
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core import reconstruction

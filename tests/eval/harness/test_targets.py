@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hsae.cache.building.builder import build
+from hsae.cache.building.build import build
 from hsae.cache.errors import UserError
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.store import ActivationStore

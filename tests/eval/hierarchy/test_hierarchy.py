@@ -10,7 +10,7 @@ import torch
 from models import changed
 from typer.testing import CliRunner
 
-from hsae.cache.building.builder import build
+from hsae.cache.building.build import build
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.reading.store import ActivationStore
 from hsae.cli.eval import app

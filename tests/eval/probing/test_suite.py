@@ -16,7 +16,7 @@ from hsae import registry
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.suites.build import build_suites
-from hsae.cache.suites.catalogue import list_suite_stores
+from hsae.cache.suites.catalogue import list_stores
 from hsae.cache.suites.probe_store import ProbeStore, TaskEntry
 from hsae.cache.suites.residual_sets import part_bytes, part_name
 from hsae.cache.suites.specs import SUITES, SuiteConfig
@@ -144,7 +144,7 @@ def test_suites_share_the_residuals_of_the_same_texts(plan):
 
 def test_a_build_goes_on_where_it_was_and_ends_with_the_same_bytes(plan, tmp_path):
     source = ProbeStore(probe_spec(plan, "scr"), plan.cache.dir)
-    (part,) = source.folder.joinpath(source.header.tasks[0].texts).iterdir()
+    (part,) = Path(plan.cache.dir, "probe/texts", source.header.tasks[0].texts).iterdir()
     model = LanguageModel.load(plan.model)
     path = build_suites([probe_spec(plan, "scr")], tmp_path, model=model)[0]
     copy = tmp_path / "probe" / "texts" / part.parent.name / part.name
@@ -177,13 +177,13 @@ def test_probe_stores_are_listed_with_the_others(overrides, plan, tmp_path):
     done = invoke("cache", "ls", *settings(overrides)[:2], *settings(overrides)[4:])
     assert done.exit_code == 0, (done.output, done.exception)
     spec = probe_spec(plan, "scr")
-    listed = list_suite_stores(Path(plan.cache.dir))
+    listed = list(list_stores(Path(plan.cache.dir)))
     assert [item.name.split("/")[1] for item in listed] == sorted(SUITES)
     found = next(item for item in listed if "/scr/" in item.name)
     assert found.name == f"probe/scr/{spec.path('').name}" and found.problem is None
     header = ProbeStore(spec, plan.cache.dir).header
     folder = Path(plan.cache.dir) / "probe" / "texts" / header.tasks[0].texts
-    assert (found.texts, found.hooks) == (header.passes, (HOOK,))
+    assert (found.count, found.hooks) == (header.passes, (HOOK,))
     assert found.bytes == sum(file.stat().st_size for file in folder.iterdir())
     assert "probe/scr/" in done.output.replace("\n", "") and "complete" in done.output
     home = tmp_path / "other"
@@ -191,7 +191,7 @@ def test_probe_stores_are_listed_with_the_others(overrides, plan, tmp_path):
     (home / "probe" / "scr" / "x.json").write_text(spec.path(plan.cache.dir).read_text())
     (home / "probe" / "tpp").mkdir()
     (home / "probe" / "tpp" / "y.json").write_text("[")
-    scr, tpp = list_suite_stores(home)
+    scr, tpp = list_stores(home)
     part = f"probe/texts/{header.tasks[0].texts}/part-00000.safetensors"
     assert scr.problem == f"{part} is missing; go on with: hsae cache build --suite scr"
     assert tpp.problem.startswith("is damaged (")

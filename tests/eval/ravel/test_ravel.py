@@ -10,8 +10,8 @@ import torch
 from commands import HOOK, LAYER, TEMPLATES, D, an_sae, greedy, invoke, settings, write_entities
 from places import GOLDEN
 
+from hsae.cache.config import ModelConfig
 from hsae.cache.errors import CorpusError, NotApplicable, UserError
-from hsae.cache.format.spec import ModelConfig
 from hsae.cache.language_model.generation import PassCounts, PendingPrompt, complete
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.suites.build import build_suites

@@ -11,7 +11,7 @@ import pytest
 import torch
 from places import GOLDEN
 
-from hsae.cache.building.builder import build
+from hsae.cache.building.build import build
 from hsae.cache.errors import UserError
 from hsae.cache.language_model.lm import load_tokenizer
 from hsae.cache.reading.store import ActivationStore

@@ -12,8 +12,9 @@ from places import GOLDEN
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from hsae.cache.building.builder import build
-from hsae.cache.building.verification import repair, verify
+from hsae.cache.building.build import build
+from hsae.cache.building.repair import repair
+from hsae.cache.building.verification import verify
 from hsae.cache.errors import NotApplicable, StoreError, UserError
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.store import ActivationStore

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hsae.cache.config import ModelConfig
 from hsae.cache.errors import ModelError, UserError
-from hsae.cache.format.spec import ModelConfig
 from hsae.cache.language_model import sources
 from hsae.cache.language_model.lm import LanguageModel, load_tokenizer
 from hsae.eval.unlearning import qa, questions

@@ -3,7 +3,8 @@ import re
 import pytest
 
 from hsae import registry
-from hsae.cache.format.spec import Config, CorpusConfig, spec_of
+from hsae.cache.config import Config, CorpusConfig
+from hsae.cache.format.spec import spec_of
 from hsae.eval.unlearning.config import UnlearningConfig
 from hsae.train.config.plan import PlanError, load_plan, packaged_plans
 

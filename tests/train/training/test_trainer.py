@@ -13,7 +13,7 @@ import pytest
 import torch
 from places import GOLDEN_MODEL
 
-from hsae.cache.building.builder import build
+from hsae.cache.building.build import build
 from hsae.cache.device import pick_device
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.reading.store import ActivationStore

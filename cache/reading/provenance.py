@@ -1,18 +1,21 @@
-"""Whether a store was made with a model and a tokenizer that are here now."""
+"""Whether a store was made with a model and a tokenizer that are here now, and with which commit of them."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from hsae.cache.config import ModelConfig, at_commit
 from hsae.cache.errors import StoreError
-from hsae.cache.format.layout import build_command
-from hsae.cache.language_model import sources
+from hsae.cache.format.layout import build_command, read_header
 from hsae.cache.language_model.digests import IN_MEMORY, tokenizer_state_digest
-from hsae.cache.storage.paths import Place
+from hsae.cache.language_model.model_files import tokenizer_digest, weights_digest
+from hsae.cache.language_model.sources import on_hub
+from hsae.cache.storage.paths import Place, children, place
 
 if TYPE_CHECKING:
     from hsae.cache.language_model.lm import LanguageModel
 
-DIGESTS = {"model": sources.weights_digest, "tokenizer": sources.tokenizer_digest}
+DIGESTS = {"model": weights_digest, "tokenizer": tokenizer_digest}
 
 
 class Made(Protocol):
@@ -29,6 +32,18 @@ class Made(Protocol):
     @property
     def older(self) -> bool:
         """Whether the digests may be by the rules of an older hsae."""
+
+
+def pin_commit(model: ModelConfig, root: str | Place) -> ModelConfig:
+    """A model of the hub at the commit that stores in folder `root` were made with, whatever its branch is now."""
+    if on_hub(model):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for store in children(place(root)):
+                with contextlib.suppress(StoreError):
+                    header = read_header(store) if store.name.endswith(".zarr") else None
+                    if header is not None and header.spec.model == model and header.model_commit is not None:
+                        return at_commit(model, header.model_commit)
+    return model
 
 
 def check_model(store: Place, made: Made, model: "LanguageModel", suite: str | None = None) -> None:

@@ -1,0 +1,185 @@
+"""Stage 1: run the language model once over the corpus and keep what its residual stream said."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from hsae.cache.building.builder import UNFINISHED, Builder, clear
+from hsae.cache.building.contents import StoreContents, TokenisedText, begun, text_of
+from hsae.cache.building.liveness import sign_of_life, signs_of_life
+from hsae.cache.building.repair import mend_documents
+from hsae.cache.config import ModelConfig, at_commit
+from hsae.cache.errors import CorpusError, ModelError, StoreError
+from hsae.cache.format.layout import Header, is_finished, read_header
+from hsae.cache.format.spec import StoreSpec
+from hsae.cache.language_model import sources
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.language_model.model_files import check_weights
+from hsae.cache.launcher import Share
+from hsae.cache.progress import Progress, silent
+from hsae.cache.reading.provenance import DIGESTS, is_made_of, pin_commit
+from hsae.cache.storage.paths import Place, check_writable, locked, place
+from hsae.cache.text.corpora import Corpus
+from hsae.cache.text.packing import TOKENISED_AT_ONCE
+from hsae.cache.text.python_text import CORPORA
+
+ALONE = Share()
+
+
+def build(
+    specs: Sequence[StoreSpec],
+    root: str | Place,
+    *,
+    device: str = "cpu",
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda text: None,
+    model: LanguageModel | None = None,
+    text: TokenisedText | None = None,
+    share: Share = ALONE,
+) -> list[Place]:
+    """Make the stores that `specs` describe (of one model) in folder `root`, or finish them, and return their paths.
+
+    The text of all of them is packed before the first activation is computed. `model` and `text` take the place of
+    the model and the corpus that the specs name. With a share of several, workers on one store divide its chunks:
+    worker 0 packs the tokens and finishes the store, the others return when no chunk is missing. Raises UserError if
+    a store can't be made; what is there stays.
+    """
+    folder = place(root)
+    targets: list[Place] = [folder / spec.name for spec in specs]
+    finished, missing = _divided(specs, targets)
+    for spec, target in finished if share.rank == 0 else ():
+        if model is None:
+            check_current(target, spec, text is not None, say)
+        _clear_finished(target)
+        if spec.rows_per_document is not None:
+            mend_documents(target, device=device, say=say)
+    if not missing:
+        return targets
+    config = pin_commit(specs[0].model, folder)
+    _check_makeable(missing, config)
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as locks:
+        for _, target in missing:
+            locks.enter_context(locked(target, f".rank{share.rank}" if share.rank else ""))
+        if share.world > 1 and share.rank == 0:
+            locks.enter_context(signs_of_life([target for _, target in missing]))
+        headers = [begun(target) for _, target in missing]
+        texts: list[Corpus | TokenisedText] = []
+        for (spec, _), header in zip(missing, headers, strict=True):
+            texts.append(text or text_of(spec, header, anew=True))
+            if share.rank == 0:
+                check_text(texts[-1])
+        if share.world > 1 and device == "cuda":
+            torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
+        if model is None:
+            say(f"loading {specs[0].model.id}")
+            model = LanguageModel.load(config, device=device, say=say)
+        builders = [
+            Builder(StoreContents(spec, model, one, older=header is not None and header.older), target, progress, share)
+            for (spec, target), one, header in zip(missing, texts, headers, strict=True)
+        ]
+        for note in dict.fromkeys(note for one in texts for note in one.notes):
+            say(note)
+        for builder in builders:
+            builder.prepare()
+        for builder in builders:
+            builder.write_activations()
+            builder.finish()
+    return targets
+
+
+def check(specs: Sequence[StoreSpec], root: str | Place, say: Callable[[str], None] = lambda text: None) -> None:
+    """Raise UserError for what `build` refuses before it loads the model; packaged text is not looked at."""
+    folder = place(root)
+    finished, missing = _divided(specs, [folder / spec.name for spec in specs])
+    for spec, target in finished:
+        check_current(target, spec, spec.corpus.corpus in CORPORA, say)
+    if missing:
+        _check_makeable(missing, pin_commit(specs[0].model, folder))
+        check_writable(folder, trial=False)
+    for spec, target in missing:
+        if spec.corpus.corpus not in CORPORA:
+            check_text(text_of(spec, begun(target)))
+
+
+def check_text(text: Corpus | TokenisedText) -> None:
+    """Read a corpus's first documents, before a model is loaded for it. Raises CorpusError if they can't be had."""
+    if isinstance(text, Corpus):
+        for _ in itertools.islice(text.documents(), TOKENISED_AT_ONCE):
+            pass
+
+
+def _divided(
+    specs: Sequence[StoreSpec], targets: Sequence[Place]
+) -> tuple[list[tuple[StoreSpec, Place]], list[tuple[StoreSpec, Place]]]:
+    """The stores that are finished, and the others."""
+    every = list(zip(specs, targets, strict=True))
+    missing = [(spec, target) for spec, target in every if not is_finished(target, spec)]
+    return [one for one in every if one not in missing], missing
+
+
+def _check_makeable(missing: Sequence[tuple[StoreSpec, Place]], model: ModelConfig) -> None:
+    """Raise UserError for a codec that no build makes, and for weights on this machine that can't be loaded."""
+    if any(spec.codec == "int8" for spec, _ in missing):
+        raise StoreError(
+            "int8 stores are made from finished ones: build with --set cache.codec=mappable, then "
+            "`hsae cache recode STORE FOLDER --codec int8`"
+        )
+    if (there := sources.folder_here(model)) is not None:
+        check_weights(there)  # what can't be loaded leaves no folder behind
+
+
+def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[str], None]) -> None:
+    """Raise StoreError if the model, the tokenizer or the text are no longer those that a finished store was made from.
+
+    The model is not loaded, nor downloaded or converted: what can't be had on this machine is not compared, and that
+    is said. Of a store of token ids that were `given` there is no text.
+    """
+    header = read_header(target)
+    folder = None
+    with contextlib.suppress(ModelError, OSError):
+        folder = sources.folder_here(at_commit(spec.model, header.model_commit))
+    now: dict[str, Callable[[], bool]] = {}
+    if folder is not None:
+        now |= {what: partial(is_made_of, what, header, folder) for what in DIGESTS}
+    if not given:
+        now["corpus"] = partial(_is_text, header)
+    not_compared = {} if folder is not None else {"model": f"{spec.model.id} is not on this machine"}
+    for what, is_same in now.items():
+        try:
+            same = is_same()
+        except (ModelError, CorpusError, OSError) as error:
+            not_compared[what] = str(error)
+            continue
+        if not same:
+            name = spec.corpus.corpus if what == "corpus" else spec.model.id
+            raise StoreError(
+                f"{target} was made from another {what} than {name} is now; nothing was written. Delete the store or "
+                f"move it away and "
+                "build it again, or build elsewhere with --set cache.dir=FOLDER"
+            )
+    for what, reason in not_compared.items():
+        say(f"{target.name}: its {what} was not compared with what there is now ({reason})")
+
+
+def _is_text(header: Header) -> bool:
+    """Whether a store's text is as it was. Raises CorpusError if it can't be had or was not written down."""
+    corpus = text_of(header.spec, header)
+    if corpus.commit is not None and header.corpus_commit is None and corpus.digest != header.corpus_digest:
+        raise CorpusError(f"an older hsae made it, and did not write down which commit of {corpus.name} it read")
+    return corpus.digest == header.corpus_digest
+
+
+def _clear_finished(target: Place) -> None:
+    """Delete what a build that was killed after its last step has left, if anything can be deleted there."""
+    if not isinstance(target, Path) and target.read_only:
+        return
+    with contextlib.suppress(StoreError, OSError):
+        if sign_of_life(target).is_file() or any((target / folder).is_dir() for folder in UNFINISHED):
+            with locked(target):
+                clear(target)

@@ -1,0 +1,259 @@
+"""What a store must hold: computed from the model and the text, to the same bits whoever asks and whenever.
+
+Shapes: R rows, T context length, D residual width, V vocabulary.
+"""
+
+import contextlib
+import itertools
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from hsae.cache.config import at_commit
+from hsae.cache.errors import CorpusError, StoreError
+from hsae.cache.format.arrays import ArraySpec
+from hsae.cache.format.chunk_codec import TORCH_DTYPES
+from hsae.cache.format.layout import Header, arrays, chunk_rows, read_header
+from hsae.cache.format.spec import FORMAT_VERSION, StoreSpec
+from hsae.cache.language_model import token_losses
+from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.reading.provenance import DIGESTS, is_made_of
+from hsae.cache.storage.paths import Place
+from hsae.cache.text.corpora import TEXT_TABLES, Corpus, open_corpus
+from hsae.cache.text.packing import Packer, tokenise
+
+SLICE_TOKENS = 128  # tokens unembedded at once: 64 MiB of bfloat16 logits at V = 262,144
+LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
+
+
+@dataclass(frozen=True)
+class TokenisedText:
+    """Text as documents of token ids, without BOS, in the place of a corpus."""
+
+    documents: Iterable[Sequence[int]]
+    digest: str = "given"
+    """Digest of the text."""
+    commit: None = None
+    notes: tuple[str, ...] = ()
+
+
+def begun(target: Place) -> Header | None:
+    """The header of a store that was begun, if it can be read."""
+    with contextlib.suppress(StoreError, OSError):
+        return read_header(target)
+    return None
+
+
+def text_of(spec: StoreSpec, header: Header | None, *, anew: bool = False) -> Corpus:
+    """The text of a store; of one that was begun with the `header`, what that was begun with.
+
+    Of a data set on the hub that is the commit, whatever its branch has become since; of a folder that an older hsae
+    read, the files that it read. Raises CorpusError if it can't be had.
+    """
+    config = spec.corpus if header is None else at_commit(spec.corpus, header.corpus_commit)
+    if header is not None and header.older:
+        with contextlib.suppress(CorpusError):
+            before = open_corpus(config, spec.split, anew=anew, older=True)
+            if before.digest == header.corpus_digest:
+                return before
+    return open_corpus(config, spec.split, anew=anew)
+
+
+class StoreContents:
+    """The tokens, activations, losses and header of one store. Raises ModelError if a hook can't be cut at."""
+
+    def __init__(
+        self, spec: StoreSpec, model: LanguageModel, text: Corpus | TokenisedText, *, older: bool = False
+    ) -> None:
+        self.spec, self.model, self.text, self.older = spec, model, text, older
+        model.check_hooks(spec.hooks)
+        if spec.split == "eval":
+            model.check_ablation(spec.hooks)
+        self.specs = arrays(spec, model.d_model)
+        self.step = chunk_rows(spec, model.d_model)
+        self.deepest = max(spec.hooks, key=lambda hook: (int(hook.split(".")[1]), hook.endswith("post")))
+        self._ablated: dict[str, Tensor] = {}
+
+    def header(self) -> Header:
+        """The header of the store while it is unfinished."""
+        model = self.model
+        return Header(
+            format=FORMAT_VERSION,
+            spec=self.spec,
+            d_model=model.d_model,
+            vocab_size=model.vocab_size,
+            bos_id=model.bos_id,
+            special_ids=model.special_ids,
+            model_digest=model.model_digest,
+            tokenizer_digest=model.tokenizer_digest,
+            model_commit=model.commit,
+            corpus_digest=self.text.digest,
+            corpus_commit=self.text.commit,
+            versions={
+                "python": platform.python_version(),
+                "device": torch.device(model.device).type,
+                **{name: version(name) for name in LIBRARIES},
+            },
+            older=self.older,
+        )
+
+    def check_same(self, target: Place, header: Header) -> None:
+        """Raise StoreError if the store was begun with another model, tokenizer or corpus."""
+        wanted = self.header()
+        digests = ("model_digest", "tokenizer_digest", "corpus_digest")
+        for name in (*digests, "d_model", "bos_id", "special_ids", "versions"):
+            if getattr(header, name) != getattr(wanted, name):
+                what = name.removesuffix("_digest")
+                if what in DIGESTS and is_made_of(what, header, self.model.folder, getattr(wanted, name)):
+                    continue
+                change = f"another {what} of the same name"
+                if name == "versions":  # the same numbers are promised on the same libraries and kind of device only
+                    pairs = ((key, header.versions.get(key), now) for key, now in wanted.versions.items())
+                    change = ", ".join(f"{key} {before} (now {now})" for key, before, now in pairs if before != now)
+                raise StoreError(
+                    f"{target} was begun with {change}; nothing was written. "
+                    "Move it away, or build elsewhere with --set cache.dir=FOLDER"
+                )
+
+    # --- tokens -------------------------------------------------------------------------------------------------
+
+    def packer(self) -> Packer:
+        """What makes rows of documents."""
+        return Packer(self.spec.context, self.model.bos_id if self.spec.prepend_bos else None)
+
+    def token_chunks(self, packer: Packer | None = None, first: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """(number, [rows, T]) of every chunk of the tokens from `first` on, where the `packer` is.
+
+        Raises CorpusError for too little text.
+        """
+        packer = packer or self.packer()
+        rows = packer.pack(self.token_documents(packer.documents - 1 if packer.documents else 0))
+        for index in range(first, self.specs["tokens"].count):
+            wanted = min(self.step, self.spec.rows - index * self.step)
+            chunk = list(itertools.islice(rows, wanted))
+            if len(chunk) < wanted:
+                self._too_little_text(index * self.step + len(chunk))
+            yield index, torch.tensor(chunk, dtype=torch.int32)
+
+    def token_documents(self, first: int = 0) -> Iterator[Sequence[int]]:
+        """Token ids, without BOS, of each document from `first` on."""
+        if self.spec.rows_per_document is not None:
+            return itertools.islice(iter(self.row_documents[0]), first, None)
+        if isinstance(self.text, TokenisedText):
+            return itertools.islice(self.text.documents, first, None)
+        return tokenise(itertools.islice(self.text.open(), first, None), self.model.tokenizer)
+
+    @cached_property
+    def row_documents(self) -> tuple[list[list[int]], list[list[int | str | None]]]:
+        """(documents of exactly one row each, cut from those of the corpus; whose each is: number and topic)."""
+        assert self.spec.rows_per_document is not None and isinstance(self.text, Corpus)
+        length = self.spec.context - self.spec.prepend_bos
+        owners: list[list[int | str | None]] = []
+        texts = itertools.tee(self.text.documents())
+        rows: list[list[int]] = []
+        ids = tokenise((document.text for document in texts[0]), self.model.tokenizer)
+        for number, (document, tokens) in enumerate(zip(texts[1], ids, strict=True)):
+            for row in range(min(self.spec.rows_per_document, len(tokens) // length)):
+                rows.append(tokens[row * length : (row + 1) * length])
+                owners.append([number, document.topic])
+            if len(rows) >= self.spec.rows:
+                break
+        return rows[: self.spec.rows], owners[: self.spec.rows]
+
+    def _too_little_text(self, rows: int) -> None:
+        spec, table = self.spec, TEXT_TABLES[self.spec.split]
+        last = "the last" if spec.corpus.last_document is None else str(spec.corpus.last_document - 1)
+        names = {
+            "train": "cache.train.rows",
+            "eval": "cache.eval.batches_variance",
+            "autointerp": "autointerp.total_tokens",
+        }
+        wider = [f"lower {table}.first_document"] if spec.corpus.first_document else []
+        wider += [f"raise {table}.last_document"] if spec.corpus.last_document else []
+        raise CorpusError(
+            f"corpus {spec.corpus.corpus!r}, documents {spec.corpus.first_document} to {last}, gives {rows} rows of "
+            f"{spec.context} tokens; {spec.rows} were asked for. Lower {names.get(spec.split, 'unlearning.rows')}, "
+            f"or use more text" + (f" ({' or '.join(wider)}, but let no document be in two splits)" if wider else "")
+        )
+
+    # --- activations --------------------------------------------------------------------------------------------
+
+    def compute(
+        self,
+        index: int,
+        wanted: Sequence[ArraySpec],
+        tokens: Tensor,
+        report: Callable[[int], None] = lambda rows: None,
+    ) -> Iterator[tuple[ArraySpec, int, Tensor]]:
+        """Chunk `index` of some arrays, of its `tokens`; `report` is called with the number of the last row done."""
+        start = index * self.step
+        stop = min(start + self.step, self.spec.rows)
+        paths = {array.path for array in wanted}
+        buffers = {array.path: torch.zeros(array.chunks, dtype=TORCH_DTYPES[array.dtype]) for array in wanted}
+        for first in range(0, stop - start, self.spec.batch_rows):
+            batch = tokens[first : first + self.spec.batch_rows]
+            last = first + len(batch)
+            resid = self.model.prefix(batch, self.spec.hooks)
+            for hook, vectors in resid.items():
+                self._refuse_non_finite(vectors, hook, start + first)
+                if f"acts/{hook}" in paths:
+                    buffers[f"acts/{hook}"][first:last] = vectors
+            if start + first < self.spec.clean_rows and paths & {
+                path for path in self.specs if not path.startswith("acts/")
+            }:
+                for path, values in self.clean(batch, resid[self.deepest]).items():
+                    if path in paths:
+                        buffers[path][first:last] = values
+            report(start + last)
+        for array in wanted:
+            yield array, index, buffers.pop(array.path)
+
+    def _refuse_non_finite(self, vectors: Tensor, hook: str, row: int) -> None:
+        if not torch.isfinite(vectors).all():
+            bad = row + int((~torch.isfinite(vectors)).flatten(1).any(1).nonzero()[0])
+            raise StoreError(
+                f"the activations of row {bad} at {hook} are not finite in {self.spec.model.dtype}; "
+                "use --set model.dtype=float32, or another model"
+            )
+
+    def clean(self, tokens_BT: Tensor, resid_BTD: Tensor) -> dict[str, Tensor]:
+        """Of one batch: clean final vector and loss, and for an evaluation loss and KL of each hook's ablation."""
+        final = self.model.suffix(self.deepest, resid_BTD)
+        rows, context = tokens_BT.shape
+        targets = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], 1).flatten().long().to(final.device)
+        flat = final.flatten(0, 1)
+        outputs = {"clean/loss": torch.zeros(rows * context)}
+        hooks = self.spec.hooks if self.spec.split == "eval" else ()  # whose residual is zeroed
+        outputs |= {f"ablation/{hook}/{kind}": torch.zeros(rows * context) for hook in hooks for kind in ("loss", "kl")}
+        for first in range(0, rows * context, SLICE_TOKENS):
+            part = slice(first, first + SLICE_TOKENS)
+            logits = self.model.unembed(flat[part])
+            outputs["clean/loss"][part] = token_losses.cross_entropy(logits, targets[part]).float().cpu()
+            if not hooks:
+                continue
+            clean = token_losses.distribution(logits)
+            for hook in hooks:
+                ablated = self.ablated_logits(hook).expand_as(logits)
+                outputs[f"ablation/{hook}/loss"][part] = (
+                    token_losses.cross_entropy(ablated, targets[part]).float().cpu()
+                )
+                outputs[f"ablation/{hook}/kl"][part] = (
+                    token_losses.kl_divergence(clean.probs, clean.log_probs, ablated).float().cpu()
+                )
+        results = {path: values.view(rows, context) for path, values in outputs.items()}
+        for path, values in results.items():
+            if path.endswith("loss"):
+                values[:, -1] = 0  # the last token of a row has no next one
+        return {"clean/final": final.cpu(), **results}
+
+    def ablated_logits(self, hook: str) -> Tensor:
+        """Logits [1, V] after zeroing the residual at `hook`: the same for every token."""
+        if hook not in self._ablated:
+            zero = torch.zeros(1, 1, self.model.d_model, dtype=self.model.dtype)
+            self._ablated[hook] = self.model.unembed(self.model.suffix(hook, zero))[0]
+        return self._ablated[hook]
