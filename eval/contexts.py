@@ -1,7 +1,8 @@
 """Top contexts of latents: where in the evaluation text a latent is most active, with the words around it.
 
-One pass over the store surveys every latent of a view (how often, how strongly, and the places of its highest peaks, one a document);
-the few rows that are shown are then encoded again. Memory does not grow with the store: `PEAKS_KEPT` places a latent.
+One pass over the store surveys every latent of a view (how often, how strongly, and the places of its highest peaks,
+one a document); the few rows that are shown are then encoded again. Memory does not grow with the store: `PEAKS_KEPT`
+places a latent.
 
 Shapes: R rows, T context length, D residual width, F latents, P peaks kept, N tokens of a batch.
 """
@@ -49,10 +50,11 @@ class Context:
 def top_contexts(
     model: HierarchicalSAE, store: ActivationStore, *latents: Latent, count: int = 5, hook: str | None = None
 ) -> dict[Latent, list[Context]]:
-    """Where in a store's text latents, (level, latent) each, are most active: `count` contexts of each, strongest first.
+    """Where in a store's text latents are most active: `count` contexts of each (level, latent), strongest first.
 
-    Contexts are from different documents, in the store's first 1,024 rows. `hook` is needed if the store has several; the
-    tokenizer is that of the store's model. Raises UserError for an unknown latent or a model that does not fit the store.
+    Contexts are from different documents, in the store's first 1,024 rows. `hook` is needed if the store has several;
+    the tokenizer is that of the store's model. Raises UserError for an unknown latent or a model that does not fit the
+    store.
 
     >>> for context in hsae.top_contexts(model, store, (2, 17))[2, 17]:  # doctest: +SKIP
     ...     print(f"{context.activation:.1f} {context}")
@@ -91,7 +93,8 @@ class Survey:
 def documents(tokens_RT: Tensor, bos_id: int) -> list[tuple[int, int, bool]]:
     """Stretches (begin, end, whether it goes on from the rows before) of the flattened rows, each of one document.
 
-    A BOS inside a row begins a document; the one at a row's front stands in every row. Rows packed without BOS count as documents.
+    A BOS inside a row begins a document; the one at a row's front stands in every row. Rows packed without BOS count as
+    documents.
     """
     found: list[tuple[int, int, bool]] = []
     for row, tokens in enumerate(tokens_RT.tolist()):
@@ -179,7 +182,7 @@ def _rows_encoded(
 
 
 def heaviest(seen: Survey, count: int, *, common: float) -> list[int]:
-    """Alive latents by falling mass; those that fire on more than a share `common` of the tokens come after all others."""
+    """Alive latents by falling mass; those that fire on more than a share `common` of the tokens come last."""
     mass, density = seen.mass_F.tolist(), seen.density_F.tolist()
     alive = [latent for latent, value in enumerate(mass) if value > 0]
     return sorted(alive, key=lambda latent: (density[latent] > common, -mass[latent], latent))[:count]
@@ -189,7 +192,7 @@ def heaviest(seen: Survey, count: int, *, common: float) -> list[int]:
 def find_contexts(
     view: View, store: ActivationStore, hook: str, tokenizer: Any, seen: Survey, latents: Sequence[int], count: int
 ) -> dict[int, list[Context]]:
-    """For each latent up to `count` contexts from different documents, strongest first; texts that are equal are given once."""
+    """For each latent up to `count` contexts from different documents, strongest first; equal texts are given once."""
     wanted = {latent: seen.places_PF[seen.peaks_PF[:, latent] > 0, latent].tolist() for latent in latents}
     rows = sorted({place // store.context for places in wanted.values() for place in places})
     encoded = _rows_encoded(view, store, hook, rows, latents)

@@ -14,9 +14,9 @@ from importlib import resources
 from typing import Any
 
 from hsae.cache.files import parse_toml
+from hsae.eval.synthetic.worlds import Tier, tier_named
 from hsae.train.config.plan import DEFAULT_PLAN, apply_override, checked_runs, read_tables, select_runs
 from hsae.train.config.run_config import RunConfig, StreamConfig
-from hsae.train.synthetic_worlds import Tier, tier_named
 
 SOURCE = "the synthetic arms"
 ACTIVE = 0.05

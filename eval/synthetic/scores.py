@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hsae.eval.synthetic.worlds import World
 from hsae.train.model.hierarchical_sae import HierarchicalSAE
 from hsae.train.model.trainable_sae import seed_of
-from hsae.train.synthetic_worlds import World
 
 MAPPED_F1 = 0.5
 RELATIVE_CUT, ABSOLUTE_CUT = 0.1, 0.1

@@ -19,9 +19,9 @@ from hsae.cache.device import pick_device
 from hsae.cache.errors import UserError
 from hsae.eval.harness.result_files import hsae_version, read_result, write_result
 from hsae.eval.synthetic import scores as synthetic
+from hsae.eval.synthetic.worlds import Tier, World
 from hsae.train.config.run_config import RunConfig, StreamConfig
 from hsae.train.model.hierarchical_sae import HierarchicalSAE
-from hsae.train.synthetic_worlds import Tier, World
 from hsae.train.training.folding import fold
 from hsae.train.training.training_run import TrainingRun
 

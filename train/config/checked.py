@@ -40,9 +40,10 @@ def check_table(source: str, table: str, values: Any) -> None:
 
 
 def checked(source: str, table: str, kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """The configuration that a table's values make. Raises PlanError naming `source`, the key, its value and what is allowed.
+    """The configuration that a table's values make.
 
-    Keys are named `<table>.<key>`, or by themselves where `table` is empty.
+    Raises PlanError naming `source`, the key, its value and what is allowed. Keys are named `<table>.<key>`, or by
+    themselves where `table` is empty.
     """
     check_table(source, table, values)
     try:

@@ -1,8 +1,9 @@
 """The plan: one TOML file that says which model, which text, and which runs.
 
-Tables `[model] [hook] [cache] [cache.train] [cache.eval] [train]`, if need be those of evaluations (`hsae.registry.TABLES`), and one
-`[runs.N]` for each run, whose keys override those of `[train]`. `./hsae.toml` wins over the packaged default plan; a name or file given by
-the user wins over both. A plan may begin with `extends = "NAME"` and state only what differs.
+Tables `[model] [hook] [cache] [cache.train] [cache.eval] [train]`, if need be those of evaluations
+(`hsae.registry.TABLES`), and one `[runs.N]` for each run, whose keys override those of `[train]`. `./hsae.toml` wins
+over the packaged default plan; a name or file given by the user wins over both. A plan may begin with `extends =
+"NAME"` and state only what differs.
 """
 
 from collections.abc import Collection, Sequence
@@ -53,7 +54,7 @@ class Plan:
         return table if isinstance(table, kind) else kind()
 
     def store(self, split: Split) -> StoreSpec:
-        """The activation store the plan asks for. With codec auto, one that is there in the other lossless codec will do."""
+        """The activation store the plan asks for; with codec auto, one that is there in the other lossless codec."""
         spec = self.asked(split)
         if self.cache.codec == "auto":
             other = spec.model_copy(update={"codec": "compact" if spec.codec == "mappable" else "mappable"})
@@ -75,7 +76,7 @@ class Plan:
         return place(self.cache.dir) / self.store(split).name
 
     def common_text(self, split: Split, other: Split = "train") -> str | None:
-        """The text that the stores of two splits would share, in words and with the keys that part them, or None if there is none.
+        """The text that the stores of two splits share, in words, with the keys that part them; None if there is none.
 
         Raises CorpusError if the text can't be read.
         """
@@ -83,7 +84,8 @@ class Plan:
         common = common_text(specs[0].corpus, specs[1].corpus)
         tables = " and ".join(f"[{TEXT_TABLES[spec.split]}]" for spec in specs)
         return common and (
-            f"{tables} overlap: {common}. Set first_document and last_document so that no document is in both, or use other text"
+            f"{tables} overlap: {common}. Set first_document and last_document so that no document is in both, "
+            "or use other text"
         )
 
     def run_dir(self, run: RunConfig) -> Path:
@@ -91,7 +93,7 @@ class Plan:
         return Path(self.train.dir).expanduser() / str(run.number)
 
     def seeded(self, index: int) -> "Plan":
-        """The plan for seed number `index`: 0 is the plan itself, others have train.seed + index and `<train.dir>/seed<index>`."""
+        """The plan for seed number `index`: 0 is the plan itself, others have a seed and a folder of their own."""
         if index == 0:
             return self
         changes = {"seed": self.train.seed + index, "dir": str(Path(self.train.dir) / f"seed{index}")}
@@ -107,7 +109,7 @@ class Plan:
 
 
 def select_runs(runs: dict[int, RunConfig], text: str, where: str) -> list[RunConfig]:
-    """The runs that `text` names, as `Plan.select` says. Raises PlanError naming `where` they come from and which are not there."""
+    """The runs that `text` names, as `Plan.select` says. Raises PlanError naming `where` and those missing."""
     chosen: set[int] = set()
     named = {run.name: number for number, run in runs.items()}
     for part in (piece.strip() for piece in text.split(",")):

@@ -41,8 +41,9 @@ class CompositionConfig(Config):
     """How W_l, the map from level l-1's code to level l's, is learned."""
 
     mode: Literal["none", "normalised", "literal", "probe", "frozen"] = "none"
-    """normalised: codes divided by their running rms, W >= 0, proximal L1. literal: ||W h_{l-1} - h_l||^2 + L1 in the loss.
-    Controls: probe (as normalised, but neither code feels it) and frozen (as normalised, but W is random and never learns)."""
+    """normalised: codes divided by their running rms, W >= 0, proximal L1. literal: ||W h_{l-1} - h_l||^2 + L1 in the
+    loss. Controls: probe (as normalised, but neither code feels it) and frozen (as normalised, but W is random and
+    never learns)."""
     weight: NonNegative = 0.1
     """Coefficient gamma of the composition loss once ramped up."""
     commitment: NonNegative = 0.1
@@ -93,15 +94,16 @@ class RunConfig(Config):
     activation: Annotated[str, AfterValidator(_registered)] = "batchtopk"
     """One of the registry's: relu, topk, batchtopk, jumprelu, gated."""
     selection: Literal["level", "joint"] = "level"
-    """level: each level keeps its own l0. joint: one BatchTopK over all levels keeps the sum of l0; without composition and
-    curriculum that is a Matryoshka SAE (Bussmann et al. 2025, arXiv 2503.17547), each level an increment of its nested prefixes."""
+    """level: each level keeps its own l0. joint: one BatchTopK over all levels keeps the sum of l0; without composition
+    and curriculum that is a Matryoshka SAE (Bussmann et al. 2025, arXiv 2503.17547), each level an increment of its
+    nested prefixes."""
     child_gate: bool = False
-    """additive: a latent may fire only if its parent, the coarse latent with the largest share of it in W, does. It begins when
-    composition is fully on; latents without a parent are free."""
+    """additive: a latent may fire only if its parent, the coarse latent with the largest share of it in W, does. It
+    begins when composition is fully on; latents without a parent are free."""
     widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)]
     """Latents of each level, strictly falling."""
     l0: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]
-    """Active latents per token of each level: k of topk and batchtopk, the controller's target for relu, jumprelu and gated."""
+    """Active latents per token of each level: k of topk and batchtopk, a controller's target for others."""
     level_weights: Annotated[tuple[NonNegative, ...], Field(strict=False)] | None = None
     """Weight of each level's reconstruction loss; 1 each if not given."""
     stop_gradient: bool = True
@@ -120,7 +122,7 @@ class RunConfig(Config):
     gradient_clip: Positive = 1.0
     """Largest norm of the gradient."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type of the matrix products; weights and optimiser stay float32. auto: bfloat16 where the device multiplies it fast."""
+    """Type of the matrix products; weights and optimiser stay float32. auto: bfloat16 where that is fast."""
     losses: dict[str, NonNegative] = Field(default_factory=dict, exclude_if=lambda losses: not losses)
     """Weights of further losses of the registry, or other weights of those that every run has, by name."""
     aux_weight: NonNegative = 1 / 32
@@ -130,7 +132,7 @@ class RunConfig(Config):
     dead_after_tokens: int = Field(default=1_000_000, ge=1)
     """A latent that did not fire for so many tokens is dead."""
     resample_steps: int = Field(default=0, ge=0)
-    """Give dead latents new directions every so many steps (Bricken et al. 2023), up to the learning rate's fall; 0 never."""
+    """Give dead latents new directions every so many steps (Bricken et al. 2023), until the rate falls; 0 never."""
     sparsity_start: Positive = 1e-3
     """relu, jumprelu, gated: the sparsity coefficient that the controller starts from."""
     bandwidth: Positive = 0.05
@@ -153,7 +155,8 @@ class RunConfig(Config):
         levels, activation = self.levels, ACTIVATIONS[self.activation]
         if (self.structure == "flat") != (levels == 1):
             raise ValueError(
-                f"structure {self.structure!r} with {levels} width(s) {list(self.widths)}: flat has one level, stacked and additive two or more"
+                f"structure {self.structure!r} with {levels} width(s) {list(self.widths)}: "
+                "flat has one level, stacked and additive two or more"
             )
         if len(self.l0) != levels:
             raise ValueError(f"l0 has {len(self.l0)} value(s) for {levels} width(s)")

@@ -15,7 +15,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def top_k(pre_BF: Tensor, k: int, latents: Latents = UNDIVIDED) -> Tensor:
-    """Keep each vector's k largest positive pre-activations (Gao et al. 2024, arXiv 2406.04093), among all `latents`."""
+    """Keep each vector's k largest positive pre-activations among all `latents` (Gao et al. 2024, arXiv 2406.04093)."""
     others = latents.world > 1
     values, indices = torch.topk(pre_BF, min(k, pre_BF.shape[1]), dim=-1, sorted=others)
     values = values.relu()
@@ -34,9 +34,10 @@ def batch_top_k(
 ) -> tuple[Tensor, Tensor]:
     """Keep the batch's round(B * l0) largest positive pre-activations (Bussmann et al. 2024, arXiv 2412.06410).
 
-    Returns the code [B, F] and the smallest value kept, a scalar (0 if nothing is positive). `guess`, a scalar on the processor that
-    is likely below the smallest, saves the search among values below it; the result is the same. The batch is that of all `workers`,
-    or of all workers' `latents`, who tell each other their largest values: at most 4 * count bytes from each.
+    Returns the code [B, F] and the smallest value kept, a scalar (0 if nothing is positive). `guess`, a scalar on the
+    processor that is likely below the smallest, saves the search among values below it; the result is the same. The
+    batch is that of all `workers`, or of all workers' `latents`, who tell each other their largest values: at most 4 *
+    count bytes from each.
     """
     count = round(pre_BF.shape[0] * workers.world * l0)
     others = workers.world * latents.world > 1
@@ -67,7 +68,7 @@ def _every(part: Tensor, workers: Workers, latents: Latents) -> Tensor:
 def _among_all(
     falling_RN: Tensor, longest: int, count: int, workers: Workers, latents: Latents
 ) -> tuple[Tensor, Tensor]:
-    """[R] how many of this worker's values in each row are among the `count` largest of all workers', and those [R, count].
+    """[R] how many of this worker's values are among the `count` largest of all workers' rows, and those [R, count].
 
     No worker has more than `longest` values in a row. Of equal ones at the edge those of the first workers are kept.
     """
@@ -83,7 +84,7 @@ def _among_all(
 
 
 def jump_relu(pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-    """pre where it exceeds the latent's threshold, else 0 (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 11 for gradients)."""
+    """pre where it exceeds the latent's threshold, else 0 (arXiv 2407.14435; gradients: eq. 11)."""
     code: Tensor = _JumpReLU.apply(pre_BF.relu(), threshold_F, bandwidth)  # type: ignore[no-untyped-call]
     return code
 

@@ -4,8 +4,11 @@ Shapes: B vectors of a batch, F coarse latents (level l), G fine latents (level 
 
 normalised: codes are divided by their running root mean square before they meet W, because otherwise scale moves freely
 between W and the codes; W >= 0 is kept by projection and thinned by a proximal step after the optimiser's.
+
 literal: ||W h_{l-1} - h_l||^2 + l1 |W|, both codes with gradient.
-probe and frozen are controls of normalised: W reads codes that don't feel it; the codes feel a random W that doesn't learn.
+
+probe and frozen are controls of normalised: W reads codes that don't feel it; the codes feel a random W that is not
+trained.
 """
 
 import torch
@@ -24,8 +27,8 @@ RMS_FLOOR = 1e-8
 class Composition(nn.Module):
     """The map W [F, G] between two neighbouring levels, with the running rms of both codes.
 
-    Where latents are divided, a worker's fine code [B, g], columns of W and rms of both codes are those of its own latents.
-    `workers` are those who hold the rest of a batch.
+    Where latents are divided, a worker's fine code [B, g], columns of W and rms of both codes are those of its own
+    latents. `workers` are those who hold the rest of a batch.
     """
 
     rms_coarse: Tensor
@@ -67,7 +70,7 @@ class Composition(nn.Module):
             rms.copy_(torch.where(seen > 0, seen * RMS_DECAY + square * (1 - RMS_DECAY), square).sqrt())
 
     def loss(self, fine_BG: Tensor, coarse_BF: Tensor, active: Active | None = None) -> Tensor:
-        """The composition loss of one batch, a scalar; `track` it first. `active` is the fine code again, if it is known sparsely."""
+        """The composition loss of one batch, a scalar; `track` it first. `active` is the fine code if it is sparse."""
         if self.config.mode == "literal":
             difference = self._mixture(fine_BG, active) - self.latents.whole(coarse_BF)
             return widened(difference).square().sum(1).mean() + self.config.l1 * self.latents.sum(self.W.abs().sum())
@@ -96,7 +99,7 @@ class Composition(nn.Module):
 
     @torch.no_grad()
     def contributions(self) -> Tensor:
-        """[F, G] share of coarse latent i's rms that fine latent j brings: w_ij rms_j / rms_i in the codes' own units."""
+        """[F, G] share of coarse latent i's rms that fine latent j brings: w_ij rms_j / rms_i in the codes' units."""
         rms_coarse = self.latents.whole(self.rms_coarse)
         alive = (rms_coarse > RMS_FLOOR)[:, None] & (self.rms_fine > RMS_FLOOR)[None, :]
         if self.config.mode != "literal":

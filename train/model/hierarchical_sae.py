@@ -1,6 +1,7 @@
-"""A trained hierarchical SAE in the residual's own units: what it encodes, how its levels compose, and the file it is saved in.
+"""A trained hierarchical SAE in the residual's own units: its codes, how its levels compose, and its file.
 
-Levels are numbered 1 (finest, widest) to L (coarsest). Shapes: D residual width, F latents of a level or of all side by side.
+Levels are numbered 1 (finest, widest) to L (coarsest). Shapes: D residual width, F latents of a level or of all side by
+side.
 """
 
 import json
@@ -25,7 +26,7 @@ from hsae.train.model.views import AdditiveView, StackedView, View, gated_codes,
 CONFIG_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"
 FORMAT = 2
 FOREIGN_FORMAT = 3
-"""Of a model with a level that only another tool makes: one that leaves b_dec in its input, or rescales its activations."""
+"""Of a model with a level that only other tools make: it leaves b_dec in its input, or rescales its activations."""
 
 Latent = tuple[int, int]
 """(level, latent), the level from 1."""
@@ -100,10 +101,11 @@ class HierarchicalSAE(View):
         gates: Sequence[Tensor] = (),
         effective_thresholds: Sequence[float] = (),
     ) -> None:
-        """Put trained levels together, finest first; `compositions` for levels 2 to L, or none if they were not learned.
+        """Put trained levels together, finest first; `compositions` of levels 2 to L, none if they were not learned.
 
-        `gates` (a child gate) has for levels 1 to L-1 [F_l] the latent of the level above without which a latent can't fire,
-        or -1. `effective_thresholds` (stacked, levels 2 to L) are those at which the one-layer form of a level has its L0.
+        `gates` (a child gate) has for levels 1 to L-1 [F_l] the latent of the level above without which a latent can't
+        fire, or -1. `effective_thresholds` (stacked, levels 2 to L) are those at which the one-layer form of a level
+        has its L0.
         """
         super().__init__("sae", self.structure, levels[0].metadata)
         self.effective_thresholds = tuple(effective_thresholds)
@@ -131,7 +133,7 @@ class HierarchicalSAE(View):
 
     @classmethod
     def calibrated(cls, levels: Sequence[SAE], x_BD: Tensor, l0: Sequence[float]) -> list[float]:
-        """The `effective_thresholds` at which one-layer forms have their `l0` on residuals; empty where none are needed."""
+        """The `effective_thresholds` at which one-layer forms have their `l0` on residuals, if such are needed."""
         return []
 
     @classmethod
@@ -158,7 +160,7 @@ class HierarchicalSAE(View):
 
     @property
     def gates(self) -> tuple[Tensor, ...]:
-        """With a child gate, for levels 1 to L-1 [F_l] the parent without which a latent can't fire, or -1; else empty."""
+        """With a child gate, for levels 1 to L-1 [F_l] the parent without which a latent can't fire, or -1."""
         return tuple(self.buffers(recurse=False))
 
     @property
@@ -216,7 +218,7 @@ class HierarchicalSAE(View):
         return codes.split_with_sizes(list(self.level_widths), -1)
 
     def decode(self, latents: Tensor, /) -> Tensor:
-        """Reconstruction [..., D] from latent activations [..., F] of all levels; in a stack level 1's alone are used."""
+        """Reconstruction [..., D] from latent activations [..., F] of all levels; in a stack, level 1's alone."""
         return self.reconstruct(self.split(latents))
 
     # --- views ---------------------------------------------------------------------------------------------------
@@ -249,9 +251,9 @@ class HierarchicalSAE(View):
 
         flat: `sae`. additive: `sae` and each level, unless a child gate or a top-k per level leaves a view without a
         one-layer form. stacked: `level1`; for each higher level `levelN`, which reads the code of the level below, and
-        `levelN-effective`, a one-layer SAE of the residual: the cascade of decoders is exact, the encoder is the product of
-        the encoder layers with a threshold of its own, because two layers with an activation between them have no exact
-        one-layer form.
+        `levelN-effective`, a one-layer SAE of the residual: the cascade of decoders is exact, the encoder is the
+        product of the encoder layers with a threshold of its own, because two layers with an activation between them
+        have no exact one-layer form.
         """
         return {name: view for name, view in self.views().items() if isinstance(view, SAE)}
 
@@ -300,8 +302,8 @@ class HierarchicalSAE(View):
             if part.level == level:
                 return part
         raise UserError(
-            f"this {self.structure} model has no learned composition of level {level}; train it with a composition mode "
-            "(composition = { mode = 'normalised' }), or fit a map with `hsae eval composition`"
+            f"this {self.structure} model has no learned composition of level {level}; train it with a "
+            "composition mode (composition = { mode = 'normalised' }), or fit a map with `hsae eval composition`"
         )
 
     def check_latent(self, latent: Latent) -> None:
@@ -326,9 +328,10 @@ class HierarchicalSAE(View):
     def steer(self, lm: Any, strengths: Mapping[Latent, float]) -> AbstractContextManager[None]:
         """While it is entered, add latents' directions to the residual of a language model at this model's hook.
 
-        `strengths` gives for each (level, latent) how many times its direction (`directions`, in the residual's own units)
-        is added, at every position of every pass. `lm` is a LanguageModel or a transformers model. The hook is the metadata's
-        `hook_name`. Raises UserError for unknown latents, a model of another width, or metadata without hook.
+        `strengths` gives for each (level, latent) how many times its direction (`directions`, in the residual's own
+        units) is added, at every position of every pass. `lm` is a LanguageModel or a transformers model. The hook is
+        the metadata's `hook_name`. Raises UserError for unknown latents, a model of another width, or metadata without
+        hook.
 
         >>> with model.steer(lm, {(2, 17): 4.0}):  # doctest: +SKIP
         ...     lm.generate("The weather is")
@@ -435,7 +438,7 @@ class FlatSAE(HierarchicalSAE):
 
 
 class StackedSAE(HierarchicalSAE):
-    """Level 1 reads the residual, each higher level the code below it; every level reconstructs the residual by itself."""
+    """Level 1 reads the residual, each higher level the code below; every level reconstructs the residual by itself."""
 
     structure = "stacked"
     whole_view, is_nested = "level1", False

@@ -1,7 +1,7 @@
 """Levels in training: an encoder, a decoder, and between them an activation, a class of `Level` each.
 
-Shapes: B vectors of a batch, I width of what a level reads, F latents of a level. `ACTIVATIONS` in hsae.registry names the
-classes; what an activation is, is in its class.
+Shapes: B vectors of a batch, I width of what a level reads, F latents of a level. `ACTIVATIONS` in hsae.registry names
+the classes; what an activation is, is in its class.
 """
 
 import math
@@ -38,9 +38,9 @@ class LevelOutput(NamedTuple):
 class Level(nn.Module):
     """One encoder and decoder: code = activate((read - bias) W_enc + b_enc), decoded = code W_dec.
 
-    Where latents are divided, weights, pre-activations and code are those of a worker's own, [B, f]; what is decoded is of
-    all. `workers` are those who hold the rest of a batch. A subclass gives `activate`, and `architecture`: the form in
-    SAELens's terms that it takes when it is trained.
+    Where latents are divided, weights, pre-activations and code are those of a worker's own, [B, f]; what is decoded is
+    of all. `workers` are those who hold the rest of a batch. A subclass gives `activate`, and `architecture`: the form
+    in SAELens's terms that it takes when it is trained.
     """
 
     architecture: ClassVar[str]
@@ -54,7 +54,7 @@ class Level(nn.Module):
     own_weights: ClassVar[tuple[str, ...]] = ()
     """Names of the activation's own parameters, [F] each, which begin at 0."""
     threshold: Tensor
-    """Scalar: smallest pre-activation that counts at inference (batchtopk), an average over batches; NaN before the first."""
+    """Scalar: smallest pre-activation that counts at inference, an average over batches; NaN before the first."""
 
     def __init__(
         self,

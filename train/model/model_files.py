@@ -56,7 +56,7 @@ def load(path: Path | str) -> HierarchicalSAE:
 
 
 def load_model(folder: Path | str) -> HierarchicalSAE:
-    """Read a model that `HierarchicalSAE.save` wrote. Raises UserError if it is missing, damaged, or not the one that was written."""
+    """Read a model that `HierarchicalSAE.save` wrote. Raises UserError if it is missing, damaged, or another one."""
     folder = Path(folder)
     described, tensors = _read_model(folder)
     try:
@@ -94,7 +94,7 @@ def load_mark(folder: Path) -> dict[str, Any] | None:
 
 
 def _read_model(folder: Path, *, recorded: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What model.json says, and the weights; both compared with their checksums, and with what run.json has `recorded`, if they have them."""
+    """What model.json says, and the weights; both compared with their checksums, and with those that are `recorded`."""
     run_dir = folder.resolve().parent
     for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE):
         if not path.exists():

@@ -1,4 +1,4 @@
-"""An ordinary SAE with one encoder layer, as SAELens defines it: its arithmetic is SAELens's, so that both give the same outputs.
+"""An ordinary SAE with one encoder layer, with SAELens's arithmetic, so that both give the same outputs.
 
 Shapes: D input width, F latents.
 """
@@ -47,8 +47,9 @@ class SAE(View):
     ) -> None:
         """Weights as SAELens names them. Raises UserError for shapes that don't belong together.
 
-        `extra` holds what the architecture has besides, [F] each: `threshold` of jumprelu; `b_gate`, `b_mag` and `r_mag` of
-        gated. `k` is the number of latents kept per vector, for topk. `remarks` say what was ignored when it was read.
+        `extra` holds what the architecture has besides, [F] each: `threshold` of jumprelu; `b_gate`, `b_mag` and
+        `r_mag` of gated. `k` is the number of latents kept per vector, for topk. `remarks` say what was ignored when it
+        was read.
         """
         super().__init__(name, architecture, metadata if metadata is not None else {})
         self.k, self.remarks = k, remarks
@@ -76,12 +77,12 @@ class SAE(View):
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it computes what no trained model of hsae's does: it leaves b_dec in its input, or rescales activations."""
+        """Whether it does what no model trained here does: leave b_dec in its input, or rescale activations."""
         return self.rescale_acts_by_decoder_norm or not self.apply_b_dec_to_input
 
     @property
     def directions(self) -> Tensor:
-        """[F, D] what one unit of each latent adds to the reconstruction: the rows of W_dec, unless activations are rescaled."""
+        """[F, D] what one unit of each latent adds to the reconstruction: W_dec, unless activations are rescaled."""
         return self.W_dec / self.W_dec.norm(dim=-1)[:, None] if self.rescale_acts_by_decoder_norm else self.W_dec
 
     @property

@@ -1,6 +1,7 @@
-"""`cfg.json` of a SAELens folder, of version 6 or before it, read as SAELens 6 reads it; what hsae can't compute is refused by name.
+"""`cfg.json` of a SAELens folder, of any version, read as SAELens 6 reads it; what hsae can't compute is refused.
 
-Before version 6 the hook and the model stood at the top level, under changing names, and the activation function made the architecture.
+Before version 6 the hook and the model stood at the top level, under changing names, and the activation function made
+the architecture.
 """
 
 import re
@@ -16,7 +17,8 @@ from hsae.cache.files import parse_json
 EXTRA_WEIGHTS = {"standard": (), "topk": (), "jumprelu": ("threshold",), "gated": ("b_gate", "b_mag", "r_mag")}
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 NORMALIZED = {
-    "expected_average_only_in": "the factor is not in the folder; fold it in with SAELens's fold_activation_norm_scaling_factor first",
+    "expected_average_only_in": "the factor is not in the folder; "
+    "fold it in with SAELens's fold_activation_norm_scaling_factor first",
     "covariance_whitening": "fold it in with SAELens's fold_activation_whitening first",
 }
 RENAMED = {
@@ -26,8 +28,9 @@ RENAMED = {
     "activation_fn_str": "activation_fn",
 }
 ABOUT = (
-    "model_name", "model_class_name", "model_from_pretrained_kwargs", "hook_name", "hook_layer", "hook_head_index", "hook_name_out",
-    "hf_hook_name", "prepend_bos", "context_size", "seqpos_slice", "exclude_special_tokens", "dataset_path", "dataset_trust_remote_code",
+    "model_name", "model_class_name", "model_from_pretrained_kwargs", "hook_name", "hook_layer", "hook_head_index",
+    "hook_name_out", "hf_hook_name", "prepend_bos", "context_size", "seqpos_slice", "exclude_special_tokens",
+    "dataset_path", "dataset_trust_remote_code",
     "neuronpedia_id", "sae_lens_version", "sae_lens_training_version",
 )  # fmt: skip
 """Keys of `metadata` that stood at the top level before version 6."""
@@ -151,7 +154,8 @@ def _described(config: _Config, metadata: dict[str, Any]) -> Described:
         raise UserError(f"hook_head_index is {about.hook_head_index}: hsae has no activations of single heads")
     if about.hook_name_out not in (None, about.hook_name):
         raise UserError(
-            f"a transcoder, from {about.hook_name} to {about.hook_name_out}; hsae evaluates SAEs, which write where they read"
+            f"a transcoder, from {about.hook_name} to {about.hook_name_out}; "
+            "hsae evaluates SAEs, which write where they read"
         )
     dtype = config.dtype.removeprefix("torch.") if config.dtype is not None else None
     if dtype not in (None, *DTYPES):
@@ -163,7 +167,8 @@ def _described(config: _Config, metadata: dict[str, Any]) -> Described:
         remarks.append(f"ignored, as SAELens does: {', '.join(unknown[:8])}{', ...' if len(unknown) > 8 else ''}")
     if about.model_from_pretrained_kwargs:
         remarks.append(
-            f"made for a model loaded with {about.model_from_pretrained_kwargs}; the activations here are of one loaded without"
+            f"made for a model loaded with {about.model_from_pretrained_kwargs}; "
+            "the activations here are of one loaded without"
         )
     return Described(
         architecture=architecture,

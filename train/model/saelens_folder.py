@@ -98,7 +98,7 @@ def _why_not(folder: Path, missing: str) -> str:
 
 
 def _scaling(path: Path, tensors: dict[str, Tensor], config: Described) -> Tensor | None:
-    """Take the factors [F] of the latents out of the tensors; None where they are all 1, which SAELens takes for none."""
+    """Take the factors [F] of the latents out of the tensors; None where all are 1, as SAELens reads it."""
     names = [key for key in ("scaling_factor", "finetuning_scaling_factor") if key in tensors]
     scales = [tensors.pop(key) for key in names]
     if not scales or torch.equal(scales[0], torch.ones_like(scales[0])):

@@ -1,8 +1,9 @@
 """Encoding and decoding that only touch active latents, for processors without fast matrix products.
 
-A code whose active pre-activations pass unchanged (relu, top-k, BatchTopK, with or without a child gate) has gradients at its active
-entries alone. With K of F latents active that leaves one dense product of a step's six, the encoder's; the others become products
-with a sparse [B, F] matrix, some F/K times fewer multiplications. Values and gradients are those of the dense computation.
+A code whose active pre-activations pass unchanged (relu, top-k, BatchTopK, with or without a child gate) has gradients
+at its active entries alone. With K of F latents active that leaves one dense product of a step's six, the encoder's;
+the others become products with a sparse [B, F] matrix, some F/K times fewer multiplications. Values and gradients are
+those of the dense computation.
 
 Shapes: B vectors, I width of what the level reads, F latents, N active entries of the batch.
 """
@@ -77,7 +78,7 @@ def _starts(index: Tensor, count: int) -> Tensor:
 
 
 def encode(read_BI: Tensor, bias_I: Tensor, W_enc_IF: Tensor, b_enc_F: Tensor, pre_BF: Tensor, at: Pattern) -> Tensor:
-    """[N] pre-activations (read - bias) W_enc + b_enc at the pattern, taken from `pre_BF`, which was computed without gradient."""
+    """[N] pre-activations (read - bias) W_enc + b_enc at the pattern, from `pre_BF`, which has no gradient."""
     values: Tensor = _Encode.apply(read_BI, bias_I, W_enc_IF, b_enc_F, pre_BF, at)  # type: ignore[no-untyped-call]
     return values
 

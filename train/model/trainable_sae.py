@@ -1,7 +1,8 @@
 """The hierarchical SAE that is trained: levels, how they read and decode, and what a forward pass returns.
 
-Shapes: B vectors of a batch, D residual width, I width of what a level reads (D, or the level below's F), F latents of a
-level, K active latents, L levels. Levels are numbered 1 (finest, widest) to L (coarsest); lists hold them in that order.
+Shapes: B vectors of a batch, D residual width, I width of what a level reads (D, or the level below's F), F latents of
+a level, K active latents, L levels. Levels are numbered 1 (finest, widest) to L (coarsest); lists hold them in that
+order.
 """
 
 from collections.abc import Sequence
@@ -36,14 +37,14 @@ class Output(NamedTuple):
 
     levels: dict[int, LevelOutput]
     reconstructions: dict[int, Tensor]
-    """[B, D] for level l. additive: b + sum of the levels >= l that took part; stacked: the cascade of decoders from l."""
+    """[B, D] for level l. additive: b + sum of the levels >= l that took part; stacked: the decoders from l down."""
 
 
 class TrainableSAE(nn.Module):
     """Levels that all read the residual, with one shared bias (`flat`, `additive`)."""
 
     is_nested: ClassVar[bool] = True
-    """Whether a level's reconstruction is the sum with all coarser ones, so that every level's loss reaches those too."""
+    """Whether a level's reconstruction is the sum with all coarser ones, so that its loss reaches those too."""
 
     def __init__(
         self,
@@ -81,11 +82,11 @@ class TrainableSAE(nn.Module):
         return bias
 
     def parents(self, number: int) -> Tensor | None:
-        """[F] for each latent of level `number` its parent in the level above, or NO_PARENT; None if nothing gates it."""
+        """[F] for each latent of level `number` its parent in the level above, or NO_PARENT; None without a gate."""
         return self._buffers.get(f"parents{number}")
 
     def use_sparse(self) -> None:
-        """Compute gradients at active latents only, where the activation allows it and the level is so large that it pays."""
+        """Compute gradients at active latents only, where the activation allows it and the level is large enough."""
         for number in range(1, len(self.levels) + 1):
             level = self.level(number)
             level.sparse = level.is_masked and level.W_enc.numel() >= SMALLEST_SPARSE
@@ -108,7 +109,7 @@ class TrainableSAE(nn.Module):
         return Output(outputs, reconstructions)
 
     def target(self, number: int, x_BD: Tensor, output: Output) -> tuple[Tensor, Tensor]:
-        """What level `number` should still explain, and its reconstruction of that, [B, I] each: x and the nested sum."""
+        """What level `number` should explain, and its reconstruction of that, [B, I] each: x and the nested sum."""
         return x_BD, output.reconstructions[number]
 
     def _codes(self, pres: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -137,7 +138,7 @@ class TrainableStack(TrainableSAE):
     is_nested = False
 
     def forward(self, x_BD: Tensor, active: Sequence[int] | None = None) -> Output:
-        """Codes and reconstructions of the `active` levels, all if None; those below an active one are computed for it."""
+        """Codes and reconstructions of the `active` levels, all if None; levels below an active one are computed."""
         numbers = sorted(active) if active is not None else list(range(1, len(self.levels) + 1))
         outputs: dict[int, LevelOutput] = {}
         reconstructions: dict[int, Tensor] = {}
@@ -151,7 +152,7 @@ class TrainableStack(TrainableSAE):
         return Output(outputs, reconstructions)
 
     def target(self, number: int, x_BD: Tensor, output: Output) -> tuple[Tensor, Tensor]:
-        """What level `number` should explain, and its reconstruction of that, [B, I] each: what it reads, decoded by itself."""
+        """What level `number` should explain, and its reconstruction of that, [B, I] each: what it reads, decoded."""
         level = output.levels[number]
         return level.read, level.decoded + self.bias(number)
 

@@ -20,10 +20,10 @@ NO_PARENT = -1
 
 
 class View(nn.Module):
-    """A dictionary of latents that encodes and decodes vectors: an SAE, or one way of reading a hierarchical one as an SAE.
+    """A dictionary of latents that encodes and decodes vectors: an SAE, or a hierarchical one read as an SAE.
 
-    It has the interface of SAEBench's custom SAEs, and is an ordinary module: `.to("cuda", torch.bfloat16)`, `.half()` and
-    `.state_dict()` work. Weights take no gradients unless `requires_grad_()` asks for them.
+    It has the interface of SAEBench's custom SAEs, and is an ordinary module: `.to("cuda", torch.bfloat16)`, `.half()`
+    and `.state_dict()` work. Weights take no gradients unless `requires_grad_()` asks for them.
     """
 
     if TYPE_CHECKING:  # an SAE registers its weights as parameters, other views compute them
@@ -49,7 +49,7 @@ class View(nn.Module):
         self.name = name
         """Unique within a model: `sae`, `level1`, `level2`, ..."""
         self.architecture = architecture
-        """`standard`, `jumprelu`, `topk`, `gated`, or `additive` and `stacked`: several levels without a one-layer form."""
+        """`standard`, `jumprelu`, `topk`, `gated`; `additive` and `stacked` have several levels, no one-layer form."""
         self.metadata = metadata
         """SAELens metadata: `model_name`, `hook_name`, `context_size`, `prepend_bos`, `dataset_path`, ..."""
 
@@ -115,7 +115,8 @@ class View(nn.Module):
         return moved
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} {self.name!r}: {self.architecture}, {self.d_in} -> {self.d_sae} latents, {placed(self)}"
+        kind = f"{type(self).__name__} {self.name!r}: {self.architecture}"
+        return f"{kind}, {self.d_in} -> {self.d_sae} latents, {placed(self)}"
 
 
 class SAEBenchConfig(SimpleNamespace):

@@ -1,9 +1,10 @@
-"""Latents divided among workers, for dictionaries wider than one device holds: every worker sees whole batches and has 1/W of each level.
+"""Latents divided among workers, for wide dictionaries: each sees whole batches and has 1/W of each level.
 
-Of a level's F latents worker r has those from r F/W on: their columns of W_enc, rows of W_dec, biases, thresholds, counters, Adam
-moments, and columns of the map W [F, G] that reads them. Only the bias of the residual is whole on each. What all latents say together is a
-sum over workers, from which every worker computes the same loss; a sum hands its gradient on as it is. So nothing is exchanged in the backward
-pass. Undivided, every method gives back what it was given, untouched.
+Of a level's F latents worker r has those from r F/W on: their columns of W_enc, rows of W_dec, biases, thresholds,
+counters, Adam moments, and columns of the map W [F, G] that reads them. Only the bias of the residual is whole on each.
+What all latents say together is a sum over workers, from which every worker computes the same loss; a sum hands its
+gradient on as it is. So nothing is exchanged in the backward pass. Undivided, every method gives back what it was
+given, untouched.
 
 Shapes: B vectors of a batch, F latents of a level, f = F / W of one worker.
 """
@@ -31,7 +32,7 @@ class Latents:
         return width // self.world
 
     def drawn(self, draw: Callable[[int], Tensor], rows: int, dimension: int = 0) -> Tensor:
-        """This worker's part, along `dimension`, of the matrix whose next n rows `draw(n)` draws; the whole is never held.
+        """This worker's part, along `dimension`, of a matrix whose next n rows `draw(n)` makes, never the whole.
 
         torch fills matrices number by number, in sixteens, so that many rows or few come out alike.
         """
@@ -68,7 +69,7 @@ class Latents:
         return self.workers.total(values_N.sum()) / int(count)
 
     def once(self, shared: Tensor) -> Tensor:
-        """What every worker has whole and uses alike: worker 0 alone gets its gradient, so that the sum over workers has it once."""
+        """What every worker has whole and uses alike: worker 0 alone gets its gradient, so that the sum has it once."""
         return shared if self.rank == 0 else shared.detach()
 
     def sum_gradients(self, shared: Iterable[nn.Parameter]) -> None:
@@ -79,7 +80,7 @@ class Latents:
                 parameter.grad = self.workers.total(part)
 
     def clip_gradients(self, parameters: Iterable[nn.Parameter], shared: Iterable[nn.Parameter], limit: float) -> None:
-        """Scale gradients so that their norm over all workers' parameters, the shared ones counted once, is at most `limit`."""
+        """Scale gradients so that their norm over all workers, shared parameters counted once, is at most `limit`."""
         parameters, elsewhere = list(parameters), set(shared) if self.rank else set()
         gradients = [part.grad for part in parameters if part.grad is not None and part not in elsewhere]
         norm = nn.utils.get_total_norm(gradients)

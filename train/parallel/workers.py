@@ -1,8 +1,8 @@
-"""Workers that train together. Each takes its share of every batch; what is meant of the whole batch is made whole here.
+"""Workers that train together: each takes its share of every batch; what is of the whole batch is computed here.
 
-Every worker holds the whole model (unless they divide its latents: `hsae.train.parallel.latent_sharding`). Replicas start from worker 0's state and take
-the same steps, because gradients and whatever else a step computes from its batch are added up over all workers first. Alone, every
-method gives back what it was given, untouched.
+Every worker holds the whole model (unless they divide its latents: `hsae.train.parallel.latent_sharding`). Replicas
+start from worker 0's state and take the same steps, because gradients and whatever else a step computes from its batch
+are added up over all workers first. Alone, every method gives back what it was given, untouched.
 
 Shapes: B vectors of the whole batch, b = B / world of a worker's share: worker r's are rows r*b to (r+1)*b.
 """
@@ -144,7 +144,7 @@ class Workers:
         return parts
 
     def check_same(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise UserError if the workers' tensors (of 4 or 8 bytes a number) are not equal bit for bit, by a sum of their bits."""
+        """Raise UserError if the workers' tensors (4 or 8 bytes a number) are not equal, by a sum of their bits."""
         if self.world == 1:
             return
         views = [tensor.detach().contiguous().flatten() for tensor in tensors.values()]
@@ -153,11 +153,12 @@ class Workers:
         for name, different in zip(tensors, (every != every[0]).any(0).tolist(), strict=True):
             if different:
                 raise UserError(
-                    f"the workers' copies of {name} have come to differ; use machines of one kind, and go on with --resume"
+                    f"the workers' copies of {name} have come to differ; "
+                    "use machines of one kind, and go on with --resume"
                 )
 
     def first_to_end(self) -> bool:
-        """Whether no other worker has told why it ends; where none can be asked, worker 0 is gone and worker 1 tells."""
+        """Whether no other worker has said why it ends; if none can be asked, worker 0 is gone and worker 1 says it."""
         try:
             return self.store is None or self.store.add("ended", 1) == 1
         except RuntimeError:
@@ -195,7 +196,8 @@ def joined(share: Share, device: str) -> Iterator[Workers]:
         return
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise UserError(
-            f"{share.world} workers, but {' and '.join(missing)} not set: give the host of worker 0 and a free port there"
+            f"{share.world} workers, but {' and '.join(missing)} not set: "
+            "give the host of worker 0 and a free port there"
         )
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:

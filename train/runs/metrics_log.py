@@ -17,7 +17,8 @@ DAMAGED = "damaged"
 class MetricsLog:
     """metrics.jsonl, appended to line by line. When a run goes on at `step`, what lies behind that step is cut off.
 
-    A damaged line before it is replaced by one that any reader of JSON lines understands and that holds what is left of it.
+    A damaged line before it is replaced by one that any reader of JSON lines understands and that holds what is left of
+    it.
     """
 
     def __init__(self, run_dir: Path, step: int) -> None:

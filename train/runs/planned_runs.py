@@ -37,7 +37,7 @@ Divide = Literal["batch", "latents"]
 
 @contextlib.contextmanager
 def stop_on_signals(tell: Callable[[], None] = lambda: None) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets, and tells; a second one interrupts at once. For the main thread."""
+    """An event that the first Ctrl-C or SIGTERM sets, calling `tell`; a second interrupts. For the main thread."""
     request = threading.Event()
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -75,12 +75,13 @@ def train_runs(
 
     Each result is bit-identical to training that run alone, and a resumed run to an uninterrupted one, on one machine.
     Finished runs are left alone unless `restart`; `resume` goes on from checkpoints. Seed i of `seeds` lies in
-    `<train.dir>/seed<i>`. A run whose loss stops being finite fails and keeps its last checkpoint; the others go on. When
-    `should_stop` (see `stop_on_signals`) says so, runs are saved after the current step, and further seeds are not begun.
+    `<train.dir>/seed<i>`. A run whose loss stops being finite fails and keeps its last checkpoint; the others go on.
+    When `should_stop` (see `stop_on_signals`) says so, runs are saved after the current step, and further seeds are not
+    begun.
 
     Workers that a launcher has started (torchrun, Slurm) join, unless `workers` are given: they divide every batch, or
-    the latents of every level; the first of them writes the results and tells the `listener`. A `dry_run` ends after the
-    checks. Returns how each run of each seed ended. Raises UserError before any compute if something can't work.
+    the latents of every level; the first of them writes the results and tells the `listener`. A `dry_run` ends after
+    the checks. Returns how each run of each seed ended. Raises UserError before any compute if something can't work.
     """
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
@@ -112,7 +113,8 @@ def check(plan: Plan, runs: Sequence[RunConfig], world: int = 1, divide: Divide 
     if divide == "batch" and (rest := plan.train.batch_tokens % world):
         raise UserError(
             f"train.batch_tokens is {plan.train.batch_tokens}, which {world} workers can't share equally; "
-            f"use a multiple of {world}, such as {_nearest(plan.train.batch_tokens, rest, world)}, or another number of workers"
+            f"use a multiple of {world}, such as {_nearest(plan.train.batch_tokens, rest, world)}, "
+            "or another number of workers"
         )
     store = ActivationStore.of(plan.store("train"), plan.cache.dir)
     source = StoreSource(store, plan.hook.names[0], plan.train)
@@ -124,8 +126,8 @@ def check(plan: Plan, runs: Sequence[RunConfig], world: int = 1, divide: Divide 
 def _check_latents(run: RunConfig, world: int) -> None:
     if not STRUCTURES[run.structure].is_nested and world > 1:
         raise UserError(
-            f"run {run.number} is {run.structure}: its levels read whole codes, so its latents can't be divided among workers; "
-            "use --divide batch"
+            f"run {run.number} is {run.structure}: its levels read whole codes, so its latents can't be divided "
+            "among workers; use --divide batch"
         )
     for level, width in enumerate(run.widths, 1):
         if rest := width % world:

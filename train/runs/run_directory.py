@@ -1,7 +1,7 @@
 """A run directory, `runs/<N>/`: what is in it, whose it is, and how its log is kept.
 
-run.json (what was trained on what), metrics.jsonl (one JSON object a line), checkpoint/ (while training), model/ (native),
-saelens/<view>/ (for other tools), eval/ (results). Nothing in it is pickled.
+run.json (what was trained on what), metrics.jsonl (one JSON object a line), checkpoint/ (while training), model/
+(native), saelens/<view>/ (for other tools), eval/ (results). Nothing in it is pickled.
 """
 
 import hashlib
@@ -47,10 +47,10 @@ State = Literal["complete", "unfinished", "new"]
 
 
 def identities(plan: Plan, config: RunConfig) -> tuple[str, ...]:
-    """Sixteen hex digits over all that determines a run's result: its configuration, the stream's and the training store's numbers.
+    """Sixteen hex digits over all that determines a run's result: configuration, stream and training store.
 
-    A store's lossless codecs hold the same numbers: runs are known by the first identity, and, from before this was so, by the second
-    if they were trained on a compact store.
+    A store's lossless codecs hold the same numbers: runs are known by the first identity, and, from before this was so,
+    by the second if they were trained on a compact store.
     """
     stream = plan.train.model_dump(mode="json", include={"tokens", "batch_tokens", "seed"})
     spec = plan.asked("train")
@@ -101,8 +101,9 @@ def prepare(
 ) -> State:
     """Make the run directory ready for `world` workers; `unfinished` means that there is a checkpoint to go on from.
 
-    What can be mended of a finished run is mended, and said. Raises UserError if the directory holds what hsae did not write, another
-    configuration's run, a harmed one, or an unfinished one and neither `resume` nor `restart` was asked for.
+    What can be mended of a finished run is mended, and said. Raises UserError if the directory holds what hsae did not
+    write, another configuration's run, a harmed one, or an unfinished one and neither `resume` nor `restart` was asked
+    for.
     """
     run_dir = plan.run_dir(config)
     own = identities(plan, config)
@@ -118,7 +119,8 @@ def prepare(
                 )
             if held.get("content") != about["content"]:
                 raise UserError(
-                    f"{run_dir} was trained on a store of the same name made from another model or text; --restart trains it again"
+                    f"{run_dir} was trained on a store of the same name made from another model or text; "
+                    "--restart trains it again"
                 )
             _sweep(run_dir)
             if held.get("complete") is True:
@@ -150,7 +152,7 @@ def finish(run_dir: Path) -> None:
 
 
 def _check_ours(run_dir: Path, *, restart: bool) -> None:
-    """Raise UserError if there is something that `prepare` may not replace: no run of hsae's, or one without `restart`."""
+    """Raise UserError if there is what `prepare` may not replace: no run of hsae's, or one without `restart`."""
     there = (
         sorted(path.name for path in run_dir.iterdir() if not LEFT.fullmatch(path.name))
         if run_dir.is_dir()
@@ -163,8 +165,8 @@ def _check_ours(run_dir: Path, *, restart: bool) -> None:
     listed = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
     if ours:
         raise UserError(
-            f"{run_dir} holds a run ({listed}), but no {FILE} that says which; put {FILE} back, or --restart replaces the run, or "
-            "--set train.dir=FOLDER trains beside it"
+            f"{run_dir} holds a run ({listed}), but no {FILE} that says which; put {FILE} back, or --restart replaces "
+            "the run, or --set train.dir=FOLDER trains beside it"
         )
     raise UserError(
         f"{run_dir} is not empty ({listed}), and not a run of hsae's, which --restart could replace; move it away, or "
@@ -182,7 +184,7 @@ def _begins(path: Path) -> bytes:
 
 
 def _known(run_dir: Path, about: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The content of run.json; of a lost or damaged one what the model or the checkpoint beside it tells. None in an empty directory."""
+    """The content of run.json, if need be from the model or the checkpoint beside it; None in an empty directory."""
     try:
         if (held := read_run(run_dir)) is not None and "identity" in held:
             return held
@@ -202,14 +204,15 @@ def _known(run_dir: Path, about: dict[str, Any], say: Callable[[str], None]) -> 
             _write_saelens(load_model(run_dir / "model"), run_dir)
             finish(run_dir)
         say(
-            f"{run_dir / FILE} was lost, and is written again from the {'model' if complete else 'checkpoint'} beside it"
+            f"{run_dir / FILE} was lost, and is written again from the "
+            f"{'model' if complete else 'checkpoint'} beside it"
         )
         return read_run(run_dir)
     return held
 
 
 def _whole(run_dir: Path, held: dict[str, Any], say: Callable[[str], None]) -> bool:
-    """Whether the files of a finished run are there, with folders for other tools made again; False if the model has to be.
+    """Whether a finished run's files are there, folders for other tools made again; False if the model has to be.
 
     Raises UserError if one of the model's files is harmed.
     """
@@ -226,7 +229,8 @@ def _whole(run_dir: Path, held: dict[str, Any], say: Callable[[str], None]) -> b
         if "files" in held:
             write_run(run_dir, {**held, "files": digests(run_dir)})
         say(
-            f"{run_dir / next(iter(wrong), 'saelens')} {next(iter(wrong.values()), 'is missing')}: made again from the model"
+            f"{run_dir / next(iter(wrong), 'saelens')} {next(iter(wrong.values()), 'is missing')}: "
+            "made again from the model"
         )
     elif "files" not in held:
         load_model(run_dir / "model")  # made before there were digests: what can be seen of damage is seen here

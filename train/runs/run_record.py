@@ -1,4 +1,4 @@
-"""run.json: what a run is, under a checksum, with the SHA-256 of every file of its model, which whoever reads such a file compares.
+"""run.json: what a run is, under a checksum, with the SHA-256 of its model's files, which their readers compare.
 
 Runs that were made before there were digests have none, and are taken as they are.
 """
@@ -43,8 +43,8 @@ def read_run(run_dir: Path) -> dict[str, Any] | None:
         check_seal(content, required=False)
     except ValueError as error:
         raise UserError(
-            f"{path} is damaged ({error}); `{command(run_dir)}` writes it again if the model or the checkpoint beside it is whole, "
-            "and with --restart trains again"
+            f"{path} is damaged ({error}); `{command(run_dir)}` writes it again if the model or the checkpoint beside "
+            "it is whole, and with --restart trains again"
         ) from None
     return content
 
@@ -88,7 +88,7 @@ def damage(run_dir: Path, content: dict[str, Any]) -> dict[str, str]:
 
 
 def check_files(folder: Path, names: Iterable[str]) -> None:
-    """Compare files of a run's model/ or saelens/<view>/ with the digests in its run.json; folders elsewhere pass. Raises UserError."""
+    """Compare files of a run's model/ or saelens/<view>/ with the digests in its run.json. Raises UserError."""
     folder = folder.resolve()
     run_dir = folder.parent.parent if folder.parent.name == "saelens" else folder.parent
     known = (read_run(run_dir) or {}).get("files")
@@ -128,6 +128,6 @@ def check_same_model(run_dir: Path | None, store: str, made_of: MadeOf) -> None:
     for name, what in (("model_digest", "weights"), ("tokenizer_digest", "tokenizer")):
         if content.get(name) not in (None, getattr(made_of, name)):
             raise UserError(
-                f"{run_dir} was trained on activations of a model with other {what} than those of {store}; build both stores of one "
-                f"model (hsae cache build) and train it again ({command(run_dir)} --restart)"
+                f"{run_dir} was trained on activations of a model with other {what} than those of {store}; build both "
+                f"stores of one model (hsae cache build) and train it again ({command(run_dir)} --restart)"
             )

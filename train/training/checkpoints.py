@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file a run, whose header carries the loop's state as JSON and a checksum over all. Written atomically."""
+"""Checkpoints: one safetensors file a run; its header has the loop's state as JSON and a checksum over all."""
 
 import json
 from collections.abc import Collection, Mapping

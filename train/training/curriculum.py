@@ -27,8 +27,8 @@ def stages(run: RunConfig) -> tuple[Stage, ...]:
 def _progressive(order: tuple[int, ...]) -> tuple[Stage, ...]:
     """One level alone until 30 %, the others added one after the other until 40 %, then all together.
 
-    A joining level warms up alone while those before it stand still; they are freed at 40 %, when composition ramps up to
-    60 %. The proximal step thins W from 60 % on. For two levels this is the schedule 30 / 40 / 60 / 80 / 100.
+    A joining level warms up alone while those before it stand still; they are freed at 40 %, when composition ramps up
+    to 60 %. The proximal step thins W from 60 % on. For two levels this is the schedule 30 / 40 / 60 / 80 / 100.
     """
     made = [Stage(name=f"level {order[0]} alone", until=0.3, levels=order[:1])]
     joining = len(order) - 1
@@ -60,7 +60,7 @@ class Moment:
     starts: bool
     """Whether this is the stage's first step."""
     joined: dict[int, int]
-    """For each level taking part, the step from which its learning rate warms up: when it joined, or a stage said so last."""
+    """For each active level the step from which its learning rate warms up: when it joined, or a stage said so last."""
 
 
 class Curriculum:

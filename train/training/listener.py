@@ -26,7 +26,7 @@ class Result:
 
 
 class Listener:
-    """Hears how runs train and does nothing; a subclass overrides what it wants to hear. Of several workers the first tells."""
+    """Hears how runs train and does nothing; a subclass overrides what it wants to hear."""
 
     def pass_started(self, plan: "Plan", runs: "Sequence[RunConfig]", place: str) -> None:
         """All has been checked, and runs of a plan (of one seed) begin on `place`, in words."""

@@ -61,9 +61,10 @@ def run_steps(
 ) -> Tensor:
     """Take all steps that are left of every run, and return the last batch [B, D], scaled.
 
-    `batches` [B, D], in the vectors' own units, begin where the run that is least far stands; a run that is further waits.
-    All runs share one device, one scaling and the stream's number of steps. A run whose loss or weights stop being finite
-    gets a `failure` and takes no more steps. When `should_stop` says so, the others are saved after the current step.
+    `batches` [B, D], in the vectors' own units, begin where the run that is least far stands; a run that is further
+    waits. All runs share one device, one scaling and the stream's number of steps. A run whose loss or weights stop
+    being finite gets a `failure` and takes no more steps. When `should_stop` says so, the others are saved after the
+    current step.
     """
     first = min(trainee.run.step_number for trainee in trainees)
     device, scale = trainees[0].run.device, trainees[0].run.scaling.scale

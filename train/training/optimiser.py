@@ -29,7 +29,7 @@ def make_optimiser(model: TrainableSAE, compositions: nn.ModuleList, run: RunCon
 
 
 def schedule(run: RunConfig, step: int, steps: int, joined: int = 0) -> float:
-    """Learning-rate factor at `step` for what joined at step `joined`: linear warm-up, flat, linear fall to 0 at the end."""
+    """Learning-rate factor at `step` for what joined at step `joined`: linear warm-up, flat, linear fall to 0."""
     warmup = max(1, min(run.warmup_steps, steps // 10))
     rising = min(1.0, (step - joined + 1) / warmup)
     decay_steps = run.decay * steps
@@ -38,7 +38,7 @@ def schedule(run: RunConfig, step: int, steps: int, joined: int = 0) -> float:
 
 
 def set_rates(optimiser: torch.optim.Adam, run: RunConfig, moment: Moment, step: int, steps: int) -> float:
-    """Set every group's learning rate for `step`, freeze what stands still, and return the rate of an unfrozen old level."""
+    """Set every group's learning rate for `step`, freeze those at 0; returns the rate without curriculum."""
     base = run.rate * schedule(run, step, steps)
     for group in optimiser.param_groups:
         level = group["level"]

@@ -1,7 +1,8 @@
 """Resampling of dead latents (Bricken et al. 2023, "Towards Monosemanticity", appendix on neuron resampling).
 
-A dead latent takes the direction of a vector that the model reconstructs badly, drawn in proportion to its squared loss. Every level
-resamples in the space it reads: the residual's for additive levels and level 1, the code below for the others of a stack.
+A dead latent takes the direction of a vector that the model reconstructs badly, drawn in proportion to its squared
+loss. Every level resamples in the space it reads: the residual's for additive levels and level 1, the code below for
+the others of a stack.
 
 Shapes: B vectors of a batch, I width of what the level reads, F latents of the level.
 """
@@ -25,10 +26,11 @@ def resample(
     optimiser: torch.optim.Adam,
     generator: torch.Generator,
 ) -> int:
-    """Give the dead latents of `level` new weights and forget Adam's moments of just those; returns how many there were.
+    """Give the dead latents of `level` new weights and forget their Adam moments; returns how many there were.
 
-    Decoder row: the drawn vector less the bias, with unit norm. Encoder column: the same, 0.2 times the mean norm of the living
-    latents' columns (0.2 if none lives). Encoder bias 0; a threshold of jumprelu is set to the living ones' mean, a gated latent's magnitude to the gate's.
+    Decoder row: the drawn vector less the bias, with unit norm. Encoder column: the same, 0.2 times the mean norm of
+    the living latents' columns (0.2 if none lives). Encoder bias 0; a threshold of jumprelu is set to the living ones'
+    mean, a gated latent's magnitude to the gate's.
     """
     latents = level.latents
     every = latents.whole(dead_F)

@@ -27,7 +27,7 @@ class Scaling:
 
     @classmethod
     def of_moments(cls, mean_D: Tensor, mean_square_norm: float, median_D: Tensor, where: str) -> "Scaling":
-        """Scaling from moments in the vectors' own units. Raises UserError, naming `where`, if the vectors don't vary."""
+        """Scaling from moments in the vectors' own units. Raises UserError, naming `where`, if they don't vary."""
         d_in = len(mean_D)
         if not mean_square_norm > 0:
             raise UserError(f"{where} are all zero")

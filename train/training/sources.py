@@ -82,7 +82,7 @@ class StoreSource:
 
 
 class ArraySource:
-    """Vectors [N, D] in memory, shuffled anew every epoch by the stream's seed; epochs follow each other without gaps."""
+    """Vectors [N, D] in memory, shuffled anew every epoch by the stream's seed; epochs follow without gaps."""
 
     def __init__(self, vectors_ND: Tensor, stream: StreamConfig) -> None:
         if len(vectors_ND) < stream.batch_tokens:

@@ -31,7 +31,7 @@ def variance_of(target_BI: Tensor, workers: Workers = ALONE) -> Tensor:
 
 
 def explained_variance(target_BI: Tensor, reconstruction_BI: Tensor, workers: Workers = ALONE) -> Tensor:
-    """1 - sum||r||^2 / sum||target - mean||^2 over the batch of all `workers`, a scalar (1 is perfect, 0 the batch mean)."""
+    """1 - sum||r||^2 / sum||target - mean||^2 over the batch of all `workers`: 1 is perfect, 0 the batch mean."""
     centred = target_BI - workers.mean(target_BI.mean(0))
     residual = target_BI - widened(reconstruction_BI)
     return 1 - workers.total(residual.square().sum()) / workers.total(centred.square().sum())
@@ -100,8 +100,8 @@ def gate(step: LevelStep) -> Tensor | None:
 def auxiliary(step: LevelStep) -> Tensor | None:
     """AuxK (Gao et al. 2024, arXiv 2406.04093, A.2): dead latents reconstruct what the living left over.
 
-    The k dead latents with the largest pre-activations of each vector decode the residual; the loss is the fraction of it
-    left unexplained, and 0 while no latent is dead. k is `aux_latents`, but at most half the width read.
+    The k dead latents with the largest pre-activations of each vector decode the residual; the loss is the fraction of
+    it left unexplained, and 0 while no latent is dead. k is `aux_latents`, but at most half the width read.
     """
     level, config = step.level, step.config
     if not config.aux_weight or not level.revives_dead:
@@ -119,7 +119,7 @@ def auxiliary(step: LevelStep) -> Tensor | None:
 
 
 def level_losses(step: LevelStep) -> dict[str, Tensor]:
-    """The losses of a level that apply, by their names in metrics.jsonl: those of every run, and those it gives a weight."""
+    """The losses that apply to a level, named as in metrics.jsonl: those of every run, and those with a weight."""
     losses = {}
     for name, entry in LOSSES.items():
         weight = step.config.losses.get(name, 1.0 if entry.is_standard else 0.0)
@@ -131,9 +131,10 @@ def level_losses(step: LevelStep) -> dict[str, Tensor]:
 class SparsityController:
     """Leads the L0 of relu, jumprelu or gated to its target by moving the sparsity coefficient.
 
-    A reference falls geometrically from the first batch's L0 to the target over `ramp_steps` and stays there. With d the smoothed
-    log(L0 / reference) and v its smoothed change a step, log(coefficient) += GAIN * (d + HORIZON * v): the change damps what would
-    otherwise overshoot, because the weights follow the coefficient only after many steps and a relu latent pushed to zero doesn't come back.
+    A reference falls geometrically from the first batch's L0 to the target over `ramp_steps` and stays there. With d
+    the smoothed log(L0 / reference) and v its smoothed change a step, log(coefficient) += GAIN * (d + HORIZON * v): the
+    change damps what would otherwise overshoot, because the weights follow the coefficient only after many steps and a
+    relu latent pushed to zero doesn't come back.
     """
 
     GAIN, HORIZON, SMOOTHING, LARGEST = 0.05, 20.0, 0.8, 2.0
@@ -143,7 +144,7 @@ class SparsityController:
         self.steps, self.first, self.distance, self.change = 0, 0.0, 0.0, 0.0
 
     def update(self, l0: float) -> None:
-        """Take a step after a batch whose mean L0 was `l0`; one step moves log(coefficient) by at most GAIN * LARGEST."""
+        """Take a step after a batch of mean L0 `l0`; it moves log(coefficient) by at most GAIN * LARGEST."""
         if self.steps == 0:
             self.first = max(l0, self.target)
         self.steps += 1

@@ -76,8 +76,8 @@ class TrainingRun:
         return module
 
     def step(self, x_BD: Tensor) -> dict[str, Tensor]:
-        """One optimiser step on a scaled batch, of which `x_BD` is this worker's share; returns the loss and its parts (scalars,
-        still on the device) over all of it."""
+        """One optimiser step on a scaled batch, of which `x_BD` is this worker's share; returns the loss and its parts
+        (scalars, still on the device) over all of it."""
         config, step = self.config, self.step_number
         moment = self.curriculum.at(step)
         if moment.starts and moment.stage.refresh:
@@ -151,7 +151,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def _count(self, output: Output, moment: Moment) -> None:
-        """Per-level counters: tokens since each latent fired, and the controllers (a frozen level's stands still too)."""
+        """Per-level counters: tokens since each latent fired, and the controllers, but not those of frozen levels."""
         for number, level in output.levels.items():
             fired = level.acts > 0
             counter = self.tokens_since_fired[number - 1]
@@ -185,7 +185,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def metrics(self, x_BD: Tensor, parts: dict[str, Tensor]) -> dict[str, Any]:
-        """What metrics.jsonl says of the step just taken on `x_BD`; levels finest first, null where one takes no part."""
+        """What metrics.jsonl says of the step just taken on `x_BD`; levels finest first, null for inactive ones."""
         output, moment = self.last_output, self.last_moment
         numbers = range(1, self.config.levels + 1)
         values = {name: part.item() for name, part in parts.items()}
@@ -229,7 +229,7 @@ class TrainingRun:
         return self.tokens_since_fired[number - 1] >= self.config.dead_after_tokens
 
     def complaints(self, metrics: dict[str, Any]) -> list[str]:
-        """What is wrong with the step `metrics` tells of, each said once: dead levels, and maps W that went bad, by name."""
+        """What is wrong with the step of `metrics`, each said once: dead levels, and maps W that went bad, by name."""
         found = {}
         for index, (l0, dead) in enumerate(zip(metrics["l0"], metrics["dead"], strict=True)):
             if l0 == 0:
@@ -304,7 +304,7 @@ class TrainingRun:
         self.warned = set(rest["warned"])
 
     def undivided(self) -> "TrainingRun":
-        """The run with whole levels, for its final model; where they are divided a copy, for worker 0 alone, on its processor."""
+        """The run with whole levels, for its final model; where they are divided, a copy for worker 0 alone."""
         if self.latents.world == 1:
             return self
         tensors, rest = self.state(moments=False)
@@ -338,6 +338,7 @@ def map_failures(number: int, health: dict[str, float]) -> dict[str, str]:
         )
     elif health["participation"] < 1.1:
         found["copy"] = (
-            f"copy: half of level {number}'s latents copy one latent below (participation {health['participation']:.2f})"
+            f"copy: half of level {number}'s latents copy one latent below "
+            f"(participation {health['participation']:.2f})"
         )
     return found

@@ -14,9 +14,9 @@ from hsae.cli.main import app
 from hsae.eval.synthetic import scores
 from hsae.eval.synthetic.compared_runs import load_arms, split_widths
 from hsae.eval.synthetic.tiers import fingerprint, read_results, run_tier
+from hsae.eval.synthetic.worlds import HELD_OUT, TIERS, World, _raised, tier_named
 from hsae.train.model.hierarchical_sae import AdditiveSAE, CompositionMap
 from hsae.train.model.sae import SAE
-from hsae.train.synthetic_worlds import HELD_OUT, TIERS, World, _raised, tier_named
 
 SMALL = replace(
     TIERS["T2"],

@@ -1,11 +1,13 @@
 """Synthetic residuals whose features, and the tree they form, are known.
 
-A feature is a direction that is added, times its activation, when it fires; a child fires only where its parent does, and of
-the children of one parent at most one fires. Everything is a pure function of (tier, seed, step): no state, no files.
+A feature is a direction that is added, times its activation, when it fires; a child fires only where its parent does,
+and of the children of one parent at most one fires. Everything is a pure function of (tier, seed, step): no state, no
+files.
 
-T1 and T2 are small forests with set probabilities. T3 follows the recipe of SynthSAEBench-16k (Chanin & Garriga-Alonso 2026,
-arXiv 2602.14687): Zipfian frequencies, a Gaussian copula of low rank, magnitudes that differ from feature to feature,
-probabilities raised so that a child's rate is what Zipf says although its parent and its siblings hold it back.
+T1 and T2 are small forests with set probabilities. T3 follows the recipe of SynthSAEBench-16k (Chanin & Garriga-Alonso
+2026, arXiv 2602.14687): Zipfian frequencies, a Gaussian copula of low rank, magnitudes that differ from feature to
+feature, probabilities raised so that a child's rate is what Zipf says although its parent and its siblings hold it
+back.
 
 Shapes: B vectors of a batch, D width, N features, S vectors of a sample.
 """
@@ -32,7 +34,7 @@ ORTHOGONALISE_CHUNK = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Tier:
-    """How a synthetic world is made. Roots come first, then their children, depth by depth, then the single features."""
+    """How a synthetic world is made: roots come first, then children by depth, then single features."""
 
     name: str
     width: int
@@ -65,21 +67,24 @@ TIERS = {
     tier.name: tier
     for tier in (
         Tier(
-            name="T1", width=28, latents=24, roots=3, branching=3, depth=1, singles=8, directions="orthogonal", scaled_children=False,
-            frequencies=(0.15, 0.2, 0.05), spread=0.05,
+            name="T1", width=28, latents=24, roots=3, branching=3, depth=1, singles=8, directions="orthogonal",
+            scaled_children=False, frequencies=(0.15, 0.2, 0.05), spread=0.05,
         ),
         Tier(
-            name="T2", width=48, latents=64, roots=10, branching=4, depth=1, singles=10, directions="random", scaled_children=True,
-            frequencies=(0.12, 0.2, 0.05), spread=0.15,
+            name="T2", width=48, latents=64, roots=10, branching=4, depth=1, singles=10, directions="random",
+            scaled_children=True, frequencies=(0.12, 0.2, 0.05), spread=0.15,
         ),
-        Tier(name="T3", width=128, latents=256, roots=8, branching=4, depth=3, singles=344, directions="repelled", scaled_children=True),
         Tier(
-            name="T3-full", width=768, latents=4096, roots=128, branching=4, depth=3, singles=5504, directions="repelled",
+            name="T3", width=128, latents=256, roots=8, branching=4, depth=3, singles=344, directions="repelled",
             scaled_children=True,
+        ),
+        Tier(
+            name="T3-full", width=768, latents=4096, roots=128, branching=4, depth=3, singles=5504,
+            directions="repelled", scaled_children=True,
         ),
     )
 }  # fmt: skip
-"""T3-full is SynthSAEBench-16k's size (N = 16,384, D = 768), T3 the same with a sixteenth of the features and a sixth of the width."""
+"""T3-full is SynthSAEBench-16k's size (N = 16,384, D = 768); T3 has a sixteenth of its features, a sixth of its width."""
 
 
 def tier_named(name: str) -> Tier:
@@ -166,7 +171,7 @@ class World:
         return features
 
     def _zipf_features(self, size: int, generator: torch.Generator) -> Tensor:
-        """T3: features fire by a Gaussian copula; then, depth by depth, parents gate and siblings exclude each other."""
+        """T3: features fire by a Gaussian copula; then, by depth, parents gate and siblings exclude each other."""
         features = self._zipf.fire(size, generator)
         for children in self._generations:
             parents = self.parents[children[:, 0]]
@@ -178,7 +183,7 @@ class World:
 
 
 def _tree(tier: Tier) -> tuple[Tensor, list[Tensor]]:
-    """Parent of every feature [N], and for each generation below the roots the children [parents, branching] of each parent."""
+    """Parent of every feature [N], and each generation's children [parents, branching]."""
     parents = torch.full((tier.features,), -1, dtype=torch.int64)
     generations = []
     above, next_index = torch.arange(tier.roots), tier.roots
@@ -200,7 +205,7 @@ def _directions(tier: Tier, generator: torch.Generator) -> Tensor:
 
 
 def _repelled(rows: Tensor, steps: int = 100, rate: float = 3e-4) -> Tensor:
-    """SynthSAEBench's way to spread directions: Adam on the squared cosines, in chunks so that no [N, N] matrix is kept."""
+    """SynthSAEBench's way to spread directions: Adam on the squared cosines, in chunks to save memory."""
     rows = rows.clone().requires_grad_(True)
     optimiser = torch.optim.Adam([rows], lr=rate)
     for _ in range(steps):
@@ -243,7 +248,7 @@ class _Zipf:
 
 
 def _raised(wanted_N: Tensor, parents_N: Tensor) -> Tensor:
-    """Probabilities before gating and exclusion that leave about `wanted` after: over the parent's, times 1 + the siblings' share."""
+    """Probabilities before gating and exclusion that leave about `wanted`: by the parent's, times 1 + siblings' share."""
     child = parents_N >= 0
     above = wanted_N[parents_N[child]]
     brood = torch.zeros_like(wanted_N).index_add(0, parents_N[child], wanted_N[child])[parents_N[child]]
