@@ -1,13 +1,13 @@
-"""Hierarchy measures of a trained model: how its levels are composed of each other, each number beside what chance would give.
+"""Hierarchy measures of a trained model: how its levels are composed of each other, beside what chance would give.
 
-A model's levels are compared pair by pair (level l with l-1). Which latents belong together is a *map* W of contributions.
-It is read in two ways, and all measures are taken of both:
+Levels are compared pair by pair (level l with l-1). Which latents belong together is a *map* W of contributions. It is
+read in two ways, and all measures are taken of both:
 
-learned: the W trained with the run. fitted: a W read off the codes by non-negative regression (hsae.eval.hierarchy.fitted),
-the only one that runs without a learned W have, and the one on which all runs compare.
+learned: the W trained with the run. fitted: a W read off the codes by non-negative regression (fitted.py), the only one
+that runs without a learned W have, and the one on which all runs compare.
 
-Maps are read on one text (the training store, or the evaluation store's reconstruction rows) and measured on another (the
-evaluation store's variance rows, the ones of core's explained variance), in one pass each. No language model is run.
+Maps are read on one text (the training store, or the evaluation store's reconstruction rows) and measured on another
+(the evaluation store's variance rows, those of core's explained variance), in one pass each. No language model is run.
 
 Shapes: B rows of a batch, T context, N kept tokens of a batch, D residual width, F coarse latents, G fine latents.
 """
@@ -65,18 +65,18 @@ UNDEFINED = {
 
 def check(model: HierarchicalSAE, store: ActivationStore, hook: str, fit_store: ActivationStore | None) -> None:
     """Refuse what can't be measured. Raises UserError or StoreError."""
-    for given in (store, fit_store) if fit_store is not None else (store,):
-        if hook not in given.spec.hooks:
-            raise StoreError(f"{given.url} has no activations of {hook}; it has {', '.join(given.spec.hooks)}")
-        if model.levels[0].d_in != given.header.d_model:
+    for each in (store, fit_store) if fit_store is not None else (store,):
+        if hook not in each.spec.hooks:
+            raise StoreError(f"{each.url} has no activations of {hook}; it has {', '.join(each.spec.hooks)}")
+        if model.levels[0].d_in != each.header.d_model:
             raise UserError(
                 f"the model reads vectors of width {model.levels[0].d_in}; "
-                f"{hook} in {given.url} has width {given.header.d_model}"
+                f"{hook} in {each.url} has width {each.header.d_model}"
             )
     if store.clean_rows >= store.rows or (fit_store is None and store.clean_rows == 0):
         raise StoreError(
-            f"{store.url} has {store.clean_rows} reconstruction rows and {store.rows - store.clean_rows} variance rows; "
-            "hierarchy measures need both: give the evaluation store (hsae cache build --split eval)"
+            f"{store.url} has {store.clean_rows} reconstruction rows and {store.rows - store.clean_rows} variance rows"
+            "; hierarchy measures need both: give the evaluation store (hsae cache build --split eval)"
         )
 
 
@@ -92,9 +92,9 @@ def evaluate_composition(
 ) -> tuple[CompositionResult, dict[str, Tensor]]:
     """Measure a model's hierarchy on the evaluation store.
 
-    Maps are read on `fit_store` (the training store), or, without one, on the reconstruction rows of `store`. Returns the
-    measures, and the contributions [F, G] of every map by reading and level: `learned2`, `fitted2`, `fitted3`, ... Raises
-    UserError or StoreError for what `check` refuses.
+    Maps are read on `fit_store` (the training store), or, without one, on the reconstruction rows of `store`. Returns
+    the measures, and the contributions [F, G] of every map by reading and level: `learned2`, `fitted2`, `fitted3`, ...
+    Raises UserError or StoreError for what `check` refuses.
     """
     check(model, store, hook, fit_store)
     placed = model.copy_to(dtype=torch.float32, device=device)
@@ -149,12 +149,14 @@ class _MeasurePass:
         self.inputs.add(batch, text.first)
         for number, moments in enumerate(self.reconstructions, 1):
             moments.add(batch, text.first, codes[number - 1], self.model.reconstruct(codes, number))
-        kept = [code[mask_BT] for code in codes]
+        token_codes = [code[mask_BT] for code in codes]
         row_N = mask_BT.nonzero()[:, 0]
-        for fires, code in zip(self.fires, kept, strict=True):
+        for fires, code in zip(self.fires, token_codes, strict=True):
             fires += (code > 0).sum(0)
         for level, counts in self.counts.items():
-            counts.add(batch.x_ND, kept[level - 2], kept[level - 1], start - text.first, row_N, stop - start)
+            counts.add(
+                batch.x_ND, token_codes[level - 2], token_codes[level - 1], start - text.first, row_N, stop - start
+            )
         self.tokens += len(row_N)
 
     def levels(self) -> list[LevelResult]:
@@ -219,7 +221,7 @@ def _measured(
                 value = part.value()
                 if value is not None and not (null == "permuted" and key in INVARIANT):
                     draws[key][null].append(value)
-    measured = {
+    entries = {
         key: Measured(
             value=estimate.value,
             low=estimate.low,
@@ -232,10 +234,10 @@ def _measured(
     }
     if geometry.probes is None:
         reason = "no fine latent fires often enough in the sample to train a probe"
-        measured["probe_top5"] = Measured(value=None, reason=reason)
+        entries["probe_top5"] = Measured(value=None, reason=reason)
     first = sums[f"{name} random"][0].map.contributions_FG
     return Reading(
-        measures=measured,
+        measures=entries,
         participation=_rounded(participation_ratio(own.map.contributions_FG)),
         null_participation=_rounded(participation_ratio(first)),
     )

@@ -1,7 +1,7 @@
-"""`hsae eval composition`: the hierarchy measures of trained runs and their known failures by name; no language model is run.
+"""`hsae eval composition`: the hierarchy measures of trained runs, and their known failures by name.
 
-Measures are used again while what they are made of is the same. What they say of other results (CE scores from core, the
-flat run that is compared with) is made anew each time.
+Measures are used again while what they are made of is the same. What they say of other results (CE scores from core,
+the flat run that is compared with) is made anew each time.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from hsae.eval.hierarchy.composition import SETTINGS, evaluate_composition
 from hsae.eval.hierarchy.composition_file import FILE, FORMAT, maps_digest, read_composition, read_maps, write_maps
 from hsae.eval.hierarchy.composition_result import CompositionResult, LevelResult
 from hsae.eval.hierarchy.composition_tables import composition_tables
-from hsae.eval.hierarchy.failures import failures
+from hsae.eval.hierarchy.failures import find_failures
 from hsae.train.config.plan import Plan
 from hsae.train.model.hierarchical_sae import STRUCTURES
 from hsae.train.runs.metrics_log import read_metrics
@@ -39,7 +39,7 @@ class CompositionOptions(Options):
 
     compare: str | None = Field(
         default=None,
-        description="The flat run a hierarchy must not fall behind; default the first trained one of the same activation.",
+        description="The flat run a hierarchy must not fall behind; default the first trained of the same activation.",
         json_schema_extra={"metavar": "RUN"},
     )
 
@@ -133,9 +133,7 @@ class Composition(RunEvaluation[Sources]):
     @cached_method
     def _warn_of_fit(self) -> None:
         """Say once that there is no training store."""
-        self.listener.warn(
-            f"{self.store.why_not_fit}; maps that are not there yet are read on the evaluation store's {RECONSTRUCTION_ROWS}"
-        )
+        self.listener.warn(f"{self.store.why_not_fit}; maps are read on the evaluation store's {RECONSTRUCTION_ROWS}")
 
     def complete(self, target: RunTarget, content: dict[str, Any]) -> dict[str, Any]:
         """The measures with CE scores from core, and the known failures that they show."""
@@ -144,7 +142,7 @@ class Composition(RunEvaluation[Sources]):
         result = result.model_copy(update={"levels": levels})
         flat = (self._named_flat(target) or self._flat_like(target)) if len(levels) > 1 else None
         comparison = (flat.label, self._measures(flat).levels[0].explained_variance) if flat is not None else None
-        verdict = failures(result, target.config, read_metrics(target.run_dir), comparison)
+        verdict = find_failures(result, target.config, read_metrics(target.run_dir), comparison)
         config = target.config
         return {
             "format": FORMAT,
@@ -195,7 +193,7 @@ class Composition(RunEvaluation[Sources]):
                     return flat
         return None
 
-    # --- what people see -------------------------------------------------------------------------------------------------
+    # --- what people see ---------------------------------------------------------------------------------------------
 
     def tables(self, results: Sequence[Result[RunTarget]]) -> list[Table]:
         """Of each run a table of its levels, and one of each map."""

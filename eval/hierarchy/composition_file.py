@@ -1,7 +1,8 @@
 """The files of `hsae eval composition` in a run directory.
 
-`eval/composition.json` holds the measures, the named failures, and all that they depend on; `eval/composition.safetensors`
-the contributions [F_l, F_{l-1}] of every map: `learned2`, `fitted2`, `fitted3`, ... The JSON holds the digest of the other.
+`eval/composition.json` holds the measures, the named failures, and all that they depend on;
+`eval/composition.safetensors` the contributions [F_l, F_{l-1}] of every map: `learned2`, `fitted2`, `fitted3`, ... The
+JSON holds the digest of the other.
 """
 
 from pathlib import Path

@@ -17,7 +17,7 @@ class _Part(BaseModel):
 
 
 class Null(_Part):
-    """A measure over draws of a map without structure, and how many of its standard deviations the value lies above it."""
+    """A measure over draws of a map without structure; z: by how many of their sd the value exceeds them."""
 
     mean: float
     sd: float
@@ -66,8 +66,8 @@ class PairResult(_Part):
     reasons: dict[str, str]
     """Why a reading is not there."""
     facts: dict[str, float | None]
-    """energy_ratio: E|h_l|^2 / E|h_{l-1}|^2; of the learned map mixture_energy: E|W h|^2 / E|h_l|^2, and visible_weights:
-    the share of its entries with |C| > VISIBLE."""
+    """energy_ratio: E|h_l|^2 / E|h_{l-1}|^2; of the learned map mixture_energy: E|W h|^2 / E|h_l|^2, and
+    visible_weights: the share of its entries with |C| > VISIBLE."""
     probes: dict[str, int | float]
     """candidates, sampled, valid; accuracy: their mean balanced accuracy on held-out tokens."""
 

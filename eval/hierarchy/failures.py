@@ -32,13 +32,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The failures found, and, for those that could not be looked for, why not."""
+    """The failures that were found, and, for those that could not be looked for, why not."""
 
     failures: list[Failure]
     unchecked: dict[str, str]
 
 
-def failures(
+def find_failures(
     result: CompositionResult,
     config: RunConfig,
     log: Sequence[dict[str, Any]] = (),
@@ -46,20 +46,20 @@ def failures(
 ) -> Verdict:
     """Every known failure that a run shows.
 
-    `log` is its metrics.jsonl. `comparison`: label and explained variance of a run of equal width and L0 without levels.
+    `log` is its metrics.jsonl. `comparison`: label and explained variance of a flat run of equal width and L0.
     """
     unchecked: dict[str, str] = {}
     if len(result.levels) == 1:
         return Verdict([], dict.fromkeys(NAMES, "the run has one level"))
-    found = [failure for pair in result.pairs for failure in _of_map(pair)]
+    failures = [failure for pair in result.pairs for failure in _of_map(pair)]
     if not any("learned" in pair.readings for pair in result.pairs):
         unchecked |= dict.fromkeys(NAMES[:3], "the run learned no W")
-    found += _dead_coarse(result, log) + _wrong_split(result, config)
+    failures += _dead_coarse(result, log) + _wrong_split(result, config)
     if comparison is None:
         unchecked["coarse-hurts-fine"] = "no flat run of the same activation is trained to compare with"
     else:
-        found += _hurt(result.levels[0].explained_variance, *comparison)
-    return Verdict(found, unchecked)
+        failures += _hurt(result.levels[0].explained_variance, *comparison)
+    return Verdict(failures, unchecked)
 
 
 def _of_map(pair: PairResult) -> list[Failure]:
@@ -77,20 +77,20 @@ def _of_map(pair: PairResult) -> list[Failure]:
 
 def _dead_coarse(result: CompositionResult, log: Sequence[dict[str, Any]]) -> list[Failure]:
     last = next((line["dead"] for line in reversed(log) if line["kind"] == "metrics"), [0.0] * len(result.levels))
-    found = []
+    failures = []
     for level, dead in zip(result.levels[1:], last[1:], strict=True):
         if max(level.silent, dead) > DEAD_SHARE:
             text = (
                 f"{level.silent:.0%} of level {level.level}'s {level.latents} latents never fire on the rows measured"
             )
-            found.append(
+            failures.append(
                 Failure("dead-coarse", level.level, f"dead-coarse: {text}; {dead:.0%} were dead at the end of training")
             )
-    return found
+    return failures
 
 
 def _wrong_split(result: CompositionResult, config: RunConfig) -> list[Failure]:
-    found = []
+    failures = []
     for level, target in zip(result.levels, config.l0, strict=True):
         l0 = level.l0.value
         if l0 is None:
@@ -98,10 +98,12 @@ def _wrong_split(result: CompositionResult, config: RunConfig) -> list[Failure]:
         off = l0 > SPLIT_FACTOR * target or l0 < target / SPLIT_FACTOR
         text = f"wrong-k-split: level {level.level} has L0 {l0:.3g}"
         if l0 > SATURATED * level.latents:
-            found.append(Failure("wrong-k-split", level.level, f"{text} of {level.latents} latents: it is saturated"))
+            failures.append(
+                Failure("wrong-k-split", level.level, f"{text} of {level.latents} latents: it is saturated")
+            )
         elif off and config.selection == "level":  # a joint selection shares L0 out as it likes
-            found.append(Failure("wrong-k-split", level.level, f"{text} where {target:g} were meant"))
-    return found
+            failures.append(Failure("wrong-k-split", level.level, f"{text} where {target:g} were meant"))
+    return failures
 
 
 def _hurt(own: Estimate, label: str, other: Estimate) -> list[Failure]:

@@ -1,4 +1,4 @@
-"""A map W read off the codes by non-negative regression, so that runs with and without a learned W can be compared on one footing.
+"""A map W read off the codes by non-negative regression, on which runs with and without a learned W compare.
 
 minimise 1/2 E||W h'_fine - h'_coarse||^2 + FIT_L1 sum W,  W >= 0,  with h' = h / rms(h).
 
@@ -62,7 +62,7 @@ class CodeMoments:
 
 
 def nonnegative(moments_GG: Tensor, cross_FG: Tensor, l1: float = FIT_L1) -> Tensor:
-    """[F, G] argmin over W >= 0 of 1/2 tr(W M W') - tr(W N') + l1 sum W, by accelerated projected gradient (FISTA with restarts)."""
+    """[F, G] argmin over W >= 0 of 1/2 tr(W M W') - tr(W N') + l1 sum W, by FISTA with restarts."""
     curvature = 1.02 * _largest_eigenvalue(moments_GG)
     weight_FG = previous_FG = torch.zeros_like(cross_FG)
     ahead_FG, momentum = weight_FG, 1.0

@@ -24,7 +24,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Text:
-    """Rows `first` to `last` - 1 of a store, in batches; from a long text evenly spaced batches up to a number of tokens."""
+    """Rows `first` to `last` - 1 of a store, in batches; of a long text evenly spaced ones."""
 
     store: ActivationStore
     hook: str

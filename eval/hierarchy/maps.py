@@ -1,7 +1,8 @@
 """A map between two levels read as a structure: who is made of whom, how sparsely, and what chance would give.
 
-Everything is read off contributions C_ij = w_ij rms(h_j) / rms(h_i): the share of coarse latent i's rms that fine latent j brings.
-Fine latent j is a *child* of i where C_ij >= EDGE_SHARE * max_j C_ij (and C_ij > 0); pairs (i, j) with that are the *edges*.
+Everything is read off contributions C_ij = w_ij rms(h_j) / rms(h_i): the share of coarse latent i's rms that fine
+latent j brings. Fine latent j is a *child* of i where C_ij >= EDGE_SHARE * max_j C_ij (and C_ij > 0); such pairs are
+the *edges*.
 
 Shapes: F coarse latents (level l), G fine latents (level l-1).
 """
@@ -80,8 +81,8 @@ def edges(contributions_FG: Tensor) -> Tensor:
 def nulls(contributions_FG: Tensor, alive_G: Tensor, draws: int = NULL_DRAWS) -> Iterator[tuple[str, Tensor]]:
     """Contributions without structure, (name, [F, G]), `draws` of each kind with seeds 0, 1, ...
 
-    permuted: each row's entries in random places among the fine latents that fire. random: as many entries a row as are visible in it
-    (|C| > VISIBLE), in random places, with half-normal values of their root mean square.
+    permuted: each row's entries in random places among the fine latents that fire. random: as many entries a row as are
+    visible in it (|C| > VISIBLE), in random places, with half-normal values of their root mean square.
     """
     for name, draw in (("permuted", permuted), ("random", half_normal)):
         for seed in range(draws):
@@ -98,7 +99,7 @@ def permuted(contributions_FG: Tensor, alive_G: Tensor, generator: torch.Generat
 
 
 def half_normal(contributions_FG: Tensor, alive_G: Tensor, generator: torch.Generator) -> Tensor:
-    """Half-normal entries, as many a row and of the same root mean square, in random places among the fine latents that fire."""
+    """Half-normal entries, as many a row and of the same rms, in random places among the fine latents that fire."""
     places_A = alive_G.nonzero().squeeze(1)
     held_FA = contributions_FG[:, places_A]
     visible_FA = held_FA.abs() > VISIBLE
@@ -117,13 +118,13 @@ def _order(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def participation_ratio(contributions_FG: Tensor) -> Tensor:
-    """(sum |C|)^2 / sum C^2 of each row, [F]: the number of fine latents a coarse one is made of; 1 is a copy, 0 an empty row."""
+    """(sum |C|)^2 / sum C^2 of each row, [F]: how many fine latents a coarse one is made of; 1 is a copy, 0 empty."""
     total_F, square_F = contributions_FG.abs().sum(1), contributions_FG.square().sum(1)
     return total_F.square() / square_F.clamp_min(1e-30)
 
 
 def hoyer(contributions_FG: Tensor) -> Tensor:
-    """(sqrt(n) - |c|_1/|c|_2) / (sqrt(n) - 1) of each row, [F], n its length: 1 one entry, 0 all equal; NaN for an empty row or n = 1."""
+    """(sqrt(n) - |c|_1/|c|_2) / (sqrt(n) - 1) of each row, [F], n its length: 1 one entry, 0 all equal, NaN empty."""
     root = math.sqrt(contributions_FG.shape[1])
     norm_F: Tensor = contributions_FG.norm(dim=1)
     return (root - contributions_FG.abs().sum(1) / norm_F) / (root - 1)

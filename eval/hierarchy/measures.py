@@ -1,6 +1,6 @@
-"""The hierarchy measures of one map between two levels, from the counts of one pass. docs/measures.md says how to read each.
+"""The hierarchy measures of one map between two levels, from the counts of one pass; docs/measures.md explains each.
 
-Shapes: F coarse latents (parents), G fine latents (children), U units that a mean is over, D residual width, S resamples.
+Shapes: F coarse latents (parents), G fine latents (children), D residual width, S the data and its resamples.
 """
 
 import math
@@ -40,7 +40,7 @@ class PairGeometry:
     """What measures need besides counts: directions in the residual, and probes."""
 
     alignment_FG: Tensor
-    """[F, G] cosine of each parent's direction with what is left of each child's concept beside the child's own direction."""
+    """[F, G] cosine of each parent's direction with what each child's concept has beside the child's own direction."""
     probes: Probes | None
     directions_AD: Tensor
     """Latents of all levels, finest first."""
@@ -68,7 +68,7 @@ class PairGeometry:
 def measures(
     counts: PairCounts, part: MapSums, single: MapSums, geometry: PairGeometry, alive_G: Tensor
 ) -> dict[str, UnitMean | Resampled]:
-    """Every measure of one map. `alive_G`: fine latents that fired where the map was read; `single`: the best one-input map."""
+    """Every measure of a map. `alive_G`: fine latents that fire where it was read; `single`: the best one-input map."""
     return {
         **sparsity(part.map, alive_G),
         **composition(part, single),
@@ -78,11 +78,11 @@ def measures(
 
 def sparsity(part: LevelMap, alive_G: Tensor) -> dict[str, UnitMean | Resampled]:
     """What is read off the weights alone, over the fine latents that are alive."""
-    kept_G = alive_G if bool(alive_G.any()) else ~alive_G  # of a dead level all, whose rows are empty
-    contributions_FA, edges_FA = part.contributions_FG[:, kept_G], part.edges_FG[:, kept_G]
+    used_G = alive_G if bool(alive_G.any()) else ~alive_G  # of a dead level all, whose rows are empty
+    contributions_FA, edges_FA = part.contributions_FG[:, used_G], part.edges_FG[:, used_G]
     filled_F = contributions_FA.abs().sum(1) > 0
     parents_A = edges_FA.sum(0)
-    found: dict[str, UnitMean | Resampled] = {
+    values: dict[str, UnitMean | Resampled] = {
         name: UnitMean(torch.where(filled_F, measured(contributions_FA), 0.0), filled_F, "coarse latents")
         for name, measured in (
             ("participation_ratio", maps.participation_ratio),
@@ -90,20 +90,20 @@ def sparsity(part: LevelMap, alive_G: Tensor) -> dict[str, UnitMean | Resampled]
             ("copy_index", maps.copy_index),
         )
     }
-    found["children_per_parent"] = UnitMean(edges_FA.sum(1), filled_F, "coarse latents")
-    found["parents_per_child"] = UnitMean(parents_A, parents_A > 0, "fine latents")
-    found["orphan_rate"] = UnitMean(parents_A == 0, alive_G[kept_G], "fine latents")
-    return found
+    values["children_per_parent"] = UnitMean(edges_FA.sum(1), filled_F, "coarse latents")
+    values["parents_per_child"] = UnitMean(parents_A, parents_A > 0, "fine latents")
+    values["orphan_rate"] = UnitMean(parents_A == 0, alive_G[used_G], "fine latents")
+    return values
 
 
 def composition(part: MapSums, single: MapSums) -> dict[str, UnitMean | Resampled]:
     """How well the map gives the coarse code, and of how many active inputs."""
     columns, alone = part.columns(), single.columns()
-    drawn = len(columns["error"])
+    samples = len(columns["error"])
     return {
         "runtime_l0": Resampled(columns["contributing"] / columns["coarse_firings"]),
         "composition_fvu": Resampled(columns["error"] / columns["energy"]),
-        "gain_over_best_input": Resampled((alone["error"][:drawn] - columns["error"]) / columns["energy"]),
+        "gain_over_best_input": Resampled((alone["error"][:samples] - columns["error"]) / columns["energy"]),
     }
 
 
@@ -117,7 +117,7 @@ def consistency(counts: PairCounts, part: MapSums, geometry: PairGeometry) -> di
     judged_F = (child_F > 0) & (counts.fires_F > 0)
     agreement_F = matthews(part.both_F, counts.fires_F.double(), part.or_F, counts.tokens)
     iou_F, families_F = sibling_iou(counts, part.map.contributions_FG, edges_FG)
-    found: dict[str, UnitMean | Resampled] = {
+    values: dict[str, UnitMean | Resampled] = {
         "coverage": UnitMean(covered_F, child_F, "coarse latents"),
         "coverage_lift": UnitMean(covered_F, base_F, "coarse latents"),
         "or_agreement": UnitMean(torch.where(judged_F, agreement_F, 0.0), judged_F, "coarse latents"),
@@ -130,8 +130,8 @@ def consistency(counts: PairCounts, part: MapSums, geometry: PairGeometry) -> di
         hits_C, counted_C = geometry.probes.hits(
             part.map.parent_G, geometry.directions_AD, geometry.fine_offset, geometry.coarse_offset
         )
-        found["probe_top5"] = UnitMean(hits_C & counted_C, counted_C, "probed children")
-    return found
+        values["probe_top5"] = UnitMean(hits_C & counted_C, counted_C, "probed children")
+    return values
 
 
 def matthews(both: Tensor, first: Tensor, second: Tensor, tokens: int) -> Tensor:
@@ -141,9 +141,9 @@ def matthews(both: Tensor, first: Tensor, second: Tensor, tokens: int) -> Tensor
 
 
 def sibling_iou(counts: PairCounts, contributions_FG: Tensor, edges_FG: Tensor) -> tuple[Tensor, Tensor]:
-    """([F] mean intersection over union of the firings of two children, [F] whether the parent has two) among the SIBLINGS strongest."""
-    kept = min(SIBLINGS, edges_FG.shape[1])
-    values_FK, child_FK = torch.where(edges_FG, contributions_FG, 0.0).topk(kept, dim=1)
+    """([F] mean IoU of the firings of two children, [F] whether the parent has two) among the SIBLINGS strongest."""
+    count = min(SIBLINGS, edges_FG.shape[1])
+    values_FK, child_FK = torch.where(edges_FG, contributions_FG, 0.0).topk(count, dim=1)
     there_FK = values_FK > 0
     both_FKK = counts.fine_GG[child_FK[:, :, None], child_FK[:, None, :]]
     fires_FK = counts.fires_G[child_FK]

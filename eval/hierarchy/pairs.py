@@ -1,10 +1,10 @@
-"""What one pass over text tells of two neighbouring levels: co-firing, composition errors, and the direction that goes with each child.
+"""What one pass over text tells of two neighbouring levels: co-firing, composition errors, and each child's concept.
 
-Memory does not grow with the text: G * (F + G) counts, and of each map its F x G weights and a few sums. Codes are sparse, so a map is
-applied to the active latents of a token only.
+Memory does not grow with the text: G * (F + G) counts, and of each map its F x G weights and a few sums. Codes are
+sparse, so a map is applied to the active latents of a token only.
 
-Shapes: N tokens of a batch, F coarse latents (level l), G fine latents (level l-1), D residual width, K active fine latents of a token,
-P pairs of a token and an active coarse latent, B rows of a batch.
+Shapes: N tokens of a batch, F coarse latents (level l), G fine latents (level l-1), D residual width, K active fine
+latents of a token, P pairs of a token and an active coarse latent, B rows of a batch.
 """
 
 import torch
@@ -54,7 +54,7 @@ class ActiveCodes:
 
 
 class MapSums:
-    """What the pass tells of one map: its error, how many fine latents take part, and the firing of the OR of its children."""
+    """Of one map its error, how many fine latents take part, and the firing of the OR of a parent's children."""
 
     COLUMNS = ("error", "energy", "mixture", "contributing", "coarse_firings")
 

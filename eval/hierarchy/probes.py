@@ -1,10 +1,12 @@
-"""Linear probes of fine latents' firing, and whether child and parent point where the probe does (Tree SAE, arXiv 2605.07922, section 5.2).
+"""Linear probes of fine latents' firing, and whether child and parent point where the probe does.
 
-For each sampled child a logistic regression from the residual to whether the child fires gives the direction of its concept. A pair
-counts if parent and child are both among the TOP latents, of all levels, whose directions are closest to it by cosine. Positives are weighted
-up to balance; a probe must tell held-out tokens apart, else its child is left out.
+After Tree SAE, arXiv 2605.07922, section 5.2. For each sampled child a logistic regression from the residual to whether
+the child fires gives the direction of its concept. A pair counts if parent and child are both among the TOP latents, of
+all levels, whose directions are closest to it by cosine. Positives are weighted up to balance; a probe must tell
+held-out tokens apart, else its child is left out.
 
-The cost is one matrix product of TOKENS x D x CHILDREN a step and direction, CHILDREN at most, whatever the size of the model.
+The cost is one matrix product of TOKENS x D x CHILDREN a step and direction, CHILDREN at most, whatever the size of the
+model.
 
 Shapes: N sampled tokens, D residual width, C children, A latents of all levels.
 """
@@ -47,7 +49,7 @@ class Probes:
     def hits(
         self, parent_G: Tensor, directions_AD: Tensor, fine_offset: int, coarse_offset: int
     ) -> tuple[Tensor, Tensor]:
-        """([C] child and parent are both among the TOP, [C] the pair counts: the probe is valid and the child no orphan).
+        """([C] child and parent are both among the TOP, [C] the probe is valid and the child no orphan).
 
         `directions_AD` holds the latents of all levels; those of the two levels begin at the offsets.
         """
@@ -63,7 +65,7 @@ class Probes:
 def train_probes(x_ND: Tensor, fires_NG: Tensor) -> Probes:
     """Probes of up to CHILDREN fine latents, drawn with a fixed seed among those that fire often enough in the sample.
 
-    The last HELD_OUT of the tokens are for the check; give tokens in the order of the text, so that both parts are of different rows.
+    The last HELD_OUT of the tokens, given in the order of the text, are for the check: they are of other rows.
     """
     split = round(len(x_ND) * (1 - HELD_OUT))
     trained_G, held_G = fires_NG[:split].sum(0), fires_NG[split:].sum(0)
@@ -88,7 +90,7 @@ def train_probes(x_ND: Tensor, fires_NG: Tensor) -> Probes:
 
 @torch.enable_grad()
 def _fit(x_ND: Tensor, target_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [D, C] and biases [C] of balanced logistic regressions: all tokens at each of STEPS steps of Adam, from zero."""
+    """Weights [D, C] and biases [C] of balanced logistic regressions: STEPS steps of Adam on all tokens, from zero."""
     positive_C = target_NC.sum(0)
     balance_C = (len(target_NC) - positive_C) / positive_C
     weight = torch.zeros(x_ND.shape[1], target_NC.shape[1], device=x_ND.device, requires_grad=True)

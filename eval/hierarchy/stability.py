@@ -17,7 +17,7 @@ from hsae.eval.hierarchy.composition_result import Null
 from hsae.eval.hierarchy.maps import NULL_DRAWS, edges
 
 Member = tuple[Sequence[Tensor], dict[str, Tensor]]
-"""Of one seed: directions [F_l, D] of each level, finest first, and contributions [F_l, F_{l-1}] by reading and level (`learned2`)."""
+"""Of one seed: directions [F_l, D] of each level, finest first; contributions [F_l, F_{l-1}] by map (`learned2`)."""
 
 
 class Agreement(BaseModel):
@@ -38,15 +38,16 @@ class Agreement(BaseModel):
 def stability(members: Sequence[Member]) -> list[Agreement]:
     """Agreement between seeds at every level, and of the edges between neighbouring levels, beside what chance gives.
 
-    mean_max_correlation: mean cosine of directions under the one-to-one matching with the largest sum. Null: the other seed's directions with
-    their D coordinates permuted, all alike, matched anew. edge_jaccard: |A and B| / |A or B| of the two sets of edges under that
-    matching. Null: random matchings. Raises UserError if scipy is missing or fewer than two members are given.
+    mean_max_correlation: mean cosine of directions under the one-to-one matching with the largest sum. Null: the other
+    seed's directions with their D coordinates permuted, all alike, matched anew. edge_jaccard: |A and B| / |A or B| of
+    the two sets of edges under that matching. Null: random matchings. Raises UserError if scipy is missing or fewer
+    than two members are given.
     """
     if len(members) < 2:
         raise UserError(f"stability compares two seeds or more, not {len(members)}")
     levels = len(members[0][0])
     matched, chance = _matchings(members, levels)
-    found = [
+    agreements = [
         _agreement(
             "mean_max_correlation", level, [cosines[level - 1] for _, cosines in matched.values()], chance[level]
         )
@@ -54,14 +55,14 @@ def stability(members: Sequence[Member]) -> list[Agreement]:
     ]
     for key in members[0][1]:
         if all(key in maps for _, maps in members):
-            found.append(_edge_agreement(key, members, {pair: matches for pair, (matches, _) in matched.items()}))
-    return found
+            agreements.append(_edge_agreement(key, members, {pair: matches for pair, (matches, _) in matched.items()}))
+    return agreements
 
 
 def _matchings(
     members: Sequence[Member], levels: int
 ) -> tuple[dict[tuple[int, int], tuple[list[Tensor], list[float]]], dict[int, list[list[float]]]]:
-    """For each pair of seeds the matching of every level and its mean cosine; and for each level the null's draws, [draw][pair]."""
+    """For each pair of seeds the matching of every level and its mean cosine; for each level the null, [draw][pair]."""
     matched: dict[tuple[int, int], tuple[list[Tensor], list[float]]] = {}
     chance: dict[int, list[list[float]]] = {level: [[] for _ in range(NULL_DRAWS)] for level in range(1, levels + 1)}
     for first, second in combinations(range(len(members)), 2):
@@ -79,7 +80,7 @@ def _matchings(
 
 
 def matching(one_FD: Tensor, other_FD: Tensor) -> tuple[Tensor, float]:
-    """([F] the latent of `other` matched to each of `one`, mean cosine of the matched): the assignment with the largest sum.
+    """([F] the latent of `other` matched to each of `one`, their mean cosine): the assignment with the largest sum.
 
     Takes 8 F^2 bytes, and time that grows a little slower than F^3. Raises UserError if scipy is missing.
     """
@@ -93,7 +94,7 @@ def matching(one_FD: Tensor, other_FD: Tensor) -> tuple[Tensor, float]:
 
 
 def jaccard(one_FG: Tensor, other_FG: Tensor, coarse_F: Tensor, fine_G: Tensor) -> float:
-    """|A and B| / |A or B| of two sets of edges, the latents of `one` renamed to those they are matched to; 0 if both are empty."""
+    """|A and B| / |A or B| of two sets of edges under a matching of their latents; 0 if both are empty."""
     renamed_FG = torch.zeros_like(one_FG)
     renamed_FG[coarse_F[:, None], fine_G[None, :]] = one_FG
     either = int((renamed_FG | other_FG).sum())

@@ -45,7 +45,7 @@ class Stability(RunEvaluation[None]):
         """Nothing: trained models and the results of composition are read."""
 
     def check(self, target: RunTarget) -> None:
-        """Refuse a seed that has not been trained, and seeds whose maps were read from different text. Raises UserError."""
+        """Refuse a seed that was not trained, and seeds whose maps were read from different text. Raises UserError."""
         sources = {_read_maps(seed)[1] for seed in self._seeds(target)}
         if len(sources) > 1 and target.config.levels > 1:
             raise UserError(

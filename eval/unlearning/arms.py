@@ -9,7 +9,7 @@
     descend-permuted as descend, through a map with its entries in random places
     random           latents as frequent as those of the main arm, drawn at random
 
-The last two are controls: their strength is chosen so that they move the retain residual as far as the arm they are controls of.
+The last two are controls: they are made to move the retain residual as far as the arm they are controls of.
 
 Shapes: N tokens, D residual width, A chosen latents, F latents.
 """
@@ -142,7 +142,7 @@ def _mean(rows: Rows) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Shift:
-    """How far an intervention moves residuals, as a function of m: energy(m) = square m^2 + 2 cross m + constant, per kept token."""
+    """How far an intervention moves residuals: energy(m) = square m^2 + 2 cross m + constant, per kept token."""
 
     square: float
     cross: float

@@ -28,7 +28,7 @@ class QAConfig(Config):
     """The `[unlearning.qa]` table: SAEBench's form, on multiple-choice questions and an instruction-tuned model."""
 
     forget: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = ("cais/wmdp:wmdp-bio",)
-    """Question sets to be unlearned: `owner/name:subset` on the hub, or jsonl files with question, choices and answer."""
+    """Question sets to be unlearned: `owner/name:subset` on the hub, jsonl files, or packaged sets."""
     retain: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = (
         "cais/mmlu:high_school_us_history",
         "cais/mmlu:college_computer_science",
@@ -78,7 +78,7 @@ class UnlearningConfig(Config):
     multipliers: Annotated[tuple[NonNegative, ...], Field(strict=False, min_length=1)] = (0.0, 1.0, 3.0)
     """An active latent is set to -m times its mean active value; 0 is ablation."""
     quantiles: Annotated[tuple[ProperFraction, ...], Field(strict=False)] = (0.95,)
-    """Conditional clamping: only in rows whose firing rate exceeds this quantile of the retain rows' rates; static clamping comes besides."""
+    """Conditional clamping, beside static: only in rows whose firing rate exceeds this quantile of the retain rows'."""
     retain_cap: ProperFraction = 0.02
     """Latents that fire on at least this share of retain tokens are left alone."""
     budgets: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (0.005, 0.01, 0.02, 0.05)

@@ -1,7 +1,7 @@
 """Clamping latents: what changes in the residual where a chosen latent is active.
 
-In delta form, x' = x + sum over chosen active latents of (value - f) d. The SAE's own error never enters: where nothing chosen fires, x
-stays as it is to the last bit. Position 0 is never touched.
+In delta form, x' = x + sum over chosen active latents of (value - f) d. The SAE's own error never enters: where nothing
+chosen fires, x stays as it is to the last bit. Position 0 is never touched.
 
 Shapes: R rows, T context, D residual width, F latents, A chosen latents.
 """
@@ -51,7 +51,7 @@ def of_view(view: View) -> Dictionary:
 
 
 def of_means(forget_D: Tensor, retain_D: Tensor) -> Dictionary:
-    """A single latent along the difference of two means, active beyond the retain mean: clamping it to 0 ablates the difference."""
+    """One latent along the difference of two means, active beyond the retain mean: clamping it to 0 ablates it."""
     unit_1D = normalize(forget_D.float() - retain_D.float(), dim=0)[None]
     offset = retain_D.float() @ unit_1D.T
     return Dictionary(encode=lambda x: torch.relu(x.float() @ unit_1D.T - offset), directions_FD=unit_1D, widths=(1,))

@@ -1,10 +1,10 @@
 """Losses under an intervention, from cached residuals and suffix passes of the language model.
 
 Rows in which nothing fires cost no pass, and positions before the first firing no unembedding: causality leaves them as
-they are. At a large vocabulary unembedding costs more than the pass itself, so a row's loss is taken at a few positions,
-drawn once with a seed.
+they are. At a large vocabulary unembedding costs more than the pass itself, so a row's loss is taken at a few
+positions, drawn once with a seed.
 
-Shapes: R rows, B rows of a batch, T context, D residual width, A chosen latents, N positions of several rows, V vocabulary.
+Shapes: R rows, B rows of a batch, T context, D residual width, A chosen latents, N positions of rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -67,27 +67,27 @@ class LossMeter:
     def __post_init__(self) -> None:
         self.tokens_RT = self.rows.tokens().long()
         self.kept_RT = self.rows.kept(self.tokens_RT)
-        self.chosen = [self._chosen(place) for place in range(len(self.rows.numbers))]
+        self.positions = [self._draw_positions(place) for place in range(len(self.rows.numbers))]
         self.clean: list[Tensor] = []
         self._clean_finals: dict[int, Tensor] = {}
 
-    def _chosen(self, place: int) -> Tensor:
+    def _draw_positions(self, place: int) -> Tensor:
         """The row's positions, in order: not special, with a next token."""
         usable = self.kept_RT[place].clone()
         usable[-1] = False
         candidates = usable.nonzero()[:, 0]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.rows.numbers[place])
-        drawn = torch.randperm(len(candidates), generator=generator)[: self.positions_per_row]
-        return candidates[drawn.sort().values]
+        places = torch.randperm(len(candidates), generator=generator)[: self.positions_per_row]
+        return candidates[places.sort().values]
 
     @property
     def counts(self) -> list[int]:
         """Positions of each row."""
-        return [len(positions) for positions in self.chosen]
+        return [len(positions) for positions in self.positions]
 
     def _prepare(self) -> None:
         """Clean final vectors and losses at the chosen positions, once."""
-        if self.clean or not self.chosen:
+        if self.clean or not self.positions:
             return
         store, hook = self.rows.store, self.rows.hook
         for place, row in enumerate(self.rows.numbers):
@@ -96,13 +96,13 @@ class LossMeter:
             else:
                 final_TD = self.model.suffix(hook, self.rows.residuals([place]))[0].cpu()
                 self.passes.run += 1
-            self._clean_finals[place] = final_TD[self.chosen[place]].clone()
-        finals_ND = torch.cat([self._clean_finals[place] for place in range(len(self.chosen))])
-        loss_N, _ = self._losses(finals_ND, self._targets(range(len(self.chosen))), None)
+            self._clean_finals[place] = final_TD[self.positions[place]].clone()
+        finals_ND = torch.cat([self._clean_finals[place] for place in range(len(self.positions))])
+        loss_N, _ = self._losses(finals_ND, self._targets(range(len(self.positions))), None)
         self.clean = list(torch.split(loss_N, self.counts))
 
     def _targets(self, places: Sequence[int]) -> Tensor:
-        return torch.cat([self.tokens_RT[place, self.chosen[place] + 1] for place in places])
+        return torch.cat([self.tokens_RT[place, self.positions[place] + 1] for place in places])
 
     def _losses(self, final_ND: Tensor, targets_N: Tensor, clean_ND: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Next-token loss and, given clean final vectors, KL(clean || modified), [N] float32, from log-softmax."""
@@ -127,8 +127,8 @@ class LossMeter:
         fired_RTA = trial.intervention.fired(trial.acts_RTA, self.kept_RT)
         fired_RT = fired_RTA.any(-1)
         touched = fired_RT.any(1).nonzero()[:, 0].tolist()
-        loss_R, kl_R = [0.0] * len(self.chosen), [0.0] * len(self.chosen)
-        self.passes.spared += len(self.chosen) - len(touched)
+        loss_R, kl_R = [0.0] * len(self.positions), [0.0] * len(self.positions)
+        self.passes.spared += len(self.positions) - len(touched)
         self.passes.positions += sum(self.counts)
         for start in range(0, len(touched), BATCH_ROWS):
             places = touched[start : start + BATCH_ROWS]
@@ -144,8 +144,8 @@ class LossMeter:
         final_BTD = self.model.suffix(self.rows.hook, after_BTD).cpu()
         self.passes.run += len(places)
         first_B = fired_BTA.any(-1).int().argmax(1).tolist()
-        later = [self.chosen[place] >= first for place, first in zip(places, first_B, strict=True)]
-        finals = [final_BTD[index, self.chosen[place][later[index]]] for index, place in enumerate(places)]
+        later = [self.positions[place] >= first for place, first in zip(places, first_B, strict=True)]
+        finals = [final_BTD[index, self.positions[place][later[index]]] for index, place in enumerate(places)]
         targets_N = torch.cat([self._targets([place])[late] for place, late in zip(places, later, strict=True)])
         clean_ND = None
         if kl_R is not None:

@@ -1,6 +1,4 @@
-"""What is measured of unlearning: meters on the parts of both texts, and the changes measured so far, kept for a sweep that is
-interrupted.
-"""
+"""Meters on the parts of both texts, and the changes measured so far, which an interrupted sweep goes on from."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field

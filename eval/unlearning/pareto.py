@@ -1,4 +1,4 @@
-"""Trade-offs: the best setting within a budget, the curve of forgetting against harm, its area, and intervals over documents.
+"""Trade-offs: the best setting within a budget, the curve of forgetting against harm, its area, and intervals.
 
 Settings are chosen on tune documents and reported on test documents. Intervals are 95 % bootstrap intervals with whole
 documents as the unit, forget and retain drawn apart; every arm sees the same draws.
@@ -37,7 +37,7 @@ class DocumentBootstrap:
 
 
 def choose(retain: Sequence[float], forget: Sequence[float | None], budget: float) -> int | None:
-    """The setting with the largest loss on forget among those within the budget on retain; None if none beats doing nothing."""
+    """The setting within the budget on retain with the largest loss on forget; None if none beats doing nothing."""
     best, place = 0.0, None
     for index, (harm, gain) in enumerate(zip(retain, forget, strict=True)):
         if gain is not None and harm <= budget and gain > best:
@@ -50,17 +50,17 @@ def frontier(retain: Sequence[float], forget: Sequence[float | None]) -> list[in
     order = sorted(
         (index for index, gain in enumerate(forget) if gain is not None), key=lambda i: (retain[i], -(forget[i] or 0))
     )
-    kept, best = [], 0.0
+    unbeaten, best = [], 0.0
     for index in order:
         gain = forget[index]
         if gain is not None and gain > best:
-            kept.append(index)
+            unbeaten.append(index)
             best = gain
-    return kept
+    return unbeaten
 
 
 def area(retain: Sequence[Tensor], forget: Sequence[Tensor], most: float) -> Tensor:
-    """[S] mean over budgets from 0 to `most` of the best forgetting within the budget, where doing nothing costs nothing."""
+    """[S] mean over budgets from 0 to `most` of the best forgetting within each; doing nothing costs nothing."""
     if not retain:
         return torch.zeros(1, dtype=torch.float64)
     harm_SP, gain_SP = torch.stack(list(retain), 1).clamp_min(0), torch.stack(list(forget), 1)
@@ -73,7 +73,7 @@ def area(retain: Sequence[Tensor], forget: Sequence[Tensor], most: float) -> Ten
 
 @figures.style()
 def draw(path: Path, arms: dict[str, Any], most: float, title: str) -> None:
-    """The Pareto figure: for each arm the settings measured on test documents, as steps with intervals on forget. PNG."""
+    """The Pareto figure, PNG: each arm's settings measured on test documents, as steps with intervals on forget."""
     figure = figures.new_figure(7.5, 4.2, facecolor="white")
     axis = figure.subplots()
     _curves(axis, arms, most)
@@ -87,8 +87,8 @@ def picture(
 ) -> tuple[str | None, str | None]:
     """(the Pareto figure of a result file as SVG, or None; what is wrong with the file, or None).
 
-    `weights` is the digest of the model that lies there, `stores` has the fingerprints of the plan's stores by side, `forget` and
-    `retain`: a result of another model or of other texts is not shown.
+    `weights` is the digest of the model that lies there, `stores` has the fingerprints of the plan's stores by side,
+    `forget` and `retain`: a result of another model or of other texts is not shown.
     """
     if not path.is_file():
         return None, None

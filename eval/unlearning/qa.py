@@ -1,9 +1,10 @@
 """SAEBench's unlearning score: accuracy on questions to be forgotten, where accuracy on questions to be kept survives.
 
-    score = 1 - min over configurations of accuracy(forget), where configurations that keep less than 99 % of retain count as 1
+    score = 1 - min over configurations of accuracy(forget); those that keep less than 99 % of retain count as 1
 
-Accuracies are over the questions that the model answers under every tried order of the choices. Latents are chosen on text, by
-SAEBench's sparsity rule; an active one is set to minus a multiplier. A question on which nothing fires keeps its answer.
+Accuracies are over the questions that the model answers under every tried order of the choices. Latents are chosen on
+text, by SAEBench's sparsity rule; an active one is set to minus a multiplier. A question on which nothing fires keeps
+its answer.
 
 Shapes: T tokens of a prompt, D residual width, F latents, A chosen latents, V vocabulary.
 """
@@ -25,7 +26,7 @@ from hsae.eval.unlearning.questions import Question
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Answered:
     """A question the model answers as it is: its residuals at the hook."""
 
     question: Question
@@ -38,8 +39,8 @@ class Exam:
 
     language: LanguageModel
     hook: str
-    asked: dict[Side, list[Asked]]
-    given: dict[Side, int]
+    answered: dict[Side, list[Answered]]
+    totals: dict[Side, int]
     letters: list[list[int]]
     digest: str
     """Of questions and answers: what the exam is."""
@@ -55,38 +56,38 @@ class Exam:
         config: QAConfig,
         progress: Callable[[str, int, int], None],
     ) -> "Exam":
-        """Ask everything under every tried order and keep what is answered right each time. Raises UserError if nothing is."""
+        """Ask under every tried order and keep what is answered right each time. Raises UserError if nothing is."""
         exam = cls(
-            language=language, hook=hook, asked={side: [] for side in SIDES},
-            given={side: len(sets[side]) for side in SIDES},
+            language=language, hook=hook, answered={side: [] for side in SIDES},
+            totals={side: len(sets[side]) for side in SIDES},
             letters=questions.letter_tokens(language.tokenizer), digest=digest(sets),
         )  # fmt: skip
         for side in SIDES:
             for done, question in enumerate(sets[side]):
                 progress(f"asking {side} questions", done, len(sets[side]))
                 if (resid_TD := exam._answers(question, config.permutations)) is not None:
-                    exam.asked[side].append(Asked(question=question, resid_TD=resid_TD))
+                    exam.answered[side].append(Answered(question=question, resid_TD=resid_TD))
             progress(f"asking {side} questions", len(sets[side]), len(sets[side]))
-            if not exam.asked[side]:
+            if not exam.answered[side]:
                 raise UserError(
-                    f"the model answers none of the {len(sets[side])} {side} questions under all {config.permutations} orders of "
-                    "their choices, so there is nothing to measure; use a stronger model or easier questions, or lower the demand "
-                    "with --set unlearning.qa.permutations=1"
+                    f"the model answers none of the {len(sets[side])} {side} questions under all {config.permutations} "
+                    "orders of their choices, so there is nothing to measure; use a stronger model or easier questions"
+                    ", or lower the demand with --set unlearning.qa.permutations=1"
                 )
         return exam
 
     def _answers(self, question: Question, most: int) -> Tensor | None:
         """The residuals of the question as given if the model is right under every order, else None."""
-        kept = None
+        first_TD = None
         for order in question.orders(most):
-            asked = question.permuted(order)
-            tokens_1T = torch.tensor([questions.prompt(asked, self.language.tokenizer)])
+            permuted = question.permuted(order)
+            tokens_1T = torch.tensor([questions.prompt(permuted, self.language.tokenizer)])
             resid_TD = self.language.prefix(tokens_1T, [self.hook])[self.hook][0]
             self.passes += 1
-            if self.answer(asked, resid_TD) != asked.answer:
+            if self.answer(permuted, resid_TD) != permuted.answer:
                 return None
-            kept = resid_TD.cpu() if kept is None else kept
-        return kept
+            first_TD = resid_TD.cpu() if first_TD is None else first_TD
+        return first_TD
 
     def answer(self, question: Question, resid_TD: Tensor) -> int:
         """The choice the model takes from these residuals on."""
@@ -96,8 +97,8 @@ class Exam:
     def accuracy(self, side: Side, dictionary: Dictionary, intervention: Intervention) -> float:
         """Share of the questions that are still answered right."""
         right = 0
-        for asked in self.asked[side]:
-            x_1TD = asked.resid_TD[None]
+        for item in self.answered[side]:
+            x_1TD = item.resid_TD[None]
             acts_1TA = dictionary.encode(x_1TD)[..., list(intervention.latents)]
             fired_1TA = intervention.fired(acts_1TA, torch.ones(x_1TD.shape[:2], dtype=torch.bool))
             if not fired_1TA.any():
@@ -106,8 +107,8 @@ class Exam:
                 continue
             after_1TD = changed(x_1TD, intervention.delta(acts_1TA, fired_1TA, dictionary.directions_FD), fired_1TA)
             self.passes += 1
-            right += self.answer(asked.question, after_1TD[0]) == asked.question.answer
-        return right / len(self.asked[side])
+            right += self.answer(item.question, after_1TD[0]) == item.question.answer
+        return right / len(self.answered[side])
 
 
 def digest(sets: dict[Side, list[Question]]) -> str:
@@ -125,9 +126,9 @@ def read_sets(config: QAConfig) -> dict[Side, list[Question]]:
 
 
 def score(configurations: Sequence[dict[str, Any]], least: float) -> float:
-    """1 - the smallest forget accuracy among configurations whose retain accuracy is at least `least`; others count as 1."""
-    kept = [entry["forget_accuracy"] if entry["retain_accuracy"] >= least else 1.0 for entry in configurations]
-    return 1.0 - min(kept, default=1.0)
+    """1 - the smallest forget accuracy where the retain accuracy is `least` or more; elsewhere it counts as 1."""
+    accuracies = [entry["forget_accuracy"] for entry in configurations if entry["retain_accuracy"] >= least]
+    return 1.0 - min(accuracies, default=1.0)
 
 
 def evaluate(

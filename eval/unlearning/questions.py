@@ -1,7 +1,8 @@
 """Multiple-choice questions: where they come from, how an instruction-tuned model is asked, and which it answers.
 
-A local file is jsonl: `{"question": "...", "choices": ["...", "..."], "answer": 0}` (or a letter), with an optional "subject". A set on the
-hub is `owner/name:subset`, split `test`, with the same columns (as cais/wmdp and cais/mmlu have).
+A local file is jsonl: `{"question": "...", "choices": ["...", "..."], "answer": 0}` (or a letter), with an optional
+"subject". A set on the hub is `owner/name:subset`, split `test`, with the same columns (as cais/wmdp and cais/mmlu
+have).
 
 Shapes: Q questions.
 """
@@ -48,7 +49,7 @@ class Question:
 
 
 def read_questions(name: str, revisions: Mapping[str, str] | None = None) -> list[Question]:
-    """The questions of a packaged set, a jsonl file or a set on the hub (at its revision, if one is given). Raises UserError with what to do."""
+    """The questions of a packaged set, a jsonl file or a set on the hub, at its revision if given. Raises UserError."""
     if name in PACKAGED:
         text = resources.files("hsae.eval.unlearning").joinpath(f"{name}.jsonl").read_text(encoding="utf-8")
         return _lines(text, name, name)
@@ -67,7 +68,7 @@ def read_questions(name: str, revisions: Mapping[str, str] | None = None) -> lis
 
 
 def _lines(text: str, where: str, subject: str) -> list[Question]:
-    found = []
+    questions = []
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if not line.strip():
             continue
@@ -75,15 +76,15 @@ def _lines(text: str, where: str, subject: str) -> list[Question]:
             record = parse_json(line)
         except ValueError as error:
             raise UserError(f"{where}, line {number} is not JSON: {error}") from None
-        found.append(_question(record, f"{where}, line {number}", subject))
-    if not found:
+        questions.append(_question(record, f"{where}, line {number}", subject))
+    if not questions:
         raise UserError(f"{where} holds no question")
-    return found
+    return questions
 
 
 def _question(record: Any, where: str, subject: str) -> Question:
-    held = record if isinstance(record, dict) else {}
-    text, choices, answer = held.get("question"), held.get("choices"), held.get("answer")
+    fields = record if isinstance(record, dict) else {}
+    text, choices, answer = fields.get("question"), fields.get("choices"), fields.get("answer")
     if isinstance(answer, str) and len(answer) == 1 and answer.upper() in LETTERS:
         answer = LETTERS.index(answer.upper())
     if (
@@ -94,12 +95,12 @@ def _question(record: Any, where: str, subject: str) -> Question:
         and isinstance(answer, int)
         and 0 <= answer < len(choices)
     ):
-        told = str(held.get("subject", subject))
+        subject = str(fields.get("subject", subject))
         return Question(
             text=replace_surrogates(text.strip()),
             choices=tuple(map(replace_surrogates, choices)),
             answer=answer,
-            subject=replace_surrogates(told),
+            subject=replace_surrogates(subject),
         )
     raise UserError(
         f"{where} is not a question; write "
@@ -111,8 +112,8 @@ def _hub(name: str, revision: str | None) -> list[Question]:
     owner_name, _, subset = name.partition(":")
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
-            f"questions {name!r} are a data set on the hub, which needs the package datasets; run: pip install 'hsae[hub]', "
-            "or give a .jsonl file with --set unlearning.qa.forget=FILE"
+            f"questions {name!r} are a data set on the hub, which needs the package datasets; "
+            "run: pip install 'hsae[hub]', or give a .jsonl file with --set unlearning.qa.forget=FILE"
         )
     from datasets import load_dataset
     from datasets.utils.logging import disable_progress_bar, set_verbosity_error
@@ -122,11 +123,12 @@ def _hub(name: str, revision: str | None) -> list[Question]:
     try:
         data = load_dataset(owner_name, subset, split="test", revision=revision, trust_remote_code=False)
     except Exception as error:  # the client has no common base for network, access and naming errors
-        first = str(error).splitlines()[0] if str(error) else ""
+        first = str(error).partition("\n")[0]
         raise UserError(
-            f"questions {name!r} can't be had from the hub ({type(error).__name__}: {first}); check the id and the network; if the set is "
-            f"gated, accept its terms at https://huggingface.co/datasets/{owner_name} and run `hf auth login`; or give a .jsonl file "
-            "with --set unlearning.qa.forget=FILE --set unlearning.qa.retain=FILE"
+            f"questions {name!r} can't be had from the hub ({type(error).__name__}: {first}); check the id and the "
+            f"network; if the set is gated, accept its terms at https://huggingface.co/datasets/{owner_name} and run "
+            "`hf auth login`; or give a .jsonl file with "
+            "--set unlearning.qa.forget=FILE --set unlearning.qa.retain=FILE"
         ) from None
     return [_question(dict(record), f"data set {name}, row {row}", subset) for row, record in enumerate(data)]
 
@@ -148,18 +150,19 @@ def check_template(tokenizer: Any, model: str) -> None:
             for wanted in (True, False)
         )
     except Exception as error:  # a template is a program of the model's; it can fail in any way
+        first = str(error).partition("\n")[0]
         raise UserError(
-            f"the chat template of {model} can't be used ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); {instead}"
+            f"the chat template of {model} can't be used ({type(error).__name__}: {first}); {instead}"
         ) from None
     if opened.count(PROBE) != 1 or len(opened) <= len(closed) or not opened.startswith(closed.rstrip()):
         raise UserError(
-            f"the chat template of {model} is of a kind hsae doesn't know: it must show the user's text once and open the model's answer "
-            f"behind it; {instead}"
+            f"the chat template of {model} is of a kind hsae doesn't know: it must show the user's text once and open "
+            f"the model's answer behind it; {instead}"
         )
 
 
 def prompt(question: Question, tokenizer: Any) -> list[int]:
-    """Token ids of the question in the model's chat format, with the start of an answer; the next token should be a letter."""
+    """Token ids of the question in the model's chat format, up to the start of an answer: a letter should be next."""
     subject = question.subject.replace("_", " ").replace("-", " ")
     lines = [f"Here is a multiple-choice question about {subject}. Answer with a letter.", "", question.text]
     lines += [f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False)]
@@ -172,11 +175,11 @@ def prompt(question: Question, tokenizer: Any) -> list[int]:
 
 def letter_tokens(tokenizer: Any) -> list[list[int]]:
     """For each letter its tokens with and without a space before it, where those are single tokens."""
-    found = []
+    tokens = []
     for letter in LETTERS:
         forms = [tokenizer(form, add_special_tokens=False, verbose=False).input_ids for form in (letter, f" {letter}")]
-        found.append([ids[-1] for ids in forms if len(ids) == 1] or [forms[0][0]])
-    return found
+        tokens.append([ids[-1] for ids in forms if len(ids) == 1] or [forms[0][0]])
+    return tokens
 
 
 def predicted(logits_V: Tensor, letters: Sequence[Sequence[int]], choices: int) -> int:

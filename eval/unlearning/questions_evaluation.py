@@ -60,7 +60,7 @@ class UnlearningQuestions(TextPairEvaluation):
         for name, among in arms.items():
             progress = partial(self.listener.progress, f"{target.label}: {name}")
             scores[name] = qa.evaluate(dictionary, among, densities, exam, self.config.qa, progress)
-        counts = {side: {"given": exam.given[side], "answered": len(exam.asked[side])} for side in SIDES}
+        counts = {side: {"given": exam.totals[side], "answered": len(exam.answered[side])} for side in SIDES}
         passes = {"run": exam.passes, "spared": exam.spared}
         return self.result("unlearning", target, {"arms": scores, "questions": counts, "passes": passes})
 

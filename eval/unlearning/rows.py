@@ -65,8 +65,7 @@ class Rows:
 
     def activations(self, dictionary: Dictionary, latents: Sequence[int]) -> Tensor:
         """[R, T, A] float32 activations of some latents."""
-        chosen = list(latents)
-        return torch.cat([dictionary.encode(x_RTD)[..., chosen].float() for x_RTD, _ in self.batches()])
+        return torch.cat([dictionary.encode(x_RTD)[..., list(latents)].float() for x_RTD, _ in self.batches()])
 
 
 def split_rows(rows: Rows, tune_rows: int, test_rows: int) -> dict[str, Rows]:

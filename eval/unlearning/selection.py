@@ -43,7 +43,7 @@ class Profile:
 
 
 def densities(dictionary: Dictionary, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, int]:
-    """(share of kept tokens at which each latent is active, mean activation where active, kept tokens), from residuals and masks."""
+    """([F] share of kept tokens at which a latent is active, [F] mean activation where it is, kept tokens)."""
     width = sum(dictionary.widths)
     fired_F, total_F, tokens = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64), 0
     for x_RTD, kept_RT in batches:
@@ -69,7 +69,7 @@ def rounded(density_F: Tensor) -> Tensor:
 
 
 def ranking(forget_F: Tensor, retain_F: Tensor, cap: float, among: Sequence[int] | None = None) -> list[int]:
-    """SAEBench's sparsity rule: latents with retain density below `cap` that fire on forget, most frequent on forget first.
+    """SAEBench's sparsity rule: latents with retain density below `cap` that fire on forget, most frequent there first.
 
     Ties go by number. `among` are the latents that take part; all unless given.
     """
@@ -99,8 +99,8 @@ def descend(
         family, parents = [seed], [seed]
         for number, map_CG in zip(range(len(dictionary.widths), 1, -1), maps, strict=True):
             coarse, fine = dictionary.level(number), dictionary.level(number - 1)
-            found = [fine[child] for parent in parents for child in children(map_CG, parent - coarse.start)]
-            parents = [child for child in dict.fromkeys(found) if eligible_F[child]]
+            offspring = [fine[child] for parent in parents for child in children(map_CG, parent - coarse.start)]
+            parents = [child for child in dict.fromkeys(offspring) if eligible_F[child]]
             family += parents
         chosen.update(dict.fromkeys(family))
         if len(chosen) >= count:
@@ -129,13 +129,13 @@ def ascend(
             mass_CG = map_CG.abs()
             is_chosen_G = torch.tensor([latent in chosen for latent in fine], dtype=mass_CG.dtype)
             share_C = mass_CG @ is_chosen_G / mass_CG.sum(1).clamp_min(1e-30)
-            found = [
+            covered = [
                 latent
                 for latent, share in zip(coarse, share_C.tolist(), strict=True)
                 if share >= MASS and retain_F[latent] < cap
             ]
-            added += found
-            chosen.update(found)
+            added += covered
+            chosen.update(covered)
         if taken + len(added) > count:
             break
         best = [*seeds[:taken], *added]
@@ -150,7 +150,7 @@ def permuted_rows(map_CG: Tensor, seed: int) -> Tensor:
 
 
 def random_alike(profile: Profile, latents: Sequence[int], seed: int) -> list[int]:
-    """For each latent another one, drawn from the ten unchosen ones nearest in frequency over both texts together; none twice."""
+    """For each latent another one, drawn from the NEIGHBOURS unchosen ones nearest in frequency; none twice."""
     forget, retain = profile.tokens
     frequency = ((profile.forget_F * forget + profile.retain_F * retain) / (forget + retain)).tolist()
     generator = random.Random(seed)

@@ -35,7 +35,7 @@ def evaluate_signature(sweep: Sweep) -> dict[str, Any]:
 
 
 def choose_topics(rows: Rows, wanted: Sequence[str]) -> list[str]:
-    """The two topics of the test: those wanted, or those with the most documents (two at least); fewer if there are none."""
+    """The two topics of the test: those wanted, or those with the most documents (two at least); or fewer."""
     documents: dict[str, set[int]] = {}
     for document, topic in zip(rows.documents, rows.topics, strict=True):
         if topic is not None:

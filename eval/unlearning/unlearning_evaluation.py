@@ -1,7 +1,7 @@
 """`hsae eval unlearning`: every arm of a run swept on two texts, and shown side by side.
 
-A run's result is `eval/unlearning.json` in its directory, with `unlearning.png` beside it where matplotlib is installed;
-while a sweep is under way, what was measured lies in `unlearning.partial.json`.
+A run's result is `eval/unlearning.json` in its directory, with `unlearning.png` beside it where matplotlib is
+installed; while a sweep is under way, what was measured lies in `unlearning.partial.json`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -22,7 +22,7 @@ from hsae.eval.hierarchy.composition import evaluate_composition
 from hsae.eval.hierarchy.composition_evaluation import Composition, CompositionOptions, Sources
 from hsae.eval.hierarchy.composition_file import FILE, MAPS_FILE, read_composition, read_maps
 from hsae.eval.hierarchy.composition_result import CompositionResult
-from hsae.eval.hierarchy.failures import NAMES, failures
+from hsae.eval.hierarchy.failures import NAMES, find_failures
 from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.hierarchical_sae import AdditiveSAE, CompositionMap, FlatSAE, StackedSAE
@@ -281,7 +281,7 @@ def config(**changes):
 
 
 def named(model, store, given=None, **others):
-    found = failures(measured(model, store, HOOK), given or config(), **others)
+    found = find_failures(measured(model, store, HOOK), given or config(), **others)
     return {failure.name: failure for failure in found.failures}, found
 
 

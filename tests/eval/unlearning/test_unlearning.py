@@ -240,7 +240,7 @@ def test_losses_and_kl_agree_with_whole_forward_passes_through_hooks(plan, langu
         after = language.logits(tokens).log_softmax(-1)
     finally:
         handle.remove()
-    for row, positions in enumerate(meter.chosen):
+    for row, positions in enumerate(meter.positions):
         assert len(positions) == 11 and positions.max() < tokens.shape[1] - 1
         targets = tokens[row, positions + 1].long()
         loss = (clean[row, positions, targets] - after[row, positions, targets]).sum().item()
@@ -265,7 +265,7 @@ def test_rows_where_nothing_fires_and_positions_before_the_first_firing_cost_not
     meter.measure(trial)
     before = meter.passes.unembedded
     change = meter.measure(trial)
-    later = int((meter.chosen[2] >= 20).sum())
+    later = int((meter.positions[2] >= 20).sum())
     assert 0 < later < 6 and meter.passes.unembedded - before == later
     assert meter.passes.run == 2 and meter.passes.spared == 2 * (len(rows.numbers) - 1)
     assert [loss != 0 for loss in change.loss_R] == [row == 2 for row in range(len(rows.numbers))]
@@ -280,7 +280,7 @@ def test_clean_losses_are_those_of_the_store_and_rows_beyond_them_get_a_pass(pla
         meter = LossMeter(model=language, rows=rows, positions_per_row=5, seed=0)
         meter._prepare()
         expected = language.logits(rows.tokens()).log_softmax(-1)
-        for row, positions in enumerate(meter.chosen):
+        for row, positions in enumerate(meter.positions):
             targets = meter.tokens_RT[row, positions + 1]
             assert torch.allclose(meter.clean[row], -expected[row, positions, targets], atol=1e-4)
         assert meter.passes.run == passes

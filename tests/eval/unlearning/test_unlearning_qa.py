@@ -206,7 +206,7 @@ def test_the_exam_keeps_what_is_answered_right_and_clamping_agrees_with_a_hooked
             handle.remove()
         return questions.predicted(logits, exam.letters, 3)
 
-    for side, asked in exam.asked.items():
+    for side, asked in exam.answered.items():
         right = [q for q in everything[side] if answer(q, False) == q.answer]
         assert [item.question for item in asked] == right and 0 < len(right) < len(everything[side])
         expected = sum(answer(q, True) == q.answer for q in right) / len(right)
