@@ -480,7 +480,7 @@ def test_all_leaves_out_what_lacks_its_store_or_means_nothing(overrides, plan, t
     chosen = ["--sae", tmp_path / "sae", "--out", tmp_path / "out", "--draws", 1]
     done = invoke("eval", "all", *chosen, *settings([*overrides, "ravel.least_ceiling=1.0"]))
     summary = done.output[done.output.index("summary") :]
-    assert "skipped: unlearning compares the levels of trained runs; it takes no --sae" in summary
+    assert "skipped: unlearning is of trained runs, all levels together; it takes no --sae" in summary
     assert "skipped: exchanging the whole residual of an entity at blocks.2.hook_resid_post changes" in summary
     assert "5 of 7 evaluations failed" in summary
     done = invoke("eval", "all", "--run", 3, "--draws", 1, *settings([*overrides, "ravel.min_prompts=6"]))
