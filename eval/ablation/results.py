@@ -17,13 +17,12 @@ from hsae.eval.ablation.table import COLUMNS, AblationTable, Cell, Column, Kind,
 from hsae.eval.ablation.verdicts import COMPONENTS, judge
 from hsae.eval.core.current import DIGESTS, Current, core_results, inputs_of, same_bits
 from hsae.eval.harness.result_files import read_result
-from hsae.eval.harness.targets import model_digest
+from hsae.eval.harness.targets import model_digest, need_trained
 from hsae.eval.hierarchy.composition_file import read_composition
 from hsae.eval.unlearning.config import SIDES, UnlearningConfig
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.hierarchical_sae import STRUCTURES
-from hsae.train.runs.run_directory import is_complete
 
 BUDGET = "0.01"
 """Loss on retain, in nats a token, at which unlearning is compared."""
@@ -91,12 +90,8 @@ class _Reader:
 
     def _numbers(self, plan: Plan, config: RunConfig) -> Iterator[Number]:
         """All numbers of a run of one seed."""
+        need_trained(plan, config)
         run_dir, label = plan.run_dir(config), plan.label(config)
-        if not is_complete(plan, config):
-            raise UserError(
-                f"run {label} has not been trained to its end in {run_dir}; train it with: "
-                f"hsae train --run {config.number} --seeds {self.seeds}"
-            )
         weights = model_digest(run_dir / "model")
         results: dict[Kind, list[Number] | None] = {
             "core": self._core(plan, config, weights),

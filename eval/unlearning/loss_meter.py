@@ -7,8 +7,8 @@ positions, drawn once with a seed.
 Shapes: R rows, B rows of a batch, T context, D residual width, A chosen latents, N positions of rows, V vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,15 +19,6 @@ from hsae.eval.unlearning.intervention import Intervention, changed
 from hsae.eval.unlearning.rows import BATCH_ROWS, Rows
 
 UNEMBEDDED_BYTES = 64 << 20  # of float32 logits at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """An intervention with the activations it needs, on all of some rows."""
-
-    intervention: Intervention
-    acts_RTA: Tensor
-    directions_FD: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +59,7 @@ class LossMeter:
         self.tokens_RT = self.rows.tokens().long()
         self.kept_RT = self.rows.kept(self.tokens_RT)
         self.positions = [self._draw_positions(place) for place in range(len(self.rows.numbers))]
-        self.clean: list[Tensor] = []
-        self._clean_finals: dict[int, Tensor] = {}
+        self.targets = [tokens_T[places + 1] for tokens_T, places in zip(self.tokens_RT, self.positions, strict=True)]
 
     def _draw_positions(self, place: int) -> Tensor:
         """The row's positions, in order: not special, with a next token."""
@@ -85,24 +75,24 @@ class LossMeter:
         """Positions of each row."""
         return [len(positions) for positions in self.positions]
 
-    def _prepare(self) -> None:
-        """Clean final vectors and losses at the chosen positions, once."""
-        if self.clean or not self.positions:
-            return
-        store, hook = self.rows.store, self.rows.hook
+    @cached_property
+    def clean_finals(self) -> list[Tensor]:
+        """Final vectors [positions, D] of the model as it is, of each row."""
+        finals = []
         for place, row in enumerate(self.rows.numbers):
-            if row < store.clean_rows:
-                final_TD = store.clean("final", row, row + 1)[0]
+            if row < self.rows.store.clean_rows:
+                final_TD = self.rows.store.clean("final", row, row + 1)[0]
             else:
-                final_TD = self.model.suffix(hook, self.rows.residuals([place]))[0].cpu()
+                final_TD = self.model.suffix(self.rows.hook, self.rows.residuals([place]))[0].cpu()
                 self.passes.run += 1
-            self._clean_finals[place] = final_TD[self.positions[place]].clone()
-        finals_ND = torch.cat([self._clean_finals[place] for place in range(len(self.positions))])
-        loss_N, _ = self._losses(finals_ND, self._targets(range(len(self.positions))), None)
-        self.clean = list(torch.split(loss_N, self.counts))
+            finals.append(final_TD[self.positions[place]])
+        return finals
 
-    def _targets(self, places: Sequence[int]) -> Tensor:
-        return torch.cat([self.tokens_RT[place, self.positions[place] + 1] for place in places])
+    @cached_property
+    def clean_losses(self) -> list[Tensor]:
+        """Losses [positions] of the model as it is, of each row."""
+        loss_N, _ = self._losses(torch.cat(self.clean_finals), torch.cat(self.targets), None)
+        return list(torch.split(loss_N, self.counts))
 
     def _losses(self, final_ND: Tensor, targets_N: Tensor, clean_ND: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Next-token loss and, given clean final vectors, KL(clean || modified), [N] float32, from log-softmax."""
@@ -121,40 +111,35 @@ class LossMeter:
         return loss_N, kl_N
 
     @torch.no_grad()
-    def measure(self, trial: Trial, *, kl: bool = False) -> Change:
-        """What the intervention does to each row."""
-        self._prepare()
-        fired_RTA = trial.intervention.fired(trial.acts_RTA, self.kept_RT)
-        fired_RT = fired_RTA.any(-1)
-        touched = fired_RT.any(1).nonzero()[:, 0].tolist()
-        loss_R, kl_R = [0.0] * len(self.positions), [0.0] * len(self.positions)
-        self.passes.spared += len(self.positions) - len(touched)
+    def measure(
+        self, intervention: Intervention, acts_RTA: Tensor, directions_FD: Tensor, *, kl: bool = False
+    ) -> Change:
+        """What an intervention on latents with these activations does to each row."""
+        clean_losses, rows = self.clean_losses, len(self.positions)
+        fired_RTA = intervention.fired(acts_RTA, self.kept_RT)
+        touched = fired_RTA.any(-1).any(1).nonzero()[:, 0].tolist()
+        loss_R, kl_R = [0.0] * rows, [0.0] * rows
+        self.passes.spared += rows - len(touched)
         self.passes.positions += sum(self.counts)
         for start in range(0, len(touched), BATCH_ROWS):
             places = touched[start : start + BATCH_ROWS]
-            self._measure_batch(trial, fired_RTA[places], places, loss_R, kl_R if kl else None)
+            x_BTD, fired_BTA = self.rows.residuals(places), fired_RTA[places]
+            delta_BTD = intervention.delta(acts_RTA[places], fired_BTA, directions_FD).cpu()
+            final_BTD = self.model.suffix(self.rows.hook, changed(x_BTD, delta_BTD, fired_BTA)).cpu()
+            self.passes.run += len(places)
+            first_B = fired_BTA.any(-1).int().argmax(1).tolist()
+            later = [self.positions[place] >= first for place, first in zip(places, first_B, strict=True)]
+            of_rows = list(zip(places, later, strict=True))
+            finals = [
+                final_TD[self.positions[row][late]] for final_TD, (row, late) in zip(final_BTD, of_rows, strict=True)
+            ]
+            targets_N = torch.cat([self.targets[row][late] for row, late in of_rows])
+            clean_ND = torch.cat([self.clean_finals[row][late] for row, late in of_rows]) if kl else None
+            loss_N, kl_N = self._losses(torch.cat(finals), targets_N, clean_ND)
+            sizes = [len(final) for final in finals]
+            for (row, late), part in zip(of_rows, torch.split(loss_N, sizes), strict=True):
+                loss_R[row] = (part.double() - clean_losses[row][late].double()).sum().item()
+            if kl_N is not None:
+                for row, part in zip(places, torch.split(kl_N, sizes), strict=True):
+                    kl_R[row] = part.double().sum().item()
         return Change(loss_R=loss_R, kl_R=kl_R if kl else None)
-
-    def _measure_batch(
-        self, trial: Trial, fired_BTA: Tensor, places: list[int], loss_R: list[float], kl_R: list[float] | None
-    ) -> None:
-        x_BTD = self.rows.residuals(places)
-        delta_BTD = trial.intervention.delta(trial.acts_RTA[places], fired_BTA, trial.directions_FD)
-        after_BTD = changed(x_BTD, delta_BTD.cpu(), fired_BTA)
-        final_BTD = self.model.suffix(self.rows.hook, after_BTD).cpu()
-        self.passes.run += len(places)
-        first_B = fired_BTA.any(-1).int().argmax(1).tolist()
-        later = [self.positions[place] >= first for place, first in zip(places, first_B, strict=True)]
-        finals = [final_BTD[index, self.positions[place][later[index]]] for index, place in enumerate(places)]
-        targets_N = torch.cat([self._targets([place])[late] for place, late in zip(places, later, strict=True)])
-        clean_ND = None
-        if kl_R is not None:
-            clean = [self._clean_finals[place][late] for place, late in zip(places, later, strict=True)]
-            clean_ND = torch.cat(clean)
-        loss_N, kl_N = self._losses(torch.cat(finals), targets_N, clean_ND)
-        sizes = [len(part) for part in finals]
-        for index, (place, part) in enumerate(zip(places, torch.split(loss_N, sizes), strict=True)):
-            loss_R[place] = (part.double() - self.clean[place][later[index]].double()).sum().item()
-        if kl_R is not None and kl_N is not None:
-            for place, part in zip(places, torch.split(kl_N, sizes), strict=True):
-                kl_R[place] = part.double().sum().item()

@@ -10,6 +10,7 @@ Shapes: T tokens of a prompt, D residual width, F latents, A chosen latents, V v
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +43,6 @@ class Exam:
     answered: dict[Side, list[Answered]]
     totals: dict[Side, int]
     letters: list[list[int]]
-    digest: str
-    """Of questions and answers: what the exam is."""
     passes: int = 0
     spared: int = 0
 
@@ -58,10 +57,12 @@ class Exam:
     ) -> "Exam":
         """Ask under every tried order and keep what is answered right each time. Raises UserError if nothing is."""
         exam = cls(
-            language=language, hook=hook, answered={side: [] for side in SIDES},
+            language=language,
+            hook=hook,
+            answered={side: [] for side in SIDES},
             totals={side: len(sets[side]) for side in SIDES},
-            letters=questions.letter_tokens(language.tokenizer), digest=digest(sets),
-        )  # fmt: skip
+            letters=questions.letter_tokens(language.tokenizer),
+        )
         for side in SIDES:
             for done, question in enumerate(sets[side]):
                 progress(f"asking {side} questions", done, len(sets[side]))
@@ -143,29 +144,24 @@ def evaluate(
 
     `densities` are the latents' on the two texts; as SAEBench keeps them, to six decimals.
     """
-    density = {side: selection.rounded(values) for side, values in densities.items()}
+    forget_F, retain_F = (selection.rounded(densities[side]) for side in SIDES)
     entries: list[dict[str, Any]] = []
-    measured: dict[tuple[tuple[int, ...], float], dict[str, float]] = {}
-    total = len(config.retain_thresholds) * len(config.n_features) * len(config.multipliers)
-    for threshold in config.retain_thresholds:
-        ranked = selection.ranking(density["forget"], density["retain"], threshold, among)
-        for count in config.n_features:
-            for multiplier in config.multipliers:
-                progress(len(entries), total)
-                latents = tuple(ranked[:count])
-                if (latents, multiplier) not in measured:
-                    clamp = Intervention(latents=latents, values=(-multiplier,) * len(latents))
-                    measured[latents, multiplier] = {
-                        f"{side}_accuracy": exam.accuracy(side, dictionary, clamp) for side in SIDES
-                    }
-                entries.append(
-                    {
-                        "retain_threshold": threshold,
-                        "n_features": count,
-                        "clamped": len(latents),
-                        "multiplier": multiplier,
-                    }
-                    | measured[latents, multiplier]
-                )
-    progress(total, total)
+    accuracies: dict[tuple[tuple[int, ...], float], dict[str, float]] = {}
+    rankings = {cap: selection.ranking(forget_F, retain_F, cap, among) for cap in config.retain_thresholds}
+    every = list(itertools.product(config.retain_thresholds, config.n_features, config.multipliers))
+    for done, (threshold, count, multiplier) in enumerate(every):
+        progress(done, len(every))
+        latents = tuple(rankings[threshold][:count])
+        if (latents, multiplier) not in accuracies:
+            clamp = Intervention(latents=latents, values=(-multiplier,) * len(latents))
+            both = {f"{side}_accuracy": exam.accuracy(side, dictionary, clamp) for side in SIDES}
+            accuracies[latents, multiplier] = both
+        setting = {
+            "retain_threshold": threshold,
+            "n_features": count,
+            "clamped": len(latents),
+            "multiplier": multiplier,
+        }
+        entries.append(setting | accuracies[latents, multiplier])
+    progress(len(every), len(every))
     return {"unlearning_score": score(entries, config.retain_accuracy), "configurations": entries}

@@ -12,7 +12,7 @@ from hsae.eval.harness.estimates import estimate_of
 from hsae.eval.unlearning import selection
 from hsae.eval.unlearning.arms import Setting, sae_arms
 from hsae.eval.unlearning.intervention import Intervention
-from hsae.eval.unlearning.loss_meter import Change, LossMeter, Trial
+from hsae.eval.unlearning.loss_meter import Change, LossMeter
 from hsae.eval.unlearning.pareto import DocumentBootstrap
 from hsae.eval.unlearning.rows import Rows
 from hsae.eval.unlearning.sweep import Sweep, digest_of
@@ -98,6 +98,6 @@ def _measure(sweep: Sweep, meter: LossMeter, clamp: Intervention, names: list[st
 
     def measure() -> Change:
         acts_RTA = meter.rows.activations(dictionary, clamp.latents)
-        return meter.measure(Trial(intervention=clamp, acts_RTA=acts_RTA, directions_FD=dictionary.directions_FD))
+        return meter.measure(clamp, acts_RTA, dictionary.directions_FD)
 
     return sweep.changes.get(f"signature/{digest_of([*names, clamp.latents, clamp.values])}", measure)

@@ -19,7 +19,7 @@ from hsae.eval.unlearning import pareto, selection
 from hsae.eval.unlearning.arms import Arm, Setting, measure_shift, rate_threshold, sae_arms, settings_of, shared_arms
 from hsae.eval.unlearning.config import SIDES, Side, UnlearningConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention
-from hsae.eval.unlearning.loss_meter import Change, Trial
+from hsae.eval.unlearning.loss_meter import Change
 from hsae.eval.unlearning.measurements import MeasuredChanges, Texts
 from hsae.train.model.hierarchical_sae import HierarchicalSAE
 
@@ -87,8 +87,7 @@ class PreparedArm:
 
         def measure() -> Change:
             acts_RTA = self.activations(side, part, intervention.latents)
-            trial = Trial(intervention=intervention, acts_RTA=acts_RTA, directions_FD=dictionary.directions_FD)
-            return self.texts.meter(side, part).measure(trial, kl=kl)
+            return self.texts.meter(side, part).measure(intervention, acts_RTA, dictionary.directions_FD, kl=kl)
 
         return changes.get(f"{arm}{side}/{part}/{digest_of(content)}", measure)
 

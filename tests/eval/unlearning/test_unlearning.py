@@ -27,7 +27,7 @@ from hsae.eval.harness.targets import RunTarget
 from hsae.eval.unlearning import arms, pareto, qa, selection
 from hsae.eval.unlearning.config import UnlearningConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed, of_means, of_model, of_view
-from hsae.eval.unlearning.loss_meter import LossMeter, Trial
+from hsae.eval.unlearning.loss_meter import LossMeter
 from hsae.eval.unlearning.measurements import Texts
 from hsae.eval.unlearning.questions import Question
 from hsae.eval.unlearning.questions_evaluation import UnlearningQuestions
@@ -214,7 +214,7 @@ def test_losses_and_kl_agree_with_whole_forward_passes_through_hooks(plan, langu
     cut = None if rate is None else rates.median().item()
     clamp = Intervention(latents=latents, values=values, rate=cut)
     meter = LossMeter(model=language, rows=rows, positions_per_row=11, seed=0)
-    change = meter.measure(Trial(intervention=clamp, acts_RTA=acts, directions_FD=dictionary.directions_FD), kl=True)
+    change = meter.measure(clamp, acts, dictionary.directions_FD, kl=True)
 
     tokens = rows.tokens()
     clean = language.logits(tokens).log_softmax(-1)
@@ -261,10 +261,9 @@ def test_rows_where_nothing_fires_and_positions_before_the_first_firing_cost_not
     acts[0, 0] = 1.0  # position 0 is never touched
     acts[2, 20] = 1.0
     clamp = Intervention(latents=(0,), values=(-30.0,))
-    trial = Trial(intervention=clamp, acts_RTA=acts, directions_FD=torch.eye(1, D))
-    meter.measure(trial)
+    meter.measure(clamp, acts, torch.eye(1, D))
     before = meter.passes.unembedded
-    change = meter.measure(trial)
+    change = meter.measure(clamp, acts, torch.eye(1, D))
     later = int((meter.positions[2] >= 20).sum())
     assert 0 < later < 6 and meter.passes.unembedded - before == later
     assert meter.passes.run == 2 and meter.passes.spared == 2 * (len(rows.numbers) - 1)
@@ -278,11 +277,10 @@ def test_clean_losses_are_those_of_the_store_and_rows_beyond_them_get_a_pass(pla
         passes = sum(row >= rows.store.clean_rows for row in rows.numbers)
         assert (passes > 0) == (part == "select")
         meter = LossMeter(model=language, rows=rows, positions_per_row=5, seed=0)
-        meter._prepare()
         expected = language.logits(rows.tokens()).log_softmax(-1)
         for row, positions in enumerate(meter.positions):
             targets = meter.tokens_RT[row, positions + 1]
-            assert torch.allclose(meter.clean[row], -expected[row, positions, targets], atol=1e-4)
+            assert torch.allclose(meter.clean_losses[row], -expected[row, positions, targets], atol=1e-4)
         assert meter.passes.run == passes
 
 
@@ -461,11 +459,9 @@ def test_every_arm_is_swept_chosen_on_tune_and_reported_on_test(plan, language):
     latents = result["arms"]["level1"]["latents"]["5"]
     dictionary, rows = of_model(a_model(), "cpu"), texts.rows["retain"]["tune"]
     meter = LossMeter(model=language, rows=rows, positions_per_row=11, seed=0)
-    trial = Trial(
-        intervention=Intervention(latents=tuple(latents), values=(0.0,) * len(latents)),
-        acts_RTA=rows.activations(dictionary, latents), directions_FD=dictionary.directions_FD,
-    )  # fmt: skip
-    assert point["tune"]["retain_dce"] == pytest.approx(sum(meter.measure(trial).loss_R) / sum(meter.counts))
+    clamp = Intervention(latents=tuple(latents), values=(0.0,) * len(latents))
+    change = meter.measure(clamp, rows.activations(dictionary, latents), dictionary.directions_FD)
+    assert point["tune"]["retain_dce"] == pytest.approx(sum(change.loss_R) / sum(meter.counts))
     assert result["signature"]["explanation"] is None
     assert [pair["selected_on"] for pair in result["signature"]["pairs"]] == ["code", "shell"]
     folder = plan.run_dir(plan.runs[3]) / "eval"
