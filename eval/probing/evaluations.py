@@ -16,11 +16,9 @@ from torch import Tensor
 from hsae.cache.suites.probe_store import ProbeStore, TaskEntry
 from hsae.cache.suites.specs import Suite
 from hsae.cache.suites.suite_files import PART_TEXTS
-from hsae.eval.harness.estimates import Estimate
 from hsae.eval.harness.evaluation import Evaluation, Options, Result, cached_method
 from hsae.eval.harness.result_files import hsae_version
 from hsae.eval.harness.saebench_file import Part, SaebenchFile, read_measured
-from hsae.eval.harness.tables import Cell, PlusMinus
 from hsae.eval.harness.targets import Found, Target, find
 from hsae.eval.probing import absorption, scr_tpp, sparse_probing
 from hsae.eval.probing.config import probe_spec
@@ -73,13 +71,6 @@ class SuiteEvaluation(Evaluation[StoreT, Target]):
     def find(self, target: Target) -> Found[dict[str, Any]]:
         """Where the target's result belongs, and whether it is there."""
         return find(target, self.inputs(target), partial(read_measured, kind=self.file_kind, evaluation=self.name))
-
-    def cell(self, measure: Estimate | None) -> Cell:
-        """A measure with half its interval."""
-        if measure is None or measure.value is None:
-            return "undefined"
-        text = f"{measure.value:.3f}"
-        return text if measure.high is None else PlusMinus(text, f"{measure.high - measure.value:.3f}")
 
     def notes(self, results: Sequence[Result[Target]]) -> list[str]:
         """Which store was read, and which SAEs can't be told apart."""
