@@ -4,7 +4,7 @@ import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -158,7 +158,7 @@ class Screen(Listener):
         )
         self._tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> "Screen":
+    def __enter__(self) -> Self:
         self._status.start()
         return self
 

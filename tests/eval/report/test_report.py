@@ -19,13 +19,15 @@ from hsae.eval import contexts, figures
 from hsae.eval.core.core_evaluation import Core
 from hsae.eval.core.core_result import read_core
 from hsae.eval.harness.evaluation import evaluate_targets
+from hsae.eval.harness.listener import Listener
 from hsae.eval.harness.result_files import write_result
 from hsae.eval.harness.targets import RunTarget, run_targets
 from hsae.eval.hierarchy import maps
 from hsae.eval.hierarchy.composition_evaluation import Composition, Sources
 from hsae.eval.hierarchy.composition_file import read_composition
 from hsae.eval.report import tables
-from hsae.eval.report.page import write_report
+from hsae.eval.report.page import Report, write_report
+from hsae.eval.report.run_section import Material
 from hsae.train.config.plan import load_plan
 from hsae.train.model.model_files import load_model
 from hsae.train.runs.planned_runs import train_runs
@@ -62,9 +64,18 @@ def made(tmp_path_factory):
 
 def written(made, out, **changes):
     _, run_dirs, store, tokenizer = made
-    values = {"store": store, "tokenizer": tokenizer, "compare": [USER_BASELINE]}
-    write_report(run_dirs, out, **{**values, **changes})
+    compare = changes.pop("compare", [USER_BASELINE])
+    material = Material(**{"specs": {}, "store": store, "tokenizer": tokenizer} | changes)
+    Report(run_dirs, material, compare=compare).write(out)
     return (out / "index.html").read_text(), (out / "report.md").read_text()
+
+
+class Warnings(Listener):
+    def __init__(self, texts):
+        self.texts = texts
+
+    def warn(self, text):
+        self.texts.append(text)
 
 
 class Page(HTMLParser):
@@ -142,7 +153,7 @@ def test_names_and_warnings_are_data_too(made, tmp_path):
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**json.loads(USER_BASELINE.read_text()), "sae_lens_release_id": hostile}))
-    path = write_report([copy], tmp_path / "out", compare=[other])
+    path = Report([copy], compare=[other]).write(tmp_path / "out")
     html, markdown = path.read_text(), path.with_name("report.md").read_text()
     page = Page(html)
     assert "<script" not in html and "script" not in page.tags
@@ -205,7 +216,7 @@ def test_hierarchy_measures_stand_beside_their_nulls(made, tmp_path, monkeypatch
     content = json.loads(item.path.read_text())
     content["failures"] = [{"name": "copy", "level": 2, "text": "copy: <b>half</b> of level 2"}]
     write_result(item.path, content)
-    path = write_report([tmp_path / "runs/3"], tmp_path / "out")
+    path = Report([tmp_path / "runs/3"]).write(tmp_path / "out")
     html, markdown = path.read_text(), path.with_name("report.md").read_text()
     text = " ".join(" ".join(Page(html).words).split())
     for words in ("Level 2 of level 1, learned map", "Level 2 of level 1, fitted map", "coverage lift", "or agreement",
@@ -218,7 +229,7 @@ def test_hierarchy_measures_stand_beside_their_nulls(made, tmp_path, monkeypatch
     assert f"{coverage.value:.3g} ({coverage.nulls['permuted'].z:+.1f}, {coverage.nulls['random'].z:+.1f})" in markdown
     content["inputs"]["sae"] = "0" * 64
     write_result(item.path, content)
-    page = write_report([tmp_path / "runs/3"], tmp_path / "out").read_text()
+    page = Report([tmp_path / "runs/3"]).write(tmp_path / "out").read_text()
     assert "composition.json is of another model than the one here" in page and "fitted map" not in page
 
 
@@ -227,7 +238,7 @@ def test_missing_pieces_are_said(made, tmp_path):
     shutil.copytree(made[1][2], copy)
     shutil.rmtree(copy / "eval")
     shutil.rmtree(copy / "model")
-    path = write_report([copy, tmp_path / "runs/4"], tmp_path / "out")
+    path = Report([copy, tmp_path / "runs/4"]).write(tmp_path / "out")
     text = " ".join(Page(path.read_text()).words)
     for words in (
         "No run has been evaluated yet",
@@ -239,11 +250,24 @@ def test_missing_pieces_are_said(made, tmp_path):
         assert words in text
     assert not (tmp_path / "out/summary.png").exists()
     (copy / "metrics.jsonl").unlink()
-    assert "no training metrics" in write_report([copy], tmp_path / "out").read_text()
+    assert "no training metrics" in Report([copy]).write(tmp_path / "out").read_text()
     html, _ = written(made, tmp_path / "more", store=None, tokenizer=None)
     assert "no contexts: the evaluation store or the tokenizer is not there" in html
     with pytest.raises(UserError, match="there is nothing to report: no run has been trained yet"):
-        write_report([tmp_path / "nothing"], tmp_path / "none")
+        Report([tmp_path / "nothing"]).write(tmp_path / "none")
+
+
+def test_a_plans_report_opens_its_store_and_refuses_runs_that_are_not_trained(made, tmp_path):
+    plan, said = made[0], []
+    path = write_report(plan, plan.select("0,3"), tmp_path / "out", listener=Warnings(said))
+    text = " ".join(Page(path.read_text()).words)
+    assert "3 full" in text and "1 stacked" not in text and not [line for line in said if "no contexts" in line]
+    with pytest.raises(
+        UserError, match=r"run 4 \S+ of plan tiny has not been trained in .*; train it with: hsae train"
+    ):
+        write_report(plan, plan.select("3,4"), tmp_path / "none")
+    write_report(plan, out=tmp_path / "all")
+    assert "Not trained yet: 2, 4" in (tmp_path / "all/index.html").read_text()
 
 
 def test_a_run_whose_run_json_is_damaged_is_named_and_the_others_are_shown(made, tmp_path):
@@ -252,12 +276,12 @@ def test_a_run_whose_run_json_is_damaged_is_named_and_the_others_are_shown(made,
         shutil.copytree(made[1][2], tmp_path / f"runs/{number}")
     (tmp_path / "runs/4/run.json").write_text("{")
     said = []
-    path = write_report([tmp_path / "runs/3", tmp_path / "runs/4"], tmp_path / "out", say=said.append)
+    path = Report([tmp_path / "runs/3", tmp_path / "runs/4"], listener=Warnings(said)).write(tmp_path / "out")
     assert any("runs/4/run.json is damaged" in text for text in said)
     text = " ".join(Page(path.read_text()).words)
     assert "runs/4/run.json is damaged" in text and "3 full" in text and "Not trained yet" not in text
     with pytest.raises(UserError, match=r"run\.json is damaged"):
-        write_report([tmp_path / "runs/4"], tmp_path / "none")
+        Report([tmp_path / "runs/4"]).write(tmp_path / "none")
 
 
 def test_a_damaged_result_is_said_and_the_others_are_shown(made, tmp_path):
@@ -266,18 +290,18 @@ def test_a_damaged_result_is_said_and_the_others_are_shown(made, tmp_path):
     victim, said = sorted((copy / "eval/core").glob("*.json"))[0], []
     text = victim.read_text()
     victim.write_text(re.sub(r'("l0": \d*)(\d)', lambda found: f"{found[1]}{(int(found[2]) + 1) % 10}", text, count=1))
-    path = write_report([copy], tmp_path / "out", say=said.append)
+    path = Report([copy], listener=Warnings(said)).write(tmp_path / "out")
     wrong = f"{victim} is damaged (it fails its checksum); make it again with: hsae eval core --run 3"
     assert victim.read_text() != text and wrong in " ".join(Page(path.read_text()).words)
     assert f"run 3 full: {wrong}" in said
     victim.write_text("{")
-    path = write_report([copy], tmp_path / "out")
+    path = Report([copy]).write(tmp_path / "out")
     assert f"{victim} is not JSON" in " ".join(Page(path.read_text()).words)
     assert path.with_name("report.md").read_text().count("\n|") == 2 + 2
 
 
 def test_a_report_of_foreign_results_alone(tmp_path):
-    path = write_report([], tmp_path, compare=[USER_BASELINE, USER_BASELINE])
+    path = Report([], compare=[USER_BASELINE, USER_BASELINE]).write(tmp_path)
     markdown = path.with_name("report.md").read_text()
     assert markdown.count(f"| google/gemma-2-2b_layer_19_sae ({USER_BASELINE.name}) (dead) | 2304 |") == 2
 
@@ -411,7 +435,7 @@ def test_results_of_another_model_than_the_one_present_are_left_out_and_named(ma
     copy = tmp_path / "runs/3"
     shutil.copytree(run_dirs[2], copy)
     shutil.copytree(run_dirs[1] / "model", copy / "model", dirs_exist_ok=True)
-    path = write_report([copy], tmp_path / "out")
+    path = Report([copy]).write(tmp_path / "out")
     text = " ".join(Page(path.read_text()).words)
     assert "is of another model than the one here; run `hsae eval core --force`" in text
 
@@ -430,10 +454,14 @@ def test_results_of_other_settings_stores_and_texts_are_left_out_and_named(made,
     _, run_dirs, store, _ = made
     copies = [shutil.copytree(run_dir, tmp_path / run_dir.name) for run_dir in run_dirs[:2]]
     (whole,) = copies[0].glob("eval/core/*.json")
-    standard = write_report(copies, tmp_path / "out", specs={"eval": store.spec}).with_name("report.md").read_text()
+    standard = (
+        Report(copies, Material(specs={"eval": store.spec})).write(tmp_path / "out").with_name("report.md").read_text()
+    )
     every = whole.with_name(whole.name.replace("_eval", "_all-tokens_eval"))
     every.write_text(json.dumps(changed(whole, exclude_special_tokens=False)))
-    said = write_report(copies, tmp_path / "out", specs={"eval": store.spec}).with_name("report.md").read_text()
+    said = (
+        Report(copies, Material(specs={"eval": store.spec})).write(tmp_path / "out").with_name("report.md").read_text()
+    )
     assert f"**0 baseline**: {every.name} is of other settings (--all-tokens); left out" in said.replace("\\", "")
     assert [line for line in said.splitlines() if line.startswith("|")] == [
         line for line in standard.splitlines() if line.startswith("|")
@@ -446,7 +474,7 @@ def test_results_of_other_settings_stores_and_texts_are_left_out_and_named(made,
     ):
         original = whole.read_text()
         whole.write_text(json.dumps(changed(whole, **inputs)))
-        path = write_report(copies, tmp_path / "out", store=store, tokenizer=None)
+        path = Report(copies, Material(specs={}, store=store)).write(tmp_path / "out")
         said = path.with_name("report.md").read_text()
         assert ("| 0 baseline |" in said) is (words is None) and "| 1 stacked" in said
         if words is not None:
