@@ -9,11 +9,12 @@ from pydantic import Field
 
 import hsae
 from hsae import registry
-from hsae.cache.errors import UserError
+from hsae.cache.errors import NotApplicable, UserError
 from hsae.eval.harness.estimates import Estimate
-from hsae.eval.harness.evaluation import Evaluation, Options
+from hsae.eval.harness.evaluation import Evaluation, Options, evaluate_plan
 from hsae.eval.harness.result_files import read_result, write_result
-from hsae.eval.harness.targets import find
+from hsae.eval.harness.tables import Table, interval_cell
+from hsae.eval.harness.targets import Selection, find
 
 
 class ToyOptions(Options):
@@ -101,3 +102,23 @@ def test_a_model_in_memory_is_evaluated_and_saved(overrides, tmp_path):
         hsae.evaluate(sae, store, "cores")
     with pytest.raises(UserError, match="core has no option draws"):
         hsae.evaluate(sae, store, "core", draws=3)
+    with pytest.raises(UserError, match="composition is of trained runs of a plan; run: hsae eval composition --run N"):
+        hsae.evaluate(sae, store, "composition")
+
+
+def test_an_evaluation_of_runs_has_no_options_of_saelens_folders(overrides):
+    for name in ("composition", "unlearning"):
+        shown = invoke("eval", name, "--help").output
+        assert "--run" in shown and "--force" in shown and "--sae" not in shown and "--out" not in shown
+    with pytest.raises(NotApplicable, match="composition is of trained runs, all levels together; it takes no --sae"):
+        kind = registry.resolve(registry.EVALUATIONS["composition"].kind)
+        evaluate_plan(kind, hsae.load_plan("tiny", overrides), Selection(folders=["x"]))
+
+
+def test_numbers_stand_with_half_their_interval():
+    assert str(interval_cell(0.9123, 0.9, 0.92)) == "0.912 ±.012"
+    assert str(interval_cell(12.345, 12.1, 12.4, digits=None)) == "12.3 ±.2"
+    assert interval_cell(1.5, None, None, digits=None) == "1.50" and interval_cell(None, 0, 1) == "undefined"
+    table = Table("title", ("name", "value"), notes=["a line"])
+    table.add("first", "1.0")
+    assert str(table) == "title\nname   value\nfirst    1.0\na line"

@@ -1,4 +1,4 @@
-"""Hierarchy measures of whole models: planted hierarchies whose ideal values are known, runs of a plan, named failures, and the commands."""
+"""Hierarchy measures of whole models: planted hierarchies with known values, runs of a plan, failures, the commands."""
 
 import json
 import os
@@ -96,8 +96,8 @@ def planted_directions():
 def a_level(name, rows):
     count = len(rows)
     return SAE(
-        name=name, architecture="jumprelu", W_enc=rows.T.contiguous(), W_dec=rows.contiguous(), b_enc=torch.zeros(count),
-        b_dec=torch.zeros(rows.shape[1]), extra={"threshold": torch.full((count,), 0.5)},
+        name=name, architecture="jumprelu", W_enc=rows.T.contiguous(), W_dec=rows.contiguous(),
+        b_enc=torch.zeros(count), b_dec=torch.zeros(rows.shape[1]), extra={"threshold": torch.full((count,), 0.5)},
     )  # fmt: skip
 
 
@@ -272,7 +272,7 @@ def test_what_can_not_be_measured_is_refused(store):
         measured(planted(), Memory(store.x, 0), HOOK)
 
 
-# ---- named failures ---------------------------------------------------------------------------------------------------
+# ---- named failures ------------------------------------------------------------------------------------------------
 
 
 def config(**changes):
@@ -362,7 +362,7 @@ def test_a_run_without_levels_has_nothing_to_fail(store):
     assert found == {} and verdict.unchecked == dict.fromkeys(NAMES, "the run has one level")
 
 
-# ---- runs of a plan ---------------------------------------------------------------------------------------------------
+# ---- runs of a plan ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -395,9 +395,9 @@ def test_the_command_measures_trained_runs_and_uses_what_is_there(trained, quick
     monkeypatch.setenv("COLUMNS", "120")
     text = hsae(trained, "composition", "--device", "cpu")
     plan = load_plan("tiny", trained)
-    for words in ("run 3 full", "run 5 no-composition", "run 11 batchtopk", "learned map", "fitted map", "coverage lift",
-                  "learned map of level 2: none, this run learned no W", "one level: there is nothing to compose",
-                  "no result"):  # fmt: skip
+    for words in ("run 3 full", "run 5 no-composition", "run 11 batchtopk", "learned map", "fitted map",
+                  "coverage lift", "learned map of level 2: none, this run learned no W",
+                  "one level: there is nothing to compose", "no result"):  # fmt: skip
         assert words in text, words
     content = json.loads((plan.run_dir(plan.runs[3]) / FILE).read_text())
     assert content["compared"] == "11 batchtopk" and content["inputs"]["read_from"] == plan.store("train").fingerprint

@@ -1,4 +1,4 @@
-"""Each hierarchy measure against a naive loop, on pairwise different sizes (N=211 tokens, F=5 coarse, G=13 fine, D=7), and nulls near theory."""
+"""Each hierarchy measure against a naive loop on different sizes (N=211, F=5, G=13, D=7); nulls near theory."""
 
 import math
 
@@ -247,7 +247,7 @@ def test_matthews_is_the_correlation_of_two_firings():
     assert float(matthews(torch.tensor(5.0), torch.tensor(5.0), torch.tensor(97.0), 97)) == 0
 
 
-# ---- nulls ------------------------------------------------------------------------------------------------------------
+# ---- nulls ---------------------------------------------------------------------------------------------------------
 
 
 def test_nulls_keep_what_they_say_and_leave_dead_latents_alone():
@@ -301,7 +301,7 @@ def test_permuted_maps_have_chance_coverage_and_no_or_agreement():
     assert sum(agreements) / len(agreements) == pytest.approx(0, abs=0.01)
 
 
-# ---- fitted maps and probes -------------------------------------------------------------------------------------------
+# ---- fitted maps and probes ----------------------------------------------------------------------------------------
 
 
 def test_the_fit_is_the_optimum_that_coordinate_descent_finds():

@@ -1,4 +1,4 @@
-"""Stability over seeds: known matchings, edges under them, and nulls. Sizes differ pairwise (D=11, F1=9, F2=5, F3=3)."""
+"""Stability over seeds: known matchings, edges under them, and nulls. Sizes differ pairwise."""
 
 import itertools
 import sys

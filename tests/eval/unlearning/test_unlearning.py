@@ -200,7 +200,7 @@ def test_a_row_holds_one_document_and_splits_hold_whole_ones(plan):
 @pytest.mark.parametrize("structure", ["flat", "additive", "stacked"])
 @pytest.mark.parametrize("rate", [None, 0.3])
 def test_losses_and_kl_agree_with_whole_forward_passes_through_hooks(plan, language, structure, rate):
-    """The oracle runs the whole model on the tokens and changes the layer's output in a hook, latent by latent, token by token."""
+    """The oracle runs the whole model on the tokens and changes the layer's output in a hook, by latent and token."""
     dictionary = of_model(a_model(structure), "cpu")
     rows = texts_of(plan, language).rows["forget"]["test"]
     density_F = selection.densities(dictionary, rows.batches())[0]
@@ -593,7 +593,10 @@ def test_the_command_builds_evaluates_and_prints(plan, overrides, language, monk
 
 
 def test_the_question_form_scores_every_level_and_is_used_again(plan, overrides, language, monkeypatch):
-    text = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}{% if add_generation_prompt %}<model>{% endif %}"
+    text = (
+        "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}"
+        "{% if add_generation_prompt %}<model>{% endif %}"
+    )
     monkeypatch.setattr(language.tokenizer, "chat_template", text, raising=False)
     answers = [0, 1, 2, 0, 2, 1, 1, 0, 2]
     sets = {

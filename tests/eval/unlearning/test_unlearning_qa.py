@@ -1,4 +1,4 @@
-"""SAEBench's unlearning score: questions, prompts, what is refused, the score, and the exam against whole forward passes."""
+"""SAEBench's unlearning score: questions, prompts, what is refused, the exam against whole forward passes."""
 
 import importlib.util
 from types import SimpleNamespace
@@ -96,8 +96,8 @@ def test_a_missing_file_a_missing_package_and_a_hub_that_refuses_are_said(tmp_pa
     with pytest.raises(UserError) as error:
         questions.read_questions("cais/wmdp:wmdp-bio")
     assert str(error.value) == (
-        "questions 'cais/wmdp:wmdp-bio' are a data set on the hub, which needs the package datasets; run: pip install 'hsae[hub]', "
-        "or give a .jsonl file with --set unlearning.qa.forget=FILE"
+        "questions 'cais/wmdp:wmdp-bio' are a data set on the hub, which needs the package datasets; "
+        "run: pip install 'hsae[hub]', or give a .jsonl file with --set unlearning.qa.forget=FILE"
     )
 
 
@@ -133,8 +133,8 @@ def test_a_model_without_a_chat_template_or_with_an_unknown_one_is_refused():
         with pytest.raises(UserError) as error:
             questions.check_template(tokenizer, "my/model")
         assert str(error.value) == (
-            "the chat template of my/model is of a kind hsae doesn't know: it must show the user's text once and open the model's "
-            f"answer behind it; {INSTEAD}"
+            "the chat template of my/model is of a kind hsae doesn't know: it must show the user's text once and open "
+            f"the model's answer behind it; {INSTEAD}"
         )
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     with pytest.raises(
@@ -246,8 +246,9 @@ def test_questions_that_are_all_too_hard_are_said(language):
     with pytest.raises(UserError) as error:
         qa.Exam.set(language, HOOK, sets, QAConfig(permutations=6), lambda what, done, total: None)
     assert str(error.value) == (
-        f"the model answers none of the {len(too_hard)} forget questions under all 6 orders of their choices, so there is nothing to "
-        "measure; use a stronger model or easier questions, or lower the demand with --set unlearning.qa.permutations=1"
+        f"the model answers none of the {len(too_hard)} forget questions under all 6 orders of their choices, so there "
+        "is nothing to measure; use a stronger model or easier questions, or lower the demand with "
+        "--set unlearning.qa.permutations=1"
     )
 
 
@@ -261,7 +262,7 @@ def right_in_every_order(language, question):
     return True
 
 
-# --- the packaged instruction-tuned model ------------------------------------------------------------------------------
+# --- the packaged instruction-tuned model ---------------------------------------------------------------------------
 
 
 def test_the_packaged_model_is_found_without_importing_it_or_said_how_to_get(tmp_path, monkeypatch):
