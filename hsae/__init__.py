@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from hsae.eval.logit_effects import logit_effects as logit_effects
     from hsae.train.config.plan import Plan as Plan
     from hsae.train.config.plan import load_plan as load_plan
+    from hsae.train.fit import fit as fit
     from hsae.train.model.hierarchical_sae import HierarchicalSAE as HierarchicalSAE
     from hsae.train.model.model_files import load as load
     from hsae.train.stores import build as build
-    from hsae.train.training.fit import fit as fit
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
@@ -44,7 +44,7 @@ else:
             "build": "hsae.train.stores",
             "cache": "hsae.cache",
             "eval": "hsae.eval",
-            "fit": "hsae.train.training.fit",
+            "fit": "hsae.train.fit",
             "evaluate": "hsae.eval.harness.evaluation",
             "load": "hsae.train.model.model_files",
             "load_plan": "hsae.train.config.plan",

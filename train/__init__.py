@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from hsae.train.config.plan import load_plan as load_plan
     from hsae.train.config.plan import packaged_plans as packaged_plans
     from hsae.train.config.run_config import RunConfig as RunConfig
+    from hsae.train.fit import fit as fit
     from hsae.train.model.hierarchical_sae import HierarchicalSAE as HierarchicalSAE
     from hsae.train.model.model_files import load as load
     from hsae.train.model.sae import SAE as SAE
     from hsae.train.model.views import View as View
     from hsae.train.runs.planned_runs import stop_on_signals as stop_on_signals
     from hsae.train.runs.planned_runs import train_runs as train_runs
-    from hsae.train.training.fit import fit as fit
     from hsae.train.training.listener import Listener as Listener
     from hsae.train.training.listener import ProgressBars as ProgressBars
     from hsae.train.training.listener import Result as Result
@@ -33,7 +33,7 @@ else:
             "HierarchicalSAE": "hsae.train.model.hierarchical_sae",
             "SAE": "hsae.train.model.sae",
             "View": "hsae.train.model.views",
-            "fit": "hsae.train.training.fit",
+            "fit": "hsae.train.fit",
             "load": "hsae.train.model.model_files",
             "load_plan": "hsae.train.config.plan",
             "packaged_plans": "hsae.train.config.plan",

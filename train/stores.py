@@ -162,7 +162,7 @@ def common_texts(plan: Plan, splits: Iterable[Split], *, refuse: bool = False) -
             continue
         if refuse and not plan.cache.eval.training_text:
             first, second = sorted(
-                (plan.asked(name).corpus for name in (split, "train")), key=lambda text: text.first_document
+                (plan.requested(name).corpus for name in (split, "train")), key=lambda text: text.first_document
             )
             if first.first_document == second.first_document or first.last_document is not None:
                 raise CorpusError(f"{common}, or allow it with --set cache.eval.training_text=true")

@@ -67,7 +67,7 @@ class _Reader:
         if isinstance(place(plan.cache.dir), Path):
             with suppress(UserError):
                 store = ActivationStore.of(plan.store("eval"), plan.cache.dir)
-        self.current = Current.of(plan.asked("eval"), store)
+        self.current = Current.of(plan.requested("eval"), store)
         self.missing: list[str] = []
         self.inputs: dict[str, dict[str, tuple[Kind, str]]] = {}
         """Sort of inputs -> their values -> a result that was made of those: its evaluation and its run."""
@@ -126,7 +126,7 @@ class _Reader:
             return None
         self._made_of("composition", plan, config, "models or evaluation texts", *map(inputs.get, DIGESTS))
         read_from = inputs.get("read_from")
-        read_from = "training store" if read_from in same_bits(plan.asked("train")) else read_from
+        read_from = "training store" if read_from in same_bits(plan.requested("train")) else read_from
         self._made_of(
             "composition", plan, config, "texts to read maps on, or settings", read_from, inputs.get("settings")
         )
@@ -147,7 +147,7 @@ class _Reader:
             inputs, arms = content["inputs"], content["arms"]
             if inputs["sae"] != weights or inputs["config"] != plan.table(UnlearningConfig).digest:
                 return None
-            if any(inputs[f"{side}_store"] not in same_bits(plan.asked(side)) for side in SIDES):
+            if any(inputs[f"{side}_store"] not in same_bits(plan.requested(side)) for side in SIDES):
                 return None
             main = next(name for name in ("descend", "sae", "level1") if name in arms)
             value = arms[main]["at_retain"][BUDGET]["forget_dce"]

@@ -28,7 +28,7 @@ from hsae.eval.harness import estimates
 from hsae.eval.harness.result_files import hsae_version
 from hsae.eval.harness.saebench_file import read_measured, write_envelope
 from hsae.eval.harness.targets import Found, Target, find
-from hsae.train.runs.run_record import check_same_model
+from hsae.train.run_record import check_same_model
 
 SUITE = "autointerp"
 GRACE = 3.0  # seconds that answers under way have to arrive after a failure

@@ -12,7 +12,7 @@ from hsae.eval.harness.saebench_file import write_envelope
 from hsae.eval.harness.tables import Cell, Table, interval_cell
 from hsae.eval.harness.targets import Found, Target, find
 from hsae.train.config.plan import Plan
-from hsae.train.runs.run_record import check_same_model
+from hsae.train.run_record import check_same_model
 
 ALL_TOKENS = "all-tokens"  # in the names of results with the residual of special tokens replaced too
 COLUMNS = {"CE score": "ce_loss_score", "KL score": "kl_div_score", "EV": "explained_variance", "L0": "l0"}

@@ -30,7 +30,7 @@ from hsae.eval.harness.targets import Found, RunTarget, Selection, Target, selec
 from hsae.train.config.plan import Plan
 from hsae.train.model.hierarchical_sae import HierarchicalSAE
 from hsae.train.model.views import View
-from hsae.train.runs.run_record import check_same_model
+from hsae.train.run_record import check_same_model
 from hsae.train.stores import common_texts
 
 StoreT = TypeVar("StoreT")

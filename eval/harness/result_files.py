@@ -15,7 +15,7 @@ from typing import Any
 
 from hsae.cache.errors import UserError
 from hsae.cache.files import CHECKSUM, check_seal, parse_json, sealed, sweep, write_atomically
-from hsae.train.runs.run_record import options
+from hsae.train.run_record import run_options
 
 DIGEST = re.compile("[0-9a-f]{16,}")
 NAMED = {"sae": "SAE", "hsae": "version", "seeds": "draws", "state": "state of the store", "corpus": "text"}
@@ -99,7 +99,7 @@ def describe_changes(changed: Sequence[tuple[str, str]]) -> list[str]:
 def run_option(path: Path) -> str:
     """` --run N`, with its seed, for a result in a run directory; nothing elsewhere."""
     run = next((folder.parent for folder in path.parents if folder.name == "eval"), None)
-    return f" {options(run)}" if run is not None and run.name.isdecimal() else ""
+    return f" {run_options(run)}" if run is not None and run.name.isdecimal() else ""
 
 
 def read_json(path: Path, again: str, kind: str = "a result file") -> Any:

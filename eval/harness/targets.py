@@ -17,8 +17,8 @@ from hsae.train.model import saelens_folder
 from hsae.train.model.hierarchical_sae import CONFIG_FILE, STRUCTURES, WEIGHTS_FILE, HierarchicalSAE
 from hsae.train.model.model_files import load_model
 from hsae.train.model.views import View
+from hsae.train.run_record import read_run, run_of, train_command
 from hsae.train.runs.run_directory import is_complete
-from hsae.train.runs.run_record import command, read_run, run_of
 
 ResultT = TypeVar("ResultT")
 KEPT_APART = ("store", "exclude_special_tokens")  # inputs whose results lie side by side
@@ -187,7 +187,7 @@ def need_trained(plan: Plan, run: RunConfig) -> None:
         run_dir = plan.run_dir(run)
         raise UserError(
             f"run {run.number} ({run.name}) of plan {plan.name} has not been trained to its end in {run_dir}; "
-            f"train it with: {command(run_dir)}"
+            f"train it with: {train_command(run_dir)}"
         )
 
 
@@ -222,7 +222,7 @@ def model_digest(model_dir: Path) -> str:
     try:
         return _digest(model_dir / CONFIG_FILE, model_dir / WEIGHTS_FILE)
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing; make it again with: {command(model_dir.parent)}") from None
+        raise UserError(f"{error.filename} is missing; make it again with: {train_command(model_dir.parent)}") from None
 
 
 def folder_targets(plan: Plan, folders: Sequence[Path], out: Path) -> list[Target]:

@@ -25,7 +25,7 @@ from hsae.eval.report.tables import Row
 from hsae.eval.unlearning.config import SIDES
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
-from hsae.train.runs.run_record import read_run
+from hsae.train.run_record import read_run
 
 CONFIGURED = (
     "model_name", "llm_dtype", "dataset", "context_size", "batch_size_prompts", "n_eval_reconstruction_batches",
@@ -61,7 +61,7 @@ def write_report(
     except UserError as error:
         tokenizer = None
         listener.warn(f"no contexts in this report: {error}")
-    specs = {split: plan.asked(split) for split in ("eval", *SIDES)}
+    specs = {split: plan.requested(split) for split in ("eval", *SIDES)}
     run_dirs = [plan.run_dir(run) for run in (plan.runs.values() if runs is None else runs)]
     material = Material(specs=specs, store=store, tokenizer=tokenizer)
     return Report(run_dirs, material, compare=compare, listener=listener).write(Path(out))

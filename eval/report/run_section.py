@@ -21,8 +21,8 @@ from hsae.eval.report.tables import LevelLine, Row
 from hsae.eval.unlearning import pareto
 from hsae.train.model.hierarchical_sae import HierarchicalSAE
 from hsae.train.model.model_files import load_model
+from hsae.train.run_record import check_same_model
 from hsae.train.runs.metrics_log import damaged_metrics, read_metrics
-from hsae.train.runs.run_record import check_same_model
 
 MOST_WARNINGS = 12
 

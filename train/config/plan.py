@@ -55,7 +55,7 @@ class Plan:
 
     def store(self, split: Split) -> StoreSpec:
         """The activation store the plan asks for; with codec auto, one that is there in the other lossless codec."""
-        spec = self.asked(split)
+        spec = self.requested(split)
         if self.cache.codec == "auto":
             other = spec.model_copy(update={"codec": "compact" if spec.codec == "mappable" else "mappable"})
             home = place(self.cache.dir)
@@ -63,7 +63,7 @@ class Plan:
                 return other
         return spec
 
-    def asked(self, split: Split) -> StoreSpec:
+    def requested(self, split: Split) -> StoreSpec:
         """The same, whatever is there."""
         if split == "train" or split == "eval":  # written so that the type is narrowed
             return store_spec(split, self.model, self.hook, self.cache)
@@ -80,7 +80,7 @@ class Plan:
 
         Raises CorpusError if the text can't be read.
         """
-        specs = [self.asked(split), self.asked(other)]
+        specs = [self.requested(split), self.requested(other)]
         common = common_text(specs[0].corpus, specs[1].corpus)
         tables = " and ".join(f"[{TEXT_TABLES[spec.split]}]" for spec in specs)
         return common and (
@@ -110,7 +110,7 @@ class Plan:
 
 def select_runs(runs: dict[int, RunConfig], text: str, where: str) -> list[RunConfig]:
     """The runs that `text` names, as `Plan.select` says. Raises PlanError naming `where` and those missing."""
-    chosen: set[int] = set()
+    selected: set[int] = set()
     named = {run.name: number for number, run in runs.items()}
     for part in (piece.strip() for piece in text.split(",")):
         first, dash, last = part.partition("-")
@@ -126,8 +126,8 @@ def select_runs(runs: dict[int, RunConfig], text: str, where: str) -> list[RunCo
             have = ", ".join(f"{number} ({run.name})" for number, run in runs.items())
             named_by = f" (--run {part})" if dash and numbers else ""
             raise PlanError(f"no run {', '.join(missing)}{named_by} in {where}; it has {have}")
-        chosen.update(numbers)
-    return [runs[number] for number in sorted(chosen)]
+        selected.update(numbers)
+    return [runs[number] for number in sorted(selected)]
 
 
 def _is_number(text: str) -> bool:

@@ -45,17 +45,17 @@ def batch_top_k(
     likely = (flat > guess).nonzero().squeeze(1) if guess is not None else None
     candidates = _every(torch.tensor([len(likely)]), workers, latents) if likely is not None else None
     if likely is not None and candidates is not None and int(candidates.sum()) >= count:
-        values, chosen = torch.topk(flat[likely], min(count, len(likely)), sorted=others)
-        indices, longest = likely[chosen], min(count, int(candidates.max()))
+        values, places = torch.topk(flat[likely], min(count, len(likely)), sorted=others)
+        indices, longest = likely[places], min(count, int(candidates.max()))
     else:
         longest = min(count, len(flat))
         values, indices = torch.topk(flat, longest, sorted=others)
-    kept = values.detach().float()
+    largest = values.detach().float()
     if others:
-        own_1, kept = _among_all(kept[None], longest, count, workers, latents)
+        own_1, largest = _among_all(largest[None], longest, count, workers, latents)
         own = int(own_1)
         values, indices = values[:own], indices[:own]
-    smallest = torch.where(kept > 0, kept, torch.inf).min()
+    smallest = torch.where(largest > 0, largest, torch.inf).min()
     smallest = torch.where(torch.isfinite(smallest), smallest, 0.0)
     return torch.zeros_like(flat).scatter(0, indices, values).view_as(pre_BF), smallest
 
@@ -72,15 +72,15 @@ def _among_all(
 
     No worker has more than `longest` values in a row. Of equal ones at the edge those of the first workers are kept.
     """
-    rows, given = falling_RN.shape
+    rows, count_own = falling_RN.shape
     padded = falling_RN.new_full((rows, longest), -1.0)
-    padded[:, :given] = falling_RN.nan_to_num(torch.inf)
+    padded[:, :count_own] = falling_RN.nan_to_num(torch.inf)
     every_WRN, rank = _every(padded, workers, latents), workers.rank * latents.world + latents.rank
-    kept = torch.topk(every_WRN.transpose(0, 1).flatten(1), count, sorted=False).values
-    edge_R1 = kept.amin(1, keepdim=True)
+    largest = torch.topk(every_WRN.transpose(0, 1).flatten(1), count, sorted=False).values
+    edge_R1 = largest.amin(1, keepdim=True)
     above_WR, equal_WR = (every_WRN > edge_R1).sum(-1), (every_WRN == edge_R1).sum(-1)
     spare_R = count - above_WR.sum(0) - equal_WR[:rank].sum(0)
-    return above_WR[rank] + torch.minimum(equal_WR[rank], spare_R).clamp_min(0), kept
+    return above_WR[rank] + torch.minimum(equal_WR[rank], spare_R).clamp_min(0), largest
 
 
 def jump_relu(pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:

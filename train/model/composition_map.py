@@ -53,11 +53,11 @@ class Composition(nn.Module):
 
         def frozen(rows: int) -> Tensor:
             """Half-normal entries, rows of unit norm: mixtures of independent codes have rms 1."""
-            drawn = torch.randn(rows, fine, generator=generator).abs()
-            return drawn.div_(drawn.norm(dim=1, keepdim=True))
+            entries = torch.randn(rows, fine, generator=generator).abs()
+            return entries.div_(entries.norm(dim=1, keepdim=True))
 
         learns = config.mode != "frozen"
-        self.W = nn.Parameter(latents.drawn(random if learns else frozen, coarse, 1), requires_grad=learns)
+        self.W = nn.Parameter(latents.draw_own(random if learns else frozen, coarse, 1), requires_grad=learns)
         self.register_buffer("rms_coarse", torch.zeros(latents.own(coarse)))
         self.register_buffer("rms_fine", torch.zeros(latents.own(fine)))
 
@@ -66,8 +66,8 @@ class Composition(nn.Module):
         """Move the running rms of both codes towards this batch's."""
         for rms, acts in ((self.rms_fine, fine_BG), (self.rms_coarse, coarse_BF)):
             square = self.workers.mean(widened(acts).square().mean(0).to(rms.dtype))
-            seen = rms.square()
-            rms.copy_(torch.where(seen > 0, seen * RMS_DECAY + square * (1 - RMS_DECAY), square).sqrt())
+            before = rms.square()
+            rms.copy_(torch.where(before > 0, before * RMS_DECAY + square * (1 - RMS_DECAY), square).sqrt())
 
     def loss(self, fine_BG: Tensor, coarse_BF: Tensor, active: Active | None = None) -> Tensor:
         """The composition loss of one batch, a scalar; `track` it first. `active` is the fine code if it is sparse."""

@@ -183,11 +183,6 @@ class HierarchicalSAE(View):
         """[F]"""
         return torch.cat([level.b_enc for level in self.levels])
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """JSON-ready description in the keys of SAELens's cfg.json."""
-        return {**self.levels[0].config, "d_sae": self.d_sae, "architecture": self.architecture}
-
     # --- codes ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -346,10 +341,10 @@ class HierarchicalSAE(View):
 
     # --- files ---------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path | str, mark: Mapping[str, Any] | None = None) -> None:
+    def save(self, folder: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
         """Write `model.safetensors` and `model.json` into a folder, each atomically; `hsae.load` reads it.
 
-        `mark` names the configuration and data that the model was trained with.
+        `provenance` names the configuration and data that the model was trained with.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -362,7 +357,7 @@ class HierarchicalSAE(View):
             "compositions": [part.level for part in self.compositions],
             "effective_thresholds": list(self.effective_thresholds),
             "child_gate": bool(self.gates),
-            "run": None if mark is None else dict(mark),
+            "run": None if provenance is None else dict(provenance),
             "weights": file_sha256(folder / WEIGHTS_FILE),
         }
         text = json.dumps(sealed(content), indent=2)

@@ -73,7 +73,7 @@ class Level(nn.Module):
             return rows.div_(rows.norm(dim=1, keepdim=True))
 
         self.latents, self.workers, self.l0, self.run = latents, workers, l0, run
-        rows = latents.drawn(directions, width)
+        rows = latents.draw_own(directions, width)
         self.W_dec = nn.Parameter(rows)
         self.W_enc = nn.Parameter(rows.T.clone().contiguous())
         self.b_enc = nn.Parameter(torch.zeros(len(rows)))

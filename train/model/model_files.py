@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hsae.cache.errors import UserError
 from hsae.cache.files import check_seal, file_sha256, parse_json
+from hsae.train import run_record
 from hsae.train.model import saelens_folder
 from hsae.train.model.hierarchical_sae import (
     CONFIG_FILE,
@@ -22,8 +23,7 @@ from hsae.train.model.hierarchical_sae import (
 )
 from hsae.train.model.sae import SAE
 from hsae.train.model.saelens_config import EXTRA_WEIGHTS
-from hsae.train.runs import run_record
-from hsae.train.runs.run_record import check_files, command, harmed
+from hsae.train.run_record import check_files, damage_error, train_command
 
 
 def load(path: Path | str) -> HierarchicalSAE:
@@ -81,16 +81,16 @@ def load_model(folder: Path | str) -> HierarchicalSAE:
             effective_thresholds=[float(threshold) for threshold in described["effective_thresholds"]],
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise harmed(folder / CONFIG_FILE, folder.parent, f"does not describe a model ({error!r})") from None
+        raise damage_error(folder / CONFIG_FILE, folder.parent, f"does not describe a model ({error!r})") from None
 
 
-def load_mark(folder: Path) -> dict[str, Any] | None:
+def load_provenance(folder: Path) -> dict[str, Any] | None:
     """What a model says it was trained with; None if it does not say so, is missing or damaged."""
     try:
-        found = _read_model(folder, recorded=False)[0].get("run")
+        provenance = _read_model(folder, recorded=False)[0].get("run")
     except UserError:
         return None
-    return found if isinstance(found, dict) else None
+    return provenance if isinstance(provenance, dict) else None
 
 
 def _read_model(folder: Path, *, recorded: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -99,7 +99,7 @@ def _read_model(folder: Path, *, recorded: bool = True) -> tuple[dict[str, Any],
     for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE):
         if not path.exists():
             name = f"{path.name} is missing" if path != folder else "there is no such folder"
-            raise UserError(f"no trained model in {folder}: {name}; train the run with: {command(run_dir)}")
+            raise UserError(f"no trained model in {folder}: {name}; train the run with: {train_command(run_dir)}")
     if recorded:
         check_files(folder, [CONFIG_FILE])
     try:
@@ -108,16 +108,16 @@ def _read_model(folder: Path, *, recorded: bool = True) -> tuple[dict[str, Any],
             raise ValueError("not a JSON object")
         check_seal(described, required=False)
     except ValueError as error:
-        raise harmed(folder / CONFIG_FILE, run_dir, f"can't be read ({error})") from None
+        raise damage_error(folder / CONFIG_FILE, run_dir, f"can't be read ({error})") from None
     if described.get("format") not in (FORMAT, FOREIGN_FORMAT):
         raise UserError(f"{folder}: model format {described.get('format')!r}; this hsae reads format {FORMAT}")
     weights = folder / WEIGHTS_FILE
     if described.get("weights", digest := file_sha256(weights)) != digest:
-        raise harmed(weights, run_dir, "fails its checksum")
+        raise damage_error(weights, run_dir, "fails its checksum")
     try:
         return described, load_file(weights)
     except (SafetensorError, ValueError, TypeError) as error:
-        raise harmed(weights, run_dir, f"can't be read ({error})") from None
+        raise damage_error(weights, run_dir, f"can't be read ({error})") from None
 
 
 def _level(described: dict[str, Any], number: int, tensors: dict[str, Tensor]) -> SAE:

@@ -56,12 +56,12 @@ class SAE(View):
         self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
         self.apply_b_dec_to_input = apply_b_dec_to_input
         extra, (d_in, d_sae) = extra or {}, W_enc.shape
-        wanted = {"W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+        shapes = {"W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
         weights = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, **extra}
-        for weight, shape in wanted.items():
-            given = tuple(weights[weight].shape)
-            if given != shape:
-                raise UserError(f"{weight} has shape {given}; W_enc {(d_in, d_sae)} needs {shape}")
+        for weight, shape in shapes.items():
+            actual = tuple(weights[weight].shape)
+            if actual != shape:
+                raise UserError(f"{weight} has shape {actual}; W_enc {(d_in, d_sae)} needs {shape}")
         for weight in EXTRA_WEIGHTS[architecture]:
             if weight not in extra or tuple(extra[weight].shape) != (d_sae,):
                 raise UserError(f"architecture {architecture!r} needs a tensor {weight!r} of shape {(d_sae,)}")

@@ -104,36 +104,36 @@ def read_config(path: Path) -> Described:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
-    given = _renamed(path, content, content)
-    nested = given.get("metadata")
-    about = {key: given.pop(key) for key in ABOUT if key in given}
+    settings = _renamed(path, content, content)
+    nested = settings.get("metadata")
+    about = {key: settings.pop(key) for key in ABOUT if key in settings}
     if nested is None or isinstance(nested, dict):
-        given["metadata"] = _renamed(path, {**about, **(nested or {})}, about)
+        settings["metadata"] = _renamed(path, {**about, **(nested or {})}, about)
     try:
-        config = _Config.model_validate(given)
+        config = _Config.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if part not in ("bool", "str"))
-        shown = "" if first["type"] == "missing" else f", not {first['input']!r:.60}"
+        value = "" if first["type"] == "missing" else f", not {first['input']!r:.60}"
         wrong = first["msg"].partition(" or instance")[0]
-        raise UserError(f"{path}: {key}: {wrong}{shown}") from None
+        raise UserError(f"{path}: {key}: {wrong}{value}") from None
     try:
-        return _described(config, dict(given["metadata"]))
+        return _described(config, dict(settings["metadata"]))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _renamed(path: Path, content: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """The same under version 6's names; `known` are values that must not be contradicted."""
-    found: dict[str, Any] = {}
+def _renamed(path: Path, content: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
+    """The same under version 6's names; `fixed` are values that must not be contradicted."""
+    renamed: dict[str, Any] = {}
     for key, value in content.items():
         name = RENAMED.get(key, key)
-        for other in (found, known):
+        for other in (renamed, fixed):
             if value is not None and other.get(name) not in (None, value):
                 raise UserError(f"{path}: two values for {name}: {other[name]!r} and {value!r}")
-        if value is not None or name not in found:
-            found[name] = value
-    return found
+        if value is not None or name not in renamed:
+            renamed[name] = value
+    return renamed
 
 
 def _described(config: _Config, metadata: dict[str, Any]) -> Described:
@@ -199,12 +199,12 @@ def _architecture(config: _Config, new: bool) -> tuple[str, int | None]:
     if function not in (None, "topk" if architecture == "topk" else "relu"):
         raise UserError(f"activation_fn {function!r} in the architecture {architecture!r}, which hsae does not compute")
     if architecture == "topk":
-        held = _whole(options.pop("k", k))
-        if k not in (None, held):
-            raise UserError(f"two values for k: {k!r} and {held!r}")
-        if not isinstance(held, int) or isinstance(held, bool) or held < 1:
-            raise UserError(f"architecture 'topk' needs a whole number k of 1 or more, not {held!r}")
-        k = held
+        number = _whole(options.pop("k", k))
+        if k not in (None, number):
+            raise UserError(f"two values for k: {k!r} and {number!r}")
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise UserError(f"architecture 'topk' needs a whole number k of 1 or more, not {number!r}")
+        k = number
     if options:
         raise UserError(f"activation_fn_kwargs has {sorted(options)[0]!r}, which hsae does not compute")
     if config.rescale_acts_by_decoder_norm and architecture != "topk":

@@ -15,7 +15,7 @@ from hsae.cache.errors import UserError
 from hsae.cache.files import write_atomically
 from hsae.train.model.sae import SAE
 from hsae.train.model.saelens_config import DTYPES, EXTRA_WEIGHTS, Described, read_config
-from hsae.train.runs.run_record import check_files
+from hsae.train.run_record import check_files
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"

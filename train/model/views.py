@@ -75,8 +75,9 @@ class View(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """JSON-ready description in the keys of SAELens's cfg.json."""
-        raise NotImplementedError
+        """JSON-ready description in the keys of SAELens's cfg.json: the finest level's, with the size of the whole."""
+        finest = next(part for part in self.modules() if isinstance(part, View) and part is not self)
+        return {**finest.config, "d_sae": self.d_sae, "architecture": self.architecture}
 
     @cached_property
     def cfg(self) -> "SAEBenchConfig":
@@ -124,14 +125,14 @@ class SAEBenchConfig(SimpleNamespace):
 
     def __init__(self, view: View) -> None:
         layer = re.search(r"\d+", str(view.metadata.get("hook_name")))
-        known: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "hook_layer": int(layer[0]) if layer else None,
             "hook_head_index": None,
             "seqpos_slice": (None,),
         }
-        known |= {"model_from_pretrained_kwargs": {}, "dataset_trust_remote_code": False, **view.metadata}
+        fields |= {"model_from_pretrained_kwargs": {}, "dataset_trust_remote_code": False, **view.metadata}
         described = {key: value for key, value in view.config.items() if key != "metadata"}
-        super().__init__(**described, **known, metadata=SimpleNamespace(**known))
+        super().__init__(**described, **fields, metadata=SimpleNamespace(**fields))
         self.follow(view)
 
     def follow(self, view: View) -> None:
@@ -146,15 +147,15 @@ class SAEBenchConfig(SimpleNamespace):
 class AdditiveView(View):
     """Levels of an additive model that have no one-layer form: a child gate, or a top-k in every level."""
 
-    def __init__(self, name: str, levels: Sequence[View], gates: Sequence[Tensor], shown: int) -> None:
-        """`levels` are those shown and all coarser ones, finest first; the first `shown` make up the code."""
+    def __init__(self, name: str, levels: Sequence[View], gates: Sequence[Tensor], count: int) -> None:
+        """`levels` are those shown and all coarser ones, finest first; the first `count` make up the code."""
         super().__init__(name, "additive", levels[0].metadata)
-        self.levels, self.shown = nn.ModuleList(levels), shown
+        self.levels, self.count = nn.ModuleList(levels), count
         for number, parents in enumerate(gates, 1):
             self.register_buffer(f"parents{number}", parents)
 
     def _side_by_side(self, weight: str, dimension: int) -> Tensor:
-        return torch.cat([getattr(level, weight) for level in self.levels[: self.shown]], dimension)
+        return torch.cat([getattr(level, weight) for level in self.levels[: self.count]], dimension)
 
     @property
     def W_enc(self) -> Tensor:
@@ -176,15 +177,9 @@ class AdditiveView(View):
         """[D]"""
         return self.get_parameter("levels.0.b_dec")
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """JSON-ready description in the keys of SAELens's cfg.json."""
-        finest: dict[str, Any] = self.levels[0].config  # type: ignore[assignment]
-        return {**finest, "d_sae": self.d_sae, "architecture": self.architecture}
-
     def encode(self, x: Tensor, /) -> Tensor:
         """Latent activations [..., F] of vectors [..., D]."""
-        return torch.cat(gated_codes(list(self.levels), list(self.buffers(recurse=False)), x)[: self.shown], -1)
+        return torch.cat(gated_codes(list(self.levels), list(self.buffers(recurse=False)), x)[: self.count], -1)
 
 
 def gated_codes(levels: Sequence[Any], gates: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
@@ -217,25 +212,19 @@ class StackedView(View):
         """The view of the last of `levels`, given finest first."""
         super().__init__(levels[-1].name, "stacked", levels[0].metadata)
         self.levels = nn.ModuleList(levels)
-        given = levels[0].W_enc
-        wide = [level.copy_to(dtype=torch.promote_types(given.dtype, torch.float32)) for level in levels]
+        finest = levels[0].W_enc
+        wide = [level.copy_to(dtype=torch.promote_types(finest.dtype, torch.float32)) for level in levels]
         rows, bias = wide[-1].W_dec, wide[-1].b_dec
         for level in reversed(wide[:-1]):
             rows, bias = rows @ level.W_dec, bias @ level.W_dec + level.b_dec
-        product, offset = torch.eye(len(given)).to(rows), torch.zeros(len(given)).to(rows)
+        product, offset = torch.eye(len(finest)).to(rows), torch.zeros(len(finest)).to(rows)
         for level in wide:
             product, offset = product @ level.W_enc, (offset - level.b_dec) @ level.W_enc + level.b_enc
         norms = rows.norm(dim=1).clamp_min(1e-12)
         weights = {"W_enc": product * norms, "W_dec": rows / norms[:, None], "b_enc": offset * norms, "b_dec": bias}
         for name, weight in weights.items():
-            self.register_parameter(name, constant(weight.to(given.dtype)))
-        self.register_buffer("norms", norms.to(given.dtype))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """JSON-ready description in the keys of SAELens's cfg.json."""
-        finest: dict[str, Any] = self.levels[0].config  # type: ignore[assignment]
-        return {**finest, "d_sae": self.d_sae, "architecture": self.architecture}
+            self.register_parameter(name, constant(weight.to(finest.dtype)))
+        self.register_buffer("norms", norms.to(finest.dtype))
 
     def encode(self, x: Tensor, /) -> Tensor:
         """Latent activations [..., F] of vectors [..., D]."""

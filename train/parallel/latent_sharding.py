@@ -31,7 +31,7 @@ class Latents:
         """How many latents of a level this worker has."""
         return width // self.world
 
-    def drawn(self, draw: Callable[[int], Tensor], rows: int, dimension: int = 0) -> Tensor:
+    def draw_own(self, draw: Callable[[int], Tensor], rows: int, dimension: int = 0) -> Tensor:
         """This worker's part, along `dimension`, of a matrix whose next n rows `draw(n)` makes, never the whole.
 
         torch fills matrices number by number, in sixteens, so that many rows or few come out alike.

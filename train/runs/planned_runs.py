@@ -221,9 +221,9 @@ class _Pass(contextlib.ExitStack):
             return Result(run=config, status="stopped", detail=detail)
         sample_BD, whole = self.batch_workers.gather(x_BD), run.undivided()
         if self.workers.leads:
-            mark = run_directory.mark(self.plan, config, self.store)
+            provenance = run_directory.provenance(self.plan, config, self.store)
             run_dir = self.plan.run_dir(config)
-            run_directory.write_model(fold(whole, self.source.metadata, sample_BD), run_dir, mark)
+            run_directory.write_model(fold(whole, self.source.metadata, sample_BD), run_dir, provenance)
             run_directory.finish(run_dir)
         return Result(run=config, status="trained")
 
@@ -233,7 +233,7 @@ class _RunJournal(Journal):
 
     def __init__(self, plan: Plan, config: RunConfig, store: ActivationStore, log: MetricsLog | None) -> None:
         self.log, self.run_dir = log, plan.run_dir(config)
-        self.mark = run_directory.mark(plan, config, store)
+        self.provenance = run_directory.provenance(plan, config, store)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -245,7 +245,7 @@ class _RunJournal(Journal):
         run.check_same()
         state = run.state()
         if self.log is not None:
-            save_checkpoint(state, self.run_dir, self.mark)
+            save_checkpoint(state, self.run_dir, self.provenance)
 
     def last_save(self) -> str:
         """Where the last checkpoint is, if there is one."""

@@ -23,12 +23,10 @@ from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model import saelens_folder
 from hsae.train.model.hierarchical_sae import HierarchicalSAE
-from hsae.train.model.model_files import load_mark, load_model
-from hsae.train.runs.run_record import FILE, MODEL_FILES, VIEW, damage, digests, harmed, read_run, write_run
+from hsae.train.model.model_files import load_model, load_provenance
+from hsae.train.run_record import FILE, MODEL_FILES, VIEW, damage_error, damaged_files, digests, read_run, write_run
 from hsae.train.training.checkpoints import FILE as CHECKPOINT
-from hsae.train.training.checkpoints import read_mark
-
-__all__ = ["read_run", "write_run"]
+from hsae.train.training.checkpoints import read_provenance
 
 TRAINED = ("metrics.jsonl", *MODEL_FILES)
 EVALUATED = (
@@ -53,7 +51,7 @@ def identities(plan: Plan, config: RunConfig) -> tuple[str, ...]:
     by the second if they were trained on a compact store.
     """
     stream = plan.train.model_dump(mode="json", include={"tokens", "batch_tokens", "seed"})
-    spec = plan.asked("train")
+    spec = plan.requested("train")
     codecs = ("int8",) if spec.codec == "int8" else ("mappable", "compact")
     names = (spec.model_copy(update={"codec": codec}).name for codec in codecs)
     texts = (
@@ -62,9 +60,9 @@ def identities(plan: Plan, config: RunConfig) -> tuple[str, ...]:
     return tuple(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
 
 
-def mark(plan: Plan, config: RunConfig, store: ActivationStore) -> dict[str, Any]:
+def provenance(plan: Plan, config: RunConfig, store: ActivationStore) -> dict[str, Any]:
     """What checkpoints and models say they belong to: a run, and digests of what its store was made from."""
-    return {"identity": identities(plan, config)[0], "content": content_of(store)}
+    return {"identity": identities(plan, config)[0], "content": store_digests(store)}
 
 
 def lock(plan: Plan, config: RunConfig) -> AbstractContextManager[object]:
@@ -77,15 +75,15 @@ def lock(plan: Plan, config: RunConfig) -> AbstractContextManager[object]:
         raise UserError(f"another process is training {plan.run_dir(config)}; wait for it, or stop it") from None
 
 
-def content_of(store: ActivationStore) -> dict[str, str]:
+def store_digests(store: ActivationStore) -> dict[str, str]:
     """Digests of what the store was made from; its name says only what was asked for."""
     return {name: getattr(store.header, name) for name in ("model_digest", "tokenizer_digest", "corpus_digest")}
 
 
 def is_complete(plan: Plan, config: RunConfig) -> bool:
     """Whether this very run has been trained to its end."""
-    held = read_run(plan.run_dir(config))
-    return held is not None and held.get("identity") in identities(plan, config) and held.get("complete") is True
+    record = read_run(plan.run_dir(config)) or {}
+    return record.get("identity") in identities(plan, config) and record.get("complete") is True
 
 
 def prepare(
@@ -101,41 +99,38 @@ def prepare(
 ) -> State:
     """Make the run directory ready for `world` workers; `unfinished` means that there is a checkpoint to go on from.
 
-    What can be mended of a finished run is mended, and said. Raises UserError if the directory holds what hsae did not
-    write, another configuration's run, a harmed one, or an unfinished one and neither `resume` nor `restart` was asked
-    for.
+    What can be repaired of a finished run is repaired, and said. Raises UserError if the directory holds what hsae did
+    not write, another configuration's run, a damaged one, or an unfinished one and neither `resume` nor `restart`.
     """
     run_dir = plan.run_dir(config)
-    own = identities(plan, config)
-    about = _description(plan, config, store, hardware(device, world))
+    new_record = _new_record(plan, config, store, hardware(device, world))
     if restart:
-        _check_ours(run_dir, restart=True)
-    else:
-        if (held := _known(run_dir, about, say)) is not None:
-            if held.get("identity") not in own:
+        _check_replaceable(run_dir, restart=True)
+    elif (record := _read_or_restore(run_dir, new_record, say)) is not None:
+        if record.get("identity") not in identities(plan, config):
+            raise UserError(
+                f"{run_dir} holds a run of another configuration or store (plan {record.get('plan')}); "
+                "--restart replaces it, --set train.dir=FOLDER trains beside it"
+            )
+        if record.get("content") != new_record["content"]:
+            raise UserError(
+                f"{run_dir} was trained on a store of the same name made from another model or text; "
+                "--restart trains it again"
+            )
+        _sweep(run_dir)
+        if record.get("complete") is True:
+            if _repair(run_dir, record, say):
+                _remove(run_dir, [CHECKPOINT])
+                return "complete"
+        elif (run_dir / CHECKPOINT).is_file():
+            if not resume:
                 raise UserError(
-                    f"{run_dir} holds a run of another configuration or store (plan {held.get('plan')}); "
-                    "--restart replaces it, --set train.dir=FOLDER trains beside it"
+                    f"{run_dir} was not finished; --resume goes on from its checkpoint, --restart begins again"
                 )
-            if held.get("content") != about["content"]:
-                raise UserError(
-                    f"{run_dir} was trained on a store of the same name made from another model or text; "
-                    "--restart trains it again"
-                )
-            _sweep(run_dir)
-            if held.get("complete") is True:
-                if _whole(run_dir, held, say):
-                    _remove(run_dir, [CHECKPOINT])
-                    return "complete"
-            elif (run_dir / CHECKPOINT).is_file():
-                if not resume:
-                    raise UserError(
-                        f"{run_dir} was not finished; --resume goes on from its checkpoint, --restart begins again"
-                    )
-                return "unfinished"
+            return "unfinished"
     run_dir.mkdir(parents=True, exist_ok=True)
     _remove(run_dir, [CHECKPOINT])
-    write_run(run_dir, about)
+    write_run(run_dir, new_record)
     _sweep(run_dir)
     _remove(run_dir, TRAINED)
     if restart:  # else the folders for other tools may be all that is left of a model, until it is made again
@@ -151,19 +146,19 @@ def finish(run_dir: Path) -> None:
     _remove(run_dir, [CHECKPOINT])
 
 
-def _check_ours(run_dir: Path, *, restart: bool) -> None:
+def _check_replaceable(run_dir: Path, *, restart: bool) -> None:
     """Raise UserError if there is what `prepare` may not replace: no run of hsae's, or one without `restart`."""
-    there = (
+    names = (
         sorted(path.name for path in run_dir.iterdir() if not LEFT.fullmatch(path.name))
         if run_dir.is_dir()
         else ["it is a file"] * run_dir.exists()
     )
     signs = (FILE, b'"identity"'), (MODEL_FILES[0], b'"structure"'), (CHECKPOINT, b'\\"identity\\"')
-    ours = any(sign in _begins(run_dir / name) for name, sign in signs)
-    if not there or (ours and restart):
+    is_ours = any(sign in _first_bytes(run_dir / name) for name, sign in signs)
+    if not names or (is_ours and restart):
         return
-    listed = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
-    if ours:
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    if is_ours:
         raise UserError(
             f"{run_dir} holds a run ({listed}), but no {FILE} that says which; put {FILE} back, or --restart replaces "
             "the run, or --set train.dir=FOLDER trains beside it"
@@ -174,7 +169,7 @@ def _check_ours(run_dir: Path, *, restart: bool) -> None:
     )
 
 
-def _begins(path: Path) -> bytes:
+def _first_bytes(path: Path) -> bytes:
     """The first bytes of a file; none if there is no such file."""
     try:
         with path.open("rb") as file:
@@ -183,63 +178,60 @@ def _begins(path: Path) -> bytes:
         return b""
 
 
-def _known(run_dir: Path, about: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
+def _read_or_restore(run_dir: Path, new_record: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
     """The content of run.json, if need be from the model or the checkpoint beside it; None in an empty directory."""
     try:
-        if (held := read_run(run_dir)) is not None and "identity" in held:
-            return held
+        if (record := read_run(run_dir)) is not None and "identity" in record:
+            return record
     except UserError as error:
         say(str(error))
-    found = load_mark(run_dir / "model")
-    complete = found is not None
-    found = found or read_mark(run_dir)
-    if found is None or "content" not in found:
-        _check_ours(run_dir, restart=False)
+    of_model = load_provenance(run_dir / "model")
+    origin = of_model or read_provenance(run_dir)
+    if origin is None or "content" not in origin:
+        _check_replaceable(run_dir, restart=False)
         return None
-    unknown = {"versions": {"hsae": "not recorded"}, "hardware": "not recorded"}
-    held = {**about, "identity": found["identity"], "content": found["content"], **unknown}
-    if (held["identity"], held["content"]) == (about["identity"], about["content"]):
-        write_run(run_dir, held | {"complete": complete})
-        if complete:
-            _write_saelens(load_model(run_dir / "model"), run_dir)
-            finish(run_dir)
-        say(
-            f"{run_dir / FILE} was lost, and is written again from the "
-            f"{'model' if complete else 'checkpoint'} beside it"
-        )
-        return read_run(run_dir)
-    return held
+    own = {name: origin[name] for name in ("identity", "content")}
+    record = {**new_record, **own, "versions": {"hsae": "not recorded"}, "hardware": "not recorded"}
+    if any(own[name] != new_record[name] for name in own):
+        return record
+    write_run(run_dir, record | {"complete": of_model is not None})
+    if of_model is not None:
+        _write_saelens(load_model(run_dir / "model"), run_dir)
+        finish(run_dir)
+    say(
+        f"{run_dir / FILE} was lost, and is written again from the "
+        f"{'model' if of_model is not None else 'checkpoint'} beside it"
+    )
+    return read_run(run_dir)
 
 
-def _whole(run_dir: Path, held: dict[str, Any], say: Callable[[str], None]) -> bool:
-    """Whether a finished run's files are there, folders for other tools made again; False if the model has to be.
+def _repair(run_dir: Path, record: dict[str, Any], say: Callable[[str], None]) -> bool:
+    """Make the folders for other tools of a finished run again where they are damaged; False if its model is missing.
 
-    Raises UserError if one of the model's files is harmed.
+    Raises UserError if one of the model's files is damaged.
     """
     missing = [name for name in MODEL_FILES if not (run_dir / name).is_file()]
     if missing:
         say(f"{run_dir / missing[0]} is missing: the run is trained again; evaluations stay until they are made anew")
         return False
-    wrong = damage(run_dir, held)
+    problems = damaged_files(run_dir, record)
     for name in MODEL_FILES:
-        if name in wrong:
-            raise harmed(run_dir / name, run_dir, wrong[name])
-    if wrong or not (run_dir / "saelens").is_dir():
+        if name in problems:
+            raise damage_error(run_dir / name, run_dir, problems[name])
+    if problems or not (run_dir / "saelens").is_dir():
         _write_saelens(load_model(run_dir / "model"), run_dir)
-        if "files" in held:
-            write_run(run_dir, {**held, "files": digests(run_dir)})
-        say(
-            f"{run_dir / next(iter(wrong), 'saelens')} {next(iter(wrong.values()), 'is missing')}: "
-            "made again from the model"
-        )
-    elif "files" not in held:
+        if "files" in record:
+            write_run(run_dir, {**record, "files": digests(run_dir)})
+        name, problem = next(iter(problems.items()), ("saelens", "is missing"))
+        say(f"{run_dir / name} {problem}: made again from the model")
+    elif "files" not in record:
         load_model(run_dir / "model")  # made before there were digests: what can be seen of damage is seen here
     return True
 
 
-def write_model(model: HierarchicalSAE, run_dir: Path, mark: Mapping[str, Any] | None = None) -> None:
-    """Write a trained model and its folders for other tools; `mark` says what it belongs to."""
-    model.save(run_dir / "model", mark)
+def write_model(model: HierarchicalSAE, run_dir: Path, provenance: Mapping[str, Any] | None = None) -> None:
+    """Write a trained model and its folders for other tools; `provenance` says what it belongs to."""
+    model.save(run_dir / "model", provenance)
     _write_saelens(model, run_dir)
 
 
@@ -261,7 +253,7 @@ def _saelens_files(run_dir: Path) -> list[str]:
 def _remove(run_dir: Path, patterns: Sequence[str]) -> None:
     """Delete hsae's own files, and the folders that are empty without them."""
     for path in [path for pattern in patterns for path in run_dir.glob(pattern) if path.is_file()]:
-        if path.name.endswith("_eval_results.json") and b'"hsae"' not in _begins(path):
+        if path.name.endswith("_eval_results.json") and b'"hsae"' not in _first_bytes(path):
             continue  # SAEBench's own
         path.unlink(missing_ok=True)
         folder = path.parent
@@ -278,7 +270,7 @@ def _sweep(run_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _description(plan: Plan, config: RunConfig, store: ActivationStore, hardware: str) -> dict[str, Any]:
+def _new_record(plan: Plan, config: RunConfig, store: ActivationStore, hardware: str) -> dict[str, Any]:
     """What run.json says of a run that begins."""
     try:
         own = version("hsae")
@@ -286,7 +278,7 @@ def _description(plan: Plan, config: RunConfig, store: ActivationStore, hardware
         own = "not installed"
     return {
         "format": 1,
-        **mark(plan, config, store),
+        **provenance(plan, config, store),
         "number": config.number,
         "name": config.name,
         "plan": plan.name,

@@ -20,17 +20,17 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 """What `TrainingRun.state` gives."""
 
 
-def save_checkpoint(state: State, run_dir: Path, mark: Mapping[str, Any]) -> None:
-    """Replace a run's checkpoint by `state`; `mark` names the configuration and data it belongs to."""
+def save_checkpoint(state: State, run_dir: Path, provenance: Mapping[str, Any]) -> None:
+    """Replace a run's checkpoint by `state`; `provenance` names the configuration and data it belongs to."""
     tensors, rest = {name: tensor.cpu().contiguous() for name, tensor in state[0].items()}, state[1]
     path = run_dir / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**rest, **mark})
+    text = json.dumps({**rest, **provenance})
     header = {"state": text, "crc32c": _crc32c(tensors, text)}
     write_atomically(path, lambda partial: save_file(tensors, partial, header))
 
 
-def read_mark(run_dir: Path) -> dict[str, Any] | None:
+def read_provenance(run_dir: Path) -> dict[str, Any] | None:
     """What a checkpoint says it belongs to; None if there is no checkpoint, or a damaged one."""
     try:
         return _load(run_dir / FILE)[1]
@@ -52,7 +52,7 @@ def _load(path: Path) -> State:
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
         tensors, text = load_file(path), header["state"]
-        if header.get("crc32c", found := _crc32c(tensors, text)) != found:  # older ones have none
+        if header.get("crc32c", checksum := _crc32c(tensors, text)) != checksum:  # older ones have none
             raise ValueError("it fails its checksum")
         rest: dict[str, Any] = parse_json(text)
         rest["identity"]
@@ -63,9 +63,9 @@ def _load(path: Path) -> State:
 
 def _crc32c(tensors: Mapping[str, Tensor], text: str) -> str:
     """Eight hex digits over the state and every tensor with its name, type and shape."""
-    found = crc32c(text.encode())
+    checksum = crc32c(text.encode())
     for name, tensor in sorted(tensors.items()):
-        found = crc32c(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
+        checksum = crc32c(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
         if tensor.numel():
-            found = crc32c(tensor.reshape(-1).view(torch.uint8).numpy().data, found)
-    return f"{found:08x}"
+            checksum = crc32c(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
+    return f"{checksum:08x}"

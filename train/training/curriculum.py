@@ -30,11 +30,11 @@ def _progressive(order: tuple[int, ...]) -> tuple[Stage, ...]:
     A joining level warms up alone while those before it stand still; they are freed at 40 %, when composition ramps up
     to 60 %. The proximal step thins W from 60 % on. For two levels this is the schedule 30 / 40 / 60 / 80 / 100.
     """
-    made = [Stage(name=f"level {order[0]} alone", until=0.3, levels=order[:1])]
+    sequence = [Stage(name=f"level {order[0]} alone", until=0.3, levels=order[:1])]
     joining = len(order) - 1
     for count in range(1, joining + 1):
         older = order[:count]
-        made.append(
+        sequence.append(
             Stage(
                 name=f"level {order[count]} joins",
                 until=0.3 + 0.1 * count / joining,
@@ -42,10 +42,12 @@ def _progressive(order: tuple[int, ...]) -> tuple[Stage, ...]:
                 rates=dict.fromkeys(older, 0.0),
             )
         )
-    made.append(Stage(name="all levels, composition ramp", until=0.6, levels=order, composition="ramp"))
-    made.append(Stage(name="all levels, sparse composition", until=0.8, levels=order, composition="on", sparsify=True))
-    made.append(Stage(name="decay", until=1.0, levels=order, composition="on", sparsify=True))
-    return tuple(made)
+    sequence.append(Stage(name="all levels, composition ramp", until=0.6, levels=order, composition="ramp"))
+    sequence.append(
+        Stage(name="all levels, sparse composition", until=0.8, levels=order, composition="on", sparsify=True)
+    )
+    sequence.append(Stage(name="decay", until=1.0, levels=order, composition="on", sparsify=True))
+    return tuple(sequence)
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,10 @@ def resample(
     weights = widened(level.workers.gather(loss_B)).square().cpu().double()
     if not weights.sum() > 0:
         return 0
-    drawn = torch.multinomial(weights, count, replacement=True, generator=generator).to(read_BI.device)
+    sampled = torch.multinomial(weights, count, replacement=True, generator=generator).to(read_BI.device)
     dead, living, some = dead_F.nonzero().squeeze(1), ~dead_F, count < len(every)
     before = int(every[: latents.rank * len(dead_F)].sum())
-    rows = widened(level.workers.rows(read_BI, drawn[before : before + len(dead)]) - bias_I)
+    rows = widened(level.workers.rows(read_BI, sampled[before : before + len(dead)]) - bias_I)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     norm = latents.mean(level.W_enc[:, living].norm(dim=0)) if some else torch.ones((), device=rows.device)
     level.W_dec[dead] = rows

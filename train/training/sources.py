@@ -126,10 +126,10 @@ class IterableSource:
 
 def _regrouped(batches: Iterable[Any], stream: StreamConfig) -> Iterator[Tensor]:
     """The batches [B, D] of all steps. Raises UserError if a batch can't be used, or they end too early."""
-    given, waiting, size = enumerate(_repeated(batches), 1), torch.empty(0), stream.batch_tokens
+    numbered, waiting, size = enumerate(_repeated(batches), 1), torch.empty(0), stream.batch_tokens
     for step in range(stream.steps):
         while len(waiting) < size:
-            number, batch = next(given, (0, None))
+            number, batch = next(numbered, (0, None))
             if not number:
                 raise UserError(
                     f"x ended after {step:,} of {stream.steps:,} steps of {size:,} vectors; "

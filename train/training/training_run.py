@@ -230,18 +230,18 @@ class TrainingRun:
 
     def complaints(self, metrics: dict[str, Any]) -> list[str]:
         """What is wrong with the step of `metrics`, each said once: dead levels, and maps W that went bad, by name."""
-        found = {}
+        problems = {}
         for index, (l0, dead) in enumerate(zip(metrics["l0"], metrics["dead"], strict=True)):
             if l0 == 0:
-                found[f"silent{index}"] = f"level {index + 1} does not fire at all (L0 = 0)"
+                problems[f"silent{index}"] = f"level {index + 1} does not fire at all (L0 = 0)"
             if dead > 0.5:
-                found[f"dead{index}"] = f"{dead:.0%} of level {index + 1}'s latents are dead"
+                problems[f"dead{index}"] = f"{dead:.0%} of level {index + 1}'s latents are dead"
         if self.last_moment.composition == 1 and self.step_number >= MAPS_JUDGED * self.steps:
             for number, health in enumerate(metrics["composition"], 1):
                 failures = map_failures(number, health) if health is not None else {}
-                found |= {f"{name}{number}": text for name, text in failures.items()}
-        new = [text for key, text in found.items() if key not in self.warned]
-        self.warned |= found.keys()
+                problems |= {f"{name}{number}": text for name, text in failures.items()}
+        new = [text for key, text in problems.items() if key not in self.warned]
+        self.warned |= problems.keys()
         return new
 
     def check_weights(self) -> bool:
@@ -328,17 +328,17 @@ class TrainingRun:
 
 def map_failures(number: int, health: dict[str, float]) -> dict[str, str]:
     """Known ways in which the map W of level `number` fails, by name, from `Composition.health`."""
-    found = {}
+    problems = {}
     if health["nonzero"] == 0:
-        found["W-collapsed"] = f"W-collapsed: the map of level {number} is all zero"
+        problems["W-collapsed"] = f"W-collapsed: the map of level {number} is all zero"
     elif health["unexplained"] > 0.98:
-        found["scale-drain"] = (
+        problems["scale-drain"] = (
             f"scale-drain: W explains nothing of level {number}'s code (relative error {health['unexplained']:.2f}); "
             "scale has moved out of W, or the codes have nothing to do with each other"
         )
     elif health["participation"] < 1.1:
-        found["copy"] = (
+        problems["copy"] = (
             f"copy: half of level {number}'s latents copy one latent below "
             f"(participation {health['participation']:.2f})"
         )
-    return found
+    return problems

@@ -36,6 +36,7 @@ from hsae.eval.autointerp.evaluation import Scored, noise_note
 from hsae.eval.autointerp.judge import Judge, Question
 from hsae.eval.autointerp.windows import Sampler, written
 from hsae.eval.harness.saebench_file import read_file
+from hsae.train import run_record
 from hsae.train.config.plan import PlanError, load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.hierarchical_sae import AdditiveSAE
@@ -380,8 +381,8 @@ def test_every_level_and_the_whole_are_evaluated_and_equal_questions_are_asked_o
     store = type("Store", (), {"spec": plan.store("train"), "header": type("Header", (), {"d_model": D, **digests})})
     run_directory.prepare(plan, config, store, "cpu", resume=False, restart=False)
     AdditiveSAE(levels).save(plan.run_dir(config) / "model")
-    run_directory.write_run(
-        plan.run_dir(config), {**run_directory.read_run(plan.run_dir(config)), "complete": True, "content": None}
+    run_record.write_run(
+        plan.run_dir(config), {**run_record.read_run(plan.run_dir(config)), "complete": True, "content": None}
     )
     sets = [*overrides, f"train.dir={json.dumps(str(folder / 'runs'))}"]
     given = [part for value in sets for part in ("--set", value)]

@@ -18,6 +18,7 @@ from hsae.eval.core.core_result import read_core, read_core_file
 from hsae.eval.harness import targets
 from hsae.eval.harness.evaluation import evaluate_targets
 from hsae.eval.harness.listener import Listener
+from hsae.train import run_record
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.hierarchical_sae import AdditiveSAE, FlatSAE
@@ -69,9 +70,9 @@ def a_trained_run(plan, number, levels):
     digests = dict.fromkeys(("model_digest", "tokenizer_digest", "corpus_digest"), "0" * 64)
     store = SimpleNamespace(spec=plan.store("train"), header=SimpleNamespace(d_model=D, **digests))
     run_directory.prepare(plan, config, store, "cpu", resume=False, restart=False)
-    held = run_directory.read_run(plan.run_dir(config))
+    held = run_record.read_run(plan.run_dir(config))
     model.save(plan.run_dir(config) / "model")
-    run_directory.write_run(plan.run_dir(config), {**held, "complete": True, "content": None})
+    run_record.write_run(plan.run_dir(config), {**held, "complete": True, "content": None})
     return config
 
 

@@ -28,8 +28,8 @@ from hsae.train.config.run_config import RunConfig
 from hsae.train.model.hierarchical_sae import AdditiveSAE, CompositionMap, FlatSAE, StackedSAE
 from hsae.train.model.model_files import load_model
 from hsae.train.model.sae import SAE
+from hsae.train.run_record import read_run, write_run
 from hsae.train.runs.planned_runs import train_runs
-from hsae.train.runs.run_record import read_run, write_run
 
 HOOK = "blocks.1.hook_resid_post"
 D, PADDING, T = 29, -1, 19

@@ -25,6 +25,7 @@ from hsae.cli import common
 from hsae.eval.harness.saebench_file import first_problem, read_file
 from hsae.eval.probing.config import probe_spec
 from hsae.eval.probing.evaluations import Absorption, DrawOptions, SparseProbing
+from hsae.train import run_record
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.hierarchical_sae import AdditiveSAE
@@ -302,8 +303,8 @@ def test_every_level_of_a_hierarchy_is_evaluated(overrides, plan, no_language_mo
     run_directory.prepare(plan, config, store, "cpu", resume=False, restart=True)
     model = AdditiveSAE(levels)
     model.save(plan.run_dir(config) / "model")
-    run_directory.write_run(
-        plan.run_dir(config), {**run_directory.read_run(plan.run_dir(config)), "complete": True, "content": None}
+    run_record.write_run(
+        plan.run_dir(config), {**run_record.read_run(plan.run_dir(config)), "complete": True, "content": None}
     )
     done = invoke("eval", suite, "--run", 3, "--draws", 1, *settings(overrides))
     assert done.exit_code == 0, (done.output, done.exception)

@@ -25,6 +25,7 @@ from hsae.eval.ravel.config import RavelConfig, ravel_spec
 from hsae.eval.ravel.exchange import Exchange, Pair, own_scores, pairs_of, saebench_scores, split_entities
 from hsae.eval.ravel.ravel_file import RavelFile
 from hsae.eval.ravel.ravel_runs import MEASURES, Ravel
+from hsae.train import run_record
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.hierarchical_sae import AdditiveSAE
@@ -439,8 +440,8 @@ def test_an_sae_and_every_level_of_a_run_are_evaluated(overrides, plan, store, t
     held = SimpleNamespace(spec=plan.store("train"), header=SimpleNamespace(d_model=D, **digests))
     run_directory.prepare(plan, config, held, "cpu", resume=False, restart=False)
     AdditiveSAE(levels).save(plan.run_dir(config) / "model")
-    run_directory.write_run(
-        plan.run_dir(config), {**run_directory.read_run(plan.run_dir(config)), "complete": True, "content": None}
+    run_record.write_run(
+        plan.run_dir(config), {**run_record.read_run(plan.run_dir(config)), "complete": True, "content": None}
     )
     done = invoke("eval", "ravel", "--run", 3, "--draws", 3, *settings(overrides))
     assert done.exit_code == 0, (done.output, done.exception)

@@ -30,8 +30,8 @@ from hsae.eval.report.page import Report, write_report
 from hsae.eval.report.run_section import Material
 from hsae.train.config.plan import load_plan
 from hsae.train.model.model_files import load_model
+from hsae.train.run_record import write_run
 from hsae.train.runs.planned_runs import train_runs
-from hsae.train.runs.run_record import write_run
 
 USER_BASELINE = GOLDEN / "user_baseline_core.json"
 

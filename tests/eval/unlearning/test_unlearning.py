@@ -34,6 +34,7 @@ from hsae.eval.unlearning.questions_evaluation import UnlearningQuestions
 from hsae.eval.unlearning.rows import Rows, split_rows
 from hsae.eval.unlearning.text_pair import open_texts
 from hsae.eval.unlearning.unlearning_evaluation import Unlearning
+from hsae.train import run_record
 from hsae.train.config.plan import load_plan
 from hsae.train.model.hierarchical_sae import STRUCTURES, CompositionMap, FlatSAE
 from hsae.train.model.sae import SAE
@@ -410,7 +411,7 @@ def trained(plan, number, model):
         "identity": run_directory.identities(plan, config)[0], "complete": True, "plan": plan.name,
         "number": config.number, "name": config.name,
     }  # fmt: skip
-    run_directory.write_run(run_dir, content)
+    run_record.write_run(run_dir, content)
     return RunTarget.of(plan, config)
 
 

@@ -28,11 +28,11 @@ from hsae.cache.errors import UserError
 from hsae.cache.launcher import Share
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.reading.token_stream import TokenStream
+from hsae.train import run_record
 from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.activations import batch_top_k
 from hsae.train.parallel.workers import ALONE, joined
-from hsae.train.runs import run_directory
 from hsae.train.runs.metrics_log import read_metrics
 from hsae.train.runs.planned_runs import check, train_runs
 from hsae.train.training.scaling import Scaling
@@ -215,7 +215,7 @@ def test_two_workers_train_what_one_does_and_take_each_others_places(overrides_i
         assert_same_training(tmp_path / "one/3", tmp_path / folder / "3")
     last = [line for line in read_metrics(tmp_path / "one/3") if line["kind"] == "metrics"][-1]
     assert last["parts"]["auxiliary1"] > 0 and last["composition_loss"] > 0
-    assert run_directory.read_run(tmp_path / "two/3")["hardware"].startswith("2 workers, each: ")
+    assert run_record.read_run(tmp_path / "two/3")["hardware"].startswith("2 workers, each: ")
 
 
 @pytest.mark.slow

@@ -18,12 +18,13 @@ from hsae.cache.files import partial_name, write_atomically
 from hsae.eval.core.core_result import read_core
 from hsae.eval.harness import result_files
 from hsae.eval.harness.saebench_file import write_envelope
+from hsae.train import run_record
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder
 from hsae.train.model.hierarchical_sae import StackedSAE
 from hsae.train.model.model_files import load_model
 from hsae.train.model.sae import SAE
-from hsae.train.runs import run_directory, run_record
+from hsae.train.runs import run_directory
 from hsae.train.runs.metrics_log import MetricsLog, damaged_metrics, read_metrics
 from hsae.train.runs.planned_runs import train_runs
 from hsae.train.training.checkpoints import FILE as CHECKPOINT
@@ -265,9 +266,9 @@ def test_a_run_is_the_same_whatever_lossless_codec_its_store_has(run):
     found = {codec: run_directory.identities(made, made.runs[3]) for codec, made in kinds.items()}
     assert found["auto"] == found["mappable"] == found["compact"] and len(set(found["auto"])) == 2
     assert not {*found["int8"]} & {*found["auto"]}  # int8 changes the numbers
-    assert run_directory.read_run(run_dir)["identity"] == found["auto"][0]
+    assert run_record.read_run(run_dir)["identity"] == found["auto"][0]
     for identity in found["auto"]:  # the second is that of runs from before, trained on a compact store
-        run_directory.write_run(run_dir, {**run_directory.read_run(run_dir), "identity": identity})
+        run_record.write_run(run_dir, {**run_record.read_run(run_dir), "identity": identity})
         assert all(run_directory.is_complete(kinds[codec], plan.runs[3]) for codec in ("auto", "mappable", "compact"))
 
 
@@ -292,9 +293,7 @@ def test_odd_models_are_refused_in_a_sentence(run):
     path = run_dir / "model" / "model.json"
     described = json.loads(path.read_text())
     described.pop("checksum")
-    run_record.write_run(
-        run_dir, {key: value for key, value in run_directory.read_run(run_dir).items() if key != "files"}
-    )
+    run_record.write_run(run_dir, {key: value for key, value in run_record.read_run(run_dir).items() if key != "files"})
     odd = [
         {"levels": 3},
         {"levels": [1]},

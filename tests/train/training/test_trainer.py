@@ -17,6 +17,7 @@ from hsae.cache.building.build import build
 from hsae.cache.device import pick_device
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.reading.store import ActivationStore
+from hsae.train import run_record
 from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import StreamConfig
 from hsae.train.model import saelens_folder
@@ -70,7 +71,7 @@ def test_every_run_trains_and_leaves_what_others_read(plan_in, tmp_path):
     assert [result.status for result in ended] == ["trained"] * 17
     for run in plan.runs.values():
         run_dir = plan.run_dir(run)
-        assert run_directory.read_run(run_dir)["complete"] is True
+        assert run_record.read_run(run_dir)["complete"] is True
         assert not (run_dir / CHECKPOINT).exists()
         last = [line for line in read_metrics(run_dir) if line["kind"] == "metrics"][-1]
         assert last["step"] == plan.train.steps and last["explained_variance"] > 0.3
@@ -104,10 +105,8 @@ def test_two_processes_do_not_train_one_run(plan_in, tmp_path):
 def test_a_run_knows_what_its_store_was_made_from(plan_in, tmp_path, activations):
     plan = plan_in(tmp_path)
     train_runs(plan, plan.select("0"), device="cpu")
-    held = run_directory.read_run(plan.run_dir(plan.runs[0]))
-    run_directory.write_run(
-        plan.run_dir(plan.runs[0]), {**held, "content": {**held["content"], "corpus_digest": "other"}}
-    )
+    held = run_record.read_run(plan.run_dir(plan.runs[0]))
+    run_record.write_run(plan.run_dir(plan.runs[0]), {**held, "content": {**held["content"], "corpus_digest": "other"}})
     with pytest.raises(UserError, match="was trained on a store of the same name made from another model or text"):
         train_runs(plan, plan.select("0"), device="cpu")
 
@@ -252,7 +251,7 @@ def test_nan_stops_the_run_keeps_the_last_good_state_and_lets_the_others_finish(
     assert [
         (number, "the last good state is in" in message) for number, message in recorder.warnings if "nan" in message
     ] == [(3, True)]
-    assert run_directory.read_run(plan.run_dir(plan.runs[3]))["complete"] is False
+    assert run_record.read_run(plan.run_dir(plan.runs[3]))["complete"] is False
     monkeypatch.undo()
     resumed = Recorder()
     assert train_runs(plan, plan.select("3"), resumed, device="cpu", resume=True)[0].status == "trained"
@@ -362,4 +361,4 @@ def test_training_needs_no_model_and_imports_no_transformers(activations, tmp_pa
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
-    assert run_directory.read_run(plan.run_dir(plan.runs[3]))["complete"] is True
+    assert run_record.read_run(plan.run_dir(plan.runs[3]))["complete"] is True

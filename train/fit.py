@@ -93,8 +93,8 @@ def fit(
         raise UserError("fit: give steps, or tokens, for an iterable of batches")
     tokens = steps * batch_tokens if steps is not None else tokens
     tokens = max(size or 0, LEAST_STEPS * batch_tokens) if tokens is None else tokens
-    given = {"tokens": tokens, "batch_tokens": batch_tokens, "seed": seed, "log_steps": log_steps}
-    stream = checked("fit", "", StreamConfig, given)
+    stream_settings = {"tokens": tokens, "batch_tokens": batch_tokens, "seed": seed, "log_steps": log_steps}
+    stream = checked("fit", "", StreamConfig, stream_settings)
     config = checked(
         "fit",
         "",

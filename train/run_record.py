@@ -43,8 +43,8 @@ def read_run(run_dir: Path) -> dict[str, Any] | None:
         check_seal(content, required=False)
     except ValueError as error:
         raise UserError(
-            f"{path} is damaged ({error}); `{command(run_dir)}` writes it again if the model or the checkpoint beside "
-            "it is whole, and with --restart trains again"
+            f"{path} is damaged ({error}); `{train_command(run_dir)}` writes it again if the model or the checkpoint "
+            "beside it is whole, and with --restart trains again"
         ) from None
     return content
 
@@ -55,12 +55,12 @@ def write_run(run_dir: Path, content: dict[str, Any]) -> None:
     write_atomically(run_dir / FILE, lambda path: path.write_text(text))
 
 
-def command(run_dir: Path) -> str:
+def train_command(run_dir: Path) -> str:
     """The command that trains the run of a directory."""
-    return f"hsae train {options(run_dir)}"
+    return f"hsae train {run_options(run_dir)}"
 
 
-def options(run_dir: Path) -> str:
+def run_options(run_dir: Path) -> str:
     """What names the run of a directory to a command: `--run 3`, `--run 3 --seeds 2`."""
     seed = run_dir.parent.name.removeprefix("seed")
     more = f" --seeds {int(seed) + 1}" if run_dir.parent.name.startswith("seed") and seed.isdecimal() else ""
@@ -69,36 +69,36 @@ def options(run_dir: Path) -> str:
 
 def digests(run_dir: Path) -> dict[str, str]:
     """SHA-256 of the files of a run's model that are there, by their paths in the directory."""
-    found = sorted(path for pattern in MODEL_FILES for path in run_dir.glob(pattern))
-    found += sorted(
+    paths = [run_dir / name for name in MODEL_FILES if (run_dir / name).exists()]
+    paths += sorted(
         path for pattern in SAELENS_FILES for path in run_dir.glob(pattern) if VIEW.fullmatch(path.parent.name)
     )
-    return {path.relative_to(run_dir).as_posix(): file_sha256(path) for path in found}
+    return {path.relative_to(run_dir).as_posix(): file_sha256(path) for path in paths}
 
 
-def damage(run_dir: Path, content: dict[str, Any]) -> dict[str, str]:
+def damaged_files(run_dir: Path, content: dict[str, Any]) -> dict[str, str]:
     """What is wrong with files whose digests run.json holds, by their paths in the directory."""
-    found = {}
+    problems = {}
     for name, digest in (content.get("files") or {}).items():
         if not (run_dir / name).is_file():
-            found[name] = "is missing"
+            problems[name] = "is missing"
         elif file_sha256(run_dir / name) != digest:
-            found[name] = "fails its checksum"
-    return found
+            problems[name] = "fails its checksum"
+    return problems
 
 
 def check_files(folder: Path, names: Iterable[str]) -> None:
     """Compare files of a run's model/ or saelens/<view>/ with the digests in its run.json. Raises UserError."""
     folder = folder.resolve()
     run_dir = folder.parent.parent if folder.parent.name == "saelens" else folder.parent
-    known = (read_run(run_dir) or {}).get("files")
-    if not isinstance(known, dict):
+    recorded = (read_run(run_dir) or {}).get("files")
+    if not isinstance(recorded, dict):
         return
     for name in names:
         path = folder / name
-        digest = known.get(path.relative_to(run_dir).as_posix())
+        digest = recorded.get(path.relative_to(run_dir).as_posix())
         if digest is not None and path.is_file() and file_sha256(path) != digest:
-            raise harmed(path, run_dir, "fails its checksum")
+            raise damage_error(path, run_dir, "fails its checksum")
 
 
 def run_of(folder: Path) -> Path | None:
@@ -108,9 +108,9 @@ def run_of(folder: Path) -> Path | None:
     return run_dir if folder.parent.name == "saelens" and (run_dir / FILE).is_file() else None
 
 
-def harmed(path: Path, run_dir: Path, problem: str) -> UserError:
+def damage_error(path: Path, run_dir: Path, problem: str) -> UserError:
     """The error about a file of a trained model."""
-    again = f", or delete it and run `{command(run_dir)}`, which makes it again and keeps the evaluations"
+    again = f", or delete it and run `{train_command(run_dir)}`, which makes it again and keeps the evaluations"
     return UserError(
         f"{path} is damaged: it {problem}; put back a whole copy{again if run_dir.name.isdecimal() else ''}"
     )
@@ -123,11 +123,10 @@ def check_same_model(run_dir: Path | None, store: str, made_of: MadeOf) -> None:
     """
     if run_dir is None:
         return
-    held = read_run(run_dir) or {}
-    content: dict[str, Any] = held.get("content") or {}
+    content: dict[str, Any] = (read_run(run_dir) or {}).get("content") or {}
     for name, what in (("model_digest", "weights"), ("tokenizer_digest", "tokenizer")):
         if content.get(name) not in (None, getattr(made_of, name)):
             raise UserError(
                 f"{run_dir} was trained on activations of a model with other {what} than those of {store}; build both "
-                f"stores of one model (hsae cache build) and train it again ({command(run_dir)} --restart)"
+                f"stores of one model (hsae cache build) and train it again ({train_command(run_dir)} --restart)"
             )
