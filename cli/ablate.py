@@ -1,9 +1,7 @@
 """`hsae ablate`."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -13,11 +11,6 @@ from hsae.cli.common import DeviceOption, PlanOption, RunOption, SetOption, chec
 
 if TYPE_CHECKING:
     from hsae.eval.ablation.table import AblationTable
-    from hsae.train.config.plan import Plan
-    from hsae.train.config.run_config import RunConfig
-
-FORGETTING = (0, 3, 5, 11, 12)
-PARTS = ("core", "composition", "synthetic", "unlearning")
 
 
 def ablate(
@@ -27,7 +20,9 @@ def ablate(
     overrides: SetOption = None,
     without: Annotated[
         list[str] | None,
-        typer.Option("--without", metavar="PART", help=f"Leave out {', '.join(PARTS)}. Repeatable."),
+        typer.Option(
+            "--without", metavar="PART", help="Leave out core, composition, synthetic, unlearning. Repeatable."
+        ),
     ] = None,
     unlearning_run: Annotated[
         str | None,
@@ -53,92 +48,24 @@ def ablate(
 
     Example: hsae ablate --plan study --run 0-13
     """
-    from hsae.cache.errors import UserError, need
-    from hsae.eval.ablation.significance import MIN_SEEDS
+    from hsae.cli.pipeline import ShownPipeline
+    from hsae.eval.ablation.ablations import run_ablations
     from hsae.train.config.plan import load_plan
 
-    left_out = set(without or ())
-    if unknown := left_out - set(PARTS):
-        raise UserError(f"--without {sorted(unknown)[0]}: it must be one of {', '.join(PARTS)}")
     check_folder(out)
-    loaded = load_plan(plan, overrides or ())
-    selected = loaded.select(run) if run is not None else list(loaded.runs.values())
-    numbers = ",".join(str(config.number) for config in selected)
-    forgetting = loaded.select(unlearning_run) if unlearning_run is not None else []
-    if unlearning_run is None and "unlearning" not in left_out:
-        forgetting = [config for config in selected if config.number in FORGETTING]
-        if not forgetting:
-            raise UserError(
-                f"none of the runs {', '.join(map(str, FORGETTING))} is among those selected; name others with --unlearning-run, "
-                "or leave it out with --without unlearning"
-            )
-    if strange := [f"{config.number} {config.name}" for config in forgetting if config not in selected]:
-        raise UserError(
-            f"--unlearning-run {unlearning_run}: run {strange[0]} is not among those selected with --run {run}"
-        )
-    if "unlearning" in left_out and (unlearning_run is not None or unlearning_seeds is not None):
-        raise UserError("--unlearning-run and --unlearning-seeds don't go with --without unlearning")
-    if unlearning_seeds is not None and unlearning_seeds > seeds:
-        raise UserError(f"--unlearning-seeds {unlearning_seeds} is more than --seeds {seeds}")
-    if seeds >= MIN_SEEDS:
-        need("the tests behind ablate's verdicts", "scipy", "eval")
-    need("ablations.png", "matplotlib", "report")
-
-    from hsae.cli import cache, synthetic
-    from hsae.cli.evaluations import callback_of
-    from hsae.eval.synthetic.compared_runs import NUMBERS
-    from hsae.eval.synthetic.tiers import read_results
-
-    held = out / "synthetic" / "T2.json"
-    if held.is_file():
-        read_results(held)  # raises UserError for a damaged one
-    common: dict[str, Any] = {"plan": plan, "overrides": overrides}
-    arms = ",".join(str(config.number) for config in selected if config.number in NUMBERS)
-    stages: dict[str, Callable[[], object]] = {
-        "cache": lambda: cache.build(**common, device=device),
-        "train": lambda: _train(loaded, selected, seeds=seeds, device=device),
-        "core": lambda: callback_of("core")(run=numbers, seeds=seeds, whole=True, device=device, **common),
-        "composition": lambda: callback_of("composition")(run=numbers, seeds=seeds, device=device, **common),
-        "synthetic": lambda: synthetic.synthetic(
-            tier="T2", run=arms, seeds=seeds, out=out / "synthetic", device=device
-        ),
-        "unlearning": lambda: callback_of("unlearning")(
-            run=",".join(str(config.number) for config in forgetting),
-            seeds=unlearning_seeds or seeds,
-            device=device,
-            **common,
-        ),
-    }
-    if not arms:
-        left_out.add("synthetic")
-    for name, stage in stages.items():
-        if name not in left_out:
-            console.rule(name)
-            if name == "unlearning":
-                cache.build(suite="unlearning", device=device, **common)
-            stage()
-
-    from hsae.cache.files import write_atomically
-    from hsae.eval.ablation.figure import save_figure
-    from hsae.eval.ablation.results import read_table
-
-    table = read_table(loaded, selected, seeds, read_results(held) if held.is_file() else None)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        out / "ablations.json", lambda path: path.write_text(json.dumps(table.to_dict(), indent=1, allow_nan=False))
+    table = run_ablations(
+        load_plan(plan, overrides or ()),
+        run,
+        seeds=seeds,
+        without=without or (),
+        unlearning_run=unlearning_run,
+        unlearning_seeds=unlearning_seeds,
+        out=out,
+        pipeline=ShownPipeline(device),
     )
-    write_atomically(out / "ablations.md", lambda path: path.write_text(table.markdown()))
-    save_figure(table, out / "ablations.png")
     console.rule("ablations")
     _print(table)
     say("results in ", (str(out), "bold"), ": ablations.md, ablations.json, ablations.png")
-
-
-def _train(plan: "Plan", runs: "list[RunConfig]", *, seeds: int, device: str) -> None:
-    from hsae.cli.train import train_on_screen
-
-    if status := train_on_screen(plan, runs, seeds=seeds, resume=True, device=device):
-        raise typer.Exit(status)
 
 
 def _print(table: "AblationTable") -> None:

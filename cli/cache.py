@@ -1,5 +1,6 @@
 """`hsae cache`: build, info, verify, ls."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -12,6 +13,7 @@ from hsae.cli.common import DeviceOption, PlanOption, SetOption, console, say
 if TYPE_CHECKING:
     from hsae.cache.building.estimate import Estimate
     from hsae.cache.config import Split
+    from hsae.train.config.plan import Plan
 
 app = typer.Typer(no_args_is_help=True)
 BOTH: "tuple[Split, ...]" = ("eval", "train")
@@ -49,10 +51,7 @@ def build(
     """
     from hsae.cache.device import pick_device
     from hsae.cache.errors import UserError
-    from hsae.cache.launcher import share
-    from hsae.cache.progress import bars
     from hsae.train.config.plan import load_plan
-    from hsae.train.stores import plan_stores
 
     if suite is not None and split is not None:
         raise UserError(f"--split {split} doesn't go with --suite {suite}, which has stores of its own")
@@ -63,10 +62,21 @@ def build(
     if suite is not None and suite not in OWN_STORES:
         return suite_commands.build(loaded, suite, chosen, dry_run=dry_run)
     splits = OWN_STORES[suite] if suite else BOTH if split is None or split == "both" else (split,)
-    planned = plan_stores(loaded, splits, chosen)
+    build_on_screen(loaded, splits, device, dry_run=dry_run)
+
+
+def build_on_screen(plan: "Plan", splits: "Sequence[Split]", device: str, *, dry_run: bool = False) -> None:
+    """Say what the plan's stores of these splits take, and make them unless it is a `dry_run`."""
+    from hsae.cache.device import pick_device
+    from hsae.cache.launcher import share
+    from hsae.cache.progress import bars
+    from hsae.train.stores import plan_stores
+
+    chosen = pick_device(device)
+    planned = plan_stores(plan, splits, chosen)
     for warning in planned.warnings:
         say(warning, style="yellow")
-    console.print(_sizes(planned.estimates, loaded.name, chosen))
+    console.print(_sizes(planned.estimates, plan.name, chosen))
     if dry_run:
         return planned.check(say)
     with bars(console) as progress:

@@ -1,15 +1,11 @@
 """`hsae quickstart`: the whole pipeline on real Gemma-3-270M and the text that ships with Python."""
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hsae.cli.common import SetOption, check_folder, console, say
-
-PLAN, RUNS = "gemma-3-270m", "0-5"
 
 
 def quickstart(
@@ -22,27 +18,11 @@ def quickstart(
 
     Example: hsae quickstart
     """
-    from hsae.cache.errors import need
-    from hsae.cli import cache, report, train
-    from hsae.cli.evaluations import callback_of
+    from hsae.cli.pipeline import ShownPipeline
+    from hsae.eval.quickstart import run_quickstart
 
     check_folder(out)
-    for package in ("jinja2", "matplotlib"):
-        need("the report at the end", package, "quickstart")
-
-    places = [f"cache.dir={str(out / 'activations')!r}", f"train.dir={str(out / 'runs')!r}", *(overrides or ())]
-    stages: dict[str, Callable[[], None]] = {
-        "cache": lambda: cache.build(plan=PLAN, overrides=places),
-        "train": lambda: train.train(run=RUNS, plan=PLAN, overrides=places, resume=True),
-        "core": lambda: callback_of("core")(run=RUNS, plan=PLAN, overrides=places),
-        "report": lambda: report.report(run=RUNS, plan=PLAN, overrides=places, out=out / "report"),
-    }
-    seconds = {}
-    for number, (name, stage) in enumerate(stages.items(), 1):
-        console.rule(f"{number}/{len(stages)} {name}")
-        began = time.perf_counter()
-        stage()
-        seconds[name] = time.perf_counter() - began
+    seconds = run_quickstart(out, overrides or (), ShownPipeline())
     console.rule("done")
     console.print(
         "  ".join(f"{name} {value:.0f} s" for name, value in seconds.items()) + f"  total {sum(seconds.values()):.0f} s"

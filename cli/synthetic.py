@@ -1,5 +1,6 @@
 """`hsae eval synthetic`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.text import Text
 from hsae.cli.common import DeviceOption, RunOption, SetOption, check_folder, console, progress_bars, say
 
 if TYPE_CHECKING:
+    from hsae.eval.synthetic.compared_runs import Arms
     from hsae.train.config.run_config import RunConfig
 
 TABLES = (
@@ -64,7 +66,13 @@ def synthetic(
     length = [] if tokens is None else [f"train.tokens={tokens}"]
     arms = load_arms(tier, [*(overrides or ()), *length])
     selected = list(arms.runs.values()) if run is None else arms.select(run)
+    evaluate_on_screen(arms, selected, seeds, out, force=force, device=device)
 
+
+def evaluate_on_screen(
+    arms: "Arms", selected: "Sequence[RunConfig]", seeds: int, out: Path, *, force: bool = False, device: str = "auto"
+) -> None:
+    """Train and score runs on a tier of synthetic data, and show their scores."""
     from hsae.eval.synthetic.tiers import run_tier
 
     with _Screen(len(selected) * seeds) as screen:
@@ -93,7 +101,7 @@ def synthetic(
 
 
 def _table(
-    title: str, columns: tuple[tuple[str, str], ...], held: dict[str, Any], selected: "list[RunConfig]"
+    title: str, columns: tuple[tuple[str, str], ...], held: dict[str, Any], selected: "Sequence[RunConfig]"
 ) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("arm", no_wrap=True)

@@ -1,17 +1,35 @@
-"""Metrics, SAEBench-compatible results and the report."""
+"""Evaluations of SAEs, SAEBench-compatible results, and the report."""
 
 from typing import TYPE_CHECKING
 
 from hsae._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from hsae.eval.ablation.ablations import run_ablations as run_ablations
     from hsae.eval.core.core import CoreOptions as CoreOptions
     from hsae.eval.core.core_result import CoreResult as CoreResult
+    from hsae.eval.harness.evaluation import Evaluation as Evaluation
+    from hsae.eval.harness.evaluation import Options as Options
+    from hsae.eval.harness.evaluation import Result as Result
+    from hsae.eval.harness.evaluation import evaluate as evaluate
+    from hsae.eval.harness.evaluation import evaluate_plan as evaluate_plan
+    from hsae.eval.harness.targets import Selection as Selection
+    from hsae.eval.quickstart import run_quickstart as run_quickstart
+    from hsae.eval.report.page import write_report as write_report
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
             "CoreOptions": "hsae.eval.core.core",
             "CoreResult": "hsae.eval.core.core_result",
+            "Evaluation": "hsae.eval.harness.evaluation",
+            "Options": "hsae.eval.harness.evaluation",
+            "Result": "hsae.eval.harness.evaluation",
+            "Selection": "hsae.eval.harness.targets",
+            "evaluate": "hsae.eval.harness.evaluation",
+            "evaluate_plan": "hsae.eval.harness.evaluation",
+            "run_ablations": "hsae.eval.ablation.ablations",
+            "run_quickstart": "hsae.eval.quickstart",
+            "write_report": "hsae.eval.report.page",
         },
     )
