@@ -23,9 +23,7 @@ import google_crc32c
 import numpy as np
 
 PARTIAL = ".partial"  # suffix of a file that is being written
-LEFT = re.compile(
-    rf"\..*{re.escape(PARTIAL)}|\.tmp\w{{6}}"
-)  # what killed writers leave; the second is safetensors' own
+LEFT = re.compile(rf"\..*{re.escape(PARTIAL)}|\.tmp\w{{6}}")  # by killed writers; the second is safetensors' own
 CHECKSUM = "checksum"
 READ_BYTES = 1 << 24
 JUST_MADE = 1.0  # seconds in which the writer of a partial file may not have locked it yet
@@ -53,9 +51,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             lock(file)
             mode = os.fstat(file.fileno()).st_mode
             write(partial)
-            with partial.open(
-                "r+b"
-            ) as filled:  # perhaps another file: safetensors makes its own, which only its owner may read
+            # perhaps another file: safetensors makes its own, which only its owner may read
+            with partial.open("r+b") as filled:
                 lock(filled)
                 os.fchmod(filled.fileno(), mode)
                 os.fsync(filled.fileno())

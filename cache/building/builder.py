@@ -284,9 +284,7 @@ class Builder:
             writer.write_list(self.target, kept_array(self.spec, self.model.d_model), counts)
             every = every_array(header)
             header = header.model_copy(update={"checks": writer.seal(self.target, every, checks)})
-            writer.write_metadata(
-                self.target, header, [*every, checks_array(every)]
-            )  # all: it may have been harmed since
+            writer.write_metadata(self.target, header, [*every, checks_array(every)])  # all: some may have been harmed
         if read_header(self.target).complete:
             clear(self.target)
 

@@ -38,13 +38,7 @@ from hsae.cache.reading.mapped_chunks import read_checks
 from hsae.cache.storage.paths import Place, locked, map_parallel, place, publish
 
 
-def copy(
-    source: str | Place,
-    folder: str | Place,
-    *,
-    codec: Codec | None = None,
-    progress: Progress = silent,
-) -> Place:
+def copy(source: str | Place, folder: str | Place, *, codec: Codec | None = None, progress: Progress = silent) -> Place:
     """Copy the complete store at `source` into `folder`, in `codec` if one is given, and return its place.
 
     Raises StoreError if the source is not complete or is damaged, if another store lies there, or if what was written
@@ -72,9 +66,7 @@ def copy(
         if isinstance(target, Path):
             sweep(target)
         damaged = set()
-        with contextlib.suppress(
-            LostHeaderError
-        ):  # a store that was finished is mended; one that was not has no header yet
+        with contextlib.suppress(LostHeaderError):  # a copy that was not finished has no header yet
             damaged = {(damage.array, damage.index) for damage in verify(target)}
         _copy_chunks(root, target, header, wanted, damaged, progress)
         if header.spec.rows_per_document is not None:

@@ -45,9 +45,7 @@ def write_parts(
             wrong += harmed
             if not harmed:
                 data = tally.tobytes()
-                with contextlib.suppress(
-                    FileNotFoundError
-                ):  # worker 0, which did not wait, has just deleted the folder
+                with contextlib.suppress(FileNotFoundError):  # worker 0, which did not wait, has deleted the folder
                     publish(target / FOLDER / str(part), data + _checksum(data, int(part), written.key))
     return wrong
 

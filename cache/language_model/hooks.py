@@ -119,9 +119,8 @@ def edit_residual(model: CheckedModel | nn.Module, hook: str, edit: Edit) -> Ite
     network = model if isinstance(model, nn.Module) else model.model
     if not isinstance(model, nn.Module):
         model.check_hooks([hook])
-        if (
-            layers := layers_before(hook)
-        ) > 0:  # the same residual, as was checked; `prefix` runs no layer after its hook
+        # the same residual, as was checked; `prefix` runs no layer after its hook
+        if (layers := layers_before(hook)) > 0:
             hook = f"blocks.{layers - 1}.hook_resid_post"
 
     def change(resid_BTD: Tensor) -> Tensor:

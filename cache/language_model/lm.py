@@ -16,8 +16,15 @@ from torch import Tensor, nn
 from hsae.cache.config import ModelConfig, at_commit
 from hsae.cache.errors import ModelError
 from hsae.cache.language_model import sources
-from hsae.cache.language_model.digests import IN_MEMORY, state_digest, tokenizer_state_digest
 from hsae.cache.language_model.hooks import decoder_layers, final_norm, hook_module, layers_before, on_residual
+from hsae.cache.language_model.in_memory import (
+    DTYPES,
+    IN_MEMORY,
+    check_in_memory,
+    dtype_name,
+    state_digest,
+    tokenizer_state_digest,
+)
 from hsae.cache.language_model.loading import (
     check_dtype,
     has_sdpa,
@@ -31,7 +38,6 @@ from hsae.cache.language_model.loading import (
 from hsae.cache.language_model.matmul import WidenedProducts, bfloat16_is_slow
 from hsae.cache.language_model.model_files import one_line, tokenizer_digest, weights_digest
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 CHECKED_TOKENS = 12
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """Relative error of a token's vector up to which the cut agrees with the model's own pass.
@@ -116,31 +122,7 @@ class LanguageModel:
 
         >>> lm = LanguageModel.of(model, tokenizer)  # doctest: +SKIP
         """
-        name = type(model).__name__
-        if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
-            raise ModelError(
-                f"{name} is no model of transformers; give what AutoModelForCausalLM.from_pretrained returns"
-            )
-        if not hasattr(tokenizer, "get_vocab") or not hasattr(tokenizer, "bos_token_id"):
-            raise ModelError(
-                f"{type(tokenizer).__name__} is no tokenizer of transformers; give what "
-                f"AutoTokenizer.from_pretrained returns"
-            )
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise ModelError(f"{name} is quantised; hsae needs weights in bfloat16, float16 or float32")
-        weights = [weight for weight in model.parameters() if weight.is_floating_point()]
-        dtypes, devices = {weight.dtype for weight in weights}, {str(weight.device) for weight in weights}
-        if len(devices) != 1 or devices == {"meta"}:
-            raise ModelError(
-                f"{name} lies on {', '.join(sorted(devices))}; hsae needs it on one device: model.to('cpu')"
-            )
-        if len(dtypes) != 1 or not dtypes <= set(DTYPES.values()):
-            kinds = ", ".join(sorted(map(_dtype_name, dtypes)))
-            raise ModelError(
-                f"{name} has weights of type {kinds}; hsae needs one of {', '.join(DTYPES)}: model.to(torch.float32)"
-            )
-        config: Any = model.config
-        check_dtype(_dtype_name(dtypes.pop()), config.get_text_config().model_type)
+        check_in_memory(model, tokenizer)
         return cls(
             model.eval().requires_grad_(False),
             tokenizer,
@@ -192,7 +174,7 @@ class LanguageModel:
             resid = self._prefix(tokens, [hook])[hook]
             if not torch.isfinite(logits).all():
                 raise ModelError(
-                    f"its logits are not finite in {_dtype_name(self.dtype)}; use --set model.dtype=float32"
+                    f"its logits are not finite in {dtype_name(self.dtype)}; use --set model.dtype=float32"
                 )
             if (error := _distance(resid, own[0])) > tolerance:
                 raise ModelError(f"the residual it gives there is not the layer's (relative error {error:.2g})")
@@ -297,9 +279,8 @@ class LanguageModel:
         given = vectors.reshape(1, -1, vectors.shape[-1])
         head = self.model.get_output_embeddings()
         made: dict[nn.Module, Any] = {self.model.get_decoder(): lambda *args, **kwargs: _Final(given)}
-        if (
-            self._widens and getattr(head, "bias", None) is None
-        ):  # the largest matrix by far: widened once, not at each call
+        if self._widens and getattr(head, "bias", None) is None:
+            # the largest matrix by far: widened once, not at each call
             if self._wide_head is None:
                 self._wide_head = head.weight.float()
             wide = self._wide_head
@@ -369,10 +350,6 @@ class _Final:
 
     def __getitem__(self, index: Any) -> Any:
         return (self.last_hidden_state,)[index]
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _seeded() -> torch.Generator:

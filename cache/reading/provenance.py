@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from hsae.cache.config import ModelConfig, at_commit
 from hsae.cache.errors import StoreError
 from hsae.cache.format.layout import build_command, read_header
-from hsae.cache.language_model.digests import IN_MEMORY, tokenizer_state_digest
+from hsae.cache.language_model.in_memory import IN_MEMORY, tokenizer_state_digest
 from hsae.cache.language_model.model_files import tokenizer_digest, weights_digest
 from hsae.cache.language_model.sources import on_hub
 from hsae.cache.storage.paths import Place, children, place

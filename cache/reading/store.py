@@ -105,7 +105,8 @@ class ActivationStore:
             "model": f"{spec.model.id} ({revision}), {spec.model.dtype}, digest {header.model_digest[:12]}",
             "hooks": ", ".join(spec.hooks),
             "text": text,
-            "rows": f"{spec.rows:,} of {spec.context} tokens, width {self.d_model}; clean losses for {spec.clean_rows:,}",
+            "rows": f"{spec.rows:,} of {spec.context} tokens, width {self.d_model}; "
+            f"clean losses for {spec.clean_rows:,}",
             "chunks": f"{self.chunks:,} of {self.chunk_rows} rows, {spec.codec}",
             "size": format_bytes(total_bytes(spec, self.d_model)),
             "versions": ", ".join(f"{name} {number}" for name, number in header.versions.items()),

@@ -156,12 +156,6 @@ class TokenStream:
             done.set()
             thread.join()
 
-    def mixing(self, step: int) -> tuple[int, float]:
-        """(distinct source rows of batch `step`, their mean number in random batches of the store)."""
-        addresses = np.concatenate(list(self._addresses(step * self.batch_tokens, (step + 1) * self.batch_tokens)))
-        rows, size = self.store.rows, len(addresses)
-        return len(np.unique(addresses // self.store.context)), rows * (1 - (1 - 1 / rows) ** size)
-
     def _positions(self, chunk: int) -> NDArray[np.int64]:
         """Positions of a chunk's non-special tokens, within the chunk."""
         step = self.store.chunk_rows

@@ -39,9 +39,8 @@ class Packer:
         `documents` starts at the first document, or, with a restored state, at the last one it had begun.
         """
         for position, tokens in enumerate(documents):
-            if (
-                position > 0 or self.documents == 0
-            ):  # else it is the document that was being packed when the state was taken
+            # else it is the document that was being packed when the state was taken
+            if position > 0 or self.documents == 0:
                 self.documents, self.taken = self.documents + 1, 0
                 if tokens and self.row and self.bos_id is not None:
                     self.row.append(self.bos_id)
