@@ -23,19 +23,9 @@ from hsae.cache.building.salvage import keep_what_is_right
 from hsae.cache.building.statistics import summarise
 from hsae.cache.errors import CorpusError, ModelError, StoreError, UnreachableError
 from hsae.cache.files import check_seal, content_digest, crc32c, parse_json, sealed, sweep
+from hsae.cache.format import layout
 from hsae.cache.format.arrays import ArraySpec
 from hsae.cache.format.chunk_codec import DamagedChunkError, read_tensor
-from hsae.cache.format.layout import (
-    DOCUMENTS,
-    HookSummary,
-    LostHeaderError,
-    checks_array,
-    documents_digest,
-    every_array,
-    kept_array,
-    read_header,
-    statistics_arrays,
-)
 from hsae.cache.launcher import Share
 from hsae.cache.progress import Progress, Step, silent
 from hsae.cache.reading.mapped_chunks import MappedArray
@@ -91,15 +81,15 @@ class Builder:
         self.written = chunk_log.Written(self.target, content_digest(kind), self.specs.values())
         if self.share.rank:
             wait_for(self.target, self._is_begun)
-            return self.contents.check_same(self.target, read_header(self.target))
+            return self.contents.check_same(self.target, layout.read_header(self.target))
         try:
-            self.contents.check_same(self.target, read_header(self.target))
-        except LostHeaderError:
+            self.contents.check_same(self.target, layout.read_header(self.target))
+        except layout.LostHeaderError:
             keep_what_is_right(self.contents, self.target, self.written)
-            every = {**self.specs, **statistics_arrays(self.spec, self.model.d_model)}
+            every = {**self.specs, **layout.statistics_arrays(self.spec, self.model.d_model)}
             make = writer.write_metadata if exists(self.target) else writer.create
             make(self.target, header, every.values())
-            self.contents.check_same(self.target, read_header(self.target))
+            self.contents.check_same(self.target, layout.read_header(self.target))
         if isinstance(self.target, Path) and self.share.world == 1:  # locks of files may not reach other machines
             sweep(self.target)
         chunk_log.clear(self.target, sealing.FOLDER)
@@ -118,19 +108,19 @@ class Builder:
             raise
         if self.spec.rows_per_document is not None:
             data = writer.encoded_json(self.contents.row_documents[1])
-            publish(self.target / DOCUMENTS, data)
-            self.documents_digest = documents_digest(data)
+            publish(self.target / layout.DOCUMENTS, data)
+            self.documents_digest = layout.documents_digest(data)
 
     def _is_begun(self) -> bool:
-        with contextlib.suppress(LostHeaderError):
-            read_header(self.target)
+        with contextlib.suppress(layout.LostHeaderError):
+            layout.read_header(self.target)
             return True
         return False
 
     def _finished(self) -> bool:
         """Take in what was written down by now; whether the store is finished, so that nothing is left to do."""
         self.written.load()
-        return read_header(self.target).complete
+        return layout.read_header(self.target).complete
 
     # --- tokens -------------------------------------------------------------------------------------------------
 
@@ -281,11 +271,12 @@ class Builder:
                 "documents_digest": self.documents_digest,
             }
             header = self.contents.header().model_copy(update=update)
-            writer.write_list(self.target, kept_array(self.spec, self.model.d_model), counts)
-            every = every_array(header)
+            writer.write_list(self.target, layout.kept_array(self.spec, self.model.d_model), counts)
+            every = layout.every_array(header)
             header = header.model_copy(update={"checks": writer.seal(self.target, every, checks)})
-            writer.write_metadata(self.target, header, [*every, checks_array(every)])  # all: some may have been harmed
-        if read_header(self.target).complete:
+            # all of them: some may have been harmed since
+            writer.write_metadata(self.target, header, [*every, layout.checks_array(every)])
+        if layout.read_header(self.target).complete:
             clear(self.target)
 
     def _tallied(self) -> tuple[NDArray[np.uint32], dict[str, NDArray[np.uint32]]] | None:
@@ -318,7 +309,7 @@ class Builder:
         changed = wrong[0][0].chunk_file(self.target, wrong[0][1]) if wrong else self.target / sealing.FOLDER
         raise StoreError(f"{changed} was changed while the store was being built; run the same command again")
 
-    def write_statistics(self, checks: Mapping[str, NDArray[np.uint32]] = {}) -> dict[str, HookSummary]:
+    def write_statistics(self, checks: Mapping[str, NDArray[np.uint32]] = {}) -> dict[str, layout.HookSummary]:
         """Write the arrays of statistics and return the scalars of each hook; `checks` are the checksums of chunks."""
         statistics = {}
         for number, hook in enumerate(self.spec.hooks):
@@ -328,7 +319,7 @@ class Builder:
             )
             statistics[hook], moments = summarise(self.target, acts, tokens, self.model.special_ids)
             for name, values in moments.items():
-                array = statistics_arrays(self.spec, self.model.d_model)[f"stats/{hook}/{name}"]
+                array = layout.statistics_arrays(self.spec, self.model.d_model)[f"stats/{hook}/{name}"]
                 writer.write_chunk(self.target, array, 0, values)
         self.report("statistics", len(self.spec.hooks))
         return statistics

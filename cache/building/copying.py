@@ -19,20 +19,9 @@ from hsae.cache.building.verification import verify
 from hsae.cache.config import Codec
 from hsae.cache.errors import StoreError
 from hsae.cache.files import sweep
+from hsae.cache.format import layout
 from hsae.cache.format.arrays import ArraySpec
 from hsae.cache.format.chunk_codec import decode_chunk, encode_chunk, encoded_chunk, read_tensor, to_tensor
-from hsae.cache.format.layout import (
-    DOCUMENTS,
-    Header,
-    LostHeaderError,
-    arrays,
-    check_array,
-    checks_array,
-    every_array,
-    read_documents,
-    read_header,
-    statistics_arrays,
-)
 from hsae.cache.progress import Progress, Step, silent
 from hsae.cache.reading.mapped_chunks import read_checks
 from hsae.cache.storage.paths import Place, locked, map_parallel, place, publish
@@ -45,7 +34,7 @@ def copy(source: str | Place, folder: str | Place, *, codec: Codec | None = None
     reads back wrong.
     """
     root = place(source)
-    header = read_header(root)
+    header = layout.read_header(root)
     if not header.complete:
         raise StoreError(f"{root} is not finished; go on with `hsae cache build`")
     wanted = header
@@ -56,8 +45,8 @@ def copy(source: str | Place, folder: str | Place, *, codec: Codec | None = None
     target = place(folder) / wanted.spec.name
     if str(target) == str(root):
         raise StoreError(f"{root} is already there; give another folder, or another codec")
-    with contextlib.suppress(LostHeaderError):
-        existing = read_header(target)
+    with contextlib.suppress(layout.LostHeaderError):
+        existing = layout.read_header(target)
         if existing.model_copy(update={"checks": wanted.checks, "codec_error": wanted.codec_error}) != wanted:
             raise StoreError(f"{target} is another store of the same name; move it away, or copy to another folder")
     if isinstance(target, Path):
@@ -66,19 +55,19 @@ def copy(source: str | Place, folder: str | Place, *, codec: Codec | None = None
         if isinstance(target, Path):
             sweep(target)
         damaged = set()
-        with contextlib.suppress(LostHeaderError):  # a copy that was not finished has no header yet
+        with contextlib.suppress(layout.LostHeaderError):  # a copy that was not finished has no header yet
             damaged = {(damage.array, damage.index) for damage in verify(target)}
         _copy_chunks(root, target, header, wanted, damaged, progress)
         if header.spec.rows_per_document is not None:
-            writer.write_json(target / DOCUMENTS, read_documents(root, header))
-        specs = every_array(wanted)
+            writer.write_json(target / layout.DOCUMENTS, layout.read_documents(root, header))
+        specs = layout.every_array(wanted)
         if wanted.checks is None:
             errors = _errors(root, header, wanted) if wanted.spec.codec == "int8" else {}
             wanted = wanted.model_copy(update={"checks": writer.seal(target, specs), "codec_error": errors})
         else:
-            listed = checks_array(specs)
+            listed = layout.checks_array(specs)
             publish(listed.chunk_file(target, 0), encoded_chunk(root, listed, 0, wanted.checks))
-        writer.write_metadata(target, wanted, [*specs, checks_array(specs)])
+        writer.write_metadata(target, wanted, [*specs, layout.checks_array(specs)])
         if damages := verify(target):
             for damage in damages:
                 damage.path.unlink(missing_ok=True)
@@ -89,17 +78,17 @@ def copy(source: str | Place, folder: str | Place, *, codec: Codec | None = None
     return target
 
 
-def _mean(root: Place, header: Header, path: str) -> torch.Tensor:
+def _mean(root: Place, header: layout.Header, path: str) -> torch.Tensor:
     """The mean [D] of the hook whose activations lie at `path`."""
-    spec = statistics_arrays(header.spec, header.d_model)[f"stats/{path.removeprefix('acts/')}/mean"]
+    spec = layout.statistics_arrays(header.spec, header.d_model)[f"stats/{path.removeprefix('acts/')}/mean"]
     return read_tensor(root, spec, 0)
 
 
-def _errors(root: Place, header: Header, wanted: Header) -> dict[str, float]:
+def _errors(root: Place, header: layout.Header, wanted: layout.Header) -> dict[str, float]:
     """What int8 loses at each hook: E||x - decoded||^2 / E||x - mean||^2 over evenly spaced chunks."""
-    lossy = arrays(wanted.spec, wanted.d_model)
+    lossy = layout.arrays(wanted.spec, wanted.d_model)
     errors: dict[str, float] = {}
-    for path, spec in arrays(header.spec, header.d_model).items():
+    for path, spec in layout.arrays(header.spec, header.d_model).items():
         if lossy[path].codec == "int8":
             mean, lost, spread = _mean(root, header, path), 0.0, 0.0
             for index in range(0, spec.count, -(-spec.count // MOST_CHUNKS)):
@@ -115,16 +104,16 @@ def _errors(root: Place, header: Header, wanted: Header) -> dict[str, float]:
 def _copy_chunks(
     root: Place,
     target: Place,
-    header: Header,
-    wanted: Header,
+    header: layout.Header,
+    wanted: layout.Header,
     damaged: set[tuple[str, int]],
     progress: Progress,
 ) -> None:
     """Copy the chunks that are missing or damaged."""
     checks = read_checks(root, header)
-    pairs = list(zip(every_array(header), every_array(wanted), strict=True))
+    pairs = list(zip(layout.every_array(header), layout.every_array(wanted), strict=True))
     for spec, _ in pairs:
-        check_array(root, spec)
+        layout.check_array(root, spec)
     total, done = sum(spec.count for spec, _ in pairs), 0
     for spec, other in pairs:
         listed = checks.get(spec.path)

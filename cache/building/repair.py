@@ -18,19 +18,9 @@ from hsae.cache.building.writer import encoded_json, listed, write_documents, wr
 from hsae.cache.config import Codec, at_commit
 from hsae.cache.errors import DamagedFileError, StoreError
 from hsae.cache.files import crc32c, sweep
+from hsae.cache.format import layout
 from hsae.cache.format.arrays import CRC_BYTES, ArraySpec
 from hsae.cache.format.chunk_codec import DamagedChunkError, encode_chunk, read_tensor
-from hsae.cache.format.layout import (
-    DOCUMENTS,
-    Header,
-    checks_array,
-    documents_digest,
-    every_array,
-    is_sealed,
-    kept_array,
-    read_documents,
-    read_header,
-)
 from hsae.cache.reading.mapped_chunks import MappedArray, count_kept, read_checks
 from hsae.cache.storage.paths import Place, exists, locked, place, publish
 
@@ -46,7 +36,7 @@ def repair(
     lost that only another store still has.
     """
     root = place(url)
-    header = read_header(root)
+    header = layout.read_header(root)
     _refuse_lossy(root, header, damages)
     with locked(root):
         if isinstance(root, Path):
@@ -58,7 +48,7 @@ def repair(
         if any(one.array == "stats/kept" for one in damages):
             _write_kept(root, header)
         if header.complete and (
-            header.checks is None or not is_sealed(root) or any(one.array == "checks" for one in damages)
+            header.checks is None or not layout.is_sealed(root) or any(one.array == "checks" for one in damages)
         ):
             _seal_again(root, header)
     return verify(root)
@@ -67,13 +57,13 @@ def repair(
 def mend_documents(root: Place, *, device: str, say: Callable[[str], None]) -> None:
     """Make `documents.json` of a finished store again if it is missing or damaged."""
     try:
-        read_documents(root, read_header(root))
+        layout.read_documents(root, layout.read_header(root))
     except DamagedFileError as error:
         say(f"{error.path} {error.problem}; making it again")
         repair(root, [Damage(array="", index=0, path=error.path, problem=error.problem)], device=device, say=say)
 
 
-def _refuse_lossy(root: Place, header: Header, damages: Sequence[Damage]) -> None:
+def _refuse_lossy(root: Place, header: layout.Header, damages: Sequence[Damage]) -> None:
     """Refuse what can't be had from the model: int8, and statistics of what it was made from."""
     lost = [one for one in damages if one.array.startswith(("acts/", "stats/blocks"))]
     if header.spec.codec != "int8" or not lost:
@@ -93,7 +83,7 @@ class _Repair:
     """Computes damaged files again."""
 
     def __init__(
-        self, root: Place, header: Header, damages: Sequence[Damage], device: str, say: Callable[[str], None]
+        self, root: Place, header: layout.Header, damages: Sequence[Damage], device: str, say: Callable[[str], None]
     ) -> None:
         # which load transformers: to write metadata again takes none
         from hsae.cache.building.contents import StoreContents, text_of
@@ -106,7 +96,7 @@ class _Repair:
         self.contents.check_same(root, header)
         self.root, self.header, self.say = root, header, say
         self.damages = damages
-        self.specs = {spec.path: spec for spec in every_array(header)}
+        self.specs = {spec.path: spec for spec in layout.every_array(header)}
         try:
             self.checks: Mapping[str, NDArray[np.uint32]] = read_checks(root, header)
         except DamagedChunkError:
@@ -114,7 +104,7 @@ class _Repair:
 
     def run(self) -> None:
         """Documents and tokens first, since others follow from them."""
-        if any(one.path.name == DOCUMENTS for one in self.damages):
+        if any(one.path.name == layout.DOCUMENTS for one in self.damages):
             self._documents()
         if tokens := {one.index for one in self.damages if one.array == "tokens"}:
             for index, chunk in self.contents.token_chunks():
@@ -141,9 +131,9 @@ class _Repair:
 
     def _documents(self) -> None:
         data = encoded_json(self.contents.row_documents[1])
-        if self.header.documents_digest not in (None, documents_digest(data)):
-            raise self._other(self.root / DOCUMENTS)
-        publish(self.root / DOCUMENTS, data)
+        if self.header.documents_digest not in (None, layout.documents_digest(data)):
+            raise self._other(self.root / layout.DOCUMENTS)
+        publish(self.root / layout.DOCUMENTS, data)
 
     def _replace(self, path: str, index: int, values: Tensor) -> None:
         """Publish a chunk, if it is the one that the store was finished with."""
@@ -161,21 +151,21 @@ class _Repair:
         )
 
 
-def _write_kept(root: Place, header: Header) -> None:
+def _write_kept(root: Place, header: layout.Header) -> None:
     """Count the tokens again. Raises StoreError if they are not as many as the header tells."""
-    counts = count_kept(root, every_array(header)[0], header.special_ids)
+    counts = count_kept(root, layout.every_array(header)[0], header.special_ids)
     if counts.sum() != header.kept_tokens:
         raise _not_the_same(root)
-    write_list(root, kept_array(header.spec, header.d_model), counts.astype(np.uint32))
+    write_list(root, layout.kept_array(header.spec, header.d_model), counts.astype(np.uint32))
 
 
-def _seal_again(root: Place, header: Header) -> None:
+def _seal_again(root: Place, header: layout.Header) -> None:
     """Write the checksums' list and the header. Raises StoreError if the list is not the header's."""
-    specs = every_array(header)
+    specs = layout.every_array(header)
     checks = listed(root, specs).astype("<u4")
     if header.checks not in (None, crc32c(checks.tobytes())):
         raise _not_the_same(root)
-    header = header.model_copy(update={"checks": write_list(root, checks_array(specs), checks)})
+    header = header.model_copy(update={"checks": write_list(root, layout.checks_array(specs), checks)})
     write_header(root, header)
 
 

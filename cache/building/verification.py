@@ -8,17 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsae.cache.errors import DamagedFileError
+from hsae.cache.format import layout
 from hsae.cache.format.arrays import ArraySpec
 from hsae.cache.format.chunk_codec import DamagedChunkError, read_chunk
-from hsae.cache.format.layout import (
-    Header,
-    check_metadata,
-    checks_array,
-    every_array,
-    metadata,
-    read_documents,
-    read_header,
-)
 from hsae.cache.progress import Progress, Step, silent
 from hsae.cache.reading.mapped_chunks import map_chunk, read_checks
 from hsae.cache.storage.paths import Place, at_once, map_parallel, place
@@ -39,8 +31,8 @@ class Damage:
 def verify(url: str | Place, progress: Progress = silent) -> list[Damage]:
     """Every damaged file of a store, all of them read anew. Raises StoreError if its header can't be trusted."""
     root = place(url)
-    header = read_header(root)
-    specs = every_array(header)
+    header = layout.read_header(root)
+    specs = layout.every_array(header)
     damages = []
     checks: dict[str, NDArray[np.uint32]] = {}
 
@@ -51,9 +43,9 @@ def verify(url: str | Place, progress: Progress = silent) -> list[Damage]:
             damages.append(Damage(array=array, index=0, path=error.path, problem=error.problem))
 
     for name, document in metadata_files(header).items():
-        sound("", lambda name=name, document=document: check_metadata(root, name, document))  # type: ignore[misc]
+        sound("", lambda name=name, document=document: layout.check_metadata(root, name, document))  # type: ignore[misc]
     if header.spec.rows_per_document is not None and (header.complete or header.documents_digest):
-        sound("", lambda: read_documents(root, header))
+        sound("", lambda: layout.read_documents(root, header))
     sound("checks", lambda: checks.update(read_checks(root, header)))
     total = sum(spec.count for spec in specs)
     jobs = ((spec, index) for spec in specs for index in range(spec.count))
@@ -72,10 +64,10 @@ def verify(url: str | Place, progress: Progress = silent) -> list[Damage]:
     return damages
 
 
-def metadata_files(header: Header) -> dict[str, dict[str, object]]:
+def metadata_files(header: layout.Header) -> dict[str, dict[str, object]]:
     """Every zarr.json that a store with this header has."""
-    specs = every_array(header)
-    return metadata(header, specs if header.checks is None else [*specs, checks_array(specs)])
+    specs = layout.every_array(header)
+    return layout.metadata(header, specs if header.checks is None else [*specs, layout.checks_array(specs)])
 
 
 def check_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None) -> None:

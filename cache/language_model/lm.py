@@ -15,26 +15,8 @@ from torch import Tensor, nn
 
 from hsae.cache.config import ModelConfig, at_commit
 from hsae.cache.errors import ModelError
-from hsae.cache.language_model import sources
+from hsae.cache.language_model import in_memory, loading, sources
 from hsae.cache.language_model.hooks import decoder_layers, final_norm, hook_module, layers_before, on_residual
-from hsae.cache.language_model.in_memory import (
-    DTYPES,
-    IN_MEMORY,
-    check_in_memory,
-    dtype_name,
-    state_digest,
-    tokenizer_state_digest,
-)
-from hsae.cache.language_model.loading import (
-    check_dtype,
-    has_sdpa,
-    load_causal,
-    positions,
-    quiet,
-    read_description,
-    read_tokenizer,
-    special_tokens,
-)
 from hsae.cache.language_model.matmul import WidenedProducts, bfloat16_is_slow
 from hsae.cache.language_model.model_files import one_line, tokenizer_digest, weights_digest
 
@@ -83,7 +65,7 @@ class LanguageModel:
         self.device, self.dtype = str(model.device), model.dtype
         self._widens = self.dtype == torch.bfloat16 and bfloat16_is_slow(self.device)
         self._wide_head: Tensor | None = None
-        self.bos_id, self.special_ids = special_tokens(tokenizer)
+        self.bos_id, self.special_ids = loading.special_tokens(tokenizer)
 
     @classmethod
     def load(
@@ -92,17 +74,19 @@ class LanguageModel:
         """Load a model for inference. Raises ModelError before reading weights if it can't be used as asked."""
         tokenizer_folder = sources.tokenizer_folder(config)
         commit = sources.commit_of(config, tokenizer_folder)
-        described = read_description(config.id, tokenizer_folder)
+        described = loading.read_description(config.id, tokenizer_folder)
         text = described.get_text_config()
-        check_dtype(config.dtype, text.model_type)
-        tokenizer = read_tokenizer(config.id, tokenizer_folder)
-        special_tokens(tokenizer)
+        loading.check_dtype(config.dtype, text.model_type)
+        tokenizer = loading.read_tokenizer(config.id, tokenizer_folder)
+        loading.special_tokens(tokenizer)
         folder = sources.model_folder(at_commit(config, commit), say)
         attention = config.attention
         if attention == "auto":
-            capped = getattr(text, "attn_logit_softcapping", None) or not has_sdpa(described)
+            capped = getattr(text, "attn_logit_softcapping", None) or not loading.has_sdpa(described)
             attention = "eager" if capped else "sdpa"
-        model = load_causal(config.id, folder, dtype=DTYPES[config.dtype], attn_implementation=attention)
+        model = loading.load_causal(
+            config.id, folder, dtype=in_memory.DTYPES[config.dtype], attn_implementation=attention
+        )
         language = cls(
             model.to(device).eval().requires_grad_(False),
             tokenizer,
@@ -122,18 +106,22 @@ class LanguageModel:
 
         >>> lm = LanguageModel.of(model, tokenizer)  # doctest: +SKIP
         """
-        check_in_memory(model, tokenizer)
+        in_memory.check_in_memory(model, tokenizer)
         return cls(
             model.eval().requires_grad_(False),
             tokenizer,
-            model_digest=state_digest(model),
-            tokenizer_digest=tokenizer_state_digest(tokenizer),
+            model_digest=in_memory.state_digest(model),
+            tokenizer_digest=in_memory.tokenizer_state_digest(tokenizer),
         )
 
     def digest_like(self, what: Literal["model", "tokenizer"], other: str) -> str:
         """The digest of the weights or the tokenizer, of the kind (files or memory) that `other` is of."""
-        if other.startswith(IN_MEMORY) and self.folder is not None:
-            return state_digest(self.model) if what == "model" else tokenizer_state_digest(self.tokenizer)
+        if other.startswith(in_memory.IN_MEMORY) and self.folder is not None:
+            return (
+                in_memory.state_digest(self.model)
+                if what == "model"
+                else in_memory.tokenizer_state_digest(self.tokenizer)
+            )
         return self.model_digest if what == "model" else self.tokenizer_digest
 
     def generate(self, prompt: str, *, max_new_tokens: int = 40, **options: Any) -> str:
@@ -144,7 +132,7 @@ class LanguageModel:
         tokens = torch.tensor([ids], device=self.device)
         self.check_ids(tokens)
         options = {"do_sample": False, "pad_token_id": self.special_ids[0], **options}
-        with torch.no_grad(), self.products(), quiet():
+        with torch.no_grad(), self.products(), loading.quiet():
             written = self.model.generate(
                 tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, **options
             )
@@ -174,7 +162,7 @@ class LanguageModel:
             resid = self._prefix(tokens, [hook])[hook]
             if not torch.isfinite(logits).all():
                 raise ModelError(
-                    f"its logits are not finite in {dtype_name(self.dtype)}; use --set model.dtype=float32"
+                    f"its logits are not finite in {in_memory.dtype_name(self.dtype)}; use --set model.dtype=float32"
                 )
             if (error := _distance(resid, own[0])) > tolerance:
                 raise ModelError(f"the residual it gives there is not the layer's (relative error {error:.2g})")
@@ -213,7 +201,7 @@ class LanguageModel:
 
     def check_ids(self, tokens: Tensor) -> None:
         """Raise ModelError for rows that are longer than the model's positions, or ids beyond its embedding."""
-        if (longest := positions(self.config)) is not None and tokens.shape[-1] > longest:
+        if (longest := loading.positions(self.config)) is not None and tokens.shape[-1] > longest:
             raise ModelError(
                 f"rows of {tokens.shape[-1]} tokens were given; the model has positions for {longest}: lower "
                 f"cache.context"
@@ -336,7 +324,7 @@ class LanguageModel:
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer, without its weights. Raises ModelError if there is none."""
-    return read_tokenizer(config.id, sources.tokenizer_folder(config))
+    return loading.read_tokenizer(config.id, sources.tokenizer_folder(config))
 
 
 class _Final:

@@ -14,18 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hsae.cache.errors import StoreError, UserError
+from hsae.cache.format import layout
 from hsae.cache.format.arrays import ITEM_BYTES, ArraySpec
-from hsae.cache.format.layout import (
-    build_command,
-    check_array,
-    checks_array,
-    chunk_rows,
-    every_array,
-    held_by,
-    read_documents,
-    read_header,
-    total_bytes,
-)
 from hsae.cache.format.spec import StoreSpec
 from hsae.cache.progress import format_bytes
 from hsae.cache.reading.mapped_chunks import MappedArray, count_kept, read_checks
@@ -62,20 +52,20 @@ class ActivationStore:
 
     def __init__(self, root: Place, *, spec: StoreSpec | None = None, require_complete: bool = True) -> None:
         self.root, self.url = root, str(root)
-        self.header = read_header(root) if spec is None else held_by(root, spec)
+        self.header = layout.read_header(root) if spec is None else layout.held_by(root, spec)
         self.spec = self.header.spec
         if require_complete and not self.header.complete:
-            raise StoreError(f"{root} is not finished; go on with `{build_command(root)}`")
-        self._specs: dict[str, ArraySpec] = {spec.path: spec for spec in every_array(self.header)}
-        lists = [] if self.header.checks is None else [checks_array(list(self._specs.values()))]
-        for _ in map_parallel(lambda spec: check_array(root, spec), [*self._specs.values(), *lists]):
+            raise StoreError(f"{root} is not finished; go on with `{layout.build_command(root)}`")
+        self._specs: dict[str, ArraySpec] = {spec.path: spec for spec in layout.every_array(self.header)}
+        lists = [] if self.header.checks is None else [layout.checks_array(list(self._specs.values()))]
+        for _ in map_parallel(lambda spec: layout.check_array(root, spec), [*self._specs.values(), *lists]):
             pass
         checks = read_checks(root, self.header)
         self._arrays = {path: MappedArray(root, spec, checks.get(path)) for path, spec in self._specs.items()}
         self._prefetcher = Prefetcher()
         self.hooks, self.d_model = self.spec.hooks, self.header.d_model
         self.rows, self.context, self.clean_rows = self.spec.rows, self.spec.context, self.spec.clean_rows
-        self.chunk_rows = chunk_rows(self.spec, self.d_model)
+        self.chunk_rows = layout.chunk_rows(self.spec, self.d_model)
         self.chunks = self._specs["tokens"].count
         self.token_bytes = self.d_model * ITEM_BYTES[self.spec.model.dtype]
 
@@ -101,14 +91,14 @@ class ActivationStore:
             for hook, item in header.statistics.items()
         }
         return {
-            "state": "complete" if header.complete else f"not finished; go on with `{build_command(self.root)}`",
+            "state": "complete" if header.complete else f"not finished; go on with `{layout.build_command(self.root)}`",
             "model": f"{spec.model.id} ({revision}), {spec.model.dtype}, digest {header.model_digest[:12]}",
             "hooks": ", ".join(spec.hooks),
             "text": text,
             "rows": f"{spec.rows:,} of {spec.context} tokens, width {self.d_model}; "
             f"clean losses for {spec.clean_rows:,}",
             "chunks": f"{self.chunks:,} of {self.chunk_rows} rows, {spec.codec}",
-            "size": format_bytes(total_bytes(spec, self.d_model)),
+            "size": format_bytes(layout.total_bytes(spec, self.d_model)),
             "versions": ", ".join(f"{name} {number}" for name, number in header.versions.items()),
             **norms,
         }
@@ -195,7 +185,7 @@ class ActivationStore:
 
     def documents(self) -> list[tuple[int, str | None]]:
         """For each row, the number of its document and its topic. Raises StoreError if rows mix documents."""
-        return read_documents(self.root, self.header)
+        return layout.read_documents(self.root, self.header)
 
     def special_mask(self, tokens: Tensor) -> Tensor:
         """True where a token is pad, EOS or BOS."""
@@ -205,7 +195,9 @@ class ActivationStore:
         """Mean, mean square norm and geometric median of the residual at a hook."""
         self._acts(hook)
         if (summary := self.header.statistics.get(hook)) is None:
-            raise StoreError(f"{self.url} has no statistics of {hook}; finish it with `{build_command(self.root)}`")
+            raise StoreError(
+                f"{self.url} has no statistics of {hook}; finish it with `{layout.build_command(self.root)}`"
+            )
         return HookStatistics(
             mean_D=self._arrays[f"stats/{hook}/mean"].chunk(0).clone(),
             mean_square_norm=summary.mean_square_norm,

@@ -11,24 +11,10 @@ from typing import Any
 from hsae.cache.config import CorpusConfig, Split
 from hsae.cache.errors import CorpusError
 from hsae.cache.files import files_digest
-from hsae.cache.text.data_sets import (
-    COMPRESSED,
-    READERS,
-    UNREADABLE,
-    MissingColumn,
-    decode_text,
-    file_kind,
-    open_data_set,
-    open_decompressed,
-    read_values,
-    records_with_places,
-    replace_surrogates,
-    resolve_revision,
-    stream_rows,
-)
+from hsae.cache.text import data_sets
 from hsae.cache.text.python_text import CORPORA, Document
 
-KINDS = (".txt", *READERS)
+KINDS = (".txt", *data_sets.READERS)
 OLDER_KINDS = (".txt", ".jsonl", ".parquet")
 TEXT_TABLES: dict[Split, str] = {
     "train": "cache.train",
@@ -76,7 +62,7 @@ def open_corpus(config: CorpusConfig, split: Split = "train", *, anew: bool = Fa
         files, notes = _older_files(path) if older else corpus_files(path, config.column)
         digest = files_digest(files, anew=anew)
         every = lambda: (document for file in files for document in _read(file, path, config.column, table))  # noqa: E731
-    elif name.count("/") <= 1 and not name.startswith((".", "~")) and file_kind(path) not in KINDS:
+    elif name.count("/") <= 1 and not name.startswith((".", "~")) and data_sets.file_kind(path) not in KINDS:
         digest, every, commit = _hub(config, table)
     else:
         raise CorpusError(
@@ -126,16 +112,16 @@ def corpus_files(path: Path, column: str) -> tuple[list[Path], list[str]]:
     In a folder links are followed, each file is read once (under the first of its names), and what is hidden is left
     out.
     """
-    listed = f"{', '.join(KINDS)} (all but .parquet also as {', '.join(COMPRESSED)})"
+    listed = f"{', '.join(KINDS)} (all but .parquet also as {', '.join(data_sets.COMPRESSED)})"
     if not path.is_dir():
-        if not path.is_file() or file_kind(path) not in KINDS:
+        if not path.is_file() or data_sets.file_kind(path) not in KINDS:
             raise CorpusError(f"corpus {str(path)!r} can't be read; what can be read are files of the kinds {listed}")
         return [path], []
     files: list[Path] = []
     seen: set[Path] = set()
     left = Counter[str]()
     for file in sorted(_walk(path)):
-        kind = file_kind(file)
+        kind = data_sets.file_kind(file)
         if not file.is_file():
             left["broken link" if file.is_symlink() else "no plain file"] += kind in KINDS
         elif file.name.startswith("."):
@@ -144,7 +130,7 @@ def corpus_files(path: Path, column: str) -> tuple[list[Path], list[str]]:
             left[file.suffix or "without suffix"] += not file.name.startswith("_")
         elif kind in (".csv", ".tsv") and not _has(file, column):
             left[f"{kind} without a column {column!r}"] += 1
-        elif file.name != replace_surrogates(file.name):
+        elif file.name != data_sets.replace_surrogates(file.name):
             raise CorpusError(f"corpus {str(path)!r}: the name of the file {file.name!r} is not UTF-8; rename it")
         elif (real := file.resolve()) in seen:
             left["the same file again"] += 1
@@ -189,8 +175,8 @@ def _walk(path: Path) -> Iterator[Path]:
 def _has(file: Path, column: str) -> bool:
     """Whether a .csv file has a column."""
     try:
-        next(records_with_places(file, [column]), None)
-    except MissingColumn:
+        next(data_sets.records_with_places(file, [column]), None)
+    except data_sets.MissingColumn:
         return False
     except CorpusError:
         pass  # which is said when it is read
@@ -199,19 +185,21 @@ def _has(file: Path, column: str) -> bool:
 
 def _read(file: Path, root: Path, column: str, table: str) -> Iterator[Document]:
     inside = [folder for folder in (*reversed(file.parents), file) if folder == root or root in folder.parents]
-    named = next(folder for folder in inside if file_kind(folder) in KINDS)  # the parts of a folder x.parquet are of x
-    topic = named.stem if named.suffix.lower() not in COMPRESSED else Path(named.stem).stem
-    if file_kind(file) != ".txt":
+    named = next(
+        folder for folder in inside if data_sets.file_kind(folder) in KINDS
+    )  # the parts of a folder x.parquet are of x
+    topic = named.stem if named.suffix.lower() not in data_sets.COMPRESSED else Path(named.stem).stem
+    if data_sets.file_kind(file) != ".txt":
         try:
-            for where, (value,) in records_with_places(file, [column]):
+            for where, (value,) in data_sets.records_with_places(file, [column]):
                 yield Document(_text(value, where, column, table), topic)
-        except MissingColumn as error:
+        except data_sets.MissingColumn as error:
             raise CorpusError(f"{error}; set {table}.column") from None
         return
     try:
-        with open_decompressed(file) as data:
-            text = decode_text(data.read()).replace("\r\n", "\n").replace("\r", "\n")
-    except UNREADABLE as error:
+        with data_sets.open_decompressed(file) as data:
+            text = data_sets.decode_text(data.read()).replace("\r\n", "\n").replace("\r", "\n")
+    except data_sets.UNREADABLE as error:
         raise CorpusError(f"{file} can't be read as txt: {error}; save it as UTF-8") from None
     if text.count("\0") > len(text) // 10:
         raise CorpusError(f"{file} is not text in UTF-8: much of it are null characters")
@@ -226,17 +214,17 @@ def _text(value: Any, where: str, column: str, table: str) -> str:
 
 def _hub(config: CorpusConfig, table: str) -> tuple[str, Callable[[], Iterator[Document]], str]:
     name, instead = config.corpus, f"give a local file or folder of its own with --set {table}.corpus=PATH"
-    revision = resolve_revision(name, config.revision, instead)
-    data = open_data_set(name, revision, config.subset, config.split, instead)
+    revision = data_sets.resolve_revision(name, config.revision, instead)
+    data = data_sets.open_data_set(name, revision, config.subset, config.split, instead)
     if config.shuffle_seed is not None:
         data = data.shuffle(seed=config.shuffle_seed, buffer_size=1)  # the order of shards only
 
     def documents() -> Iterator[Document]:
-        for number, record in enumerate(stream_rows(data, name, instead), 1):
+        for number, record in enumerate(data_sets.stream_rows(data, name, instead), 1):
             where = f"data set {name}, row {number}"
             try:
-                (value,) = read_values(record, [config.column], where)
-            except MissingColumn as error:
+                (value,) = data_sets.read_values(record, [config.column], where)
+            except data_sets.MissingColumn as error:
                 raise CorpusError(f"{error}; set {table}.column") from None
             yield Document(_text(value, where, config.column, table))
 

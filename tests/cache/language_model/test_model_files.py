@@ -126,7 +126,7 @@ def test_an_output_layer_that_was_left_out_is_refused_and_a_tied_one_is_not(fold
 
 
 def test_a_folder_without_tokenizer_files_is_refused_before_the_weights_are_read(folder, monkeypatch):
-    monkeypatch.setattr("hsae.cache.language_model.lm.load_causal", None)
+    monkeypatch.setattr("hsae.cache.language_model.loading.load_causal", None)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(
         ModelError, match=r"has no tokenizer: tokenizer.json is missing in .*copy the tokenizer's files"

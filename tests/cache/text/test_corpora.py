@@ -490,13 +490,13 @@ def test_rows_of_a_data_set_on_the_hub_are_read_as_those_of_files(monkeypatch):
         yield from ({"text": "cut \ud83d"}, {"text": None}, {"text": b"bytes"})
         raise ConnectionError("no route")
 
-    monkeypatch.setattr("hsae.cache.text.corpora.resolve_revision", lambda name, revision, instead: "abc")
-    monkeypatch.setattr("hsae.cache.text.corpora.open_data_set", lambda *asked: rows())
+    monkeypatch.setattr("hsae.cache.text.data_sets.resolve_revision", lambda name, revision, instead: "abc")
+    monkeypatch.setattr("hsae.cache.text.data_sets.open_data_set", lambda *asked: rows())
     texts = open_corpus(CorpusConfig(corpus="owner/name"), "retain").open()
     assert list(itertools.islice(texts, 3)) == ["cut \ufffd", "", "bytes"]
     with pytest.raises(CorpusError, match=r"ConnectionError: no route\); .* --set unlearning.retain.corpus=PATH"):
         next(texts)
-    monkeypatch.setattr("hsae.cache.text.corpora.open_data_set", lambda *asked: [{"text": "a"}, {"text": 4}])
+    monkeypatch.setattr("hsae.cache.text.data_sets.open_data_set", lambda *asked: [{"text": "a"}, {"text": 4}])
     with pytest.raises(CorpusError, match=r"data set owner/name, row 2: column 'text' holds 4, not text"):
         read("owner/name")
 
