@@ -29,10 +29,7 @@ EVERY = 1.0  # seconds at least between two such times: what a kill can cost
 
 
 class Written:
-    """The checksums of one unfinished store's chunks, as far as anyone has written them down.
-
-    `key` tells what the store is made from: what was written down of another one does not count.
-    """
+    """Checksums of an unfinished store's chunks, as far as anyone has written them down for the same `key`."""
 
     def __init__(self, target: Place, key: str, specs: Iterable[ArraySpec]) -> None:
         self.folder, self.key = target / FOLDER, key

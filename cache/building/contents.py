@@ -127,10 +127,7 @@ class StoreContents:
         return Packer(self.spec.context, self.model.bos_id if self.spec.prepend_bos else None)
 
     def token_chunks(self, packer: Packer | None = None, first: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """(number, [rows, T]) of every chunk of the tokens from `first` on, where the `packer` is.
-
-        Raises CorpusError for too little text.
-        """
+        """(number, [rows, T]) of the chunks of tokens, where `packer` is. Raises CorpusError for too little text."""
         packer = packer or self.packer()
         rows = packer.pack(self.token_documents(packer.documents - 1 if packer.documents else 0))
         for index in range(first, self.specs["tokens"].count):

@@ -12,8 +12,9 @@ from hsae.cache.building.writer import trailer
 from hsae.cache.errors import StoreError
 from hsae.cache.files import crc32c
 from hsae.cache.format.arrays import CRC_BYTES, ArraySpec
-from hsae.cache.format.chunk_codec import DamagedChunkError, encode_chunk, read_chunk
-from hsae.cache.format.layout import checks_array, every_array
+from hsae.cache.format.chunk_codec import DamagedChunkError, encode_chunk
+from hsae.cache.format.layout import every_array
+from hsae.cache.reading.mapped_chunks import split_checks
 from hsae.cache.storage.paths import Place, at_once, map_parallel
 
 
@@ -69,9 +70,7 @@ def _listed(contents: StoreContents, root: Place) -> dict[str, np.ndarray]:
     for count in (0, None):  # older stores have no list of kept tokens
         specs = every_array(contents.header().model_copy(update={"complete": True, "kept_tokens": count}))
         with contextlib.suppress(DamagedChunkError):
-            numbers = np.frombuffer(read_chunk(root, checks_array(specs), 0), "<u4")
-            ends = np.cumsum([spec.count for spec in specs])[:-1]
-            return dict(zip((spec.path for spec in specs), np.split(numbers, ends), strict=True))
+            return split_checks(root, specs, None)
     return {}
 
 

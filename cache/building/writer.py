@@ -72,11 +72,7 @@ def seal(target: Place, specs: Sequence[ArraySpec], known: Mapping[str, NDArray[
 def listed(
     target: Place, specs: Sequence[ArraySpec], known: Mapping[str, NDArray[np.uint32]] = {}
 ) -> NDArray[np.uint32]:
-    """The checksums that end the chunks of `specs`, in order.
-
-    Those of an array that `known` has are taken from there, others are read. Raises DamagedChunkError if a chunk is
-    missing.
-    """
+    """The checksums that end the chunks of `specs`, in order, read unless `known`. Raises DamagedChunkError."""
     checksums = []
     for spec in specs:
         numbers = known.get(spec.path)

@@ -72,23 +72,26 @@ def decode_chunk(root: Place, path: Place, data: bytes, spec: ArraySpec, listed:
     check_sums(root, path, crc32c(body), int.from_bytes(data[-CRC_BYTES:], "little"), listed)
     if spec.codec == "mappable":
         return bytes(body)
-    if spec.codec == "int8":
-        try:
-            vectors = torch.from_numpy(dequantise(body, spec.shape[-1])).to(TORCH_DTYPES[spec.dtype])
-        except ValueError:
-            raise DamagedChunkError(root, path, "does not decode to a chunk of this array") from None
-        if vectors.numel() * ITEM_BYTES[spec.dtype] != spec.chunk_bytes:
-            raise DamagedChunkError(root, path, "does not decode to a chunk of this array")
-        return bytes(vectors.flatten().view(torch.uint8).numpy().tobytes())
+    try:
+        return _decode_int8(body, spec) if spec.codec == "int8" else _decode_blosc(body, spec)
+    except (RuntimeError, ValueError):
+        raise DamagedChunkError(root, path, "does not decode to a chunk of this array") from None
+
+
+def _decode_int8(body: memoryview, spec: ArraySpec) -> bytes:
+    vectors = torch.from_numpy(dequantise(body, spec.shape[-1])).to(TORCH_DTYPES[spec.dtype])
+    if vectors.numel() * ITEM_BYTES[spec.dtype] != spec.chunk_bytes:
+        raise ValueError("another number of vectors")
+    return bytes(vectors.flatten().view(torch.uint8).numpy().tobytes())
+
+
+def _decode_blosc(body: memoryview, spec: ArraySpec) -> bytes:
     # The header of a blosc chunk states both sizes, and blosc believes it: a hostile one must not make it allocate
     # more or read beyond the end.
     decoded, encoded = int.from_bytes(body[4:8], "little"), int.from_bytes(body[12:16], "little")
     if len(body) < 16 or (decoded, encoded) != (spec.chunk_bytes, len(body)):
-        raise DamagedChunkError(root, path, "does not decode to a chunk of this array")
-    try:
-        return bytes(_blosc(ITEM_BYTES[spec.dtype]).decode(body))
-    except (RuntimeError, ValueError):
-        raise DamagedChunkError(root, path, "does not decode to a chunk of this array") from None
+        raise ValueError("other sizes")
+    return bytes(_blosc(ITEM_BYTES[spec.dtype]).decode(body))
 
 
 def read_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None = None) -> bytes:

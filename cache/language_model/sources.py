@@ -3,7 +3,9 @@
 Whatever the source, the result is a local folder with config.json, safetensors and tokenizer files.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,39 +177,27 @@ def _downloaded(config: ModelConfig, say: Say) -> Path:
     return folder
 
 
-class _clear_hub_errors:
+@contextlib.contextmanager
+def _clear_hub_errors(config: ModelConfig) -> Iterator[None]:
     """Turns the hub client's errors into ModelError with what to do next."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
+    name = config.id
+    try:
+        yield
+        return
+    except GatedRepoError:
+        terms = f"accept its terms at https://huggingface.co/{name}"
+        text = f"{name} is gated: {terms}, then run `hf auth login` (or set HF_TOKEN)"
+    except RevisionNotFoundError:
+        text = f"{name} has no revision {config.revision!r}"
+    except RepositoryNotFoundError:
+        text = f"the hub has no model {name!r}, or you may not see it; check the id, or run `hf auth login`"
+    except HfHubHTTPError as error:
+        text = f"the hub refused {name}: {error}"
+    except Exception as error:
+        text = (
+            f"{name} is neither on this machine nor is the hub reachable ({type(error).__name__}); give a local folder "
+            "or .gguf file with --set model.id=PATH, or try offline with --plan gemma-3-270m"
         )
-
-        if error is None or not isinstance(error, Exception):
-            return
-        name = self.config.id
-        if isinstance(error, GatedRepoError):
-            terms = f"accept its terms at https://huggingface.co/{name}"
-            text = f"{name} is gated: {terms}, then run `hf auth login` (or set HF_TOKEN)"
-        elif isinstance(error, RevisionNotFoundError):
-            text = f"{name} has no revision {self.config.revision!r}"
-        elif isinstance(error, RepositoryNotFoundError):
-            text = f"the hub has no model {name!r}, or you may not see it; check the id, or run `hf auth login`"
-        elif isinstance(error, HfHubHTTPError):
-            text = f"the hub refused {name}: {error}"
-        else:
-            text = (
-                f"{name} is neither on this machine nor is the hub reachable ({type(error).__name__}); give a local "
-                f"folder or "
-                ".gguf file with --set model.id=PATH, or try offline with --plan gemma-3-270m"
-            )
-        raise ModelError(text) from None
+    raise ModelError(text) from None

@@ -28,10 +28,7 @@ class Distribution(NamedTuple):
 
 
 def slices(rows: int, row_bytes: int, slice_bytes: int = SLICE_BYTES) -> Iterator[slice]:
-    """Cut `rows` into near-equal slices of about `slice_bytes`, none of a single row.
-
-    torch reduces a lone row in two passes, which rounds differently; so one row alone occurs only when `rows` is 1.
-    """
+    """Near-equal slices of about `slice_bytes`; none of a single row, which torch reduces in another order."""
     wanted = max(2, slice_bytes // max(1, row_bytes))
     count = max(1, min(-(-rows // wanted), rows // 2))
     edges = [rows * index // count for index in range(count + 1)]

@@ -137,25 +137,18 @@ def count_kept(
 
 def read_checks(root: Place, header: Header) -> dict[str, NDArray[np.uint32]]:
     """The listed checksums of each array's chunks, empty without a list. Raises DamagedChunkError."""
-    if header.checks is None:
-        return {}
-    specs = every_array(header)
-    numbers = np.frombuffer(read_chunk(root, checks_array(specs), 0, header.checks), dtype="<u4")
-    return dict(
-        zip(
-            (array.path for array in specs),
-            np.split(numbers, np.cumsum([array.count for array in specs])[:-1]),
-            strict=True,
-        )
-    )
+    return {} if header.checks is None else split_checks(root, every_array(header), header.checks)
+
+
+def split_checks(root: Place, specs: Sequence[ArraySpec], listed: int | None) -> dict[str, NDArray[np.uint32]]:
+    """The list of checksums of the chunks of `specs`, by array. Raises DamagedChunkError."""
+    numbers = np.frombuffer(read_chunk(root, checks_array(specs), 0, listed), dtype="<u4")
+    ends = np.cumsum([array.count for array in specs])[:-1]
+    return dict(zip((array.path for array in specs), np.split(numbers, ends), strict=True))
 
 
 def mapped_pages(path: Path, size: int) -> Tensor:
-    """A file's bytes as mapped pages, private: a write never reaches the file. No descriptor stays open, as one does
-    behind Python's mmap.
-
-    Raises ValueError if the file has another size.
-    """
+    """A file's bytes as private mapped pages, without an open descriptor. Raises ValueError for another size."""
     with path.open("rb") as file:
         if (length := os.fstat(file.fileno()).st_size) != size:
             raise ValueError(f"{path} is {length} bytes long, not {size}")

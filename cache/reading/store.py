@@ -110,10 +110,7 @@ class ActivationStore:
 
     @classmethod
     def of(cls, spec: StoreSpec, folder: str | Place) -> "ActivationStore":
-        """Open the finished store that `spec` describes in a folder or at a URL of stores.
-
-        Raises StoreError if it is missing or damaged, or if the store of that name was made for another configuration.
-        """
+        """Open the finished store of `spec` in a folder or at a URL. Raises StoreError if it is missing or another."""
         return cls(place(folder) / spec.name, spec=spec)
 
     def batches(

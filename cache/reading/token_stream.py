@@ -116,10 +116,7 @@ class TokenStream:
     def batches(
         self, first_step: int, last_step: int | None, prefetch: int = PREFETCHED, *, pinned: bool = False
     ) -> Iterator[Tensor]:
-        """Batches first_step to last_step - 1 (None: without end), in `pinned` memory for a GPU.
-
-        A thread prepares the next batches while one is used, and passes its errors on.
-        """
+        """Batches first_step to last_step - 1 (None: no end), made ahead by a thread; `pinned` for a GPU."""
 
         def steps() -> Iterable[int]:
             return itertools.count(first_step) if last_step is None else range(first_step, last_step)

@@ -153,10 +153,8 @@ def refusal(error: aiohttp.ClientResponseError) -> str:
     """What a server's refusal means, in words."""
     if error.status != 401:
         return f"{error.status} {error.message}"
-    first_url, at = (
-        error.history[0].url if error.history else error.request_info.real_url,
-        error.request_info.real_url.origin(),
-    )
+    last_url = error.request_info.real_url
+    first_url, at = error.history[0].url if error.history else last_url, last_url.origin()
     if first_url.origin() != at:
         return (
             f"the server redirects to {at}, which wants a token and gets none; if that is right, give its own address"

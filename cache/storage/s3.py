@@ -79,11 +79,7 @@ class S3Backend(Backend):
         return bool(_answer(error).get("Error", {}).get("Code") == "NoSuchBucket")
 
     def sizes(self, target: RemotePath, prefix: str) -> dict[str, int]:
-        """By pages of a listing.
-
-        s3fs's own `find` takes a time that grows with the square of the number of chunks, each of which has a folder
-        of its own.
-        """
+        """By pages of a listing: s3fs's own `find` takes a time quadratic in the number of folders."""
         lengths: dict[str, int] = {}
         token = ""
 

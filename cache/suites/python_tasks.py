@@ -35,10 +35,7 @@ Piece = tuple[str, str]
 
 
 def python_sets(config: SuiteConfig) -> list[DataSet]:
-    """Which package source code is of; code, docstring, comment or reference prose; how a docstring is written.
-
-    The first also has pairs for SCR: packages told apart where code and docstring are confounded with them.
-    """
+    """Packages, with pairs for SCR; code, docstring, comment or reference; how a docstring is written."""
     source = f"the standard library of Python {sysconfig.get_python_version()}"
 
     def one(name: str, pieces: Callable[[], dict[tuple[str, str], list[Piece]]], labels: tuple[str, ...]) -> DataSet:

@@ -59,10 +59,7 @@ class SetBuilder:
     """Called with the name of what is being computed, how many of its texts are done, and how many there are."""
 
     def build(self, tokens: TokenSet, name: str) -> tuple[str, list[Part]]:
-        """Compute every part of a set that is missing or damaged, and return the set's key and parts.
-
-        Batches never cross parts, so parts do not depend on when they were made.
-        """
+        """Compute the parts that are missing or damaged, in batches within parts; returns the set's key and parts."""
         key = f"{self.spec.model.slug}-{self._key(tokens)}"
         total, parts = len(tokens.ids), []
         for number, first in enumerate(range(0, total, PART_TEXTS)):
@@ -136,11 +133,7 @@ def part_bytes(tensors: Mapping[str, Tensor], name: str) -> bytes:
 
 
 class ResidualSet:
-    """The parts of a set, mapped where they lie or from their copies in the scratch folder.
-
-    Raises StoreError, which names the part, if one is missing, has another length or, when it is opened, another
-    checksum.
-    """
+    """The parts of a set, mapped in place or from scratch. Raises StoreError naming the part that is wrong."""
 
     def __init__(self, folder: Place, parts: Sequence[Part], suite: str) -> None:
         self.folder, self.parts, self.build = folder, parts, f"hsae cache build --suite {suite}"

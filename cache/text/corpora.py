@@ -107,11 +107,7 @@ def corpus_path(config: CorpusConfig) -> Path:
 
 
 def corpus_files(path: Path, column: str) -> tuple[list[Path], list[str]]:
-    """The files of a corpus in the order in which they are read, and what to tell of those that are not.
-
-    In a folder links are followed, each file is read once (under the first of its names), and what is hidden is left
-    out.
-    """
+    """(files of a corpus in order, what to tell of others); links are followed, each file is read once."""
     listed = f"{', '.join(KINDS)} (all but .parquet also as {', '.join(data_sets.COMPRESSED)})"
     if not path.is_dir():
         if not path.is_file() or data_sets.file_kind(path) not in KINDS:

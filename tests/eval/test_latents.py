@@ -6,7 +6,7 @@ from models import HOOK, random_model
 from places import GOLDEN
 
 import hsae
-from hsae.cache.format.spec import ModelConfig
+from hsae.cache.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
