@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hsae.cache.reading.store import HookStatistics as HookStatistics
     from hsae.cache.reading.token_stream import TokenStream as TokenStream
     from hsae.cache.storage.server import serve as serve
+    from hsae.cache.suites.catalogue import list_stores as list_stores
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
@@ -38,6 +39,7 @@ else:
             "UserError": "hsae.cache.errors",
             "build_in_memory": "hsae.cache.building.in_memory",
             "copy": "hsae.cache.building.copying",
+            "list_stores": "hsae.cache.suites.catalogue",
             "repair": "hsae.cache.building.repair",
             "serve": "hsae.cache.storage.server",
             "verify": "hsae.cache.building.verification",

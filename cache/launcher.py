@@ -48,9 +48,9 @@ def share() -> Share:
             except ValueError:
                 result = Share(-1)
             if not 0 <= result.rank < result.world or result.local_rank < 0:
-                told = ", ".join(f"{name}={text}" for name, text in given.items())
+                values = ", ".join(f"{name}={text}" for name, text in given.items())
                 raise UserError(
-                    f"{told}: {names[0]} must be a number from 0 to {names[1]} - 1; unset them to work alone"
+                    f"{values}: {names[0]} must be a number from 0 to {names[1]} - 1; unset them to work alone"
                 )
             return result
     return Share()

@@ -33,7 +33,11 @@ class StoreSummary:
 
 
 def list_stores(folder: str | Place) -> Iterator[StoreSummary]:
-    """The stores in a folder or at a URL, activations first. Raises StoreError if there is no such folder."""
+    """The stores in a folder or at a URL, activations first. Raises StoreError if there is no such folder.
+
+    >>> for store in list_stores("activations"):  # doctest: +SKIP
+    ...     print(store.name, store.model, store.count, store.is_complete)
+    """
     home = place(folder)
     if not home.is_dir():
         raise StoreError(f"there is no folder {home}; stores are made by `hsae cache build`")
