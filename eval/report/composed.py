@@ -65,6 +65,8 @@ def composed_of(run_dir: Path, model: HierarchicalSAE | None, current: Current |
         missing = [] if content is not None else [f"{there}; run `hsae eval composition`"]
         if content is not None and read is None:
             missing = ["the maps of composition.json are damaged or missing; run `hsae eval composition`"]
+        elif content is not None and content.failures is None:
+            missing = ["failures have not been looked for; run `hsae eval composition`"]
     if content is None or read is None:
         read = {f"learned{part.level}": part.contributions for part in model.compositions}
     result = content.result if content is not None else None

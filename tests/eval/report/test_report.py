@@ -227,6 +227,9 @@ def test_hierarchy_measures_stand_beside_their_nulls(made, tmp_path, monkeypatch
     assert f">{coverage.value:.3g}<" in html and f"{coverage.nulls['random'].z:+.1f}" in html
     assert "| 3 full · level 2 | fitted |" in markdown and "**3 full**: copy: \\<b>half\\<" in markdown
     assert f"{coverage.value:.3g} ({coverage.nulls['permuted'].z:+.1f}, {coverage.nulls['random'].z:+.1f})" in markdown
+    write_result(item.path, {key: value for key, value in content.items() if key != "failures"})
+    page = Report([tmp_path / "runs/3"]).write(tmp_path / "out").read_text()
+    assert "failures have not been looked for; run" in page and "coverage lift" in page
     content["inputs"]["sae"] = "0" * 64
     write_result(item.path, content)
     page = Report([tmp_path / "runs/3"]).write(tmp_path / "out").read_text()
