@@ -1,11 +1,12 @@
 """Meters on the parts of both texts, and the changes measured so far, which an interrupted sweep goes on from."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hsae.cache.language_model.lm import LanguageModel
+from hsae.eval.harness.evaluation import cached_method
 from hsae.eval.harness.result_files import read_result, write_result
 from hsae.eval.unlearning.config import SIDES, Side, UnlearningConfig
 from hsae.eval.unlearning.loss_meter import Change, LossMeter, Passes
@@ -36,27 +37,17 @@ class MeasuredChanges:
         return Change(**self.changes[key])
 
 
-@dataclass(kw_only=True)
 class Texts:
-    """Forget and retain rows, each split in three, with meters."""
+    """Forget and retain rows, each split in three, with meters. Raises UserError if there are too few documents."""
 
-    language: LanguageModel
-    config: UnlearningConfig
-    rows: dict[Side, dict[str, Rows]]
-    meters: dict[tuple[Side, str], LossMeter] = field(default_factory=dict)
-    passes: Passes = field(default_factory=Passes)
+    def __init__(self, rows: dict[Side, Rows], language: LanguageModel, config: UnlearningConfig) -> None:
+        self.language, self.config, self.passes = language, config, Passes()
+        self.rows = {side: split_rows(rows[side], config.tune_rows, config.test_rows) for side in SIDES}
 
-    @classmethod
-    def of(cls, rows: dict[Side, Rows], language: LanguageModel, config: UnlearningConfig) -> "Texts":
-        """Split the rows of both stores. Raises UserError if there are too few documents."""
-        parts = {side: split_rows(rows[side], config.tune_rows, config.test_rows) for side in SIDES}
-        return cls(language=language, config=config, rows=parts)
-
+    @cached_method
     def meter(self, side: Side, part: str) -> LossMeter:
-        """The meter on one part of one side, made once."""
-        if (side, part) not in self.meters:
-            self.meters[side, part] = self.meter_on(self.rows[side][part])
-        return self.meters[side, part]
+        """The meter on one part of one side."""
+        return self.meter_on(self.rows[side][part])
 
     def meter_on(self, rows: Rows) -> LossMeter:
         """A meter on any rows."""

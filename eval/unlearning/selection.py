@@ -153,8 +153,8 @@ def random_alike(profile: Profile, latents: Sequence[int], seed: int) -> list[in
     """For each latent another one, drawn from the NEIGHBOURS unchosen ones nearest in frequency; none twice."""
     forget, retain = profile.tokens
     frequency = ((profile.forget_F * forget + profile.retain_F * retain) / (forget + retain)).tolist()
-    generator = random.Random(seed)
-    free = [latent for latent in range(len(frequency)) if latent not in set(latents) and frequency[latent] > 0]
+    generator, clamped = random.Random(seed), set(latents)
+    free = [latent for latent in range(len(frequency)) if latent not in clamped and frequency[latent] > 0]
     drawn = []
     for latent in latents:
         near = sorted(free, key=lambda other: (abs(math.log(frequency[other] / frequency[latent])), other))[:NEIGHBOURS]

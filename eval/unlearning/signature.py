@@ -6,12 +6,13 @@ sibling topic and on retain text, both ways.
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from hsae.eval.harness.estimates import estimate_of
 from hsae.eval.unlearning import selection
 from hsae.eval.unlearning.arms import Setting, sae_arms
-from hsae.eval.unlearning.intervention import Intervention
+from hsae.eval.unlearning.intervention import Dictionary, Intervention
 from hsae.eval.unlearning.loss_meter import Change, LossMeter
 from hsae.eval.unlearning.pareto import DocumentBootstrap
 from hsae.eval.unlearning.rows import Rows
@@ -75,7 +76,8 @@ def _carry_over(sweep: Sweep, everything: Rows, own: str, sibling: str) -> dict[
         clamp = Intervention(latents=latents, values=tuple(-multiplier * mean for mean in arm.means(latents)))
         means = {}
         for name, meter in meters.items():
-            change = _measure(sweep, meter, clamp, [own, sibling, name])
+            key = f"signature/{digest_of([own, sibling, name, clamp.latents, clamp.values])}"
+            change = sweep.changes.get(key, partial(_measure, meter, dictionary, clamp))
             means[name] = bootstraps[name].mean(change.loss_R, meter.counts)
         means["carried"] = means["sibling"] / means["own"]
         intervals = {name: estimate_of(values_S).to_dict() for name, values_S in means.items()}
@@ -93,11 +95,5 @@ def _of_topic(rows: Rows, wanted: str) -> Rows:
     return rows.at(place for place, topic in enumerate(rows.topics) if topic == wanted)
 
 
-def _measure(sweep: Sweep, meter: LossMeter, clamp: Intervention, names: list[str]) -> Change:
-    dictionary = sweep.dictionary
-
-    def measure() -> Change:
-        acts_RTA = meter.rows.activations(dictionary, clamp.latents)
-        return meter.measure(clamp, acts_RTA, dictionary.directions_FD)
-
-    return sweep.changes.get(f"signature/{digest_of([*names, clamp.latents, clamp.values])}", measure)
+def _measure(meter: LossMeter, dictionary: Dictionary, clamp: Intervention) -> Change:
+    return meter.measure(clamp, meter.rows.activations(dictionary, clamp.latents), dictionary.directions_FD)

@@ -46,7 +46,7 @@ class Unlearning(TextPairEvaluation):
         sweep = Sweep(
             model=model,
             dictionary=of_model(model, self.device),
-            texts=Texts.of(self.rows(target), self.language, self.config),
+            texts=Texts(self.rows(target), self.language, self.config),
             changes=MeasuredChanges(target.folder / PARTIAL, self.inputs(target)),
             progress=progress,
         )

@@ -178,7 +178,7 @@ def a_model(structure="additive"):
 
 def texts_of(plan, language):
     rows = {side: Rows.all_of(store, HOOK) for side, store in open_texts(plan).items()}
-    return Texts.of(rows, language, plan.table(UnlearningConfig))
+    return Texts(rows, language, plan.table(UnlearningConfig))
 
 
 def test_a_row_holds_one_document_and_splits_hold_whole_ones(plan):
