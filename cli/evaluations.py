@@ -1,4 +1,4 @@
-"""`hsae eval NAME` for every registered evaluation: options, progress and tables follow from what the evaluation says of itself."""
+"""`hsae eval NAME` for every registered evaluation: options, progress and tables follow from what it says of itself."""
 
 import inspect
 import time
@@ -60,7 +60,7 @@ SHARED: dict[str, tuple[Any, Any]] = {
 
 
 class EvaluationGroup(TyperGroup):
-    """`hsae eval`: a registered evaluation is imported when its command is called; the group's help needs its help line alone."""
+    """`hsae eval`: a registered evaluation is imported when its command is called; help needs its summary alone."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """All names."""
@@ -217,7 +217,7 @@ def draw(table: ResultTable) -> Table:
 
 
 def summarise(jobs: dict[str, Callable[[], object]]) -> int:
-    """Do every job, print how each ended and how long it took, and return how many failed; one that fails doesn't stop the others."""
+    """Do every job, even if one fails; print how each ended and how long it took, and return how many failed."""
     outcomes: dict[str, tuple[str, float]] = {}
     try:
         for name, job in jobs.items():

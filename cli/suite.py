@@ -49,7 +49,9 @@ def every(
     force: ForceOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Core and every evaluation of the suite, unlearning and RAVEL where their stores are. One that fails does not stop the others; status 1 if any did.
+    """Core and every evaluation of the suite, unlearning and RAVEL where their stores are.
+
+    One that fails does not stop the others; status 1 if any did.
 
     Example: hsae eval all --plan gemma-3-270m
     """
@@ -88,7 +90,7 @@ def _suite(name: str) -> "Suite":
     return next(suite for suite in SUITES if suite == name)
 
 
-# ---- building -----------------------------------------------------------------------------------------------------------
+# ---- building ----------------------------------------------------------------------------------------------------
 
 
 def build(plan: "Plan", suite: str, device: str, *, dry_run: bool) -> None:

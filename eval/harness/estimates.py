@@ -1,6 +1,7 @@
 """A measured value with its interval, and the bootstrap behind most intervals.
 
-Shapes: R rows, U other units of resampling, B rows of a batch, C columns (sums kept), S the data and its resamples, the data first.
+Shapes: R rows, U other units of resampling, B rows of a batch, C columns (sums kept), S the data and its resamples, the
+data first.
 """
 
 import math
@@ -133,8 +134,8 @@ def estimate_of(values_S: Tensor, over: str = "rows") -> Estimate:
 def mean_over_seeds(values: Sequence[float | None]) -> Estimate:
     """A measure from its value under each seed: the mean, and the 95 % interval in which one seed's value is expected.
 
-    The spread is that of one evaluation repeated with other draws (Student's t times the standard deviation over seeds), not
-    that of the mean. Undefined if it is under any seed.
+    The spread is that of one evaluation repeated with other draws (Student's t times the standard deviation over
+    seeds), not that of the mean. Undefined if it is under any seed.
     """
     defined = [value for value in values if value is not None and math.isfinite(value)]
     if len(defined) < len(values) or not defined:
@@ -158,8 +159,8 @@ def _spread(values: Sequence[float]) -> float:
 def differ_by_noise_only(one: Estimate, other: Estimate) -> bool | None:
     """Whether two SAEs' measures differ no more than noise can make them; None if that can't be told.
 
-    Over seeds the same draws are shared, so the differences under each seed are compared: what the draws do to both cancels.
-    Other intervals are compared by their halves.
+    Over seeds the same draws are shared, so the differences under each seed are compared: what the draws do to both
+    cancels. Other intervals are compared by their halves.
     """
     if one.over == other.over == "seeds":
         pairs = list(zip(one.draws, other.draws, strict=False))
@@ -172,7 +173,7 @@ def differ_by_noise_only(one: Estimate, other: Estimate) -> bool | None:
 
 
 def describe_noise(name: str, measures: Mapping[str, Estimate]) -> str | None:
-    """Which SAEs, given by label, can't be told from the one with the highest measure `name`; None with fewer than two."""
+    """Which SAEs can't be told from the one with the highest measure `name`; None with fewer than two."""
     values = {label: measure.value for label, measure in measures.items() if measure.value is not None}
     if len(values) < 2:
         return None

@@ -1,8 +1,9 @@
 """What an evaluation is, and how one is run: what every evaluation shares exists here once.
 
-An evaluation is a subclass of `Evaluation` and a line in `hsae/registry.py`. It says what it needs from the cache (`open_store`), what
-a result depends on (`inputs`), and how one target is measured (`measure`). Finding results that are there already, refusing targets
-before compute, writing, tables, notes and the command `hsae eval NAME` follow from that.
+An evaluation is a subclass of `Evaluation` and a line in `hsae/registry.py`. It says what it needs from the cache
+(`open_store`), what a result depends on (`inputs`), and how one target is measured (`measure`). Finding results that
+are there already, refusing targets before compute, writing, tables, notes and the command `hsae eval NAME` follow from
+that.
 """
 
 import hashlib
@@ -52,7 +53,7 @@ def cached_method(method: Callable[..., ValueT]) -> Callable[..., ValueT]:
 
 
 class Options(BaseModel):
-    """What a caller may choose of one evaluation. Each field is an option of its command, its description the option's help."""
+    """What a caller may choose of one evaluation. Each field is an option of its command, its description the help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -158,12 +159,12 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         """The targets that are selected. Raises UserError if one is not there."""
         return select_targets(plan, selection, cls.folder(), listener)
 
-    # --- what a subclass says ----------------------------------------------------------------------------------------------
+    # --- what a subclass says --------------------------------------------------------------------------------------
 
     @classmethod
     @abstractmethod
     def open_store(cls, plan: Plan) -> StoreT:
-        """Open what it needs from the plan's cache. Raises StoreError, or NotApplicable if it was never built and need not be."""
+        """Open what it needs from the plan's cache. Raises StoreError, or NotApplicable if it need not be there."""
 
     @abstractmethod
     def measure(self, target: TargetT) -> dict[str, Any]:
@@ -187,7 +188,7 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         """Throw away what was kept of a measurement that was interrupted; done with `force`."""
 
     def complete(self, target: TargetT, content: dict[str, Any]) -> dict[str, Any]:
-        """A result with what it says of other results, as they are now; called even if it was there, once all are measured."""
+        """A result with what it says of other results, as they are once all are measured; of those reused, too."""
         return content
 
     def load_language_model(self) -> LanguageModel:
@@ -203,7 +204,7 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         """Write a result file, atomically and with its checksum."""
         return write_envelope(path, content)
 
-    # --- what people see -----------------------------------------------------------------------------------------------------
+    # --- what people see -------------------------------------------------------------------------------------------
 
     def title(self, results: Sequence[Result[TargetT]]) -> str:
         """Title of the table."""
@@ -261,8 +262,8 @@ def evaluate_targets(
 ) -> list[Result[TargetT]]:
     """Evaluate targets and write their results; results made of the same inputs are read back unless `force`.
 
-    Every target is checked, and earlier results that give way are named, before anything is computed. Raises UserError for a
-    target that can't be evaluated.
+    Every target is checked, and earlier results that give way are named, before anything is computed. Raises UserError
+    for a target that can't be evaluated.
     """
     for target in targets:
         evaluation.check(target)
@@ -348,9 +349,10 @@ def evaluate(
 ) -> Result[Target]:
     """Evaluate a model in memory; nothing is written until `save` is called on the result.
 
-    `model` is a trained model (all its levels together; of a stack level 1) or one of its views, `store` what the evaluation reads
-    (for `core` an evaluation store), `evaluation` a name of `hsae eval`, `options` the options of its command, such as
-    `draws=3`. `hook` is needed if the store has several. Raises UserError before any compute if something does not fit.
+    `model` is a trained model (all its levels together; of a stack level 1) or one of its views, `store` what the
+    evaluation reads (for `core` an evaluation store), `evaluation` a name of `hsae eval`, `options` the options of its
+    command, such as `draws=3`. `hook` is needed if the store has several. Raises UserError before any compute if
+    something does not fit.
     """
     if evaluation not in registry.EVALUATIONS:
         raise UserError(f"there is no evaluation {evaluation!r}; there are {', '.join(registry.EVALUATIONS)}")

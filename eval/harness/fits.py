@@ -46,7 +46,7 @@ def _place(hook: str) -> str:
 
 
 def same_model(first: str, second: str) -> bool | None:
-    """Whether two names mean the same language model: `gemma-2-2b` and `google/gemma-2-2b` do. None: a path, which can be any model."""
+    """Whether two names mean one language model: `gemma-2-2b` and `google/gemma-2-2b` do. None: a path."""
     if _plain(first) == _plain(second):
         return True
     return None if _is_path(first) or _is_path(second) else False

@@ -1,4 +1,4 @@
-"""How an evaluation tells what it does: one listener for all of them. The command line shows it, a notebook may leave it silent."""
+"""How an evaluation tells what it does: the command line shows it, a notebook may leave it silent."""
 
 
 class Listener:

@@ -1,6 +1,7 @@
-"""Result files: JSON under a checksum, so that a digit that changed is not shown as a result. Files without one are older, or SAEBench's.
+"""Result files: JSON under a checksum, so that a digit that changed is not shown as a result.
 
-Evaluations share folders without knowing of each other: whoever writes into one holds its lock, and clears away what killed ones left.
+Evaluations share folders without knowing of each other: whoever writes into one holds its lock, and clears away what
+killed ones left.
 """
 
 import contextlib
@@ -62,7 +63,7 @@ def write_result(path: Path, content: Mapping[str, Any], *, indent: int = 1, all
 
 
 def read_result(path: Path, again: str) -> dict[str, Any]:
-    """The content of a result file without its checksum. Raises UserError, which says to make it `again`, if it is missing or damaged."""
+    """The content of a result file without its checksum. Raises UserError if there is none whole: make it `again`."""
     content = read_json(path, again)
     try:
         check_seal(content, required=False)
@@ -72,7 +73,7 @@ def read_result(path: Path, again: str) -> dict[str, Any]:
 
 
 def changes(inputs: Mapping[str, Any], held: Mapping[str, Any]) -> str:
-    """In what the inputs of a result differ from those `held` by the one whose place it takes: `draws 3 (was 5), other text`."""
+    """In what inputs differ from those `held` by the result whose place is taken: `draws 3 (was 5), other text`."""
     parts = []
     for key in dict.fromkeys((*inputs, *held)):
         now, before = inputs.get(key), held.get(key)
@@ -89,7 +90,7 @@ def changes(inputs: Mapping[str, Any], held: Mapping[str, Any]) -> str:
 
 
 def describe_changes(changed: Sequence[tuple[str, str]]) -> list[str]:
-    """What is said of earlier results that will give way, each given as its SAE's label and what is different now; nothing of those without."""
+    """What is said of earlier results that give way, each given as its SAE's label and what differs, if known."""
     return [
         f"evaluated anew, with {text}: {', '.join(label for label, other in changed if other == text)}"
         for text in dict.fromkeys(text for _, text in changed if text)

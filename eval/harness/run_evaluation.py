@@ -22,7 +22,7 @@ class RunEvaluation(Evaluation[StoreT, RunTarget]):
 
     @classmethod
     def select(cls, plan: Plan, selection: Selection, listener: Listener) -> Sequence[RunTarget]:
-        """The runs that are selected. Raises UserError if one has not been trained, NotApplicable for SAELens folders."""
+        """The runs that are selected. Raises UserError if one is not trained, NotApplicable for SAELens folders."""
         if selection.folders:
             raise NotApplicable(f"{cls.name} is of trained runs, all levels together; it takes no --sae")
         runs = trained_runs(plan, selection.run, selection.seeds, listener.say)

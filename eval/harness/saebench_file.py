@@ -1,7 +1,7 @@
-"""SAEBench 0.6.0's result files: twelve keys in its order, around parts of each evaluation's own, and hsae's block `hsae` behind them.
+"""SAEBench 0.6.0's result files: twelve keys in its order, with parts of each evaluation's own, and the block `hsae`.
 
-An evaluation states the types of its parts in a subclass of `SaebenchFile`, so that what it writes and what it reads back is
-what SAEBench would read. Null stands for a number that was not asked for or does not exist.
+An evaluation states the types of its parts in a subclass of `SaebenchFile`, so that what it writes and what it reads
+back is what SAEBench would read. Null stands for a number that was not asked for or does not exist.
 """
 
 import json
@@ -108,7 +108,7 @@ def file_name(release: str, sae_id: str, *apart: str) -> str:
 
 
 def envelope_text(content: Mapping[str, Any]) -> str:
-    """The JSON text of a file. SAEBench's keys are fixed: the checksum of everything else stands in hsae's own block."""
+    """The JSON text of a file. SAEBench's keys are fixed, so the checksum of all else stands in hsae's own block."""
     hsae = content.get("hsae")
     if isinstance(hsae, dict):
         plain = parse_json(json.dumps(content))
@@ -141,7 +141,7 @@ def read_envelope(path: Path, again: str) -> Any:
 
 
 def read_file(path: Path, kind: type[SaebenchFile], evaluation: str) -> dict[str, Any]:
-    """The content of a file that `hsae eval EVALUATION` or SAEBench wrote. Raises UserError naming the file and what is wrong."""
+    """The content of a file of `hsae eval EVALUATION` or SAEBench. Raises UserError saying what is wrong with it."""
     content: dict[str, Any] = read_envelope(path, f"hsae eval {evaluation}{run_option(path)}")
     try:
         kind.model_validate(content)

@@ -116,8 +116,9 @@ def find(
 ) -> Found[ResultT]:
     """Look for a result made of these inputs under SAEBench's name, then under one with its store's name in it.
 
-    `read` gives a file's result and inputs, or raises UserError. A result of another store or other settings, or one that hsae did not
-    make, keeps the first name if it has it; what is damaged, or of an earlier state of the same store and SAE, gives way.
+    `read` gives a file's result and inputs, or raises UserError. A result of another store or other settings, or one
+    that hsae did not make, keeps the first name if it has it; what is damaged, or of an earlier state of the same store
+    and SAE, gives way.
     """
     first, own = target.path(*apart), target.path(*apart, str(inputs["store"]))
     path, changed = first, {}
@@ -151,7 +152,7 @@ class Selection:
 
 
 def select_targets(plan: Plan, selection: Selection, evaluation: str, listener: Listener = SILENT) -> list[Target]:
-    """The SAEs that are selected; results lie in folders called `evaluation`. What is doubtful of a folder is said as a warning."""
+    """The SAEs that are selected; results lie in folders called `evaluation`. Doubts of a folder are warned of."""
     if selection.folders:
         targets = folder_targets(plan, selection.folders, selection.out or Path("eval_results") / evaluation)
         for target in targets:
@@ -166,7 +167,7 @@ def select_targets(plan: Plan, selection: Selection, evaluation: str, listener: 
 
 
 def trained_runs(plan: Plan, run: str | None, seeds: int, say: Callable[[str], None]) -> list[tuple[Plan, RunConfig]]:
-    """The named runs, or all that are trained (`say` hears which are not), for each seed. Raises UserError if there is none."""
+    """The named runs, or all that are trained (`say` hears which are not), of each seed. Raises UserError if none."""
     every = [plan.seeded(index) for index in range(seeds)]
     if run is not None:
         return [(seeded, config) for seeded in every for config in plan.select(run)]
