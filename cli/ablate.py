@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import get_console
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from hsae.cli.common import DeviceOption, PlanOption, RunOption, SetOption, check_folder, console, say
+from hsae.cli.common import DeviceOption, PlanOption, RunOption, SetOption, check_folder, say
 
 if TYPE_CHECKING:
     from hsae.eval.ablation.table import AblationTable
@@ -63,7 +64,7 @@ def ablate(
         out=out,
         pipeline=ShownPipeline(device),
     )
-    console.rule("ablations")
+    get_console().rule("ablations")
     _print(table)
     say("results in ", (str(out), "bold"), ": ablations.md, ablations.json, ablations.png")
 
@@ -83,12 +84,12 @@ def _print(table: "AblationTable") -> None:
             cells = [row.cells[column.key].text(column) for column in columns]
             if any(cells):
                 drawn.add_row(row.label, *cells)
-        console.print(drawn)
-    console.print(
+        get_console().print(drawn)
+    get_console().print(
         f"mean ± standard deviation over {table.seeds} seeds, [the same of a map without structure], * of a map fitted to the codes\n"
     )
     for judgement in table.judgements:
-        console.print(f"• {judgement.sentence}")
-    console.print(f"\n{table.method}")
+        get_console().print(f"• {judgement.sentence}")
+    get_console().print(f"\n{table.method}")
     if table.missing:
         say(f"not there, or of another model, text or store: {', '.join(table.missing)}", style="yellow")

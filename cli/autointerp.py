@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import get_console
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
@@ -20,7 +21,6 @@ from hsae.cli.common import (
     SeedsOption,
     SetOption,
     check_sae_options,
-    console,
     named_runs,
     plus_minus,
     progress_bars,
@@ -157,13 +157,13 @@ def autointerp(
     if prepared:
         spent = f", {asked.spent:.4f} spent" if prices else ""
         unread = f", {asked.unread} replies held no answer" if asked.unread else ""
-        console.print(f"{asked.requests:,} requests sent{unread}{spent}")
+        get_console().print(f"{asked.requests:,} requests sent{unread}{spent}")
     if note := noise_note(done):
         say(note)
     for folder in dict.fromkeys(result.target.folder for result in done):
         say("results in ", (str(folder), "bold"))
     if reused := sum(result.reused for result in done):
-        console.print(f"{reused} of {len(done)} were there already; --force scores them anew")
+        get_console().print(f"{reused} of {len(done)} were there already; --force scores them anew")
 
 
 def _move(bars: Progress, task: TaskID, done: int) -> None:
@@ -216,7 +216,7 @@ def _print(results: "list[Scored]") -> None:
         cells = [_cell(result.measures[name]) for name in HEADLINES]
         count = str(result.content["hsae"]["latents"]["scored"])
         table.add_row(result.target.label, "undefined" if score is None else f"{score:.3f}", *cells, count)
-    console.print(table)
+    get_console().print(table)
     for result in results:
         latents, judge = result.content["hsae"]["latents"], result.content["hsae"]["judge"]
         told = [f"{latents['alive']:,} latents alive, {latents['dead']:,} dead"]

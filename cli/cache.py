@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
 from hsae.cli import suite as suite_commands
-from hsae.cli.common import DeviceOption, PlanOption, SetOption, console, say
+from hsae.cli.common import DeviceOption, PlanOption, SetOption, say
 
 if TYPE_CHECKING:
     from hsae.cache.building.estimate import Estimate
@@ -76,10 +77,10 @@ def build_on_screen(plan: "Plan", splits: "Sequence[Split]", device: str, *, dry
     planned = plan_stores(plan, splits, chosen)
     for warning in planned.warnings:
         say(warning, style="yellow")
-    console.print(_sizes(planned.estimates, plan.name, chosen))
+    get_console().print(_sizes(planned.estimates, plan.name, chosen))
     if dry_run:
         return planned.check(say)
-    with bars(console) as progress:
+    with bars(get_console()) as progress:
         stores = planned.build(progress=progress, say=say, share=share())
     for store in stores:
         say(f"{store.spec.split} store: ", (str(store.root), "bold"))
@@ -131,7 +132,7 @@ def info(store: StoreArgument) -> None:
     table = Table(title=str(opened.root), show_header=False)
     for key, value in opened.describe().items():
         table.add_row(key, value)
-    console.print(table)
+    get_console().print(table)
 
 
 @app.command()
@@ -155,19 +156,19 @@ def verify(
 
     if device != "auto" and not repair:
         raise UserError(f"--device {device} says where --repair computes; it doesn't go without it")
-    with bars(console) as progress:
+    with bars(get_console()) as progress:
         damages = verify_store(store, progress)
     for damage in damages:
         say(("damaged", "red"), f" {damage.path} {damage.problem}")
     unsealed = not is_sealed(place(store))
     if repair and (damages or unsealed):
         left = repair_store(store, damages, device=pick_device(device), say=say)
-        console.print(f"{len(damages) - len(left)} of {len(damages)} damaged files repaired")
+        get_console().print(f"{len(damages) - len(left)} of {len(damages)} damaged files repaired")
         damages = left
     elif damages:
         say(f"{len(damages)} damaged; mend with: hsae cache verify {redact(store)} --repair")
     else:
-        console.print("all chunks are whole")
+        get_console().print("all chunks are whole")
         if unsealed:
             say(
                 "but an older hsae made this store, whose header has no checksum: a digit that changed in it is not "
@@ -209,4 +210,4 @@ def list_stores(
             state = "complete" if store.is_complete else "not finished"
             cells = (store.model, ", ".join(store.hooks), f"{store.count:,}", format_bytes(store.bytes))
             table.add_row(store.name, state, *cells)
-    console.print(table)
+    get_console().print(table)

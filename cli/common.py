@@ -1,6 +1,6 @@
-"""Options that several commands share, and all that they print with: text is printed as it is, square brackets included.
+"""Options that several commands share, and all that they print with.
 
-Styles are given beside the text, never in it. Nothing else here reads rich's markup, so a name can't vanish or break a table.
+Text is printed as it is, square brackets included: styles are given beside it, so no name can vanish or break a table.
 """
 
 import errno
@@ -8,9 +8,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import rich
 import typer
+from rich import get_console
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, TextColumn
 from rich.text import Text
@@ -19,15 +21,23 @@ if TYPE_CHECKING:
     from hsae.cache.config import Split
     from hsae.train.config.plan import Plan
 
-console = Console(highlight=False, markup=False, emoji=False)
-errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 Part = str | Text | tuple[str, str]
 """Text, or text and its style."""
 
 
+def use_plain_console(**settings: Any) -> None:
+    """Let rich's console, which all commands print to, print text as it is; further settings are rich's."""
+    rich.reconfigure(highlight=False, markup=False, emoji=False, **settings)
+
+
+def error_console() -> Console:
+    """What prints to stderr."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
 def say(*parts: Part, style: str = "") -> None:
     """Print one line, however long it is."""
-    console.print(Text.assemble(*parts, style=style), soft_wrap=True)
+    get_console().print(Text.assemble(*parts, style=style), soft_wrap=True)
 
 
 def plus_minus(value: str, half: str) -> Text:
@@ -38,12 +48,12 @@ def plus_minus(value: str, half: str) -> Text:
 @contextmanager
 def waiting(text: str) -> Iterator[Callable[[str], None]]:
     """A spinner with a text, and what changes the text."""
-    with console.status(Text(text)) as status:
+    with get_console().status(Text(text)) as status:
         yield lambda text: status.update(Text(text))
 
 
 def one_line(error: BaseException) -> str | None:
-    """What ended a command, if that is the user's, the machine's or the network's doing; None for a bug, which keeps its traceback."""
+    """What ended a command, if that is the user's, the machine's or the network's doing; None for a bug."""
     from hsae.cache.errors import UserError
 
     if isinstance(error, UserError):
@@ -53,7 +63,8 @@ def one_line(error: BaseException) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
         return "the GPU is out of memory; lower train.batch_tokens, or train fewer runs at once"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
-        return f"the machine is out of memory; lower train.batch_tokens, or train fewer runs at once ({_first_line(error)})"
+        what = _first_line(error)
+        return f"the machine is out of memory; lower train.batch_tokens, or train fewer runs at once ({what})"
     return None
 
 
@@ -81,7 +92,7 @@ def _first_line(error: BaseException) -> str:
 def progress_bars(*columns: str | ProgressColumn) -> Progress:
     """Progress bars; columns given as text are formats such as `{task.description}`."""
     made = [TextColumn(column, markup=False) if isinstance(column, str) else column for column in columns]
-    return Progress(*made, console=console)
+    return Progress(*made, console=get_console())
 
 
 PlanOption = Annotated[
@@ -139,7 +150,10 @@ def check_folder(folder: Path) -> None:
 
 
 def named_runs(plan: "Plan", run: str | None, all_runs: bool, sae: list[Path] | None = None) -> str | None:
-    """The runs that the options name, with --all every one; None if they name none. Raises UserError if options exclude each other, or the plan has no such run."""
+    """The runs that the options name, with --all every one; None if they name none.
+
+    Raises UserError if options exclude each other, or the plan has no such run.
+    """
     from hsae.cache.errors import UserError
 
     given = {"--run": run is not None, "--all": all_runs, "--sae": bool(sae)}
@@ -151,7 +165,7 @@ def named_runs(plan: "Plan", run: str | None, all_runs: bool, sae: list[Path] | 
 
 
 def check_sae_options(sae: list[Path] | None, seeds: int, out: Path | None, whole: bool = False) -> None:
-    """Refuse options that say nothing of what is evaluated: of runs with --sae, and of SAELens folders without. Raises UserError."""
+    """Refuse options of runs with --sae, and of SAELens folders without it. Raises UserError."""
     from hsae.cache.errors import UserError
 
     if sae and seeds != 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
+from rich import get_console
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TimeRemainingColumn
 from rich.status import Status
@@ -24,8 +25,7 @@ from hsae.cli.common import (
     SeedsOption,
     SetOption,
     check_sae_options,
-    console,
-    errors,
+    error_console,
     named_runs,
     one_line,
     plus_minus,
@@ -152,7 +152,7 @@ class Screen(Listener):
     """Shows how an evaluation goes: what is under way, a bar for each phase, and lines above them."""
 
     def __init__(self, title: str) -> None:
-        self._status = Status(Text(f"{title}: reading"), console=console)
+        self._status = Status(Text(f"{title}: reading"), console=get_console())
         self._bars = progress_bars(
             "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
         )
@@ -191,7 +191,7 @@ def show(results: "list[Result[Any]]") -> None:
     """Print the tables of an evaluation, its notes, and where the files are."""
     evaluation = results[0].evaluation
     for table in evaluation.tables(results):
-        console.print(draw(table))
+        get_console().print(draw(table))
         for line in table.notes:
             say(line)
     for note in evaluation.notes(results):
@@ -201,7 +201,7 @@ def show(results: "list[Result[Any]]") -> None:
     for folder in dict.fromkeys(result.target.folder for result in results):
         say("results in ", (str(folder), "bold"))
     if reused := sum(result.is_reused for result in results):
-        console.print(f"{reused} of {len(results)} were there already; --force computes them anew")
+        get_console().print(f"{reused} of {len(results)} were there already; --force computes them anew")
 
 
 def draw(table: ResultTable) -> Table:
@@ -232,7 +232,7 @@ def summarise(jobs: dict[str, Callable[[], object]]) -> int:
         for name in jobs:
             state, seconds = outcomes.get(name, ("not begun", 0.0))
             table.add_row(name, f"{seconds:.0f} s", state, style=_style(state))
-        console.print(table)
+        get_console().print(table)
     return sum(_style(state) == "red" for state, _ in outcomes.values())
 
 
@@ -249,7 +249,7 @@ def _outcome(job: Callable[[], object]) -> str:
     except Exception as error:
         line = one_line(error)
         if line is None:
-            errors.print("".join(traceback.format_exception(error)))
+            error_console().print("".join(traceback.format_exception(error)))
             place = traceback.extract_tb(error.__traceback__)[-1]
             line = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
         return line

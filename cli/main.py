@@ -9,7 +9,7 @@ from rich.text import Text
 
 from hsae.cli import ablate, autointerp, cache, quickstart, report, store, train
 from hsae.cli import eval as eval_commands
-from hsae.cli.common import errors, one_line
+from hsae.cli.common import error_console, one_line, use_plain_console
 
 app = typer.Typer(
     help="Hierarchical sparse autoencoders: cache a language model's activations once, then train and evaluate at will.",
@@ -45,10 +45,14 @@ def _options(
     ] = False,
 ) -> None:
     """Options of the command itself."""
+    use_plain_console()
 
 
 def main() -> None:
-    """Run a command. Status 2: the user can mend it; 1: the machine or the network failed; 130: interrupted. A bug shows its traceback."""
+    """Run a command. Status 2: the user can mend it; 1: the machine or the network failed; 130: interrupted.
+
+    A bug shows its traceback.
+    """
     from hsae.cache.errors import UserError
     from hsae.cache.reading import page_faults
 
@@ -62,7 +66,7 @@ def main() -> None:
         app()
     except SystemExit as ended:
         if ended.code == 130:
-            errors.print("Interrupted.")
+            error_console().print("Interrupted.")
         raise
     except Exception as error:
         line = one_line(error)
@@ -70,5 +74,5 @@ def main() -> None:
             raise
         from hsae.cache.storage.retry import redact
 
-        errors.print(Text.assemble(("Error:", "bold red"), f" {redact(line)}"), soft_wrap=True)
+        error_console().print(Text.assemble(("Error:", "bold red"), f" {redact(line)}"), soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import typer
+from rich import get_console
 
 from hsae import registry
 from hsae.cache.config import Split
 from hsae.cli.cache import build_on_screen
-from hsae.cli.common import console
 from hsae.cli.evaluations import Screen, show
 from hsae.cli.report import report_on_screen
 from hsae.cli.synthetic import evaluate_on_screen
@@ -26,7 +26,7 @@ class ShownPipeline(Pipeline):
 
     def begin(self, step: str) -> None:
         """Draw a line with the step's name."""
-        console.rule(step)
+        get_console().rule(step)
 
     def build(self, plan: Plan, splits: Sequence[Split]) -> None:
         """As `hsae cache build`."""

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import get_console
 
-from hsae.cli.common import SetOption, check_folder, console, say
+from hsae.cli.common import SetOption, check_folder, say
 
 
 def quickstart(
@@ -23,8 +24,8 @@ def quickstart(
 
     check_folder(out)
     seconds = run_quickstart(out, overrides or (), ShownPipeline())
-    console.rule("done")
-    console.print(
+    get_console().rule("done")
+    get_console().print(
         "  ".join(f"{name} {value:.0f} s" for name, value in seconds.items()) + f"  total {sum(seconds.values()):.0f} s"
     )
     say("Look at ", (str((out / "report" / "index.html").resolve()), "bold"))

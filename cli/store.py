@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich import get_console
 
-from hsae.cli.common import console, say
+from hsae.cli.common import say
 
 SourceArgument = Annotated[str, typer.Argument(metavar="STORE", help="Directory or URL of a complete store.")]
 FolderArgument = Annotated[
@@ -73,6 +74,6 @@ def _transfer(source: str, folder: str, codec: Literal["mappable", "compact", "i
     from hsae.cache.building.copying import copy as copy_store
     from hsae.cache.progress import bars
 
-    with bars(console) as progress:
+    with bars(get_console()) as progress:
         target = copy_store(source, folder, codec=codec, progress=progress)
     say("copied and checked: ", (str(target), "bold"))

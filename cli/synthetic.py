@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import get_console
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from hsae.cli.common import DeviceOption, RunOption, SetOption, check_folder, console, progress_bars, say
+from hsae.cli.common import DeviceOption, RunOption, SetOption, check_folder, progress_bars, say
 
 if TYPE_CHECKING:
     from hsae.eval.synthetic.compared_runs import Arms
@@ -87,12 +88,12 @@ def evaluate_on_screen(
             listener=screen,
         )
     settings = content["settings"]
-    console.print(
+    get_console().print(
         f"{arms.tier.name}: {arms.tier.features:,} features in {arms.tier.width} dimensions, {settings['tokens']:,} vectors; "
         "mean ± standard deviation over seeds"
     )
     for title, columns in TABLES:
-        console.print(_table(title, columns, content["arms"], selected))
+        get_console().print(_table(title, columns, content["arms"], selected))
     for arm in selected:
         for row in content["arms"][arm.name]["seeds"]:
             if "failure" in row:

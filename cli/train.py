@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich import get_console
 from rich.table import Table
 
 from hsae.cli.common import (
@@ -13,8 +14,7 @@ from hsae.cli.common import (
     RunOption,
     SeedsOption,
     SetOption,
-    console,
-    errors,
+    error_console,
     say,
     tell_common_text,
 )
@@ -85,7 +85,7 @@ class _Screen(ProgressBars):
     plan: "Plan | None" = None
 
     def __init__(self) -> None:
-        super().__init__(console)
+        super().__init__(get_console())
 
     def label(self, run: "RunConfig") -> str:
         """Number and name, and which seed it is if it is not the first."""
@@ -111,12 +111,12 @@ class _Screen(ProgressBars):
                 config.composition.mode,
                 curriculum,
             )
-        console.print(table)
+        get_console().print(table)
 
     def tell_stop(self) -> None:
         """Say that a request to stop has come."""
         if self.plan is not None:  # of several workers, one
-            errors.print("stopping after this step; again to stop at once")
+            error_console().print("stopping after this step; again to stop at once")
 
     def pass_ended(self, plan: "Plan", results: Sequence[Result]) -> None:
         """Say how the runs ended."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 
 import torch
@@ -57,7 +58,9 @@ def settings(overrides):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "160"})
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], env={"COLUMNS": os.environ.get("COLUMNS", "160")}
+    )
 
 
 def an_sae(latents, seed=0, **changes):

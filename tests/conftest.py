@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.pop("COLUMNS", None)  # which pytest-xdist sets, and a console keeps from its beginning
+os.environ.pop("COLUMNS", None)  # which pytest-xdist sets; tests expect the default width
 ROOT = Path(__file__).resolve().parent.parent
 HOOK = "blocks.3.hook_resid_post"
 GOLDEN_MODEL = ROOT / "tests/golden/model"
@@ -85,6 +85,12 @@ def overrides_in(activations):
         return [*places, *overrides]
 
     return make
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """A terminal so wide that no path breaks a message in two."""
+    monkeypatch.setenv("COLUMNS", "400")
 
 
 @pytest.fixture

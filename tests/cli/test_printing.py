@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from places import ROOT
+from rich import get_console
 from rich.table import Table
 from typer.testing import CliRunner
 
@@ -34,12 +35,12 @@ def commands(group, path=()):
 
 
 @pytest.fixture
-def printed(monkeypatch):
-    """A wide console in the place of the commands' own, and what was printed there."""
+def printed():
+    """What is printed, on a wide console."""
     file = io.StringIO()
-    monkeypatch.setattr(common.console, "_file", file, raising=False)
-    monkeypatch.setattr(common.console, "_width", 200, raising=False)
-    return file
+    common.use_plain_console(file=file, width=200)
+    yield file
+    common.use_plain_console()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,9 +48,9 @@ def test_names_are_printed_as_they_are(name, printed):
     table = Table(title=f"title {name}")
     table.add_column(f"column {name}")
     table.add_row(f"cell {name}")
-    common.console.print(table)
-    common.console.print(f"plain {name}")
-    common.console.rule(f"rule {name}")
+    get_console().print(table)
+    get_console().print(f"plain {name}")
+    get_console().rule(f"rule {name}")
     common.say("in ", (f"bold {name}", "bold"), style="yellow")
     with common.progress_bars("{task.description}") as bars:
         bars.update(bars.add_task(f"bar {name}", total=1), completed=1)
@@ -64,7 +65,7 @@ def test_no_command_has_a_console_or_markup_of_its_own():
     for path in CLI.glob("*.py"):
         source = path.read_text()
         if path.name != "common.py":
-            assert not re.search(r"\bConsole\(|TextColumn\(|(?<!\w)Progress\(|console\.status\(", source), path
+            assert not re.search(r"\bConsole\(|TextColumn\(|(?<!\w)Progress\(|get_console\(\)\.status\(", source), path
         assert "rich.markup" not in source and "from_markup" not in source, path
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -12,7 +12,6 @@ from hsae.cache.files import PARTIAL
 from hsae.cache.format.layout import read_header
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import place, publish, sizes
-from hsae.cli.common import console
 from hsae.cli.main import app
 
 HOOK = "blocks.3.hook_resid_post"
@@ -33,8 +32,7 @@ def test_there_and_back_again_gives_the_same_bytes(make_store, s3, scratch_home,
     assert torch.equal(ActivationStore.open(tmp_path / "back" / near.name).acts(HOOK, 0, 23), values[f"acts/{HOOK}"])
 
 
-def test_commands_take_urls(make_store, monkeypatch):
-    monkeypatch.setattr(console, "_width", 300)
+def test_commands_take_urls(make_store, wide):
     url = f"memory://{uuid.uuid4().hex}"
     target, _ = make_store(url)
     run = CliRunner()

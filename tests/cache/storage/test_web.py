@@ -28,7 +28,6 @@ from hsae.cache.reading.store import ActivationStore
 from hsae.cache.reading.token_stream import TokenStream
 from hsae.cache.storage.paths import children, place, sizes
 from hsae.cache.storage.server import application, find, serve
-from hsae.cli.common import console
 from hsae.cli.main import app
 
 HOOK = "blocks.3.hook_resid_post"
@@ -146,7 +145,7 @@ def test_one_store_alone_is_served_under_its_name(folder):
 
 
 @pytest.mark.parametrize("codec", ["mappable", "compact"])
-def test_a_store_over_http_is_read_as_the_local_one(folder, url, tmp_path, codec, monkeypatch):
+def test_a_store_over_http_is_read_as_the_local_one(folder, url, tmp_path, codec, wide):
     near = store_in(folder, codec)
     far = f"{url}/{near.name}"
     assert verify(far) == []
@@ -158,7 +157,6 @@ def test_a_store_over_http_is_read_as_the_local_one(folder, url, tmp_path, codec
     assert torch.equal(batches(far), batches(near))
     here, there = contents(near), contents(copy(far, tmp_path / "copied"))
     assert {name: here[name] for name in there} == there and "checks/c/0" in there
-    monkeypatch.setattr(console, "_width", 300)
     for arguments, words in (
         (["verify", far], "all chunks are whole"), (["info", far], f"6 of 4 rows, {codec}"),
         (["ls", url], f"{near.name} │ complete"),

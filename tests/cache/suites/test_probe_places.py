@@ -25,7 +25,6 @@ from hsae.cache.suites.probe_store import ProbeStore
 from hsae.cache.suites.ravel_store import RavelStore
 from hsae.cache.suites.residual_sets import ResidualSet, part_bytes, part_name
 from hsae.cache.suites.suite_files import Part
-from hsae.cli.common import console
 from hsae.eval.probing.config import probe_spec
 from hsae.eval.probing.evaluations import DrawOptions, SparseProbing
 from hsae.eval.ravel.config import RavelConfig, ravel_spec
@@ -214,8 +213,7 @@ def test_a_third_of_the_requests_fails_and_no_part_is_lost(near, plan, s3, scrat
 
 
 def test_over_http_stores_are_read_and_nothing_else_is_shown(given, near, plan, serve, token, scratch_home, language,
-results, monkeypatch):  # fmt: skip
-    monkeypatch.setattr(console, "_width", 300)
+results, monkeypatch, wide):  # fmt: skip
     monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     with serve(near) as (url, _, _):
         assert evaluated(plan, url, language) == results

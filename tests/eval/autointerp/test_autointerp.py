@@ -27,7 +27,6 @@ from hsae.cache.format.spec import FORMAT_VERSION
 from hsae.cache.language_model.lm import LanguageModel, load_tokenizer
 from hsae.cache.language_model.model_files import tokenizer_digest
 from hsae.cache.reading.store import ActivationStore
-from hsae.cli import common
 from hsae.cli.main import app
 from hsae.eval.autointerp import explain, windows
 from hsae.eval.autointerp.autointerp_file import AutointerpFile
@@ -125,14 +124,13 @@ def source(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture
-def work(source, tmp_path, monkeypatch):
+def work(source, tmp_path, monkeypatch, wide):
     """A fresh cache folder (no answers yet) with that store in it, and its overrides; no language model may be loaded."""
     folder, overrides = source
     (tmp_path / "activations").mkdir()
     for store in (folder / "activations").iterdir():
         (tmp_path / "activations" / store.name).symlink_to(store)
     monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: pytest.fail("a language model was loaded"))
-    monkeypatch.setattr(common.console, "_width", 300)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     saelens_folder.save(an_sae(range(13)), tmp_path / "sae")
@@ -396,7 +394,7 @@ def test_every_level_and_the_whole_are_evaluated_and_equal_questions_are_asked_o
         len(server.asked) == 20 and "20 latents: 20 requests" in done.output
     )  # the whole's ten are those of the levels
     assert "balanced_accuracy: the highest is 3 full level1" in done.output
-    monkeypatch.setattr(common.console, "_width", 80)
+    monkeypatch.setenv("COLUMNS", "80")
     whole = CliRunner().invoke(app, [*command, "--whole", "--force"])
     assert "10 latents: 0 requests" in whole.output and whole.exit_code == 0
     assert re.search(r"^ +3 full sae +0\.\d{3} +0\.\d{3} ±", whole.output, re.MULTILINE), whole.output

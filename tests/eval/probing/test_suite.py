@@ -21,7 +21,6 @@ from hsae.cache.suites.probe_store import ProbeStore, TaskEntry
 from hsae.cache.suites.residual_sets import part_bytes, part_name
 from hsae.cache.suites.specs import SUITES, SuiteConfig
 from hsae.cache.suites.suite_files import PART_TEXTS, Part, write_header
-from hsae.cli import common
 from hsae.eval.harness.saebench_file import first_problem, read_file
 from hsae.eval.probing.config import probe_spec
 from hsae.eval.probing.evaluations import Absorption, DrawOptions, SparseProbing
@@ -203,9 +202,8 @@ def test_probe_stores_are_listed_with_the_others(overrides, plan, tmp_path):
 
 
 def test_all_evaluates_without_a_language_model_and_goes_on_when_one_fails(
-    overrides, plan, tmp_path, no_language_model, monkeypatch
+    overrides, plan, tmp_path, no_language_model, wide
 ):
-    monkeypatch.setattr(common.console, "_width", 300)  # a long temporary path must not break a message in two
     for latents in (29, 37):
         saelens_folder.save(an_sae(latents, seed=latents), tmp_path / f"sae{latents}")
     chosen = [part for latents in (29, 37) for part in ("--sae", tmp_path / f"sae{latents}")]

@@ -18,7 +18,6 @@ from hsae.cache.suites.build import build_suites
 from hsae.cache.suites.entities import judge_answer, read_entities, token_at
 from hsae.cache.suites.ravel_store import Prompt, RavelStore
 from hsae.cache.suites.specs import EntitiesConfig
-from hsae.cli import common
 from hsae.eval.harness.saebench_file import read_file
 from hsae.eval.probing.evaluations import DrawOptions
 from hsae.eval.ravel.config import RavelConfig, ravel_spec
@@ -475,8 +474,7 @@ def test_an_sae_and_every_level_of_a_run_are_evaluated(overrides, plan, store, t
     assert other.exit_code == 0 and "were there already" not in other.output
 
 
-def test_all_leaves_out_what_lacks_its_store_or_means_nothing(overrides, plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.console, "_width", 400)
+def test_all_leaves_out_what_lacks_its_store_or_means_nothing(overrides, plan, tmp_path, wide):
     saelens_folder.save(an_sae(11), tmp_path / "sae")
     chosen = ["--sae", tmp_path / "sae", "--out", tmp_path / "out", "--draws", 1]
     done = invoke("eval", "all", *chosen, *settings([*overrides, "ravel.least_ceiling=1.0"]))
