@@ -62,6 +62,14 @@ def test_only_one_module_loads_language_models():
     assert users
 
 
+def test_the_wings_of_training_go_one_way():
+    wings = ["config", "parallel", "model", "training", "runs"]
+    for rank, wing in enumerate(wings):
+        later = tuple(f"hsae.train.{name}." for name in wings[rank + 1 :])
+        for path in (ROOT / "train" / wing).rglob("*.py"):
+            assert not [name for name in imports(path) if later and name.startswith(later)], path
+
+
 def test_training_never_imports_the_language_model():
     for path in (ROOT / "train").rglob("*.py"):
         assert "hsae.cache.language_model.lm" not in set(imports(path)), path
