@@ -1,6 +1,7 @@
 """`hsae eval NAME` for every registered evaluation: options, progress and tables follow from what it says of itself."""
 
 import inspect
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +97,9 @@ def callback_of(name: str) -> Callable[..., None]:
     options = shared | own
 
     def command(**given: Any) -> None:
-        chosen = kind.options_kind(**{field: given.pop(field) for field in own if field in given})
+        from hsae.eval.harness.evaluation import choose_options
+
+        chosen = choose_options(kind, {field: given.pop(field) for field in own if field in given})
         show(evaluate(kind, chosen, **given))
 
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -113,11 +116,15 @@ def _option(field: str, info: Any) -> tuple[Any, Any]:
     """A field of an evaluation's options as an option of its command."""
     bounds = {type(part).__name__: part for part in info.metadata}
     shown = info.json_schema_extra or {}
-    settings: dict[str, Any] = {"help": info.description, "metavar": shown.get("metavar")}
-    if info.annotation is int:
-        settings |= {"metavar": "N", "min": bounds["Ge"].ge, "max": bounds["Le"].le}
-    name = shown.get("flag", "--" + field.replace("_", "-"))
-    return Annotated[info.annotation, typer.Option(name, **settings)], info.default
+    settings: dict[str, Any] = {
+        "help": info.description,
+        "metavar": shown.get("metavar", "N" if info.annotation is int else None),
+        "envvar": shown.get("envvar"),
+        "min": getattr(bounds.get("Ge"), "ge", None),
+        "max": getattr(bounds.get("Le"), "le", None),
+    }
+    names = shown.get("flags", ["--" + field.replace("_", "-")])
+    return Annotated[info.annotation, typer.Option(*names, **settings)], info.default
 
 
 def evaluate(
@@ -186,9 +193,16 @@ class Screen(Listener):
         """Print a line that stands out."""
         say(text, style="yellow")
 
+    def confirm(self, question: str) -> bool:
+        """Ask at the terminal, False where there is none; no ends the command."""
+        self._status.stop()
+        return sys.stdin.isatty() and typer.confirm(question, abort=True)
+
 
 def show(results: "list[Result[Any]]") -> None:
-    """Print the tables of an evaluation, its notes, and where the files are."""
+    """Print the tables of an evaluation, its notes, and where the files are; nothing of a dry run."""
+    if not results:
+        return
     evaluation = results[0].evaluation
     for table in evaluation.tables(results):
         get_console().print(draw(table))

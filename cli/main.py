@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from hsae.cli import ablate, autointerp, cache, quickstart, report, store, train
+from hsae.cli import ablate, cache, quickstart, report, store, train
 from hsae.cli import eval as eval_commands
 from hsae.cli.common import error_console, one_line, use_plain_console
 
@@ -24,7 +24,6 @@ cache.app.command("serve")(store.serve)
 app.add_typer(cache.app, name="cache", help="Write, check, list, copy and serve activation stores.")
 app.command(name="train")(train.train)
 app.add_typer(eval_commands.app, name="eval", help="Measure trained SAEs.")
-eval_commands.app.command(name="autointerp")(autointerp.autointerp)
 app.command(name="report")(report.report)
 app.command(name="ablate")(ablate.ablate)
 app.command(name="quickstart")(quickstart.quickstart)

@@ -50,6 +50,11 @@ EVALUATIONS: dict[str, Entry] = {
         "hsae.eval.unlearning.unlearning_evaluation:Unlearning",
         "Make the model forget one text and keep another by clamping latents; every way of choosing them side by side.",
     ),
+    "autointerp": Entry(
+        "hsae.eval.autointerp.autointerp_evaluation:Autointerp",
+        "Let a chat model explain latents and predict from that where they are active (SAEBench's autointerp).",
+        is_in_all=False,
+    ),
     "composition": Entry(
         "hsae.eval.hierarchy.composition_evaluation:Composition",
         "How a run's levels are composed of each other, beside what chance gives, and its known failures by name.",

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -73,20 +72,19 @@ class Judge:
         count: Callable[[str], int],
         *,
         prices: Prices | None = None,
-        most: float | None = None,
-        named: bool = False,
+        max_cost: float | None = None,
+        is_named: bool = False,
     ) -> None:
-        """`count` tells the tokens of a text; `most` is the money that may be spent, which needs prices.
+        """`count` gives the tokens of a text; `max_cost` is the money that may be spent, which needs prices.
 
-        `named` says that the user, and not only a plan, gave the address. Raises UserError if the key may be meant for another one.
+        `is_named` says that the user, and not only a plan, gave the address. Raises UserError if the key may be meant
+        for another one.
         """
-        if find_spec("openai") is None:
-            raise UserError("asking a judge needs the package openai; run: pip install 'hsae[autointerp]'")
-        self.config, self.answers, self.count, self.prices, self.most = config, answers, count, prices, most
+        self.config, self.answers, self.count, self.prices, self.max_cost = config, answers, count, prices, max_cost
         self.requests, self.unread, self.spent = 0, 0, 0.0
         """Requests sent, replies without an answer in them, and money spent or under way."""
         self._key = os.environ.get(KEY, "")
-        if self._key and not (named or config.base_url == OPENAI_URL or _is_here(config.base_url)):
+        if self._key and not (is_named or config.base_url == OPENAI_URL or _is_here(config.base_url)):
             raise UserError(
                 f"the plan's judge is {config.base_url}, and {KEY} may be for another service; if it is for this one, say "
                 f"--base-url {config.base_url}, else unset {KEY}"
@@ -95,6 +93,7 @@ class Judge:
         self._client: Any = None
 
     def __enter__(self) -> "Judge":
+        self._stopped.clear()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,6 +101,12 @@ class Judge:
         self.stop()
         if self._client is not None:
             self._client.close()
+            self._client = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether no further request is sent."""
+        return self._stopped.is_set()
 
     # --- answers that are kept -------------------------------------------------------------------------------------------
 
@@ -254,7 +259,7 @@ class Judge:
         response.stream = Bounded(response.stream)
 
     def _go_on(self) -> None:
-        if self._stopped.is_set():
+        if self.is_stopped:
             import openai
 
             raise openai.OpenAIError("stopped")  # the one kind of error that the client does not try again
@@ -286,9 +291,9 @@ class Judge:
         """Take what a request may cost from what is left. Raises UserError if that is not enough."""
         bound = self.prices.of(input_tokens, output_tokens) if self.prices else 0.0
         with self._lock:
-            if self.most is not None and self.spent + bound > self.most:
+            if self.max_cost is not None and self.spent + bound > self.max_cost:
                 raise UserError(
-                    f"one more request could pass the limit of {self.most:g} ({self.spent:.4f} spent or under way); its answers so far "
+                    f"one more request could pass the limit of {self.max_cost:g} ({self.spent:.4f} spent or under way); its answers so far "
                     "are kept: run the same command again with a higher --max-cost"
                 )
             self.spent += bound

@@ -85,7 +85,7 @@ class Sampler:
             yield start, placed.encode(x_RTD) * self.kept_RT[start:stop, :, None].to(self.device)
 
     @torch.no_grad()
-    def fired(self, view: View) -> Tensor:
+    def count_fired(self, view: View) -> Tensor:
         """[F] int64: on how many tokens each latent fires."""
         total_F = torch.zeros(view.d_sae, dtype=torch.int64, device=self.device)
         for _, acts_RTF in self._encoded(view):

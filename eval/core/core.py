@@ -49,7 +49,7 @@ class CoreOptions(Options):
     faithful: bool = Field(
         default=False,
         description="Which numbers to print: SAEBench's with all their quirks, or corrected ones with intervals. The files hold both.",
-        json_schema_extra={"flag": "--faithful/--corrected"},
+        json_schema_extra={"flags": ["--faithful/--corrected"]},
     )
     whole: bool = Field(
         default=False, description="Of a run only all levels together (of a stack level 1), not each level too."

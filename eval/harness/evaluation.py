@@ -8,7 +8,7 @@ that.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -114,7 +114,7 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
     reads_splits: ClassVar[tuple[Split, ...]] = ()
     """Activation stores that are read: text that they share with the training store is named."""
     shares_passes: ClassVar[bool] = False
-    """Whether several targets are measured in one pass."""
+    """Whether several targets are measured together, by one call of `measure_all`."""
     without: ClassVar[frozenset[str]] = frozenset()
     """Options that evaluations share and this one lacks; without `sae` it is of trained runs only."""
 
@@ -177,6 +177,10 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
     def check(self, target: TargetT) -> None:
         """Refuse a target that can't be evaluated. Raises UserError."""
         check_target(target, self.store)
+
+    def begin(self, targets: Sequence[TargetT]) -> bool:
+        """Called once with all that will be measured, before anything is; nothing is evaluated if it returns False."""
+        return True
 
     def measure_all(self, targets: Sequence[TargetT]) -> Iterator[dict[str, Any]]:
         """The results of several targets, in order; one after the other unless a subclass shares passes."""
@@ -263,7 +267,7 @@ def evaluate_targets(
     """Evaluate targets and write their results; results made of the same inputs are read back unless `force`.
 
     Every target is checked, and earlier results that give way are named, before anything is computed. Raises UserError
-    for a target that can't be evaluated.
+    for a target that can't be evaluated. Returns nothing if the evaluation was not to begin, as in a dry run.
     """
     for target in targets:
         evaluation.check(target)
@@ -274,6 +278,8 @@ def evaluate_targets(
         evaluation.listener.say(text)
     contents = {index: place.result for index, place in enumerate(places) if place.result is not None and not force}
     missing = [index for index in range(len(targets)) if index not in contents]
+    if not evaluation.begin([targets[index] for index in missing]):
+        return []
     measured: set[int] = set()
     for target in targets if force else ():
         evaluation.discard(target)
@@ -336,6 +342,20 @@ def check_packages(kind: type[Evaluation[Any, Any]], options: Options) -> None:
         need(f"the evaluation {kind.name}", package, extra, module)
 
 
+def choose_options(kind: type[Evaluation[Any, Any]], given: Mapping[str, Any]) -> Options:
+    """The options of an evaluation. Raises UserError for one that it lacks, and for values that are impossible."""
+    try:
+        return kind.options_kind(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:  # several options together
+            raise UserError(first["msg"].removeprefix("Value error, ")) from None
+        name = ".".join(map(str, first["loc"]))
+        allowed = ", ".join(kind.options_kind.model_fields) or "none"
+        wrong = f"has no option {name}" if first["type"] == "extra_forbidden" else f"option {name}: {first['msg']}"
+        raise UserError(f"{kind.name} {wrong}; its options: {allowed}") from None
+
+
 def evaluate(
     model: View,
     store: Any,
@@ -357,19 +377,12 @@ def evaluate(
     if evaluation not in registry.EVALUATIONS:
         raise UserError(f"there is no evaluation {evaluation!r}; there are {', '.join(registry.EVALUATIONS)}")
     kind: type[Evaluation[Any, Any]] = registry.resolve(registry.EVALUATIONS[evaluation].kind)
-    try:
-        chosen = kind.options_kind(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        given = ".".join(map(str, first["loc"]))
-        allowed = ", ".join(kind.options_kind.model_fields) or "none"
-        wrong = f"has no option {given}" if first["type"] == "extra_forbidden" else f"option {given}: {first['msg']}"
-        raise UserError(f"{evaluation} {wrong}; its options: {allowed}") from None
+    chosen = choose_options(kind, options)
     if "sae" in kind.without:
         raise UserError(f"{evaluation} is of trained runs of a plan; run: hsae eval {evaluation} --run N")
     check_packages(kind, chosen)
     hooks = store.spec.hooks
-    if hook is None and len(hooks) != 1:
+    if (hook is None and len(hooks) != 1) or (hook is not None and hook not in hooks):
         raise UserError(f"the store has {len(hooks)} hooks; say hook=..., one of {', '.join(hooks)}")
     view = model.view(model.whole_view) if isinstance(model, HierarchicalSAE) else model
     digest = hashlib.sha256()
@@ -386,4 +399,7 @@ def evaluate(
     )
     bench = kind(store, chosen, config, device=device, listener=listener)
     bench.check(target)
-    return Result(target=target, content=bench.measure(target), path=target.path(), evaluation=bench)
+    if not bench.begin([target]):
+        raise UserError(f"{evaluation} was not to begin (a dry run), so there is no result")
+    (content,) = bench.measure_all([target])
+    return Result(target=target, content=content, path=target.path(), evaluation=bench)

@@ -16,5 +16,9 @@ class Listener:
     def warn(self, text: str) -> None:
         """A line that people should not overlook."""
 
+    def confirm(self, question: str) -> bool:
+        """Whether a person wants to go on; False where nobody can be asked."""
+        return False
+
 
 SILENT = Listener()

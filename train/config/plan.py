@@ -45,6 +45,8 @@ class Plan:
     runs: dict[int, RunConfig]
     tables: dict[type[Config], Config]
     """Tables of evaluations that the plan has, by their class."""
+    overrides: tuple[str, ...] = ()
+    """What the user set beside it, as `key=value`."""
     seed_index: int = 0
     """Which of several seeds of one plan this is."""
 
@@ -156,7 +158,7 @@ def load_plan(plan: str | None = None, overrides: Sequence[str] = ()) -> Plan:
     )
     for override in overrides:
         apply_override(tables, override, _table_names() - {"extends"})
-    return _checked(source, tables)
+    return replace(_checked(source, tables), overrides=tuple(overrides))
 
 
 def _table_names() -> set[str]:

@@ -20,6 +20,7 @@ from places import GOLDEN, ROOT
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+import hsae
 from hsae.cache.building import writer
 from hsae.cache.errors import UserError
 from hsae.cache.format.layout import Header, HookSummary, arrays, statistics_arrays
@@ -31,7 +32,6 @@ from hsae.cli.main import app
 from hsae.eval.autointerp import explain, windows
 from hsae.eval.autointerp.autointerp_file import AutointerpFile
 from hsae.eval.autointerp.config import AutointerpConfig, JudgeConfig
-from hsae.eval.autointerp.evaluation import Scored, noise_note
 from hsae.eval.autointerp.judge import Judge, Question
 from hsae.eval.autointerp.windows import Sampler, written
 from hsae.eval.harness.saebench_file import read_file
@@ -177,7 +177,7 @@ def sampler(source, tokenizer):
 
 def test_windows_are_those_that_were_asked_for(sampler):
     view = an_sae(range(13))
-    fired = sampler.fired(view)
+    fired = sampler.count_fired(view)
     acts = sampler.store.acts(HOOK, 0, ROWS)[..., :13].clamp_min(0)
     acts[~sampler.kept_RT] = 0
     assert fired.tolist() == (acts > 0).sum((0, 1)).tolist() and fired[DEAD] == 0
@@ -223,13 +223,13 @@ def test_windows_are_those_that_were_asked_for(sampler):
 
 def test_windows_do_not_depend_on_the_other_latents_nor_on_how_many_sweeps_it_takes(sampler, monkeypatch):
     view = an_sae(range(13))
-    fired = sampler.fired(view)
+    fired = sampler.count_fired(view)
     every = dict(sampler.cases(view, range(11), fired))
     monkeypatch.setattr(windows, "ENTRIES_KEPT", 100)
     monkeypatch.setattr(windows, "BATCH_ELEMENTS", 13 * CONTEXT * 7)
     assert dict(sampler.cases(view, range(11), fired)) == every
     other = an_sae([8, 2])
-    (_, eight), (_, two) = sampler.cases(other, [0, 1], sampler.fired(other))
+    (_, eight), (_, two) = sampler.cases(other, [0, 1], sampler.count_fired(other))
     assert (eight.shown, eight.tried, two.tried) == (every[8].shown, every[8].tried, every[2].tried)
 
 
@@ -243,7 +243,7 @@ def test_nothing_in_a_text_can_be_taken_for_the_prompts_own_signs(sampler):
     pieces = windows.token_texts(sampler.tokenizer, ids)
     line, _ = written(pieces, [True] * len(pieces))
     assert len(line.splitlines()) == 1 and "«" not in line and "»" not in line
-    case = next(case for _, case in sampler.cases(an_sae([0]), [0], sampler.fired(an_sae([0]))))
+    case = next(case for _, case in sampler.cases(an_sae([0]), [0], sampler.count_fired(an_sae([0]))))
     plan = load_plan("tiny")
     for question, count in (
         (explain.explaining(case, plan.table(AutointerpConfig)), 15),
@@ -357,7 +357,7 @@ def test_windows_that_share_text_with_a_shown_one_are_left_out_of_measures(work,
     )
     view = an_sae(range(13))
     seen = 0
-    for latent, case in sampled.cases(view, range(11), sampled.fired(view)):
+    for latent, case in sampled.cases(view, range(11), sampled.count_fired(view)):
         places = {(window.row, at) for window in case.shown for at in range(window.first, window.last)}
         texts = {window.text for window in case.shown}
         shared = [
@@ -400,15 +400,24 @@ def test_every_level_and_the_whole_are_evaluated_and_equal_questions_are_asked_o
     assert re.search(r"^ +3 full sae +0\.\d{3} +0\.\d{3} ±", whole.output, re.MULTILINE), whole.output
 
 
-def test_which_saes_are_apart():
-    def made(label, value, half):
-        measure = {"value": value, "low": value - half, "high": value + half}
-        content = {"hsae": {"measures": {"balanced_accuracy": measure}}}
-        return Scored(target=type("T", (), {"label": label}), content=content, reused=False)
-
-    results = [made("a", 0.8, 0.03), made("b", 0.9, 0.04), made("c", 0.86, 0.03)]
-    assert noise_note(results) == "balanced_accuracy: the highest is b; within noise of it: c; apart from it: a"
-    assert noise_note(results[:1]) is None
+def test_a_model_in_memory_is_evaluated_if_the_cost_is_agreed_to(work, server):
+    store = ActivationStore.of(load_plan("tiny", work[1]).store("autointerp"), work[0] / "activations")
+    config = AutointerpConfig(buffer=3, total_tokens=ROWS * CONTEXT, n_latents=4)
+    options = {"config": config, "judge": "words", "base_url": server.url}
+    with pytest.raises(UserError, match=r"8 requests would be sent to .*; say --yes, or set a limit with --max-cost"):
+        hsae.evaluate(an_sae(range(13)), store, "autointerp", **options)
+    with pytest.raises(UserError, match="there is no result"):
+        hsae.evaluate(an_sae(range(13)), store, "autointerp", **options, dry_run=True)
+    with pytest.raises(UserError, match="--price-in and --price-out go together"):
+        hsae.evaluate(an_sae(range(13)), store, "autointerp", **options, price_in=1.0)
+    with pytest.raises(UserError, match=r"autointerp\.judge\.base_url: write it as http"):
+        hsae.evaluate(an_sae(range(13)), store, "autointerp", config=config, base_url="host")
+    assert not server.asked
+    made = hsae.evaluate(an_sae(range(13)), store, "autointerp", **options, yes=True)
+    assert len(server.asked) == 8 and "8 requests sent" in made.evaluation.notes([made])[0]
+    assert "balanced" in str(made) and made.measures["balanced_accuracy"].value > 0.5
+    again = hsae.evaluate(an_sae(range(13)), store, "autointerp", **options)
+    assert len(server.asked) == 8 and again.measures == made.measures
 
 
 # ---- what goes wrong ----------------------------------------------------------------------------------------------------
@@ -649,10 +658,10 @@ def test_the_key_goes_to_no_address_that_only_a_plan_names(base_url, named, refu
         with pytest.raises(
             UserError, match=f"OPENAI_API_KEY may be for another service; .* --base-url {base_url}"
         ) as told:
-            Judge(config, tmp_path, len, named=named)
+            Judge(config, tmp_path, len, is_named=named)
         assert KEY not in str(told.value)
         monkeypatch.delenv("OPENAI_API_KEY")
-    Judge(config, tmp_path, len, named=named)
+    Judge(config, tmp_path, len, is_named=named)
 
 
 @pytest.mark.parametrize("kind", ["endless", "packed", "elsewhere"])
