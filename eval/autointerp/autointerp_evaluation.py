@@ -1,8 +1,8 @@
 """`hsae eval autointerp`: a judge explains latents from windows of text, and predicts from that where they are active.
 
-Windows come from a store of residuals, so no language model is run. Answers of the judge are stored, so none is asked for
-twice. The same answers are scored twice: as SAEBench does, where every random window counts as inactive, and by what
-the latent really does.
+Windows come from a store of residuals, so no language model is run. Answers of the judge are stored, so none is asked
+for twice. The same answers are scored twice: as SAEBench does, where every random window counts as inactive, and by
+what the latent really does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -169,10 +169,10 @@ class Autointerp(Evaluation[ActivationStore, Target]):
         """Where the target's result belongs, and whether it is there."""
         return find(target, self.inputs(target), partial(read_measured, kind=AutointerpFile, evaluation=self.name))
 
-    # --- before the judge is asked ---------------------------------------------------------------------------------------
+    # --- before the judge is asked ---
 
     def begin(self, targets: Sequence[Target]) -> bool:
-        """Draw the windows, say what is still to be asked, and agree on what it costs. Raises UserError if it may cost too much."""
+        """Draw windows, say what is still to be asked, and agree on the cost. Raises UserError if it is too high."""
         for target in targets:
             self.listener.status(f"{self.name}: {target.label}: drawing windows")
             self.sample(target)
@@ -190,7 +190,8 @@ class Autointerp(Evaluation[ActivationStore, Target]):
         if prices is not None and most is not None:
             if (money := cost.money(prices)) > most:
                 raise UserError(
-                    f"this may cost {money:.4f}, more than --max-cost {most:g}; lower autointerp.n_latents, or name fewer runs"
+                    f"this may cost {money:.4f}, more than --max-cost {most:g}; "
+                    "lower autointerp.n_latents, or name fewer runs"
                 )
         elif not self.options.yes and not self.listener.confirm("Start?"):
             raise UserError(
@@ -218,7 +219,7 @@ class Autointerp(Evaluation[ActivationStore, Target]):
         """Draws windows at a hook."""
         return Sampler(self.store, hook, self.tokenizer, self.config, self.device)
 
-    # --- asking and scoring ----------------------------------------------------------------------------------------------
+    # --- asking and scoring ---
 
     def measure_all(self, targets: Sequence[Target]) -> Iterator[dict[str, Any]]:
         """The results in order."""
@@ -294,7 +295,7 @@ class Autointerp(Evaluation[ActivationStore, Target]):
             **config.model_dump(exclude={"text", "total_tokens", "seed", "judge"}),
         )
 
-    # --- what people see -------------------------------------------------------------------------------------------------
+    # --- what people see ---
 
     def tables(self, results: Sequence[Result[Target]]) -> list[Table]:
         """SAEBench's score, the headline measures, and what became of the latents."""

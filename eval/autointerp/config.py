@@ -27,7 +27,7 @@ class JudgeConfig(Config):
     model: str = Field(default="gpt-4o-mini", min_length=1)
     """Its name at the endpoint."""
     base_url: str = OPENAI_URL
-    """An OpenAI-compatible API, for example http://localhost:8000/v1. Its key comes from the environment (OPENAI_API_KEY) alone."""
+    """An OpenAI-compatible API, such as http://localhost:8000/v1. Its key comes from OPENAI_API_KEY alone."""
     temperature: NonNegative | None = None
     """None leaves it to the endpoint, as SAEBench does."""
     token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"

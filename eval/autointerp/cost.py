@@ -41,7 +41,7 @@ class Cost:
 
 
 def estimate_cost(cases: Iterable[Case], judge: Judge, config: AutointerpConfig) -> Cost:
-    """What is still to be asked of latents; an explanation that is not there yet is taken to be as long as it may be."""
+    """What is still to be asked of latents; an explanation that is not there yet counts as long as it may be."""
     cost, questions = Cost(), set[Question]()
     longest = "one " * config.max_tokens_in_explanation
     for case in cases:

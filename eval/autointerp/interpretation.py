@@ -1,4 +1,4 @@
-"""What a judge says of a latent, and what that is worth: SAEBench's score, and measures by what the latent really does."""
+"""What a judge says of a latent, and what that is worth: SAEBench's score, and measures by what the latent does."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -92,7 +92,7 @@ class Interpretation:
 
 
 def interpret(case: Case, ask: Ask, config: AutointerpConfig) -> Interpretation:
-    """Ask for an explanation and for predictions from it, each up to `attempts` times while the answer has another form."""
+    """Ask for an explanation and for predictions from it, each `attempts` times at most until the form is right."""
     result = Interpretation(case=case)
 
     def read_answer(question: Question, read: Callable[[str], Any]) -> Any:
@@ -165,8 +165,9 @@ def check_form(failed: Sequence[Interpretation], count: int, judge: JudgeConfig)
         last = failed[-1].log[-1].rpartition("\n> ")[2]
         raise UserError(
             f"{judge.model} at {judge.base_url} did not answer as asked for {len(failed)} of {count} latents "
-            f"(autointerp.judge.malformed_share allows {judge.malformed_share:g}); the last time it said {last[:120]!r}. "
-            "Use another model, give it room with autointerp.judge.spare_tokens if it thinks first, or raise that share"
+            f"(autointerp.judge.malformed_share allows {judge.malformed_share:g}); "
+            f"the last time it said {last[:120]!r}. Use another model, "
+            "give it room with autointerp.judge.spare_tokens if it thinks first, or raise that share"
         )
 
 

@@ -2,10 +2,10 @@
 
     <cache.dir>/answers/<first two digits>/<digest>.json    an answer; the digest is that of everything it depends on
 
-The client is the `openai` package: its pooling, time limits and back-off, which honours Retry-After, are what such servers are tried
-against, and it adds two small packages to the core install; the same over a plain HTTP client would be code of ours to defend.
-The key comes from OPENAI_API_KEY alone and stands in no file and no message. It is sent to OpenAI, to this machine and to an address that the
-user gave, not to one that only a plan names. Replies are read up to a limit, in bytes and in time.
+The client is the `openai` package: servers are tried against its pooling, time limits and back-off, which honours
+Retry-After. The key comes from OPENAI_API_KEY alone and stands in no file and no message. It is sent to OpenAI, to
+this machine and to an address that the user gave, not to one that only a plan names. Replies are read up to a limit, in
+bytes and in time.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ class Prices:
 
 
 class Judge:
-    """Asks questions from several threads; answers that were ever given are read back. Raises UserError if the server gives none."""
+    """Asks questions from several threads; answers that were ever given are read back."""
 
     def __init__(
         self,
@@ -84,10 +84,10 @@ class Judge:
         self.requests, self.unread, self.spent = 0, 0, 0.0
         """Requests sent, replies without an answer in them, and money spent or under way."""
         self._key = os.environ.get(KEY, "")
-        if self._key and not (is_named or config.base_url == OPENAI_URL or _is_here(config.base_url)):
+        if self._key and not (is_named or config.base_url == OPENAI_URL or _is_local(config.base_url)):
             raise UserError(
-                f"the plan's judge is {config.base_url}, and {KEY} may be for another service; if it is for this one, say "
-                f"--base-url {config.base_url}, else unset {KEY}"
+                f"the plan's judge is {config.base_url}, and {KEY} may be for another service; "
+                f"if it is for this one, say --base-url {config.base_url}, else unset {KEY}"
             )
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._client: Any = None
@@ -108,20 +108,20 @@ class Judge:
         """Whether no further request is sent."""
         return self._stopped.is_set()
 
-    # --- answers that are kept -------------------------------------------------------------------------------------------
+    # --- stored answers ---
 
     def recall(self, question: Question, attempt: int) -> Answer | None:
         """The answer that was given before; None if there is none."""
         request = self._request(question, attempt)
         try:
-            held = parse_json(self._file(request).read_bytes())
-            check_seal(held, required=False)
-            if held["request"] != request:
+            stored = parse_json(self._file(request).read_bytes())
+            check_seal(stored, required=False)
+            if stored["request"] != request:
                 return None
             return Answer(
-                text=str(held["answer"]),
-                input_tokens=int(held["usage"]["input_tokens"]),
-                output_tokens=int(held["usage"]["output_tokens"]),
+                text=str(stored["answer"]),
+                input_tokens=int(stored["usage"]["input_tokens"]),
+                output_tokens=int(stored["usage"]["output_tokens"]),
             )
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -144,35 +144,38 @@ class Judge:
         digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         return self.answers / digest[:2] / f"{digest}.json"
 
-    # --- asking ----------------------------------------------------------------------------------------------------------
+    # --- asking ---
 
     def ask(self, question: Question, attempt: int) -> Answer | None:
-        """The answer, kept or new; None if the server's replies hold none. Raises UserError if there is no reply, or no money left."""
-        if (held := self.recall(question, attempt)) is not None:
-            return held
+        """The answer, stored or new; None if the server's replies hold none.
+
+        Raises UserError if there is no reply, or no money left.
+        """
+        if (stored := self.recall(question, attempt)) is not None:
+            return stored
         request = self._request(question, attempt)
         tokens = self.count(question.system) + self.count(question.user)
         for _ in range(self.config.attempts):
-            if (answer := self._asked(request, tokens)) is not None:
+            if (answer := self._answer(request, tokens)) is not None:
                 usage = {"input_tokens": answer.input_tokens, "output_tokens": answer.output_tokens}
                 content = {"request": request, "answer": answer.text, "usage": usage}
                 publish(self._file(request), json.dumps(sealed(content), ensure_ascii=False, indent=1).encode())
                 return answer
         return None
 
-    def _asked(self, request: dict[str, Any], tokens: int) -> Answer | None:
+    def _answer(self, request: dict[str, Any], tokens: int) -> Answer | None:
         """The answer in the server's reply, paid for either way."""
-        bound = self._reserve(tokens, request["max_tokens"])
+        reserved = self._reserve(tokens, request["max_tokens"])
         try:
             reply = self._reply(request)
         except BaseException:
-            self._settle(bound, 0, 0)
+            self._settle(reserved, 0, 0)
             raise
         text = _part(reply, "choices", 0, "message", "content")
         given, made = _part(reply, "usage", "prompt_tokens"), _part(reply, "usage", "completion_tokens")
         input_tokens = given if isinstance(given, int) else tokens
         output_tokens = made if isinstance(made, int) else self.count(str(text or ""))
-        self._settle(bound, input_tokens, output_tokens)
+        self._settle(reserved, input_tokens, output_tokens)
         if not isinstance(text, str):
             with self._lock:
                 self.unread += 1
@@ -186,7 +189,7 @@ class Judge:
     def _reply(self, request: dict[str, Any]) -> Any:
         import openai
 
-        client = self._opened()
+        client = self._connect()
         chosen = {} if request["temperature"] is None else {"temperature": request["temperature"]}
         try:
             return client.chat.completions.create(
@@ -202,13 +205,14 @@ class Judge:
             raise UserError(self._refusal(error.status_code, error.body)) from None
         except openai.APIConnectionError as error:  # time limits too
             raise UserError(
-                f"the judge {self.config.base_url} gives no reply ({self._short(error.message)} after {self.config.retries} further "
-                "tries); its answers so far are kept: see to the server and run the same command again"
+                f"the judge {self.config.base_url} gives no reply ({self._short(error.message)} after "
+                f"{self.config.retries} further tries); its answers so far are kept: "
+                "see to the server and run the same command again"
             ) from None
         except (openai.OpenAIError, ValueError):
             return None  # a reply that is not what the protocol says
 
-    def _opened(self) -> Any:
+    def _connect(self) -> Any:
         import openai
 
         with self._lock:
@@ -221,14 +225,14 @@ class Judge:
                     timeout=self.config.timeout_s,
                     max_retries=self.config.retries,
                     http_client=openai.DefaultHttpxClient(
-                        event_hooks={"request": [lambda request: self._go_on()], "response": [self._bound]},
+                        event_hooks={"request": [lambda request: self._check_stopped()], "response": [self._limit]},
                         headers={"Accept-Encoding": "identity"},
                         follow_redirects=False,
                     ),
                 )
             return self._client
 
-    def _bound(self, response: Any) -> None:
+    def _limit(self, response: Any) -> None:
         """Let a reply be read up to its limits."""
         import openai
 
@@ -258,7 +262,7 @@ class Judge:
 
         response.stream = Bounded(response.stream)
 
-    def _go_on(self) -> None:
+    def _check_stopped(self) -> None:
         if self.is_stopped:
             import openai
 
@@ -266,17 +270,17 @@ class Judge:
 
     def _refusal(self, status: int, body: object) -> str:
         said = body.get("message", body) if isinstance(body, dict) else body
-        told = f"the judge {self.config.base_url} answers {status} ({self._short(said)})"
+        text = f"the judge {self.config.base_url} answers {status} ({self._short(said)})"
         if status in (401, 403):
-            return f"{told}; " + (f"is {KEY} the right key?" if self._key else f"set the environment variable {KEY}")
+            return f"{text}; " + (f"is {KEY} the right key?" if self._key else f"set the environment variable {KEY}")
         if status == 404:
-            return f"{told}; is {self.config.model!r} one of its models (--judge) and the URL the API's (--base-url)?"
+            return f"{text}; is {self.config.model!r} one of its models (--judge) and the URL the API's (--base-url)?"
         if status == 429 or status >= 500:
             return (
-                f"{told} after {self.config.retries} further tries; its answers so far are kept: run the same command again later, "
-                "or with a lower autointerp.judge.concurrency"
+                f"{text} after {self.config.retries} further tries; its answers so far are kept: "
+                "run the same command again later, or with a lower autointerp.judge.concurrency"
             )
-        return f"{told}; the request can't be met as it is: see [autointerp.judge] in the plan"
+        return f"{text}; the request can't be met as it is: see [autointerp.judge] in the plan"
 
     def _short(self, said: object) -> str:
         text = " ".join(self._clean(str(said)).split())
@@ -285,27 +289,28 @@ class Judge:
     def _clean(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
-    # --- money -----------------------------------------------------------------------------------------------------------
+    # --- money ---
 
     def _reserve(self, input_tokens: int, output_tokens: int) -> float:
         """Take what a request may cost from what is left. Raises UserError if that is not enough."""
-        bound = self.prices.of(input_tokens, output_tokens) if self.prices else 0.0
+        reserved = self.prices.of(input_tokens, output_tokens) if self.prices else 0.0
         with self._lock:
-            if self.max_cost is not None and self.spent + bound > self.max_cost:
+            if self.max_cost is not None and self.spent + reserved > self.max_cost:
                 raise UserError(
-                    f"one more request could pass the limit of {self.max_cost:g} ({self.spent:.4f} spent or under way); its answers so far "
-                    "are kept: run the same command again with a higher --max-cost"
+                    f"one more request could pass the limit of {self.max_cost:g} "
+                    f"({self.spent:.4f} spent or under way); its answers so far are kept: "
+                    "run the same command again with a higher --max-cost"
                 )
-            self.spent += bound
+            self.spent += reserved
             self.requests += 1
-        return bound
+        return reserved
 
-    def _settle(self, bound: float, input_tokens: int, output_tokens: int) -> None:
+    def _settle(self, reserved: float, input_tokens: int, output_tokens: int) -> None:
         with self._lock:
-            self.spent += (self.prices.of(input_tokens, output_tokens) if self.prices else 0.0) - bound
+            self.spent += (self.prices.of(input_tokens, output_tokens) if self.prices else 0.0) - reserved
 
 
-def _is_here(url: str) -> bool:
+def _is_local(url: str) -> bool:
     """Whether an address is this machine's, by the loopback addresses and their name."""
     host = urlsplit(url).hostname or ""
     try:

@@ -1,8 +1,8 @@
-"""Windows of text in which a latent is active, a little or not at all: what a judge is shown. SAEBench's autointerp sampling.
+"""SAEBench's sampling of windows of text in which a latent is active, a little or not at all: what a judge is shown.
 
-Two sweeps over the first rows of a store encode its residuals: the first counts on how many tokens each latent fires, the second keeps
-every activation of the chosen latents, as places and values. The counts say beforehand what that takes, so latents are swept in groups
-of at most `ENTRIES_KEPT` entries (some 40 bytes each while they are sorted).
+Two sweeps over the first rows of a store encode its residuals: the first counts on how many tokens each latent fires,
+the second keeps every activation of the chosen latents, as places and values. The counts say beforehand what that
+takes, so latents are swept in groups of at most `ENTRIES_KEPT` entries (some 40 bytes each while they are sorted).
 
 Shapes: R rows, T context length, F latents, C chosen latents, M tokens on which a latent fires, N tokens of some rows.
 """
@@ -115,7 +115,7 @@ class Sampler:
         return list(zip(*(torch.split(part, sizes) for part in every), strict=True))
 
     def _case(self, latent: int, places_M: Tensor, values_M: Tensor) -> Case | None:
-        """SAEBench's draws: highest activations, lower ones with probability as their square, random tokens. Each part is split in two."""
+        """SAEBench's draws: highest activations, lower ones with probability as their square, random tokens."""
         config = self.config
         column_M = places_M % self.context
         inside_M = (column_M >= config.buffer) & (column_M < self.context - config.buffer)
@@ -151,16 +151,16 @@ class Sampler:
         )
 
     def _highest(self, centres_M: Tensor, heights_M: Tensor, count: int) -> list[int] | None:
-        """Indices of the highest activations, none within the reach of another's window in its row; None if there are too few."""
-        found: list[int] = []
+        """Indices of the highest activations, none within reach of another's window; None if there are too few."""
+        highest: list[int] = []
         taken: dict[int, list[int]] = {}
         for index in torch.argsort(heights_M, descending=True, stable=True).tolist():
             row, column = divmod(int(centres_M[index]), self.context)
             if all(abs(column - other) > self.config.buffer for other in taken.get(row, ())):
                 taken.setdefault(row, []).append(column)
-                found.append(index)
-                if len(found) == count:
-                    return found
+                highest.append(index)
+                if len(highest) == count:
+                    return highest
         return None
 
     def _random(self, generator: torch.Generator) -> Tensor:

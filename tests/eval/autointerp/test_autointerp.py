@@ -11,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from hsae.cache.language_model.model_files import tokenizer_digest
 from hsae.cache.reading.store import ActivationStore
 from hsae.cli.main import app
 from hsae.eval.autointerp import explain, windows
+from hsae.eval.autointerp.autointerp_evaluation import Autointerp, AutointerpOptions
 from hsae.eval.autointerp.autointerp_file import AutointerpFile
 from hsae.eval.autointerp.config import AutointerpConfig, JudgeConfig
 from hsae.eval.autointerp.judge import Judge, Question
@@ -538,6 +541,18 @@ def test_the_key_is_sent_and_stands_nowhere(work, server):
     assert not any(KEY in text for text in [*written, done.output, refused.output])
 
 
+def test_an_address_that_the_command_line_sets_is_named_by_the_user(work, server):
+    def evaluation(url, **options):
+        plan = load_plan("tiny", [*work[1], f"autointerp.judge.base_url={json.dumps(url)}"])
+        return Autointerp.of_plan(plan, AutointerpOptions(**options))
+
+    assert evaluation("https://judge.example/v1").judge.config.base_url == "https://judge.example/v1"
+    assert evaluation("https://judge.example/v1", base_url=server.url).judge.config.base_url == server.url
+    plan = replace(load_plan("tiny", [*work[1], "autointerp.judge.base_url=https://judge.example/v1"]), overrides=())
+    with pytest.raises(UserError, match="OPENAI_API_KEY may be for another service"):
+        Autointerp.of_plan(plan)
+
+
 # ---- money --------------------------------------------------------------------------------------------------------------
 
 
@@ -551,6 +566,7 @@ def test_costs_are_told_before_and_bounded(work, server):
     assert told and int(told[2]) == 11 * (30 + 33), dry.output
     cost = (int(told[1].replace(",", "")) * 1000 + int(told[2]) * 2000) / 1e6
     assert f"at most {cost:.4f}" in dry.output and not server.asked and not answers(work)
+    assert "results in" not in dry.output and not (work[0] / "out").exists()
     unsaid = invoke(work, server, *prices)
     assert str(unsaid.exception) == (
         f"22 requests would be sent to {server.url}; say --yes, or set a limit with --max-cost"
@@ -573,6 +589,15 @@ def test_costs_are_told_before_and_bounded(work, server):
     enough = invoke(work, server, *prices, "--max-cost", 99)
     assert enough.exit_code == 0 and "4 answers are there already" in enough.output, enough.output
     assert "18 requests sent, " in enough.output
+
+
+def test_a_person_is_asked_before_anything_is_sent(work, server, monkeypatch):
+    monkeypatch.setattr("hsae.cli.evaluations.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    command = arguments(work, server, sets=["autointerp.n_latents=1"])
+    refused = CliRunner().invoke(app, command, input="n\n")
+    assert refused.exit_code == 1 and "Start? [y/N]" in refused.output and not server.asked
+    agreed = CliRunner().invoke(app, command, input="y\n")
+    assert agreed.exit_code == 0 and "2 requests sent" in agreed.output, (agreed.output, agreed.exception)
 
 
 # ---- stores and mistakes ------------------------------------------------------------------------------------------------
