@@ -40,9 +40,9 @@ def say(*parts: Part, style: str = "") -> None:
     get_console().print(Text.assemble(*parts, style=style), soft_wrap=True)
 
 
-def plus_minus(value: str, half: str) -> Text:
+def plus_minus(value: str, half: str, gap: str = " ") -> Text:
     """A number and half its interval."""
-    return Text.assemble(value, " ", (f"±{half}", "dim"))
+    return Text.assemble(value, gap, (f"±{half}", "dim"))
 
 
 @contextmanager

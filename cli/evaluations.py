@@ -220,12 +220,14 @@ def show(results: "list[Result[Any]]") -> None:
 
 def draw(table: ResultTable) -> Table:
     """A table as rich draws it."""
-    shown = Table(title=table.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    padding = 0 if table.is_dense else (0, 1)
+    shown = Table(title=table.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=padding)
     shown.add_column(table.columns[0], overflow="fold")
     for column in table.columns[1:]:
         shown.add_column(column, justify="right", no_wrap=True)
     for row in table.rows:
-        cells = [plus_minus(cell.value, cell.half) if isinstance(cell, PlusMinus) else cell for cell in row.cells]
+        gap = "" if table.is_dense else " "
+        cells = [plus_minus(cell.value, cell.half, gap) if isinstance(cell, PlusMinus) else cell for cell in row.cells]
         shown.add_row(*cells, style="yellow" if row.is_doubtful else None)
     return shown
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hsae.eval.harness.targets import Selection as Selection
     from hsae.eval.quickstart import run_quickstart as run_quickstart
     from hsae.eval.report.page import write_report as write_report
+    from hsae.eval.synthetic.synthetic_evaluation import evaluate_synthetic as evaluate_synthetic
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
@@ -28,6 +29,7 @@ else:
             "Selection": "hsae.eval.harness.targets",
             "evaluate": "hsae.eval.harness.evaluation",
             "evaluate_plan": "hsae.eval.harness.evaluation",
+            "evaluate_synthetic": "hsae.eval.synthetic.synthetic_evaluation",
             "run_ablations": "hsae.eval.ablation.ablations",
             "run_quickstart": "hsae.eval.quickstart",
             "write_report": "hsae.eval.report.page",

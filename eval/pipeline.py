@@ -11,7 +11,7 @@ from hsae.eval.harness.evaluation import evaluate_plan
 from hsae.eval.harness.targets import Selection
 from hsae.eval.report.page import write_report
 from hsae.eval.synthetic.compared_runs import Arms
-from hsae.eval.synthetic.tiers import run_tier
+from hsae.eval.synthetic.synthetic_evaluation import evaluate_synthetic
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.runs.planned_runs import train_runs
@@ -43,7 +43,7 @@ class Pipeline:
 
     def evaluate_synthetic(self, arms: Arms, runs: Sequence[RunConfig], seeds: int, folder: Path) -> None:
         """Train and score runs on data whose features are known."""
-        run_tier(arms.tier, runs, range(seeds), stream=arms.train, folder=folder, device=self.device)
+        evaluate_synthetic(arms, runs, range(seeds), folder=folder, device=self.device)
 
     def report(self, plan: Plan, runs: Sequence[RunConfig], out: Path) -> None:
         """Write the report. Raises UserError."""

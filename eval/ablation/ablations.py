@@ -13,7 +13,7 @@ from hsae.eval.ablation.table import AblationTable
 from hsae.eval.harness.targets import Selection
 from hsae.eval.pipeline import Pipeline
 from hsae.eval.synthetic.compared_runs import NUMBERS, load_arms
-from hsae.eval.synthetic.tiers import read_results
+from hsae.eval.synthetic.synthetic_evaluation import read_results
 from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
 

@@ -34,6 +34,8 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Lines below it."""
+    is_dense: bool = False
+    """Whether it has so many columns that the command line spares spaces."""
 
     def add(self, *cells: Cell, is_doubtful: bool = False) -> None:
         """Append a row."""

@@ -1,11 +1,11 @@
 """The arms that are compared on synthetic worlds: runs 0 to 13 of the default plan, with the sizes of one tier.
 
-A tier says how many latents there are in all. How they, and the active ones, are split is one rule for every tier, set down
-before any tier was trained and blind to its truth:
+A tier says how many latents there are in all. How they, and the active ones, are split is one rule for every tier,
+set down before any tier was trained and blind to its truth:
 - a quarter of the latents is coarse (each further level a quarter of the one below);
 - 5 % of the latents are active, in all arms alike;
-- the levels share them evenly. In a tree an active child brings an active parent, one for one, so that every level has as much
-  to say of a vector as the next; a split in proportion to width, which the levels' sizes may suggest, starves the coarse one.
+- the levels share them evenly. In a tree an active child brings an active parent, one for one, so that every level has
+  as much to say of a vector as the next; a split in proportion to width starves the coarse one.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from hsae.cache.errors import UserError
 from hsae.cache.files import parse_toml
 from hsae.eval.synthetic.worlds import Tier, tier_named
 from hsae.train.config.plan import DEFAULT_PLAN, apply_override, checked_runs, read_tables, select_runs
@@ -38,8 +39,15 @@ class Arms:
         return select_runs(self.runs, text, SOURCE)
 
 
-def load_arms(tier: str, overrides: Sequence[str] = ()) -> Arms:
-    """The packaged arms for a tier, with `key=value` overrides (`train.` and `runs.`) applied. Raises UserError."""
+def load_arms(tier: str, overrides: Sequence[str] = (), *, tokens: int | None = None) -> Arms:
+    """The packaged arms for a tier, with `key=value` overrides (`train.` and `runs.`) applied. Raises UserError.
+
+    `tokens` is how many vectors each is trained on, if not as many as the tier says.
+    """
+    if tokens is not None:
+        if any(value.strip().startswith("train.tokens") for value in overrides):
+            raise UserError("--tokens and --set train.tokens exclude each other")
+        overrides = [*overrides, f"train.tokens={tokens}"]
     world = tier_named(tier)
     tables: dict[str, Any] = parse_toml(resources.files("hsae.eval.synthetic").joinpath("synthetic.toml").read_bytes())
     train = tables["train"] | tables["tiers"].get(tier, {})

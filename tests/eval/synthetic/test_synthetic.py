@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from hsae.cache.errors import UserError
 from hsae.cli.main import app
-from hsae.eval.synthetic import scores
+from hsae.eval.harness.listener import Listener
+from hsae.eval.synthetic import scores, synthetic_evaluation
 from hsae.eval.synthetic.compared_runs import load_arms, split_widths
-from hsae.eval.synthetic.tiers import fingerprint, read_results, run_tier
+from hsae.eval.synthetic.synthetic_evaluation import evaluate_synthetic, fingerprint, read_results
 from hsae.eval.synthetic.worlds import HELD_OUT, TIERS, World, _raised, tier_named
 from hsae.train.model.hierarchical_sae import AdditiveSAE, CompositionMap
 from hsae.train.model.sae import SAE
@@ -287,26 +288,39 @@ def test_the_arms_are_the_plans_runs_with_the_tiers_size_and_matched_l0():
 
 def small_run(folder, names="full,batchtopk", seeds=(0, 1), overrides=(), **options):
     arms = load_arms("T1", ["train.tokens=6000", "train.batch_tokens=200", *overrides])
-    return run_tier(
-        arms.tier, arms.select(names), seeds, stream=arms.train, folder=folder, vectors=900, device="cpu", **options
-    )
+    result = evaluate_synthetic(arms, arms.select(names), seeds, folder=folder, vectors=900, device="cpu", **options)
+    return result.content
 
 
-class Recorder:
+@pytest.fixture
+def trained(monkeypatch):
+    """(run, seed) of everything that is trained."""
+    began, real = [], synthetic_evaluation.train_and_score
+
+    def record(config, world, *rest):
+        began.append((config.name, world.seed))
+        return real(config, world, *rest)
+
+    monkeypatch.setattr(synthetic_evaluation, "train_and_score", record)
+    return began
+
+
+class Recorder(Listener):
     def __init__(self):
-        self.began = []
+        self.last = {}
 
-    def progress(self, arm, seed, step, steps):
-        if step == 0:
-            self.began.append((arm, seed))
+    def progress(self, phase, done, total):
+        assert done >= self.last.get(phase, (0, total))[0]
+        self.last[phase] = done, total
 
 
-def test_results_are_kept_seed_by_seed_and_not_computed_again(tmp_path):
+def test_results_are_kept_seed_by_seed_and_not_computed_again(tmp_path, trained):
     recorder = Recorder()
-    small_run(tmp_path, seeds=[0], listener=recorder)
+    small_run(tmp_path, seeds=[0])
     first = (tmp_path / "T1.json").read_text()
     content = small_run(tmp_path, listener=recorder)
-    assert recorder.began == [("full", 0), ("batchtopk", 0), ("full", 1), ("batchtopk", 1)]
+    assert trained == [("full", 0), ("batchtopk", 0), ("full", 1), ("batchtopk", 1)]
+    assert recorder.last == {"3 full": (60, 60), "11 batchtopk": (60, 60)}
     assert read_results(tmp_path / "T1.json") == content
     full = content["arms"]["full"]
     assert full["seeds"][0] == json.loads(first)["arms"]["full"]["seeds"][0]
@@ -317,9 +331,9 @@ def test_results_are_kept_seed_by_seed_and_not_computed_again(tmp_path):
     assert "random" in json.dumps(list(full["mean"])) and "edge_f1_random" not in content["arms"]["batchtopk"]["mean"]
     again = small_run(tmp_path / "again", seeds=[1, 0])
     assert again["arms"] == content["arms"]  # neither order nor history changes a bit
-    recorder.began.clear()
-    small_run(tmp_path, names="full", listener=recorder, force=True)
-    assert recorder.began == [("full", 0), ("full", 1)]
+    trained.clear()
+    small_run(tmp_path, names="full", force=True)
+    assert trained == [("full", 0), ("full", 1)]
     assert read_results(tmp_path / "T1.json")["arms"] == content["arms"]
 
 
@@ -369,10 +383,11 @@ def test_the_command_prints_a_table_and_says_where_the_results_are(tmp_path):
     ]
     result = CliRunner().invoke(app, [*arguments, "--set", "train.batch_tokens=256", "--device", "cpu"])
     assert result.exit_code == 0, result.output
+    tables = result.output[result.output.index("T1: 20 features in 28 dimensions, 4,096 vectors; mean ±") :]
     held = json.loads((tmp_path / "T1.json").read_text())
     assert held["settings"]["tokens"] == 4096 and list(held["arms"]) == ["full", "batchtopk"]
     for name, arm in held["arms"].items():
-        lines = [line for line in result.output.splitlines() if f" {name} " in line]
+        lines = [line for line in tables.splitlines() if f" {name} " in line]
         assert [line.split()[2].split("±")[0] for line in lines] == [
             f"{arm['mean'][score]:.3f}".removeprefix("0") for score in ("parent_f1", "edge_precision")
         ]
