@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsae.cache.language_model.lm import load_tokenizer
+from hsae.cache.language_model.lm import LanguageModel, load_tokenizer
+from hsae.cache.reading.provenance import check_tokenizer
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.harness.fits import check_fits
 from hsae.train.model.hierarchical_sae import HierarchicalSAE, Latent
@@ -48,13 +49,18 @@ class Context:
 
 
 def top_contexts(
-    model: HierarchicalSAE, store: ActivationStore, *latents: Latent, count: int = 5, hook: str | None = None
+    model: HierarchicalSAE,
+    store: ActivationStore,
+    *latents: Latent,
+    count: int = 5,
+    hook: str | None = None,
+    lm: LanguageModel | None = None,
 ) -> dict[Latent, list[Context]]:
     """Where in a store's text latents are most active: `count` contexts of each (level, latent), strongest first.
 
     Contexts are from different documents, in the store's first 1,024 rows. `hook` is needed if the store has several;
-    the tokenizer is that of the store's model. Raises UserError for an unknown latent or a model that does not fit the
-    store.
+    the tokenizer is that of the store's model, or of `lm`, which is needed where that model was built from memory.
+    Raises UserError for an unknown latent, or a model or tokenizer that does not fit the store.
 
     >>> for context in hsae.top_contexts(model, store, (2, 17))[2, 17]:  # doctest: +SKIP
     ...     print(f"{context.activation:.1f} {context}")
@@ -64,7 +70,8 @@ def top_contexts(
     check_fits(model, hook, store.header.d_model, store.spec.model.id)
     for latent in latents:
         model.check_latent(latent)
-    tokenizer = load_tokenizer(store.spec.model)
+    tokenizer = lm.tokenizer if lm is not None else load_tokenizer(store.spec.model)
+    check_tokenizer(store.root, store.header, tokenizer)
     contexts: dict[Latent, list[Context]] = {}
     for level in dict.fromkeys(level for level, _ in latents):
         view = model.view(model.level_name(level))

@@ -15,12 +15,12 @@ from hsae.cache.errors import CorpusError, ModelError, UserError
 from hsae.cache.format.spec import StoreSpec, default_codec
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.language_model.loading import positions
+from hsae.cache.language_model.sources import MEMORY_URL
 from hsae.cache.progress import Progress, shown
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import Place, check_writable, place
 from hsae.cache.text.packing import Packer, tokenise
 
-IN_MEMORY = "memory://"
 CLEAN_SHARE = 11
 """By default one of so many rows of an evaluation store has clean losses, as SAEBench's 200 batches of 2,200."""
 
@@ -78,10 +78,10 @@ def build_in_memory(
     spec = StoreSpec(
         split=split,
         model=ModelConfig.model_validate(
-            {"id": f"{IN_MEMORY}{identity}/{lm.config.model_type}", "dtype": str(lm.dtype).removeprefix("torch.")}
+            {"id": f"{MEMORY_URL}{identity}/{lm.config.model_type}", "dtype": str(lm.dtype).removeprefix("torch.")}
         ),
         hooks=hooks,
-        corpus=CorpusConfig(corpus=f"{IN_MEMORY}{text.digest[:16]}"),
+        corpus=CorpusConfig(corpus=f"{MEMORY_URL}{text.digest[:16]}"),
         context=context,
         prepend_bos=prepend_bos,
         batch_rows=batch_rows,

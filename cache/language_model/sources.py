@@ -25,6 +25,8 @@ TOKENIZER_PATTERNS = ["config.json", *TOKENIZER_FILES, *VOCABULARIES]
 HUB_PATTERNS = [WEIGHTS, "*.json", *VOCABULARIES]
 HUB_TIMEOUT_S = 10.0
 COMMIT = re.compile("[0-9a-f]{40}")
+MEMORY_URL = "memory://"
+"""How the id of a model, or the name of a corpus, begins that was given in memory."""
 
 
 def model_folder(config: ModelConfig, say: Say = lambda text: None) -> Path:
@@ -37,6 +39,10 @@ def model_folder(config: ModelConfig, say: Say = lambda text: None) -> Path:
     if path.is_dir():
         _check_folder(path)
         return path.resolve()
+    if config.id.startswith(MEMORY_URL):
+        raise ModelError(
+            f"the model {config.id} was given in memory; give it again: lm=hsae.LanguageModel.of(model, tokenizer)"
+        )
     if not on_hub(config):
         raise ModelError(
             f"model.id {config.id!r}: no such folder; give a local folder, a .gguf file, a hub id such as "

@@ -126,8 +126,9 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         *,
         device: str = "cpu",
         listener: Listener = SILENT,
+        lm: LanguageModel | None = None,
     ) -> None:
-        self.store, self.device, self.listener = store, device, listener
+        self.store, self.device, self.listener, self.lm = store, device, listener, lm
         self.options: Any = options or self.options_kind()
         self.config: Any = config if config is not None else (self.config_kind() if self.config_kind else None)
 
@@ -196,7 +197,9 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         return content
 
     def load_language_model(self) -> LanguageModel:
-        """The language model that the store was made with, at the same commit."""
+        """The language model that was given, or that the store was made with, at the same commit."""
+        if self.lm is not None:
+            return self.lm
         store: Any = self.store
         return LanguageModel.load(at_commit(store.spec.model, store.header.model_commit), device=self.device)
 
@@ -365,14 +368,15 @@ def evaluate(
     device: str = "cpu",
     listener: Listener = SILENT,
     config: Config | None = None,
+    lm: LanguageModel | None = None,
     **options: Any,
 ) -> Result[Target]:
     """Evaluate a model in memory; nothing is written until `save` is called on the result.
 
     `model` is a trained model (all its levels together; of a stack level 1) or one of its views, `store` what the
     evaluation reads (for `core` an evaluation store), `evaluation` a name of `hsae eval`, `options` the options of its
-    command, such as `draws=3`. `hook` is needed if the store has several. Raises UserError before any compute if
-    something does not fit.
+    command, such as `draws=3`. `hook` is needed if the store has several. `lm` is the store's language model, loaded
+    where it is needed and not given. Raises UserError before any compute if something does not fit.
     """
     if evaluation not in registry.EVALUATIONS:
         raise UserError(f"there is no evaluation {evaluation!r}; there are {', '.join(registry.EVALUATIONS)}")
@@ -397,7 +401,7 @@ def evaluate(
         sae_id=view.name,
         weights_digest=digest.hexdigest(),
     )
-    bench = kind(store, chosen, config, device=device, listener=listener)
+    bench = kind(store, chosen, config, device=device if lm is None else str(lm.device), listener=listener, lm=lm)
     bench.check(target)
     if not bench.begin([target]):
         raise UserError(f"{evaluation} was not to begin (a dry run), so there is no result")

@@ -90,7 +90,9 @@ class Ravel(SuiteEvaluation[RavelStore]):
     # --- what all SAEs share ---------------------------------------------------------------------------------------------
 
     def load_language_model(self) -> LanguageModel:
-        """The language model at the commit that stores beside this one were made with."""
+        """The language model that was given, or the one at the commit that stores beside this one were made with."""
+        if self.lm is not None:
+            return self.lm
         return LanguageModel.load(pin_commit(self.store.spec.model, self.store.root), device=self.device)
 
     @cached_property

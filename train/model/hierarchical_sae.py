@@ -202,6 +202,8 @@ class HierarchicalSAE(View):
 
     def encode(self, x: Tensor, /) -> Tensor:
         """Latent activations [..., F] of all levels side by side, finest first, of residuals [..., D]."""
+        if x.shape[-1] != self.d_in:
+            raise UserError(f"x has shape {tuple(x.shape)}; this model reads residuals [..., {self.d_in}]")
         return torch.cat(self.codes(x), -1)
 
     def split(self, codes: Tensor) -> tuple[Tensor, ...]:
@@ -266,8 +268,10 @@ class HierarchicalSAE(View):
         Those that bring nothing are left out. Without arguments: the submodules, as of any torch module.
         Raises UserError for the finest level, an unknown latent, or a model whose composition was not learned.
         """
-        if level is None or latent is None:
+        if level is None and latent is None:
             return super().children()
+        if level is None or latent is None:
+            raise UserError("give both: children(level=2, latent=17)")
         if level == 1:
             raise UserError(
                 f"level 1 is the finest and has no children; {self._allowed(range(2, len(self.levels) + 1))}"

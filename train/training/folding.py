@@ -25,7 +25,6 @@ def fold(run: TrainingRun, metadata: dict[str, Any], sample_BD: Tensor) -> Hiera
     for number in range(1, config.levels + 1):
         level = run.model.level(number)
         weights = {name: tensor.detach().cpu() for name, tensor in level.folded(scale).items()}
-        hook = metadata["hook_name"]
         levels.append(
             SAE(
                 name=structure.level_name(number),
@@ -36,10 +35,7 @@ def fold(run: TrainingRun, metadata: dict[str, Any], sample_BD: Tensor) -> Hiera
                 b_dec=run.model.bias(number).detach().cpu() / scale,
                 extra=weights,
                 k=int(level.l0) if level.architecture == "topk" else None,
-                metadata={
-                    **metadata,
-                    "hook_name": f"code of level {number - 1} at {hook}" if structure.reads_code(number) else hook,
-                },
+                metadata=_reading_code(metadata, number - 1) if structure.reads_code(number) else dict(metadata),
             )
         )
     maps = [
@@ -53,3 +49,9 @@ def fold(run: TrainingRun, metadata: dict[str, Any], sample_BD: Tensor) -> Hiera
         gates=[part.cpu() for part in parents if part is not None],
         effective_thresholds=structure.calibrated(levels, sample_BD.cpu() / scale, config.l0),
     )
+
+
+def _reading_code(metadata: dict[str, Any], below: int) -> dict[str, Any]:
+    """The metadata of a level that reads the code of the level `below` it."""
+    hook = metadata.get("hook_name")
+    return {**metadata, "hook_name": f"code of level {below}{f' at {hook}' if hook else ''}"}

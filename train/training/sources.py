@@ -20,9 +20,6 @@ from hsae.cache.reading.token_stream import ALONE, TokenStream
 from hsae.train.config.run_config import StreamConfig
 from hsae.train.training.scaling import Scaling
 
-UNKNOWN = {"model_name": "unknown", "hook_name": "x"}
-"""What SAELens folders say of vectors from anywhere."""
-
 
 class Source(Protocol):
     """Batches of vectors, and what is known of the vectors before the first batch."""
@@ -91,7 +88,8 @@ class ArraySource:
                 "give more vectors, or a smaller batch_tokens"
             )
         self.vectors_ND, self.stream = vectors_ND, stream
-        self.scaling, self.metadata = Scaling.of_vectors(vectors_ND, "the vectors of x"), dict(UNKNOWN)
+        self.scaling = Scaling.of_vectors(vectors_ND, "the vectors of x")
+        self.metadata: dict[str, Any] = {}
 
     def batches(self, first: int, *, pinned: bool = False) -> Iterator[Tensor]:
         """Batches `first` to the last step's."""
@@ -116,7 +114,8 @@ class IterableSource:
     def __init__(self, batches: Iterable[Any], stream: StreamConfig) -> None:
         regrouped = _regrouped(batches, stream)
         first = list(itertools.islice(regrouped, -(-MEDIAN_SAMPLE // stream.batch_tokens)))
-        self.scaling, self.metadata = Scaling.of_vectors(torch.cat(first), "the first batches of x"), dict(UNKNOWN)
+        self.scaling = Scaling.of_vectors(torch.cat(first), "the first batches of x")
+        self.metadata: dict[str, Any] = {}
         self._batches = itertools.chain(first, regrouped)
 
     def batches(self, first: int, *, pinned: bool = False) -> Iterator[Tensor]:
