@@ -69,7 +69,7 @@ class HierarchicalSAE(View):
     >>> settings = {"batch_tokens": 64, "steps": 20, "device": "cpu", "progress": False}
     >>> model = hsae.fit(x, widths=[32, 6], l0=[4, 2], composition="normalised", **settings)
     >>> model
-    AdditiveSAE of 8-dimensional residuals, float32 on cpu, made for ...
+    AdditiveSAE of 8-dimensional residuals, float32 on cpu
       level 1: 32 latents, jumprelu
       level 2: 6 latents, jumprelu, composed of level 1
     >>> codes = model.encode(x[:5])  # of all levels

@@ -35,7 +35,7 @@ def load(path: Path | str) -> HierarchicalSAE:
     >>> model = hsae.fit(torch.randn(4000, 8), widths=[32], l0=[4], steps=5, device="cpu", progress=False)
     >>> model.save("my-sae")
     >>> hsae.load("my-sae")
-    FlatSAE of 8-dimensional residuals, float32 on cpu, made for ...
+    FlatSAE of 8-dimensional residuals, float32 on cpu
       level 1: 32 latents, jumprelu
     """
     folder = Path(path).expanduser()
