@@ -1,4 +1,4 @@
-"""Pictures: SVG for pages, in colours that follow the page's light or dark scheme; PNG for files. Same data, same bytes.
+"""Pictures: SVG for pages, in colours of the page's light or dark scheme; PNG for files. Same data, same bytes.
 
 Shapes: F coarse latents, G fine latents.
 """
@@ -25,8 +25,9 @@ VARIABLES = {TEXT: "currentColor", GREY: "var(--grey)"} | {color: f"var(--c{n})"
 MOST_ROWS_DRAWN, MOST_COLUMNS_DRAWN = 64, 160
 TREES_DRAWN, CHILDREN_DRAWN = 4, 6
 STYLE: Any = {  # matplotlib types its keys one by one
-    "svg.hashsalt": "hsae", "svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif", "font.size": 9,
-    "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT,
+    "svg.hashsalt": "hsae", "svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif",
+    "font.size": 9, "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": TEXT, "xtick.color": TEXT,
+    "ytick.color": TEXT,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "axes.titlelocation": "left",
     "axes.titleweight": "bold", "legend.frameon": False, "axes.linewidth": 0.6, "figure.constrained_layout.use": True,
     "grid.color": GREY, "grid.linewidth": 0.4, "grid.alpha": 0.3, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
@@ -35,7 +36,7 @@ STYLE: Any = {  # matplotlib types its keys one by one
 
 @dataclass(frozen=True)
 class Point:
-    """A value with its 95 % interval, on a labelled line; `whole` is False for one level of a model that has several."""
+    """A value with its 95 % interval, on a labelled line; `whole` is False for one level of a model with several."""
 
     label: str
     value: float | None
@@ -121,7 +122,7 @@ def comparison(panels: Mapping[str, Sequence[Point]]) -> str:
 
 @style()
 def training_curves(lines: Sequence[dict[str, Any]]) -> str:
-    """Loss, explained variance, L0 and dead share of each level over tokens; the curriculum's stages shaded and named. SVG."""
+    """Loss, explained variance, L0 and dead share of each level over tokens, with the curriculum's stages. SVG."""
     metrics = [line for line in lines if line["kind"] == "metrics"]
     tokens = [line["tokens"] / 1e3 for line in metrics]
     figure = new_figure(9, 4.6)
@@ -166,7 +167,7 @@ def stage_ends(lines: Sequence[dict[str, Any]]) -> list[tuple[str, float, float]
 
 
 def _shade_stages(axes: Any, lines: Sequence[dict[str, Any]], metrics: Sequence[dict[str, Any]]) -> int:
-    """Shade every second stage and write the names above the upper panels; returns how many lines of text the longest takes."""
+    """Shade every second stage and write names above the upper panels; returns how many lines the longest takes."""
     stages = stage_ends(lines)
     if len(stages) < 2:
         return 0
@@ -186,7 +187,10 @@ def _shade_stages(axes: Any, lines: Sequence[dict[str, Any]], metrics: Sequence[
 
 
 def drawn_part(contributions_FG: Tensor) -> Tensor:
-    """The strongest rows, strongest first, and the columns that matter to them, ordered so that what a row is made of lies on a diagonal."""
+    """The strongest rows, strongest first, and the columns that matter to them.
+
+    The columns are ordered so that what a row is made of lies on a diagonal.
+    """
     contributions_FG = contributions_FG.abs()
     rows = contributions_FG.square().sum(1).topk(min(MOST_ROWS_DRAWN, len(contributions_FG))).indices
     part = contributions_FG[rows]
@@ -224,7 +228,7 @@ def _of(shown: int, count: int) -> str:
 
 @style()
 def composition(contributions_FG: Tensor, level: int) -> str:
-    """A map W between two levels, and how many fine latents each coarse one is made of, beside a random map of its density. SVG."""
+    """A map W between two levels, and how many fine latents make up each coarse one, beside a random map. SVG."""
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     image = _matrix(left, contributions_FG, f"what level {level} is made of")
@@ -245,14 +249,14 @@ def composition(contributions_FG: Tensor, level: int) -> str:
 
 
 def reference(contributions_FG: Tensor) -> Tensor:
-    """The map beside which participation ratios are drawn: half-normal weights, as many a row and of the same size, in random places."""
+    """A random map to compare participation ratios with: half-normal weights, as many a row, in random places."""
     alive_G = (contributions_FG != 0).any(0)
     return half_normal(contributions_FG, alive_G, torch.Generator().manual_seed(0))
 
 
 @style()
 def trees(contributions_FG: Tensor, level: int) -> str:
-    """The coarse latents with the largest sum of C^2, each with its strongest children; what is not drawn is told. SVG."""
+    """The coarse latents with the largest sum of C^2, each with its strongest children. SVG."""
     power_F = contributions_FG.square().sum(1)
     parents = [
         parent for parent in power_F.topk(min(TREES_DRAWN, len(power_F))).indices.tolist() if power_F[parent] > 0

@@ -1,4 +1,4 @@
-"""The steps from a plan to a report. What is there already is not made again, so a stopped pipeline goes on where it was."""
+"""The steps from a plan to a report. What is there already is not made again: a stopped pipeline goes on."""
 
 from collections.abc import Sequence
 from pathlib import Path

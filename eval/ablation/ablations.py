@@ -1,4 +1,4 @@
-"""Does the hierarchy help, and which component is responsible? Trains and evaluates what is missing of a plan, and answers."""
+"""Does the hierarchy help, and which component? Trains and evaluates what is missing of a plan, and answers."""
 
 import json
 from collections.abc import Callable, Sequence

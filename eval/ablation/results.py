@@ -141,7 +141,7 @@ class _Reader:
         return numbers
 
     def _unlearning(self, plan: Plan, config: RunConfig, weights: str) -> list[Number] | None:
-        """Loss on forget text at BUDGET, of the run's main arm; None unless of the plan's very texts, with its settings."""
+        """Loss on forget text at BUDGET, of the main arm; None unless of the plan's very texts, with its settings."""
         try:
             content = read_result(plan.run_dir(config) / UNLEARNING_FILE, "hsae eval unlearning")
             inputs, arms = content["inputs"], content["arms"]
@@ -174,8 +174,8 @@ class _Reader:
                     for each in dict.fromkeys((kind, other_kind))
                 )
                 raise UserError(
-                    f"{kind} of {label} and {other_kind} of {other_label} are of different {sort}, so they can't stand in "
-                    f"one table; make them alike with: {' and '.join(commands)}"
+                    f"{kind} of {label} and {other_kind} of {other_label} are of different {sort}, so they can't "
+                    f"stand in one table; make them alike with: {' and '.join(commands)}"
                 )
 
 

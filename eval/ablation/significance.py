@@ -1,4 +1,4 @@
-"""Whether two runs differ by more than their seeds do: Student's t tests, corrected for their number, and how many seeds a test would need."""
+"""Whether two runs differ by more than their seeds do: t tests, corrected for their number, and the seeds they need."""
 
 import math
 from bisect import bisect_left
@@ -42,9 +42,9 @@ class Comparison:
     welch: TTest | None
     """Of the two means, variances unequal; None below MIN_SEEDS, or if neither run varies."""
     paired: TTest | None
-    """Of the differences seed by seed; None unless both runs have the same seeds, MIN_SEEDS or more, and the differences vary."""
+    """Of the differences seed by seed; None unless both runs have the same seeds, MIN_SEEDS or more, and they vary."""
     needs: int | None
-    """Seeds a run with which such a difference would be found with a chance of POWER; None above MANY, or without a Welch test."""
+    """Seeds a run that would find such a difference with a chance of POWER; None above MANY or without Welch's test."""
 
 
 def compare(pairs: Mapping[Key, tuple[Sample, Sample]]) -> dict[Key, Comparison]:
@@ -108,7 +108,10 @@ def _corrected(tests: Mapping[Key, TTest | None]) -> dict[Key, TTest | None]:
 
 
 def _needs(one: Sequence[float], other: Sequence[float], level: float) -> int | None:
-    """Seeds a run at which Welch's test finds the seen difference at `level` with a chance of POWER, if the seen variances are the true ones."""
+    """Seeds a run at which Welch's test finds the seen difference at `level` with a chance of POWER.
+
+    The variances that were seen are taken for the true ones.
+    """
     from scipy.stats import t
 
     difference, spread = fmean(one) - fmean(other), (variance(one), variance(other))

@@ -161,10 +161,10 @@ class AblationTable:
             return f"No test was made: a verdict needs {MIN_SEEDS} seeds or more."
         return (
             "Helps and hurts: Welch's t test of the difference between two runs' means over seeds (variances unequal, "
-            f"two-sided; df: its degrees of freedom), p below {LEVEL:g}, and below it against every control too. Where both "
-            "runs have the same seeds, the t test of the differences seed by seed (paired) stands beside it. p is corrected "
-            f"by Holm's method for all {self.comparisons} comparisons. needs N seeds: with the difference and the variances "
-            f"seen here, N seeds a run would find it with a chance of {POWER:.0%}."
+            f"two-sided; df: its degrees of freedom), p below {LEVEL:g}, and below it against every control too. Where "
+            "both runs have the same seeds, the t test of the differences seed by seed (paired) stands beside it. p is "
+            f"corrected by Holm's method for all {self.comparisons} comparisons. needs N seeds: with the difference "
+            f"and the variances seen here, N seeds a run would find it with a chance of {POWER:.0%}."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,8 +197,8 @@ class AblationTable:
         lines += [
             "",
             f"Mean ± standard deviation over {self.seeds} seeds (synthetic numbers over theirs); in brackets the same "
-            "number of a map without structure; * of a map fitted to the codes, since the run learned none. Components are "
-            "compared on fitted maps.",
+            "number of a map without structure; * of a map fitted to the codes, since the run learned none. Components "
+            "are compared on fitted maps.",
             "",
             *(f"* {judgement.sentence}" for judgement in self.judgements),
             "",

@@ -1,4 +1,4 @@
-"""What the report shows of single latents: where they are most active, and the fine latents that a coarse one is composed of.
+"""Single latents in the report: where they are most active, and the fine latents that a coarse one is composed of.
 
 Which latents are shown is not a choice of taste: the alive ones with the largest mean activation.
 
@@ -34,7 +34,7 @@ class LatentCard:
 
 
 def cards_of(model: HierarchicalSAE, store: ActivationStore, hook: str, tokenizer: Any) -> list[LatentCard]:
-    """Coarse latents with the fine ones they are composed of; without a composition map, a few latents of each level."""
+    """Coarse latents with the fine ones they are composed of; without composition maps, a few latents of each level."""
     views = model.views()
     if model.compositions:
         return _families(model.compositions[-1], views, store, hook, tokenizer)
@@ -62,10 +62,10 @@ def _families(
     ratios = maps.participation_ratio(shares_FG)
     cards = []
     for parent in parents:
-        nested = [
-            _card(fine, child, below, under, share=float(shares_FG[parent, child]), also=f"w = {float(part.weight[parent, child]):.3g}")
-            for child in children[parent]
-        ]  # fmt: skip
+        nested = []
+        for child in children[parent]:
+            share, weight = float(shares_FG[parent, child]), float(part.weight[parent, child])
+            nested.append(_card(fine, child, below, under, share=share, also=f"w = {weight:.3g}"))
         about = f"made of {float(ratios[parent]):.1f} fine latents"
         cards.append(_card(coarse, parent, seen, shown, also=about, children=nested))
     return cards

@@ -1,4 +1,4 @@
-"""What the report says of a run's composition: pictures of its maps, the hierarchy measures beside their nulls, and failures by name."""
+"""A run's composition in the report: pictures of its maps, measures beside their nulls, and failures by name."""
 
 import math
 from dataclasses import dataclass, field
@@ -52,7 +52,7 @@ class Composed:
 
 
 def composed_of(run_dir: Path, model: HierarchicalSAE | None, current: Current | None = None) -> Composed:
-    """What there is to say; nothing of a run with one level. Results of another model or store are left out and named."""
+    """What is known of a run; nothing if it has one level. Results of another model or store are left out and named."""
     if model is None or len(model.levels) == 1:
         return Composed()
     content, read = read_composition(run_dir), read_maps(run_dir)
@@ -94,18 +94,19 @@ def _pictures(key: str, contributions_FG: Tensor) -> list[Picture]:
     empty, fine = int((ratios == 0).sum()), contributions_FG.shape[1]
     caption = "Read off the codes by non-negative regression after training. " if fitted else ""
     caption += (
-        f"Participation ratio: how many fine latents a coarse one is made of (1 is a copy). Median {_median(ratios)}; nulls: "
-        f"{_median(null)} for half-normal weights in as many random places, about {2 / math.pi * fine:.0f} for dense ones. "
-        "Columns are ordered by the row they bring most to, so the diagonal is made by the order; what tells is how many cells a row has beside it."
+        "Participation ratio: how many fine latents a coarse one is made of (1 is a copy). "
+        f"Median {_median(ratios)}; nulls: {_median(null)} for half-normal weights in as many random places, "
+        f"about {2 / math.pi * fine:.0f} for dense ones. Columns are ordered by the row they bring most to, so the "
+        "diagonal is made by the order; what tells is how many cells a row has beside it."
     )
     if empty:
         caption += f" {empty} of {len(ratios)} coarse latents have an empty row: nothing composes them."
     found = [Picture(picture=figures.composition(contributions_FG, level), caption=caption)]
     if bool((contributions_FG > 0).any()):
         trees = (
-            "The coarse latents with the largest contributions (not chosen for how they look), and the fine latents they are made of, "
-            "by number, with each one’s contribution w · rms(fine) / rms(coarse). A child is a fine latent that brings at least a tenth "
-            "of the largest contribution."
+            "The coarse latents with the largest contributions (not chosen for how they look), and the fine latents "
+            "they are made of, by number, with each one’s contribution w · rms(fine) / rms(coarse). A child is a fine "
+            "latent that brings at least a tenth of the largest contribution."
         )
         found.append(Picture(picture=figures.trees(contributions_FG, level), caption=trees))
     return found
@@ -137,7 +138,10 @@ def _cells(entry: Measured) -> list[Cell]:
 
 
 def markdown(runs: list[tuple[str, Composed]]) -> str:
-    """One table: a line for each map of each run, the main measures with z against both nulls; and the failures. Empty if nothing is measured."""
+    """A line for each map of each run: the main measures with z against both nulls; below, the failures.
+
+    Empty if nothing is measured.
+    """
     lines = []
     for label, composed in runs:
         for pair in composed.result.pairs if composed.result is not None else []:
@@ -149,8 +153,8 @@ def markdown(runs: list[tuple[str, Composed]]) -> str:
     headings = ["run", "map", *(key.replace("_", " ") for key in MARKDOWN)]
     text = [
         "", "## Composition", "", f"| {' | '.join(headings)} |", f"|:--|:--|{'--:|' * len(MARKDOWN)}", *lines, "",
-        "In brackets: z against permuted and random maps (– where a null can't differ). A fitted map is read off the codes by "
-        "non-negative regression, so runs with and without a learned one compare on it.", "",
+        "In brackets: z against permuted and random maps (– where a null can't differ). A fitted map is read off the "
+        "codes by non-negative regression, so runs with and without a learned one compare on it.", "",
     ]  # fmt: skip
     text += [f"- **{plain(label)}**: {plain(failure)}" for label, composed in runs for failure in composed.failures]
     return "\n".join(text).rstrip() + "\n"

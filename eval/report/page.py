@@ -1,7 +1,7 @@
 """The report: runs side by side in one self-contained HTML page, a Markdown table, and one picture.
 
-Everything that comes from a corpus or a file is data: the template escapes it, and the page's own policy forbids scripts
-and loading anything. Missing pieces are named, not crashed over. The same inputs give the same bytes.
+Everything that comes from a corpus or a file is data: the template escapes it, and the page's own policy forbids
+scripts and loading anything. Missing pieces are named, not crashed over. The same inputs give the same bytes.
 """
 
 from collections.abc import Sequence
@@ -44,8 +44,9 @@ def write_report(
     """Put runs of a plan side by side in `out`: `index.html`, `report.md`, `summary.png`; returns the page's path.
 
     None stands for all runs, of which those that are not trained are named in the page. `compare` are core results of
-    SAEBench's, old or new, as further rows. The `listener` is warned of what is damaged, missing or left out. Raises UserError if
-    one of `runs` has not been trained, there is nothing to report, a file to compare can't be read, or a package is missing.
+    SAEBench's, old or new, as further rows. The `listener` is warned of what is damaged, missing or left out. Raises
+    UserError if one of `runs` has not been trained, there is nothing to report, a file to compare can't be read, or a
+    package is missing.
     """
     for run in runs or ():
         if read_run(plan.run_dir(run)) is None:

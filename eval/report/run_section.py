@@ -50,7 +50,7 @@ class Material:
 
 
 class RunSection:
-    """A run: its record, its evaluated views, and what the page shows of it. Whatever is missing or damaged is named."""
+    """A run: its record, its evaluated views, what the page shows of it. What is missing or damaged is named."""
 
     def __init__(self, run_dir: Path, info: dict[str, Any], material: Material) -> None:
         self.info, self.log = info, read_metrics(run_dir)

@@ -91,7 +91,7 @@ def _measured(measure: Measure | None, digits: int, best: bool = False) -> Cell 
 
 
 def _cell(row: Row, key: str, digits: int, best: bool) -> Cell:
-    """The corrected measure, never SAEBench's number of the same name; the cosine, which is SAEBench's, or why there is none."""
+    """A corrected measure, never SAEBench's number of the same name; the cosine is SAEBench's; or why there is none."""
     if key == "cossim":
         known = row.result.metric(key)
         return Cell("undefined" if known is None else f"{known:.{digits}f}")
@@ -107,7 +107,7 @@ def alive(result: CoreResult) -> Cell:
 
 
 def results(rows: Sequence[Row]) -> list[tuple[Row, list[Cell]]]:
-    """One line a row: corrected measures with intervals, the best marked only where its interval lies clear of all others'."""
+    """One line a row: corrected measures with intervals; the best is marked if its interval is clear of all others."""
     best = {key: _clear_winner(rows, key) for key, _, _, higher in COLUMNS if higher}
     return [
         (row, [*(_cell(row, key, digits, best.get(key) is row) for key, _, digits, _ in COLUMNS), alive(row.result)])
@@ -116,7 +116,7 @@ def results(rows: Sequence[Row]) -> list[tuple[Row, list[Cell]]]:
 
 
 def one_text(rows: Sequence[Row]) -> bool:
-    """Whether all of hsae's own results are of one evaluation store in one state; only then can intervals be compared."""
+    """Whether all of hsae's own results are of one evaluation store in one state, so that intervals can be compared."""
     held = [inputs_of(row.result.hsae) for row in rows if row.corrected]
     return len({tuple(str(inputs.get(key)) for key in ONE_TEXT) for inputs in held}) <= 1
 
@@ -143,9 +143,9 @@ def _point(row: Row, measure: Measure) -> figures.Point:
 def levels(
     rows: Sequence[Row], structure: str, widths: Sequence[int], log: Sequence[dict[str, Any]]
 ) -> list[LevelLine]:
-    """The value of each level, coarsest first: what levels >= l explain, on the evaluation text and at the end of training.
+    """The value of each level, coarsest first: what levels >= l explain, in evaluation and at the end of training.
 
-    A view that reads exactly levels >= l is needed: all levels together, the coarsest alone, and every level of a stack.
+    A view that reads exactly levels >= l is needed: all levels together, the coarsest alone, each level of a stack.
     """
     by_view = {row.view: row.result for row in rows}
     last = [line for line in log if line["kind"] == "metrics"][-LOG_LINES:]
@@ -173,7 +173,7 @@ def saebench(rows: Sequence[Row]) -> list[tuple[Row, list[str]]]:
 
 
 def markdown(title: str, rows: Sequence[Row], left_out: Sequence[tuple[str, str]] = ()) -> str:
-    """The results as a Markdown document: a table of corrected measures and, if there are results from elsewhere, one of SAEBench's.
+    """The results as Markdown: a table of corrected measures and, of results from elsewhere, one of SAEBench's.
 
     `left_out` are runs and why a result of theirs is not in it.
     """
@@ -185,8 +185,8 @@ def markdown(title: str, rows: Sequence[Row], left_out: Sequence[tuple[str, str]
             lines.append(_line([_name(row), str(row.latents or "?"), *texts]))
         lines += [
             "",
-            "In brackets: 95 % bootstrap intervals over rows. CE and KL scores: 1 is the clean model, 0 a zeroed residual. "
-            "Cosine is SAEBench's. “undefined” is what SAEBench's files write as -1: 0/0, no value.",
+            "In brackets: 95 % bootstrap intervals over rows. CE and KL scores: 1 is the clean model, 0 a zeroed "
+            "residual. Cosine is SAEBench's. “undefined” is what SAEBench's files write as -1: 0/0, no value.",
             "",
         ]
         if not one_text(own):
