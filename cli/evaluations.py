@@ -2,8 +2,7 @@
 
 import inspect
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -38,6 +37,7 @@ from hsae.eval.harness.tables import PlusMinus
 from hsae.eval.harness.tables import Table as ResultTable
 
 if TYPE_CHECKING:
+    from hsae.eval.harness.evaluate_all import Outcome
     from hsae.eval.harness.evaluation import Evaluation, Result
 
 OUT = Path("eval_results")
@@ -232,44 +232,43 @@ def draw(table: ResultTable) -> Table:
     return shown
 
 
-def summarise(jobs: dict[str, Callable[[], object]]) -> int:
-    """Do every job, even if one fails; print how each ended and how long it took, and return how many failed."""
-    outcomes: dict[str, tuple[str, float]] = {}
+def summarise(names: Sequence[str], outcomes: "Iterable[Outcome]") -> int:
+    """Show what each evaluation gave, then how each ended and how long it took; returns how many failed."""
+    rows = dict.fromkeys(names, ("not begun", 0.0))
+    waiting = iter(names)
     try:
-        for name, job in jobs.items():
-            began = time.perf_counter()
-            outcomes[name] = "interrupted", 0.0
-            outcomes[name] = _outcome(job), time.perf_counter() - began
+        rows[next(waiting)] = "interrupted", 0.0
+        for outcome in outcomes:
+            show(list(outcome.results))
+            rows[outcome.name] = _state(outcome.error), outcome.seconds
+            if (following := next(waiting, None)) is not None:
+                rows[following] = "interrupted", 0.0
     finally:
         table = Table(title="summary", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("evaluation", no_wrap=True)
         table.add_column("time", justify="right", no_wrap=True)
         table.add_column("outcome", overflow="fold")
-        for name in jobs:
-            state, seconds = outcomes.get(name, ("not begun", 0.0))
+        for name, (state, seconds) in rows.items():
             table.add_row(name, f"{seconds:.0f} s", state, style=_style(state))
         get_console().print(table)
-    return sum(_style(state) == "red" for state, _ in outcomes.values())
+    return sum(_style(state) == "red" for state, _ in rows.values())
 
 
-def _outcome(job: Callable[[], object]) -> str:
-    """Do it, and say in a line how it ended, whatever went wrong; what must be a bug shows its traceback too."""
+def _state(error: Exception | None) -> str:
+    """How an evaluation ended, in a line; what must be a bug shows its traceback too."""
     import traceback
 
     from hsae.cache.errors import NotApplicable
 
-    try:
-        job()
-    except NotApplicable as error:
+    if error is None:
+        return "done"
+    if isinstance(error, NotApplicable):
         return f"skipped: {error}"
-    except Exception as error:
-        line = one_line(error)
-        if line is None:
-            error_console().print("".join(traceback.format_exception(error)))
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            line = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+    if (line := one_line(error)) is not None:
         return line
-    return "done"
+    error_console().print("".join(traceback.format_exception(error)))
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
 
 
 def _style(state: str) -> str | None:

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID
 
-from hsae import registry
 from hsae.cli import ravel
 from hsae.cli.common import (
     AllOption,
@@ -23,7 +21,7 @@ from hsae.cli.common import (
     progress_bars,
     say,
 )
-from hsae.cli.evaluations import ForceOption, OutOption, evaluate, show, summarise
+from hsae.cli.evaluations import ForceOption, OutOption, Screen, summarise
 
 if TYPE_CHECKING:
     from hsae.cache.suites.specs import Suite
@@ -55,33 +53,18 @@ def every(
 
     Example: hsae eval all --plan gemma-3-270m
     """
+    from hsae.eval.harness.evaluate_all import evaluate_all, names_in_all
+    from hsae.eval.harness.targets import Selection
     from hsae.train.config.plan import load_plan
 
     check_sae_options(sae, seeds, out)
     loaded = load_plan(plan, overrides or ())
     run = named_runs(loaded, run, all_runs, sae)
-    shared: dict[str, Any] = {
-        "run": run,
-        "seeds": seeds,
-        "sae": sae,
-        "plan": plan,
-        "overrides": overrides,
-        "force": force,
-        "device": device,
-    }
-    jobs: dict[str, Callable[[], object]] = {}
-    for name, entry in registry.EVALUATIONS.items():
-        if entry.is_in_all:
-            jobs[name] = partial(_registered, name, draws, out=out, **shared)
-    if failed := summarise(jobs):
-        say(f"{failed} of {len(jobs)} evaluations failed")
+    selection = Selection(run=run, seeds=seeds, folders=sae or (), out=out)
+    outcomes = evaluate_all(loaded, selection, draws=draws, force=force, device=device, listen=Screen)
+    if failed := summarise(names_in_all(), outcomes):
+        say(f"{failed} of {len(names_in_all())} evaluations failed")
         raise typer.Exit(1)
-
-
-def _registered(name: str, draws: int, **given: Any) -> None:
-    kind = registry.resolve(registry.EVALUATIONS[name].kind)
-    options = {"draws": draws} if "draws" in kind.options_kind.model_fields else {}
-    show(evaluate(kind, kind.options_kind(**options), **given))
 
 
 def _suite(name: str) -> "Suite":

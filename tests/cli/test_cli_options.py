@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from hsae import registry
 from hsae.cache import errors
-from hsae.cli import suite
 from hsae.cli.evaluations import evaluation_command
 from hsae.cli.main import app
+from hsae.eval.harness import evaluate_all
 
 TINY = ["--plan", "tiny", "--device", "cpu"]
 
@@ -158,14 +158,14 @@ def test_all_goes_on_whatever_one_evaluation_raises(monkeypatch):
     for name in ("ravel", "unlearning"):
         raised[name] = errors.NotApplicable(f"no store; make it with `hsae cache build --suite {name}`")
 
-    real = suite._registered
+    real = evaluate_all.evaluate_one
 
     def evaluate(name, *arguments, **given):
         if name == "core":
             real(name, *arguments, **given)
         raise raised[name]
 
-    monkeypatch.setattr(suite, "_registered", evaluate)
+    monkeypatch.setattr(evaluate_all, "evaluate_one", evaluate)
     result = CliRunner().invoke(app, ["eval", "all", *TINY], env={"COLUMNS": "160"})
     assert result.exit_code == 1, result.exception
     table = result.stdout[result.stdout.index("summary") :]
@@ -187,8 +187,9 @@ def test_all_writes_its_summary_when_it_is_interrupted(monkeypatch):
     def evaluate(name, *_, **__):
         if name != "core":
             raise KeyboardInterrupt
+        return []
 
-    monkeypatch.setattr(suite, "_registered", evaluate)
+    monkeypatch.setattr(evaluate_all, "evaluate_one", evaluate)
     result = CliRunner().invoke(app, ["eval", "all", *TINY], env={"COLUMNS": "160"})
     assert result.exit_code == 130
     assert re.search(r"sparse-probing +0 s +interrupted", result.stdout)
