@@ -1,4 +1,4 @@
-"""The map of the house: every module with the first sentence of its docstring. `python .ci/map.py` writes it into docs/map.md."""
+"""The map of the house: every module, and what imports what. `python .ci/map.py` writes it into docs/map.md."""
 
 import ast
 import textwrap

@@ -1,4 +1,4 @@
-"""Run outside the checkout against an installed hsae: every module imports, every packaged plan loads, zarr knows bfloat16."""
+"""For an installed hsae, outside the checkout: every module imports, every plan loads, zarr knows bfloat16."""
 
 import importlib
 import pkgutil

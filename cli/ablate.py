@@ -41,11 +41,11 @@ def ablate(
     ] = Path("ablations"),
     device: DeviceOption = "auto",
 ) -> None:
-    """Does the hierarchy help, and which component is responsible? Trains and evaluates what is missing of the plan, and answers.
+    """Does the hierarchy help, and which component is responsible? Trains and evaluates what is missing, and answers.
 
-    One table of all runs over several seeds, each hierarchy number beside its null, and a plain sentence for every component:
-    helps, hurts, or no evidence and how many seeds it would take (Welch's t test, corrected for the number of comparisons; three seeds
-    or more). A stopped command goes on where it was.
+    One table of all runs over several seeds, each hierarchy number beside its null, and a plain sentence for every
+    component: helps, hurts, or no evidence and how many seeds it would take (Welch's t test, corrected for the number
+    of comparisons; three seeds or more). A stopped command goes on where it was.
 
     Example: hsae ablate --plan study --run 0-13
     """
@@ -86,7 +86,8 @@ def _print(table: "AblationTable") -> None:
                 drawn.add_row(row.label, *cells)
         get_console().print(drawn)
     get_console().print(
-        f"mean ± standard deviation over {table.seeds} seeds, [the same of a map without structure], * of a map fitted to the codes\n"
+        f"mean ± standard deviation over {table.seeds} seeds, [the same of a map without structure], "
+        "* of a map fitted to the codes\n"
     )
     for judgement in table.judgements:
         get_console().print(f"• {judgement.sentence}")

@@ -12,7 +12,7 @@ from hsae.cli import eval as eval_commands
 from hsae.cli.common import error_console, one_line, use_plain_console
 
 app = typer.Typer(
-    help="Hierarchical sparse autoencoders: cache a language model's activations once, then train and evaluate at will.",
+    help="Hierarchical sparse autoencoders: cache a language model's activations once, then train and evaluate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # which takes [table] and [/] in help for what they are

@@ -44,8 +44,9 @@ def train(
 ) -> None:
     """Train runs of the plan from the cached activations; the language model is never loaded.
 
-    All selected runs train in one pass over the cache, each exactly as if alone; every further seed is a pass of its own. Under
-    torchrun or Slurm the workers share every batch or, for dictionaries that don't fit one device, the latents.
+    All selected runs train in one pass over the cache, each exactly as if alone; every further seed is a pass of its
+    own. Under torchrun or Slurm the workers share every batch or, for dictionaries that don't fit one device, the
+    latents.
 
     Example: hsae train --run 3
     """

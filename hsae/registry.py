@@ -1,7 +1,7 @@
 """What can be added to hsae by one line: evaluations, tables of the plan, activations and losses.
 
-Everything is named as `module:object` and imported when it is first used, so nothing here costs time or depends on what it
-names. What is added at run time may be given itself.
+Everything is named as `module:object` and imported when it is first used, so nothing here costs time or depends on what
+it names. What is added at run time may be given itself.
 """
 
 from dataclasses import dataclass
@@ -62,7 +62,8 @@ EVALUATIONS: dict[str, Entry] = {
     ),
     "stability": Entry(
         "hsae.eval.hierarchy.stability_evaluation:Stability",
-        "How alike a run's seeds are: latents matched one to one, and the edges between them, beside what chance gives.",
+        "How alike a run's seeds are: latents matched one to one, and the edges between them, beside what chance "
+        "gives.",
         is_in_all=False,
     ),
 }
@@ -76,7 +77,9 @@ class Table:
     kind: str
     """The pydantic model that checks it."""
     splits: tuple[str, ...] = ()
-    """Activation stores that it describes, beside `train` and `eval`: its model has a method `spec(split, ...)` for them."""
+    """Activation stores that it describes, beside `train` and `eval`: its model has a method `spec(split, ...)` for
+    them.
+    """
 
 
 TABLES: dict[str, Table] = {

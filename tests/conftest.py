@@ -1,4 +1,6 @@
-"""What several test files need: small stores made without a language model, an S3 server that fails on demand, and a web server."""
+"""What several test files need: small stores made without a language model, an S3 server that fails on demand, and a
+web server.
+"""
 
 import importlib.util
 import logging
@@ -30,7 +32,10 @@ def pytest_collection_modifyitems(items):
 
 
 def made(folder, *, rows=23, context=7, width=10, codec="mappable", clean=9, seed=0):
-    """A complete store of random numbers at a folder or URL: chunks of 4 rows, token 0 special. Returns (its place, the numbers)."""
+    """A complete store of random numbers at a folder or URL: chunks of 4 rows, token 0 special.
+
+    Returns (its place, the numbers).
+    """
     from hsae.cache.building import writer
     from hsae.cache.config import CorpusConfig, ModelConfig
     from hsae.cache.format.layout import Header, HookSummary, arrays, statistics_arrays

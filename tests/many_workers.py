@@ -1,4 +1,6 @@
-"""What tests of several workers share: trainings to compare, workers as threads of one process, and commands under torchrun."""
+"""What tests of several workers share: trainings to compare, workers as threads of one process, and commands under
+torchrun.
+"""
 
 import os
 import subprocess
@@ -15,7 +17,8 @@ from hsae.train.runs.metrics_log import read_metrics
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 HSAE = [sys.executable, "-c", "from hsae.cli.main import main; main()"]
-# many dead latents, levels above and below the size from which gradients are sparse, steps large enough that a wrong one shows
+# many dead latents, levels above and below the size from which gradients are sparse, steps large enough that a wrong
+# one shows
 HARD = (
     "train.matched=false",
     "train.widths=[1409, 131]",
@@ -37,8 +40,9 @@ def numbers(value):
 
 
 def assert_same_training(one, other, *, tolerance=1e-5):
-    """The log's numbers agree to `tolerance`, steps, stages and dead latents exactly; weights to ten times `tolerance`, because Adam
-    takes whole steps where a gradient is nothing but rounding."""
+    """The log's numbers agree to `tolerance`, steps, stages and dead latents exactly; weights to ten times `tolerance`,
+    because Adam takes whole steps where a gradient is nothing but rounding.
+    """
     lines = [[line for line in read_metrics(place) if line["kind"] != "warning"] for place in (one, other)]
     for mine, theirs in zip(*lines, strict=True):
         for key in mine.keys() - {"time"}:

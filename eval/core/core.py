@@ -1,7 +1,8 @@
 """SAEBench's core evaluation from an evaluation store: no prefix pass, one suffix pass per SAE and reconstruction row.
 
-The store's first `clean_rows` rows are SAEBench's reconstruction rows, the rest its sparsity and variance rows; batches are
-those of the store, because several of SAEBench's numbers depend on them. Every SAE runs in the type of the store, which is the language model's.
+The store's first `clean_rows` rows are SAEBench's reconstruction rows, the rest its sparsity and variance rows; batches
+are those of the store, because several of SAEBench's numbers depend on them. Every SAE runs in the type of the store,
+which is the language model's.
 
 Shapes: B rows of a batch, T context, D residual width, F latents, N = B * T tokens of a batch, V vocabulary.
 """
@@ -48,7 +49,8 @@ class CoreOptions(Options):
     )
     faithful: bool = Field(
         default=False,
-        description="Which numbers to print: SAEBench's with all their quirks, or corrected ones with intervals. The files hold both.",
+        description="Which numbers to print: SAEBench's with all their quirks, or corrected ones with intervals. "
+        "The files hold both.",
         json_schema_extra={"flags": ["--faithful/--corrected"]},
     )
     whole: bool = Field(
@@ -64,11 +66,13 @@ def check(views: Sequence[View], store: ActivationStore, model: LanguageModel | 
     check_views(views, store, hook)
     if store.clean_rows == 0:
         raise StoreError(
-            f"{store.url} keeps no clean losses, so it can't serve an evaluation; give the evaluation store (hsae cache build --split eval)"
+            f"{store.url} keeps no clean losses, so it can't serve an evaluation; give the evaluation store (hsae "
+            "cache build --split eval)"
         )
     if store.clean_rows >= store.rows:
         raise StoreError(
-            f"{store.url} has no rows for the sparsity and variance phase; build it with cache.eval.batches_variance >= 1"
+            f"{store.url} has no rows for the sparsity and variance phase; build it with cache.eval.batches_variance "
+            ">= 1"
         )
     if model is not None:
         check_model(store.root, store.header, model)
@@ -155,8 +159,8 @@ class _Job:
         for view in self.views:
             if not (view.encode(x_BTD)[mask_BT] != 0).any():
                 self.listener.warn(
-                    f"{view.name}: no latent fires on the first {stop - start} rows: the SAE looks dead; its scores will be those of a constant "
-                    "vector in place of the residual",
+                    f"{view.name}: no latent fires on the first {stop - start} rows: the SAE looks dead; its scores "
+                    "will be those of a constant vector in place of the residual",
                 )
 
     def reconstruct(self) -> None:

@@ -1,4 +1,5 @@
-"""A result of the core evaluation: hsae's or SAEBench's own, written as SAEBench 0.6.0 writes it, read in that and in the older layout.
+"""A result of the core evaluation: hsae's or SAEBench's own, written as SAEBench 0.6.0 writes it, read in that and in
+the older layout.
 
 In SAEBench's part -1 stands for NaN. Layouts: *current* (0.2 on); *legacy* (up to 0.1): no `misc_metrics`, no
 `explained_variance_legacy`, whose place `explained_variance` has.
@@ -167,9 +168,10 @@ def negative_explanation(metrics: dict[str, dict[str, float]]) -> list[str]:
     if not parts:
         return []
     return [
-        f"Scores are negative because the model does worse with the SAE than with the residual set to zero ({', '.join(parts)} nats): "
-        "a zero residual gives near-uniform predictions, whereas with the SAE the tokens kept as they are (BOS) draw the "
-        "attention and the predictions are confidently wrong. Scores have no lower bound."
+        "Scores are negative because the model does worse with the SAE than with the residual set to zero "
+        f"({', '.join(parts)} nats): a zero residual gives near-uniform predictions, whereas with the SAE the tokens "
+        "kept as they are (BOS) draw the attention and the predictions are confidently wrong. Scores have no lower "
+        "bound."
     ]
 
 
@@ -230,7 +232,10 @@ def read_core(path: Path) -> CoreResult:
 
 
 def read_core_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A core result as JSON, and what it was made of, nothing if hsae did not make it. Raises UserError as `read_core` does."""
+    """A core result as JSON, and what it was made of, nothing if hsae did not make it.
+
+    Raises UserError as `read_core` does.
+    """
     content: dict[str, Any] = read_envelope(path, f"hsae eval core{run_option(path)}")
     inputs = (core_result_of(content, str(path)).hsae or {}).get("inputs")
     return content, inputs if isinstance(inputs, dict) else {}

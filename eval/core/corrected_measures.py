@@ -1,8 +1,8 @@
 """hsae's own core measures, beside SAEBench's: float64 moments, real token counts, bootstrap intervals over rows.
 
-ResampledSums are kept per measure and per bootstrap resample, never per row, so memory does not grow with the store (one byte a row and
-resample apart). Rows are the unit of resampling because tokens of a row depend on each other. Every SAE is resampled with the
-same draws, so intervals of several SAEs can be compared.
+ResampledSums are kept per measure and per bootstrap resample, never per row, so memory does not grow with the store
+(one byte a row and resample apart). Rows are the unit of resampling because tokens of a row depend on each other. Every
+SAE is resampled with the same draws, so intervals of several SAEs can be compared.
 
 Shapes: R rows of a phase, B rows of a batch, T context, D residual width, C columns (sums kept), S resamples.
 """
@@ -94,16 +94,19 @@ def differences(
     """What differs between SAEBench's numbers and hsae's, and why, in plain words."""
     quality, stats = metrics["reconstruction_quality"], metrics["token_stats"]
     texts = [
-        f"explained_variance: {_shown(own['explained_variance'])} here, {quality['explained_variance']:.4f} in SAEBench 0.6.0, whose denominator is "
-        "E|x|^2 - (E|x|^2/D)^2 instead of E|x|^2 - |E x|^2: it measures variance about zero when that correction is small, and can exceed 1.",
-        f"explained_variance_legacy: {quality['explained_variance_legacy']:.4f} is a mean over tokens of 1 - |x - x'|^2 / |x - batch mean|^2 (a mean of "
-        "ratios); here it is the ratio of the sums.",
-        f"mse: {_shown(own['mse'])} here is the squared error per element (divided by the width); SAEBench's {quality['mse']:.6g} is the squared error "
-        "per token divided by the number of kept tokens of a batch, so it depends on the batch size.",
-        f"token counts: {tokens['reconstruction']} and {tokens['variance']} tokens were used; SAEBench reports the nominal "
-        f"{stats['total_tokens_eval_reconstruction']:.0f} and {stats['total_tokens_eval_sparsity_variance']:.0f}, special tokens included.",
-        "losses and KL: here in float32 from log-softmax, averaged in float64; SAEBench takes the logarithm of a softmax, "
-        f"rounds every step and every mean to {dtype}, and computes scores from the rounded means.",
+        f"explained_variance: {_shown(own['explained_variance'])} here, {quality['explained_variance']:.4f} in "
+        "SAEBench 0.6.0, whose denominator is E|x|^2 - (E|x|^2/D)^2 instead of E|x|^2 - |E x|^2: it measures "
+        "variance about zero when that correction is small, and can exceed 1.",
+        f"explained_variance_legacy: {quality['explained_variance_legacy']:.4f} is a mean over tokens of 1 - |x - "
+        "x'|^2 / |x - batch mean|^2 (a mean of ratios); here it is the ratio of the sums.",
+        f"mse: {_shown(own['mse'])} here is the squared error per element (divided by the width); SAEBench's "
+        f"{quality['mse']:.6g} is the squared error per token divided by the number of kept tokens of a batch, so it "
+        "depends on the batch size.",
+        f"token counts: {tokens['reconstruction']} and {tokens['variance']} tokens were used; SAEBench reports the "
+        f"nominal {stats['total_tokens_eval_reconstruction']:.0f} and "
+        f"{stats['total_tokens_eval_sparsity_variance']:.0f}, special tokens included.",
+        "losses and KL: here in float32 from log-softmax, averaged in float64; SAEBench takes the logarithm of a "
+        f"softmax, rounds every step and every mean to {dtype}, and computes scores from the rounded means.",
         "undefined numbers are null here; in SAEBench's part -1 stands for NaN.",
     ]
     return texts

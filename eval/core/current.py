@@ -36,7 +36,9 @@ class Current:
         )
 
     def why_not(self, inputs: Mapping[str, Any]) -> str | None:
-        """Why a result of these inputs does not belong beside the others; None if it does, or says nothing of where it is from."""
+        """Why a result of these inputs does not belong beside the others; None if it does, or says nothing of where it
+        is from.
+        """
         if inputs.get("exclude_special_tokens") is False:
             return "of other settings (--all-tokens)"
         if inputs.get("store") is not None and str(inputs["store"]) not in self.fingerprints:

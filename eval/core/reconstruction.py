@@ -1,7 +1,8 @@
 """The reconstruction phase of core: losses and KL with each SAE's reconstruction in the residual's place.
 
-Batches are the outer loop and SAEs the inner one: clean logits (one matrix product from the stored final vector) and the clean
-distribution are made once for all SAEs, a slice of tokens at a time, so that no [tokens, V] matrix of a whole batch exists.
+Batches are the outer loop and SAEs the inner one: clean logits (one matrix product from the stored final vector) and
+the clean distribution are made once for all SAEs, a slice of tokens at a time, so that no [tokens, V] matrix of a whole
+batch exists.
 
 Shapes: B rows of a batch, T context, D residual width, N = B * T tokens of a batch, V vocabulary.
 """

@@ -1,8 +1,8 @@
 """SAEBench 0.6.0's core metrics with every rounding and quirk, accumulated batch by batch.
 
-Element-wise steps run in the type of the residuals; per-token values are rounded to it, averaged over all kept tokens and rounded
-again. Kept tokens are those that are not special (pad, EOS, BOS). What SAEBench gets wrong is kept here and put right in
-`hsae.eval.core.corrected_measures`.
+Element-wise steps run in the type of the residuals; per-token values are rounded to it, averaged over all kept tokens
+and rounded again. Kept tokens are those that are not special (pad, EOS, BOS). What SAEBench gets wrong is kept here and
+put right in `hsae.eval.core.corrected_measures`.
 
 Shapes: B rows of a batch, T context, D residual width, F latents, N kept tokens of a batch.
 """
@@ -22,7 +22,9 @@ COSINE_BLOCK_BYTES = 1 << 26
 
 
 class Mean:
-    """Mean over tokens of values that come in batches, rounded to `dtype` as torch rounds a mean of a tensor of that type."""
+    """Mean over tokens of values that come in batches, rounded to `dtype` as torch rounds a mean of a tensor of that
+    type.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -172,7 +174,10 @@ def weight_metrics(view: View) -> dict[str, Tensor]:
 
 
 def _largest_cosine(rows_FD: Tensor) -> Tensor:
-    """[F] largest cosine of each row with another row; a zero row counts as orthogonal to all. NaN if there is one row only."""
+    """[F] largest cosine of each row with another row; a zero row counts as orthogonal to all.
+
+    NaN if there is one row only.
+    """
     unit_FD = normalize(rows_FD, dim=-1)
     rows = len(unit_FD)
     largest = torch.full((rows,), math.nan, dtype=unit_FD.dtype, device=unit_FD.device)

@@ -1,7 +1,9 @@
-"""SAEBench's first-letter absorption: do latents that stand for a letter stay silent on words where others speak for it.
+"""SAEBench's first-letter absorption: do latents that stand for a letter stay silent on words where others speak for
+it.
 
-Everything comes from cached word vectors: no language model is run. Steps: a ground-truth probe for each letter on the residual; a
-few "split" latents for each letter that a sparse probe picks; for each word the share of the letter's direction that other latents bring.
+Everything comes from cached word vectors: no language model is run. Steps: a ground-truth probe for each letter on the
+residual; a few "split" latents for each letter that a sparse probe picks; for each word the share of the letter's
+direction that other latents bring.
 
 Shapes: N words, P evaluation prompts, D residual width, F latents, 26 letters, K columns of a sparse probe.
 """
@@ -90,7 +92,7 @@ class Absorbed:
     projection: Tensor
 
 
-# ---- probes on words ----------------------------------------------------------------------------------------------------
+# ---- probes on words -------------------------------------------------------------------------------------------------
 
 
 def train_letters(
@@ -104,9 +106,11 @@ def train_letters(
     l1: float = 0.0,
     view: View | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """SAEBench's 26 linear probes at once, weight [26, .] and bias [26]: Adam, positives weighted, lr falling from 1e-2 to 1e-5.
+    """SAEBench's 26 linear probes at once, weight [26, .] and bias [26]: Adam, positives weighted, lr falling from 1e-2
+    to 1e-5.
 
-    With a view the probes read its latents, in its type. The draws are those of a plain torch DataLoader on one random stream.
+    With a view the probes read its latents, in its type. The draws are those of a plain torch DataLoader on one random
+    stream.
     """
     width = view.d_sae if view else vectors.shape[1]
     linear = nn.Linear(width, len(LETTERS), device="meta").to_empty(device="cpu")
@@ -196,7 +200,9 @@ def k_sparse(
     letters: Sequence[int] = range(len(LETTERS)),
     sides: Sides | None = None,
 ) -> list[Letter]:
-    """For some letters the sparse probes of 1 to max_k latents and the split latents; by default judged on the test words."""
+    """For some letters the sparse probes of 1 to max_k latents and the split latents; by default judged on the test
+    words.
+    """
     sides = sides or Sides(
         fit=words.train, fit_letters=words.train_letters, check=words.test, check_letters=words.test_letters
     )
@@ -247,17 +253,20 @@ def split_latents(per_k: Sequence[Sparse], jump: float) -> list[int]:
 
 
 def check_letters(scores: Sequence[float], settings: Settings) -> list[int]:
-    """The letters that the ground-truth probe tells well enough. Raises UserError if they are too few to mean anything."""
+    """The letters that the ground-truth probe tells well enough.
+
+    Raises UserError if they are too few to mean anything.
+    """
     good = [number for number, score in enumerate(scores) if score > settings.min_f1]
     if len(good) < settings.min_letters:
         raise UserError(
-            f"absorption: the ground-truth probe reaches F1 > {settings.min_f1:g} for {len(good)} letters; {settings.min_letters} are "
-            "needed. Use more words (suite.words), another hook, or lower suite.min_letters"
+            f"absorption: the ground-truth probe reaches F1 > {settings.min_f1:g} for {len(good)} letters; "
+            f"{settings.min_letters} are needed. Use more words (suite.words), another hook, or lower suite.min_letters"
         )
     return good
 
 
-# ---- absorption ---------------------------------------------------------------------------------------------------------
+# ---- absorption ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -330,7 +339,10 @@ def outcome(letters: Sequence[Letter], found: Sequence[Absorbed]) -> Outcome:
 
 
 def faithful(view: View, words: Words, settings: Settings, seed: int = 42) -> Outcome:
-    """SAEBench's numbers; it seeds nothing, so `seed` decides the sparse probe's draws. Raises UserError if too few letters are told."""
+    """SAEBench's numbers; it seeds nothing, so `seed` decides the sparse probe's draws.
+
+    Raises UserError if too few letters are told.
+    """
     good = check_letters(told(words), settings)
     weight = l1_probe(view, words, settings, torch.Generator().manual_seed(seed))
     letters = k_sparse(view, words, weight, settings, good)
@@ -338,9 +350,11 @@ def faithful(view: View, words: Words, settings: Settings, seed: int = 42) -> Ou
 
 
 def ideal(view: View, words: Words, settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
-    """Means over letters with intervals over seeds: split latents are chosen on validation words, and decoder norms count.
+    """Means over letters with intervals over seeds: split latents are chosen on validation words, and decoder norms
+    count.
 
-    A seed decides the validation words, the sparse probe's draws, and which evaluation words are drawn (with replacement). `view` is float32.
+    A seed decides the validation words, the sparse probe's draws, and which evaluation words are drawn (with
+    replacement). `view` is float32.
     """
     good = check_letters(told(words), settings)
     columns: dict[str, list[float | None]] = {}

@@ -1,7 +1,9 @@
-"""The evaluations of labelled texts and words, from their probe stores: sparse probing, SCR, TPP, absorption. No language model is run.
+"""The evaluations of labelled texts and words, from their probe stores: sparse probing, SCR, TPP, absorption. No
+language model is run.
 
-What no SAE changes (sums of residuals, probes on them, words) is computed once for all targets; each SAE then costs one encoding of
-the store's tokens in the model's type and, where that is not float32, one in float32 for the measures with intervals.
+What no SAE changes (sums of residuals, probes on them, words) is computed once for all targets; each SAE then costs one
+encoding of the store's tokens in the model's type and, where that is not float32, one in float32 for the measures with
+intervals.
 """
 
 from abc import abstractmethod

@@ -1,4 +1,6 @@
-"""Types of SAEBench's result files of sparse probing, SCR, TPP and absorption (sae_bench/evals/*/eval_output.py, 0.6.0)."""
+"""Types of SAEBench's result files of sparse probing, SCR, TPP and absorption (sae_bench/evals/*/eval_output.py,
+0.6.0).
+"""
 
 from typing import Annotated, Any
 

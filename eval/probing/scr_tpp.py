@@ -1,7 +1,8 @@
 """SAEBench's SCR and TPP: what ablating the latents that matter for one class does to the probes of the others.
 
-One encoding of every unique text serves every class and every number of latents: with an affine decoder, ablating the set A changes
-a text's vector by -(1/n) sum over A of S_i d_i, where S_i is latent i's activation summed over all positions of the text.
+One encoding of every unique text serves every class and every number of latents: with an affine decoder, ablating the
+set A changes a text's vector by -(1/n) sum over A of S_i d_i, where S_i is latent i's activation summed over all
+positions of the text.
 
 Shapes: U unique texts, D residual width, F latents, C classes whose probes are scored.
 """
@@ -39,7 +40,9 @@ PARTNERS = {
     SECOND: "nurse_data_only",
     SPURIOUS: "female_nurse_data_only",
 }
-"""SCR's lists by the fixed names SAEBench gives them whatever the data: attribute, class, and both at once; each with its opposite."""
+"""SCR's lists by the fixed names SAEBench gives them whatever the data: attribute, class, and both at once; each with
+its opposite.
+"""
 LISTS = tuple(name for pair in PARTNERS.items() for name in pair)
 
 Accuracies = dict[str, float]
@@ -82,7 +85,7 @@ def probe_on(probe: str, data: str) -> str:
     return f"{probe} probe on {data} data"
 
 
-# ---- SAEBench's numbers -------------------------------------------------------------------------------------------------
+# ---- SAEBench's numbers ----------------------------------------------------------------------------------------------
 
 
 def train_probes(kind: Kind, tasks: Iterable[Task]) -> dict[str, Trained]:
@@ -133,7 +136,8 @@ def faithful(
 ) -> tuple[Outcome, dict[str, Effects]]:
     """SAEBench's numbers and the accuracies behind them.
 
-    With `trained` (its "cached" run) only samples are drawn; without, each task's probes are trained first in the same stream.
+    With `trained` (its "cached" run) only samples are drawn; without, each task's probes are trained first in the same
+    stream.
     """
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     silent_F = view.encode(torch.zeros(1, view.d_in, dtype=view.W_dec.dtype, device=view.W_dec.device))[0]
@@ -177,7 +181,9 @@ def _signed(kind: Kind, change_F: Tensor, gain_F: Tensor) -> Tensor:
 
 
 def selected(effect_F: Tensor, n: int, *, positive: bool = False) -> Tensor:
-    """The n latents of the largest effect, fewer if fewer have one; SAEBench lets zeros and negatives fill up the number."""
+    """The n latents of the largest effect, fewer if fewer have one; SAEBench lets zeros and negatives fill up the
+    number.
+    """
     having = int((effect_F > 0).sum()) if positive else int((effect_F != 0).sum())
     return torch.topk(effect_F, min(n, having)).indices
 
@@ -185,7 +191,7 @@ def selected(effect_F: Tensor, n: int, *, positive: bool = False) -> Tensor:
 def _ablation(
     task: Task, view: View, sums_UF: Tensor, silent_F: Tensor | None, chosen: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    """Vectors of texts after ablating the chosen latents; `silent_F`, if given, is what latents do on masked positions."""
+    """Vectors of texts without the chosen latents; `silent_F`, if given, is what latents do on masked positions."""
 
     def vectors(rows: Tensor) -> Tensor:
         lengths = task.lengths_U[rows, None].to(torch.promote_types(sums_UF.dtype, torch.float32))
@@ -198,7 +204,7 @@ def _ablation(
     return vectors
 
 
-# ---- scores -------------------------------------------------------------------------------------------------------------
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def scores(kind: Kind, effects: Effects) -> dict[str, float]:
@@ -268,7 +274,7 @@ def outcome(kind: Kind, effects: dict[str, Effects]) -> Outcome:
     )
 
 
-# ---- ideal --------------------------------------------------------------------------------------------------------------
+# ---- ideal -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -314,7 +320,8 @@ def ideal(
     probes: dict[tuple[str, int], Seeded],
     n_values: Sequence[int] = N_VALUES,
 ) -> dict[str, Any]:
-    """Scores with intervals over seeds: float32, fixed texts, masked positions left out, TPP only with latents that help the class.
+    """Scores with intervals over seeds: float32, fixed texts, masked positions left out, TPP only with latents that
+    help the class.
 
     `view` and the sums of `latents` are float32.
     """

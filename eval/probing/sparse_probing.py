@@ -1,6 +1,7 @@
 """SAEBench's sparse probing: how much of a labelled class a few latents tell, from sums over each text's tokens.
 
-`faithful` gives SAEBench's numbers; `ideal` the same question with fixed negatives, a validation split and float32, under several seeds.
+`faithful` gives SAEBench's numbers; `ideal` the same question with fixed negatives, a validation split and float32,
+under several seeds.
 
 Shapes: U texts of a task, D residual width, F latents.
 """
@@ -45,7 +46,7 @@ class Outcome:
 
 
 def baselines(tasks: Sequence[Task], k_values: Sequence[int] = K_VALUES) -> dict[str, Accuracies]:
-    """What probes on the residual itself reach, by task: from a random stream of their own, so they belong to no SAE."""
+    """What probes on the residual itself reach, by task; their random stream is their own, so they suit any SAE."""
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     return {task.name: dict(_probes("llm", task, task.sums_UD, k_values, generator)) for task in tasks}
 
@@ -54,7 +55,9 @@ def baselines(tasks: Sequence[Task], k_values: Sequence[int] = K_VALUES) -> dict
 def faithful(
     tasks: Sequence[Task], latents: Latents, llm: dict[str, Accuracies] | None, k_values: Sequence[int] = K_VALUES
 ) -> Outcome:
-    """SAEBench's numbers. With `llm` (its "cached" run) only the SAE's probes draw; without, the residual's draw before them."""
+    """SAEBench's numbers. With `llm` (its "cached" run) only the SAE's probes draw; without, the residual's draw before
+    them.
+    """
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     results: dict[str, Accuracies] = {}
     for task in tasks:
@@ -113,7 +116,7 @@ def _mean_or_none(values: list[float | None]) -> float | None:
     return mean(kept) if kept else None
 
 
-# ---- ideal --------------------------------------------------------------------------------------------------------------
+# ---- ideal -----------------------------------------------------------------------------------------------------------
 
 
 def ideal(
@@ -121,8 +124,8 @@ def ideal(
 ) -> dict[str, Any]:
     """Measures with intervals over seeds, overall and by task: `test_accuracy` and `top_k_test_accuracy`.
 
-    `vectors` gives float32 sums of latents, or of the residual for what the residual itself reaches. Under one seed the negatives,
-    the validation texts and the test texts of a class are the same for every k and every SAE.
+    `vectors` gives float32 sums of latents, or of the residual for what the residual itself reaches. Under one seed the
+    negatives, the validation texts and the test texts of a class are the same for every k and every SAE.
     """
     by_task: dict[str, dict[str, list[float]]] = {}
     for task in tasks:

@@ -1,9 +1,12 @@
-"""What sparse probing, SCR and TPP share: texts as sums over tokens, balanced samples of them, linear probes, intervals over seeds.
+"""What sparse probing, SCR and TPP share: texts as sums over tokens, balanced samples of them, linear probes, intervals
+over seeds.
 
-A text's vector is a sum over its unmasked tokens divided by their number, so one encoding of every token serves every list the
-text is in. Faithful draws come from one generator in SAEBench's order; ideal draws each have a generator of their own.
+A text's vector is a sum over its unmasked tokens divided by their number, so one encoding of every token serves every
+list the text is in. Faithful draws come from one generator in SAEBench's order; ideal draws each have a generator of
+their own.
 
-Shapes: U texts of a task, N tokens of some texts, D width of the vectors, F latents, P texts of a class, S samples, K columns.
+Shapes: U texts of a task, N tokens of some texts, D width of the vectors, F latents, P texts of a class, S samples, K
+columns.
 """
 
 import hashlib
@@ -62,7 +65,7 @@ def _sums(vectors: Tensor, lengths: list[int]) -> Tensor:
     return torch.stack([part.sum(0) for part in torch.split(vectors, lengths)])
 
 
-# ---- samples ------------------------------------------------------------------------------------------------------------
+# ---- samples ---------------------------------------------------------------------------------------------------------
 
 
 def balanced(
@@ -113,7 +116,7 @@ def sample(task: Task, chosen: str, seed: int, partner: str | None = None) -> Sa
     return Sample(train=train, fitted=fitted, test=(rows[again], labels[again]))
 
 
-# ---- SAEBench's probe ---------------------------------------------------------------------------------------------------
+# ---- SAEBench's probe ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +146,9 @@ class Probe:
 def train_probe(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], how: Training, generator: torch.Generator
 ) -> tuple[Probe, float]:
-    """SAEBench's trainer: AdamW in the vectors' own type; the epoch with the best test accuracy is kept, and that accuracy."""
+    """SAEBench's trainer: AdamW in the vectors' own type; the epoch with the best test accuracy is kept, and that
+    accuracy.
+    """
     vectors_SD, labels = train[0], train[1].to(train[0].dtype)
     linear = nn.Linear(vectors_SD.shape[1], 1, dtype=vectors_SD.dtype, device="meta").to_empty(device="cpu")
     nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
@@ -174,7 +179,7 @@ def _copy(linear: nn.Linear) -> Probe:
     return Probe(linear.weight.detach().clone(), linear.bias.detach().clone())
 
 
-# ---- logistic regression ------------------------------------------------------------------------------------------------
+# ---- logistic regression ---------------------------------------------------------------------------------------------
 
 
 def logistic(vectors_SK: Tensor, labels_S: Tensor, **settings: Any) -> Any:
@@ -219,7 +224,7 @@ def ideal_probe(vectors: Tensor, texts: Sample) -> Probe:
     return Probe(weight, bias)
 
 
-# ---- numbers ------------------------------------------------------------------------------------------------------------
+# ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def mean(values: Iterable[float]) -> float:

@@ -8,12 +8,17 @@ from hsae.train.config.plan import Plan
 
 
 class RavelConfig(EntitiesConfig):
-    """The `[ravel]` table: entities, and how latents are chosen that carry an attribute of them. The defaults are SAEBench's."""
+    """The `[ravel]` table: entities, and how latents are chosen that carry an attribute of them.
+
+    The defaults are SAEBench's.
+    """
 
     pairs: int = Field(default=5000, ge=8)
     """Pairs of prompts of each attribute that should change its answer; as many that should not."""
     train_share: ProperFraction = 0.7
-    """ProperFraction of the pairs (SAEBench's numbers) or of the entities (hsae's) that the mask is trained on; the others test it."""
+    """ProperFraction of the pairs (SAEBench's numbers) or of the entities (hsae's) that the mask is trained on; the
+    others test it.
+    """
     batch_pairs: int = Field(default=8, ge=1)
     """Pairs of one optimiser step. SAEBench: 8 for Gemma; it changes the result."""
     epochs: int = Field(default=2, ge=1)

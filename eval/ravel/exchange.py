@@ -1,12 +1,14 @@
 """RAVEL: is there a set of latents that carries one attribute of an entity and no other (SAEBench's masked exchange)?
 
-Two prompts of one attribute, base and source, with different answers. At the entity's last token of the base prompt the chosen latents take
-the values they have in the source prompt. *Cause*: chosen for this attribute, the answer becomes the source's. *Isolation*: chosen for another
-attribute, the answer stays. A mask over latents is trained for each attribute: sigmoid(theta / temperature), the temperature falling from
-1 to 1e-4; in the test the latents with theta > 0 are exchanged.
+Two prompts of one attribute, base and source, with different answers. At the entity's last token of the base prompt the
+chosen latents take the values they have in the source prompt. *Cause*: chosen for this attribute, the answer becomes
+the source's. *Isolation*: chosen for another attribute, the answer stays. A mask over latents is trained for each
+attribute: sigmoid(theta / temperature), the temperature falling from 1 to 1e-4; in the test the latents with theta > 0
+are exchanged.
 
-SAEBench's residual is decode(f'): the SAE's error is part of the score. Kept error: x' = x + sum of (f_source - f_base) d over chosen
-latents. All passes are suffix passes from cached residuals, and where no chosen latent differs there is none.
+SAEBench's residual is decode(f'): the SAE's error is part of the score. Kept error: x' = x + sum of (f_source - f_base)
+d over chosen latents. All passes are suffix passes from cached residuals, and where no chosen latent differs there is
+none.
 
 Shapes: B pairs of a batch, T tokens, D residual width, F latents.
 """
@@ -53,7 +55,7 @@ class Pair:
         return self.source.first_token if self.cause else self.base.first_token
 
 
-# ---- pairs --------------------------------------------------------------------------------------------------------------
+# ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
 def _drawn(held: Sequence[Prompt], count: int, mixed: random.Random, *, cause: bool) -> list[Pair]:
@@ -78,7 +80,8 @@ def pairs_of(prompts: Attributes, attribute: str, count: int, mixed: random.Rand
 
 
 def split_entities(prompts: Attributes, share: float, mixed: random.Random) -> tuple[Attributes, Attributes]:
-    """Prompts about some entities to train on, about the others to test on; each attribute has two labels on both sides.
+    """Prompts about some entities to train on, about the others to test on; each attribute has two labels on both
+    sides.
 
     Raises UserError if there is no such split.
     """
@@ -94,12 +97,12 @@ def split_entities(prompts: Attributes, share: float, mixed: random.Random) -> t
         if all(len({p.label for p in held}) > 1 for side in sides for held in side.values()):
             return sides[0], sides[1]
     raise UserError(
-        f"RAVEL: {len(entities)} entities can't be split so that each attribute has two labels on both sides; use more entities, or "
-        "change ravel.train_share"
+        f"RAVEL: {len(entities)} entities can't be split so that each attribute has two labels on both sides; use more "
+        "entities, or change ravel.train_share"
     )
 
 
-# ---- exchanging ---------------------------------------------------------------------------------------------------------
+# ---- exchanging ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -124,7 +127,9 @@ class Exchange:
     def moved(
         self, view: View, pairs: Sequence[Pair], latents: tuple[Tensor, Tensor], gate_F: Tensor, *, keep_error: bool
     ) -> Tensor:
-        """[B, D] the entity's residual with each latent moved towards the source's by its gate (0: stays, 1: exchanged)."""
+        """[B, D] the entity's residual with each latent moved towards the source's by its gate (0: stays, 1:
+        exchanged).
+        """
         base_BF, source_BF = (acts_BF.float() for acts_BF in latents)
         if keep_error:
             x_BD = self.store.entity([pair.base for pair in pairs], self.hook).to(gate_F.device).float()
@@ -135,10 +140,12 @@ class Exchange:
     def _resid(self, pairs: Sequence[Pair]) -> list[Tensor]:
         return [self.store.resid(pair.base, self.hook) for pair in pairs]
 
-    # --- the mask ---------------------------------------------------------------------------------------------------------
+    # --- the mask -----------------------------------------------------------------------------------------------------
 
     def loss(self, view: View, pairs: Sequence[Pair], gate_F: Tensor, *, keep_error: bool) -> Tensor:
-        """Mean cross-entropy of the first token of the right answer; pairs whose latents are all alike need no pass and count 0."""
+        """Mean cross-entropy of the first token of the right answer; pairs whose latents are all alike need no pass and
+        count 0.
+        """
         base_BF, source_BF = self.latents(view, pairs)
         differing = (base_BF != source_BF).any(-1)
         kept = [pair for pair, differs in zip(pairs, differing.tolist(), strict=True) if differs]
@@ -160,7 +167,10 @@ class Exchange:
         return nn.functional.cross_entropy(logits_BV, tokens_B, reduction="sum") / len(pairs)
 
     def train(self, view: View, pairs: Sequence[Pair], *, keep_error: bool) -> Tensor:
-        """[F] True for the latents that the trained mask exchanges. Batches are whole: what is left over of the pairs is not used."""
+        """[F] True for the latents that the trained mask exchanges.
+
+        Batches are whole: what is left over of the pairs is not used.
+        """
         batch = min(self.config.batch_pairs, len(pairs))
         starts = range(0, len(pairs) - batch + 1, batch)
         temperatures = torch.logspace(0, COOLEST, self.config.epochs * len(starts)).to(view.W_dec.dtype).float()
@@ -175,7 +185,7 @@ class Exchange:
             optimizer.step()
         return theta_F.detach() > 0
 
-    # --- the test ---------------------------------------------------------------------------------------------------------
+    # --- the test -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def outcomes(self, view: View, pairs: Sequence[Pair], mask_F: Tensor, *, keep_error: bool) -> list[bool]:
@@ -205,7 +215,9 @@ class Exchange:
 
     @torch.no_grad()
     def whole(self, pairs: Sequence[Pair]) -> list[bool]:
-        """The same with the whole residual of the entity exchanged: what no choice of latents can be expected to exceed."""
+        """The same with the whole residual of the entity exchanged: what no choice of latents can be expected to
+        exceed.
+        """
         found: list[bool] = []
         for start in range(0, len(pairs), AT_ONCE):
             part = pairs[start : start + AT_ONCE]
@@ -222,7 +234,7 @@ class Exchange:
         return [judge_answer(text, pair.target, final=True) is True for text, pair in zip(texts, pairs, strict=True)]
 
 
-# ---- scores -------------------------------------------------------------------------------------------------------------
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 Scores = dict[str, float | None]
 
@@ -242,7 +254,9 @@ def own_scores(pairs: Sequence[Pair], outcomes: Sequence[bool]) -> Scores:
 
 
 def saebench_scores(pairs: Sequence[Pair], outcomes: Sequence[bool]) -> Scores:
-    """SAEBench tells the kinds apart by first tokens: a pair is of isolation if the base's answer begins as the right one does."""
+    """SAEBench tells the kinds apart by first tokens: a pair is of isolation if the base's answer begins as the right
+    one does.
+    """
     kept = [pair.base.first_token == pair.token for pair in pairs]
     parts = [
         [right for right, stays in zip(outcomes, kept, strict=True) if stays is wanted] for wanted in (False, True)

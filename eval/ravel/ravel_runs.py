@@ -1,4 +1,7 @@
-"""`hsae eval ravel`: each SAE's result from RAVEL's store. The language model is loaded only if something has to be computed."""
+"""`hsae eval ravel`: each SAE's result from RAVEL's store.
+
+The language model is loaded only if something has to be computed.
+"""
 
 import hashlib
 import random
@@ -87,7 +90,7 @@ class Ravel(SuiteEvaluation[RavelStore]):
                 raise NotApplicable(str(error)) from None
             raise
 
-    # --- what all SAEs share ---------------------------------------------------------------------------------------------
+    # --- what all SAEs share ------------------------------------------------------------------------------------------
 
     def load_language_model(self) -> LanguageModel:
         """The language model that was given, or the one at the commit that stores beside this one were made with."""
@@ -104,7 +107,7 @@ class Ravel(SuiteEvaluation[RavelStore]):
 
     @cached_property
     def saebench_splits(self) -> list[Split]:
-        """SAEBench's pairs: one random stream over all attributes; the first of the mixed pairs train, the rest test."""
+        """SAEBench's pairs: one random stream over all attributes; the first mixed pairs train, the rest test."""
         mixed, found = random.Random(self.config.seed), []
         for kind, prompts in self.store.prompts.items():
             for attribute in prompts:
@@ -133,7 +136,10 @@ class Ravel(SuiteEvaluation[RavelStore]):
 
     @cached_method
     def residual(self, hook: str) -> dict[str, Any]:
-        """Measures with the whole residual exchanged. Raises NotApplicable if that changes too few answers for RAVEL to mean anything."""
+        """Measures with the whole residual exchanged.
+
+        Raises NotApplicable if that changes too few answers for RAVEL to mean anything.
+        """
         self.listener.status("ravel: the whole residual exchanged")
         exchange = self._exchange(hook)
         outcomes = [exchange.whole(split.test) for split in self.splits]
@@ -141,16 +147,16 @@ class Ravel(SuiteEvaluation[RavelStore]):
         cause = found["cause_score"]["value"]
         if cause is None or cause < self.config.least_ceiling:
             raise NotApplicable(
-                f"exchanging the whole residual of an entity at {hook} changes {cause or 0:.0%} of the answers to the other entity's: by "
-                "there the attributes have moved on to later tokens, and no latent can score; evaluate SAEs of an earlier layer "
-                "(or lower ravel.least_ceiling)"
+                f"exchanging the whole residual of an entity at {hook} changes {cause or 0:.0%} of the answers to the "
+                "other entity's: by there the attributes have moved on to later tokens, and no latent can score; "
+                "evaluate SAEs of an earlier layer (or lower ravel.least_ceiling)"
             )
         return found
 
     def _exchange(self, hook: str) -> Exchange:
         return Exchange(store=self.store, hook=hook, language=self.language, config=self.config)
 
-    # --- one SAE ---------------------------------------------------------------------------------------------------------
+    # --- one SAE ------------------------------------------------------------------------------------------------------
 
     def measure(self, target: Target) -> dict[str, Any]:
         """A target's result as SAEBench's JSON object with hsae's block."""
@@ -195,7 +201,8 @@ class Ravel(SuiteEvaluation[RavelStore]):
                 "random": self._measures(self.splits, by_chance),
                 "residual": residual,
                 "attributes": {split.name: entry for split, entry in zip(self.splits, own, strict=True)},
-                "interval": "mean over seeds +- Student's t times the standard deviation over seeds, 95 %; a seed draws the tested entities "
+                "interval": "mean over seeds +- Student's t times the standard deviation over seeds, 95 %; "
+                "a seed draws the tested entities "
                 "with replacement, the mask is trained once",
                 "lm_passes": spent,
                 "store": {"path": self.store.path.name, "passes": self.store.header.passes},
@@ -246,8 +253,9 @@ class Ravel(SuiteEvaluation[RavelStore]):
         """The passes behind the results, and what the model answered."""
         spent = passes_of([result.content["hsae"] for result in results])
         passes = (
-            f"behind these results: {spent['suffix']:,} prompts through the suffix ({spent['backward']:,} of them back too), "
-            f"{spent['prefix']:,} through the prefix for further tokens, {spent['spared']:,} spared because no chosen latent differs"
+            f"behind these results: {spent['suffix']:,} prompts through the suffix ({spent['backward']:,} of them back "
+            f"too), {spent['prefix']:,} through the prefix for further tokens, {spent['spared']:,} spared because no "
+            "chosen latent differs"
         )
         return [*super().notes(results), passes, describe_store(self.store)]
 

@@ -2,22 +2,23 @@
 
 Shapes: S vectors of the held-out sample, N true features, F latents of a level, A latents of all levels (finest first).
 
-Firing: a latent fires where its code is above 0. F1 of (latent, feature) is that of the latent's firing as a detector of the
-feature's. A latent is mapped to the feature it detects best if that F1 is above 0.5; else it is unmapped.
+Firing: a latent fires where its code is above 0. F1 of (latent, feature) is that of the latent's firing as a detector
+of the feature's. A latent is mapped to the feature it detects best if that F1 is above 0.5; else it is unmapped.
 
-Edges are read in two ways, and every model gets all the readings it has:
-- composition: from the learned maps. Fine latent j is a part of coarse latent i if its contribution c_ij (the share of i's
-  rms that j brings) is at least 0.1 of the largest in i's row, and at least 0.1. The first half is the rule by which unlearning
-  descends; the second keeps a coarse latent that has no parts from being given its largest speck of noise.
-- firing: for models without maps (flat, Matryoshka, no composition), and beside the other for all, so that no arm is judged by
-  a reader that another doesn't get. j's parent is the more frequent latent i with the largest P(i fires | j fires), over all
-  levels, if that is at least 0.5 and at least twice P(i fires). This is the best reading a flat SAE has: it loses an edge
-  only where the parent's latent really stays off under the child's (absorption), or where a latent has no truth to stand for.
-An edge is right if its two latents map to a true parent and its child; everything else, unmapped latents included, is wrong.
+Edges are read in two ways, and every model gets all the readings it has: - composition: from the learned maps. Fine
+latent j is a part of coarse latent i if its contribution c_ij (the share of i's rms that j brings) is at least 0.1 of
+the largest in i's row, and at least 0.1. The first half is the rule by which unlearning descends; the second keeps a
+coarse latent that has no parts from being given its largest speck of noise. - firing: for models without maps (flat,
+Matryoshka, no composition), and beside the other for all, so that no arm is judged by a reader that another doesn't
+get. j's parent is the more frequent latent i with the largest P(i fires | j fires), over all levels, if that is at
+least 0.5 and at least twice P(i fires). This is the best reading a flat SAE has: it loses an edge only where the
+parent's latent really stays off under the child's (absorption), or where a latent has no truth to stand for. An edge is
+right if its two latents map to a true parent and its child; everything else, unmapped latents included, is wrong.
 Precision is over the model's edges, recall over the tree's (each counted once).
 
-Nulls, from the same contributions: permuted (the entries of each row shuffled) and random (half-normal contributions, cut so
-that as many edges are left); of the firing reading, the children shuffled among the edges. Each is the mean of 20 draws.
+Nulls, from the same contributions: permuted (the entries of each row shuffled) and random (half-normal contributions,
+cut so that as many edges are left); of the firing reading, the children shuffled among the edges. Each is the mean of
+20 draws.
 """
 
 from collections.abc import Callable, Sequence
@@ -125,7 +126,9 @@ def firing_edges(counts: Counts) -> Tensor:
 
 
 def edge_scores(edges: Tensor, mapped: Tensor, parents: Tensor) -> tuple[float, float, float]:
-    """Precision, recall and F1 of `edges` [E, 2] under the map `mapped` [A] of latents to features and the tree `parents` [N]."""
+    """Precision, recall and F1 of `edges` [E, 2] under the map `mapped` [A] of latents to features and the tree
+    `parents` [N].
+    """
     above, below = mapped[edges].unbind(1)
     right = (below >= 0) & (above >= 0) & (parents[below] == above)
     hits, found = int(right.sum()), len(set(below[right].tolist()))

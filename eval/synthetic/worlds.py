@@ -84,7 +84,8 @@ TIERS = {
         ),
     )
 }  # fmt: skip
-"""T3-full is SynthSAEBench-16k's size (N = 16,384, D = 768); T3 has a sixteenth of its features, a sixth of its width."""
+"""T3-full is SynthSAEBench-16k's size (N = 16,384, D = 768); T3 has a sixteenth of its features, a sixth of its width.
+"""
 
 
 def tier_named(name: str) -> Tier:
@@ -248,7 +249,7 @@ class _Zipf:
 
 
 def _raised(wanted_N: Tensor, parents_N: Tensor) -> Tensor:
-    """Probabilities before gating and exclusion that leave about `wanted`: by the parent's, times 1 + siblings' share."""
+    """Probabilities before gating and exclusion that leave about `wanted`: by the parent's, times 1 + siblings'."""
     child = parents_N >= 0
     above = wanted_N[parents_N[child]]
     brood = torch.zeros_like(wanted_N).index_add(0, parents_N[child], wanted_N[child])[parents_N[child]]

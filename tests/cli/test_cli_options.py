@@ -1,4 +1,8 @@
-"""Options are followed or refused before anything is computed, and `eval all` goes on and tells how each evaluation ended. FIX B."""
+"""Options are followed or refused before anything is computed, and `eval all` goes on and tells how each evaluation
+ended.
+
+FIX B.
+"""
 
 import errno
 import re

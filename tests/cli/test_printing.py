@@ -1,4 +1,7 @@
-"""What is printed is printed as it is, and what ends a command is one line. FIX B: square brackets; FIX C14: errors that name no file."""
+"""What is printed is printed as it is, and what ends a command is one line.
+
+FIX B: square brackets; FIX C14: errors that name no file.
+"""
 
 import ast
 import errno

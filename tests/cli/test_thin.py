@@ -1,4 +1,6 @@
-"""The command line only parses, calls and shows: no command calls another, and its modules import each other without a circle."""
+"""The command line only parses, calls and shows: no command calls another, and its modules import each other without a
+circle.
+"""
 
 import ast
 from graphlib import TopologicalSorter

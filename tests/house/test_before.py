@@ -1,4 +1,6 @@
-"""Stores, runs and results that an earlier hsae wrote open with today's, and give equal numbers (tests/golden/README.md, before/)."""
+"""Stores, runs and results that an earlier hsae wrote open with today's, and give equal numbers
+(tests/golden/README.md, before/).
+"""
 
 import json
 import shutil

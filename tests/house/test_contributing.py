@@ -1,4 +1,6 @@
-"""What CONTRIBUTING.md and README.md say is so: the map, the Python example, and a store behind another driver of fsspec."""
+"""What CONTRIBUTING.md and README.md say is so: the map, the Python example, and a store behind another driver of
+fsspec.
+"""
 
 import importlib.util
 import re

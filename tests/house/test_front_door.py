@@ -1,4 +1,6 @@
-"""The Python API: every public name is there, typed, documented, and its examples run; importing it loads nothing heavy."""
+"""The Python API: every public name is there, typed, documented, and its examples run; importing it loads nothing
+heavy.
+"""
 
 import ast
 import doctest

@@ -1,4 +1,6 @@
-"""The quickstart on real Gemma-3-270M, as a user runs it, with less text and fewer tokens unless HSAE_QUICKSTART is set."""
+"""The quickstart on real Gemma-3-270M, as a user runs it, with less text and fewer tokens unless HSAE_QUICKSTART is
+set.
+"""
 
 import json
 import os
@@ -12,7 +14,9 @@ from hsae.eval.core.core_result import read_core
 pytestmark = pytest.mark.slow(minutes=10)
 COMMAND = [sys.executable, "-c", "from hsae.cli.main import main; main()", "quickstart"]
 PACKAGED = "HSAE_QUICKSTART" in os.environ
-"""Whether the quickstart runs at its own sizes (half an hour of one core): only then are its numbers those of the README."""
+"""Whether the quickstart runs at its own sizes (half an hour of one core): only then are its numbers those of the
+README.
+"""
 if not PACKAGED:
     for setting in ("cache.batch_rows=4", "cache.train.rows=256", "train.tokens=150_000"):
         COMMAND += ["--set", setting]

@@ -88,7 +88,9 @@ def test_on_s3(local, s3, scratch_home, tmp_path, record_property):
 
 
 def test_s3_goes_away_in_the_middle_of_training(local, s3, scratch_home, tmp_path, monkeypatch, record_property):
-    """Windows of one chunk, so that chunks are fetched all the time; the run is that of a training which nothing disturbs."""
+    """Windows of one chunk, so that chunks are fetched all the time; the run is that of a training which nothing
+    disturbs.
+    """
     monkeypatch.setattr(token_stream, "WINDOW_BYTES", 1)
     outage, real, gone = float(os.environ.get("HSAE_OUTAGE", "1.5")), cli_train._Screen.metrics, 0
 

@@ -1,4 +1,7 @@
-"""The ablation table: judged on numbers whose answer is known, and collected from what evaluations wrote. FIX A11: one seed gives no verdict."""
+"""The ablation table: judged on numbers whose answer is known, and collected from what evaluations wrote.
+
+FIX A11: one seed gives no verdict.
+"""
 
 import json
 

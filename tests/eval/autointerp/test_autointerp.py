@@ -54,7 +54,9 @@ have exception called only command format result using variable types first spec
 """.split()  # noqa: SIM905
 PLANTED, RANDOM = range(5), range(5, 10)
 DENSE, DEAD, FEW = 10, 11, 12
-"""Latent i < 5 fires on WORDS[i] alone; 5 to 9 fire anywhere; 12 fires on many tokens, all but three in the margins of rows."""
+"""Latent i < 5 fires on WORDS[i] alone; 5 to 9 fire anywhere; 12 fires on many tokens, all but three in the margins of
+rows.
+"""
 
 spec = importlib.util.spec_from_file_location("judge_server", ROOT / "benchmarks" / "judge_server.py")
 judge_server = importlib.util.module_from_spec(spec)
@@ -169,7 +171,7 @@ def answers(work):
     return sorted((work[0] / "activations" / "answers").rglob("*.json"))
 
 
-# ---- windows ------------------------------------------------------------------------------------------------------------
+# ---- windows ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +296,7 @@ def test_explanations_are_one_line(text, found):
     assert explain.read_explanation(text) == found
 
 
-# ---- scoring ------------------------------------------------------------------------------------------------------------
+# ---- scoring ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_latent_of_one_meaning_scores_high_and_one_of_none_by_chance(work, server):
@@ -423,7 +425,7 @@ def test_a_model_in_memory_is_evaluated_if_the_cost_is_agreed_to(work, server):
     assert len(server.asked) == 8 and again.measures == made.measures
 
 
-# ---- what goes wrong ----------------------------------------------------------------------------------------------------
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
 
 
 def test_faults_of_the_server_change_nothing(work, server):
@@ -553,7 +555,7 @@ def test_an_address_that_the_command_line_sets_is_named_by_the_user(work, server
         Autointerp.of_plan(plan)
 
 
-# ---- money --------------------------------------------------------------------------------------------------------------
+# ---- money -----------------------------------------------------------------------------------------------------------
 
 
 def test_costs_are_told_before_and_bounded(work, server):
@@ -600,7 +602,7 @@ def test_a_person_is_asked_before_anything_is_sent(work, server, monkeypatch):
     assert agreed.exit_code == 0 and "2 requests sent" in agreed.output, (agreed.output, agreed.exception)
 
 
-# ---- stores and mistakes ------------------------------------------------------------------------------------------------
+# ---- stores and mistakes ---------------------------------------------------------------------------------------------
 
 
 def test_its_store_is_the_evaluation_store_or_one_of_its_own(tmp_path):
@@ -665,7 +667,7 @@ def test_mistakes_are_said_before_anything_is_asked(work, server, monkeypatch):
     assert not answers(work)
 
 
-# ---- FIX D5: where the key goes, and how much of a reply is read --------------------------------------------------------
+# ---- FIX D5: where the key goes, and how much of a reply is read -----------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def small_sae(seed=0, latents=29, **changes):
     return SAE(**(parts | changes))
 
 
-# ---- SAEBench's own results -------------------------------------------------------------------------------------------
+# ---- SAEBench's own results ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", PARAMS["dtypes"])
@@ -156,7 +156,7 @@ def test_saebenchs_numbers(evaluated, name, dtype, variant, folder):
     }
 
 
-# ---- cost and independence --------------------------------------------------------------------------------------------
+# ---- cost and independence -------------------------------------------------------------------------------------------
 
 
 def test_one_suffix_pass_per_sae_and_reconstruction_row_and_no_prefix_pass(made, saes, monkeypatch):
@@ -197,7 +197,7 @@ def test_slicing_of_the_vocabulary_leaves_the_numbers(made, monkeypatch):
         assert sliced.metrics[category] == pytest.approx(values, rel=1e-6, abs=1e-6)
 
 
-# ---- corrected measures -----------------------------------------------------------------------------------------------
+# ---- corrected measures ----------------------------------------------------------------------------------------------
 
 
 def naive_rows(store, model, sae, exclude_special=True):
@@ -320,7 +320,7 @@ def test_what_differs_is_said_with_the_numbers(evaluated):
     assert f"{result.metrics['reconstruction_quality']['explained_variance']:.4f}" in text
 
 
-# ---- dead SAEs and NaN ------------------------------------------------------------------------------------------------
+# ---- dead SAEs and NaN -----------------------------------------------------------------------------------------------
 
 
 class Heard(Listener):
@@ -384,7 +384,7 @@ def test_weight_metrics_against_loops():
     assert metrics["encoder_decoder_cosine_sim"][1].item() == pytest.approx(cosine(rows[1], columns[1]), abs=1e-6)
 
 
-# ---- what is refused --------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_an_sae_of_another_width_is_refused(made):

@@ -136,7 +136,10 @@ def test_scores_of_given_accuracies(kind):
 
 
 def a_task(kind, seed=0):
-    """A small task of ragged texts: (task, its tokens). SCR: axis 0 tells the attribute (strongly), axis 1 the class."""
+    """A small task of ragged texts: (task, its tokens).
+
+    SCR: axis 0 tells the attribute (strongly), axis 1 the class.
+    """
     generator = torch.Generator().manual_seed(seed)
     shifts = {"pp": (2, 1), "pn": (-2, 1), "qp": (2, -1), "qn": (-2, -1)}
     if kind == "tpp":

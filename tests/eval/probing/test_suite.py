@@ -82,7 +82,7 @@ def kind_of(suite):
     return registry.resolve(registry.EVALUATIONS[suite].kind)
 
 
-# ---- stores -------------------------------------------------------------------------------------------------------------
+# ---- stores ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_store_holds_the_residuals_of_each_text_alone(plan):
@@ -198,7 +198,7 @@ def test_probe_stores_are_listed_with_the_others(overrides, plan, tmp_path):
     assert tpp.problem.endswith("make it again with: hsae cache build --suite tpp")
 
 
-# ---- evaluating ---------------------------------------------------------------------------------------------------------
+# ---- evaluating ------------------------------------------------------------------------------------------------------
 
 
 def test_all_evaluates_without_a_language_model_and_goes_on_when_one_fails(
@@ -323,7 +323,7 @@ def test_what_does_not_fit_the_store_is_refused(overrides, plan, tmp_path):
     assert str(both.exception) == "--run and --sae exclude each other"
 
 
-# ---- result files -------------------------------------------------------------------------------------------------------
+# ---- result files ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suite", SUITES)

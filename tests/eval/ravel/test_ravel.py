@@ -1,4 +1,6 @@
-"""RAVEL: entities and answers, the exchange against full forward passes with a hook, a planted attribute, and the commands."""
+"""RAVEL: entities and answers, the exchange against full forward passes with a hook, a planted attribute, and the
+commands.
+"""
 
 import json
 import random
@@ -31,7 +33,7 @@ from hsae.train.model.hierarchical_sae import AdditiveSAE
 from hsae.train.model.sae import SAE
 from hsae.train.runs import run_directory
 
-# ---- entities and answers -----------------------------------------------------------------------------------------------
+# ---- entities and answers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,12 +125,13 @@ def test_without_the_hub_it_is_said_what_to_do(monkeypatch):
     with pytest.raises(CorpusError) as raised:
         read_entities(EntitiesConfig(revision="0123abc"))
     assert str(raised.value) == (
-        "data set 'adamkarvonen/ravel_prompts' can't be found on the hub (ConnectionError: no route); check the network, or use entities "
-        "that come with hsae with --set ravel.entities=facts, or your own with --set ravel.entities=FILE.toml"
+        "data set 'adamkarvonen/ravel_prompts' can't be found on the hub (ConnectionError: no route); check the "
+        "network, or use entities that come with hsae with --set ravel.entities=facts, or your own with --set "
+        "ravel.entities=FILE.toml"
     )
 
 
-# ---- a planted attribute ------------------------------------------------------------------------------------------------
+# ---- a planted attribute ---------------------------------------------------------------------------------------------
 
 
 class Planted:
@@ -293,7 +296,7 @@ def test_saebench_calls_a_pair_isolation_if_both_answers_begin_alike(planted):
     assert own_scores(pairs, [True, False, True])["cause_score"] == 0.5
 
 
-# ---- a real store -------------------------------------------------------------------------------------------------------
+# ---- a real store ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +306,9 @@ def language():
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory, language):
-    """Overrides of the tiny plan whose entities' labels are what the model says, but for one that is wrong; the store is built by the command."""
+    """Overrides of the tiny plan whose entities' labels are what the model says, but for one that is wrong; the store
+    is built by the command.
+    """
     folder = tmp_path_factory.mktemp("ravel")
     write_entities(folder, language)
     values = {
@@ -429,7 +434,7 @@ def test_too_few_right_answers_are_an_error(plan, language, tmp_path):
     assert "word: Base " in str(raised.value) and not spec.path(tmp_path).is_file()
 
 
-# ---- the commands -------------------------------------------------------------------------------------------------------
+# ---- the commands ----------------------------------------------------------------------------------------------------
 
 
 def test_an_sae_and_every_level_of_a_run_are_evaluated(overrides, plan, store, tmp_path):

@@ -443,7 +443,7 @@ def test_results_of_another_model_than_the_one_present_are_left_out_and_named(ma
     assert "is of another model than the one here; run `hsae eval core --force`" in text
 
 
-# ---- one table, one store, one kind of number (FIX A7) ----------------------------------------------------------------
+# ---- one table, one store, one kind of number (FIX A7) ---------------------------------------------------------------
 
 
 def changed(path, **inputs):

@@ -60,7 +60,9 @@ def test_step_count_is_the_mean_l0_and_moves_thresholds_only():
 
 
 def test_the_threshold_gradient_is_that_of_the_expected_l0():
-    """Over many smooth pre-activations the kernel estimate approaches d E[L0] / d threshold = -density at the threshold."""
+    """Over many smooth pre-activations the kernel estimate approaches d E[L0] / d threshold = -density at the
+    threshold.
+    """
     pre = vectors(200_000, 1, seed=3)
     threshold = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
     step_count(pre, threshold, 0.1).backward()

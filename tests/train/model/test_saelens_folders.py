@@ -1,4 +1,6 @@
-"""SAELens folders of every version: read as SAELens reads them, or refused in one line (FIX A3, FIX B and D6 for the types)."""
+"""SAELens folders of every version: read as SAELens reads them, or refused in one line (FIX A3, FIX B and D6 for the
+types).
+"""
 
 import json
 

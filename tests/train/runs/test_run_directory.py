@@ -1,5 +1,6 @@
-"""Run directories and results that are lost, harmed, or somebody else's (FIX A4, A10, B, C1, C3, C8, C11, C14): what hsae did not write stays,
-a changed byte is told before it is used, and the command that is named mends it."""
+"""Run directories and results that are lost, harmed, or somebody else's (FIX A4, A10, B, C1, C3, C8, C11, C14): what
+hsae did not write stays, a changed byte is told before it is used, and the command that is named mends it.
+"""
 
 import dataclasses
 import errno
@@ -80,7 +81,7 @@ def flip(path, at=-5):
     path.write_bytes(data)
 
 
-# ---- C1 -----------------------------------------------------------------------------------------------------------------
+# ---- C1 --------------------------------------------------------------------------------------------------------------
 
 
 def test_what_hsae_did_not_write_is_never_deleted(run):
@@ -127,7 +128,7 @@ def test_a_lost_or_harmed_run_json_is_written_again_from_the_model(run):
     assert (run_dir / "eval/composition.json").is_file() and again(restart=True)[0] == "trained"
 
 
-# ---- C3, C8 -------------------------------------------------------------------------------------------------------------
+# ---- C3, C8 ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["model/model.safetensors", "model/model.json"])
@@ -243,7 +244,7 @@ def test_half_written_results_of_killed_evaluations_are_swept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "mine.partial"]
 
 
-# ---- A4, A10 ------------------------------------------------------------------------------------------------------------
+# ---- A4, A10 ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_evaluated_on_stores_of_its_model_only(tmp_path):
@@ -272,7 +273,7 @@ def test_a_run_is_the_same_whatever_lossless_codec_its_store_has(run):
         assert all(run_directory.is_complete(kinds[codec], plan.runs[3]) for codec in ("auto", "mappable", "compact"))
 
 
-# ---- C14, B -------------------------------------------------------------------------------------------------------------
+# ---- C14, B ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_names_the_file_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
-"""Resampling against a naive loop, for every level of both structures, all sizes different (B=29, D=7, F1=13, F2=5, F3=3)."""
+"""Resampling against a naive loop, for every level of both structures, all sizes different (B=29, D=7, F1=13, F2=5,
+F3=3).
+"""
 
 import pytest
 import torch
