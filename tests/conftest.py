@@ -99,6 +99,17 @@ def wide(monkeypatch):
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures are composed, but not drawn, which takes most of the time of a report."""
+    from matplotlib.figure import Figure
+
+    def save(figure, file, *, format, **options):
+        file.write("<svg ></svg>") if format == "svg" else Path(file).touch()
+
+    monkeypatch.setattr(Figure, "savefig", save)
+
+
+@pytest.fixture
 def scratch_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HSAE_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "scratch"

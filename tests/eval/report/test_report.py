@@ -78,6 +78,13 @@ class Warnings(Listener):
         self.texts.append(text)
 
 
+@pytest.fixture(scope="module")
+def report(made, tmp_path_factory):
+    """(the folder of the report of these runs and the user's result, its page, its Markdown)."""
+    folder = tmp_path_factory.mktemp("written")
+    return folder, *written(made, folder)
+
+
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
@@ -92,9 +99,8 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_is_self_contained_and_says_what_there_is(made, tmp_path):
-    plan = made[0]
-    html, markdown = written(made, tmp_path)
+def test_the_page_is_self_contained_and_says_what_there_is(made, report):
+    plan, (folder, html, markdown) = made[0], report
     page = Page(html)
     text = " ".join(" ".join(page.words).split())
     for words in (
@@ -127,11 +133,11 @@ def test_the_page_is_self_contained_and_says_what_there_is(made, tmp_path):
     assert html.count("<svg") == 1 + 3 + 2 * 2  # comparison, three runs' curves, two maps and their trees
     assert len(html) < 5_000_000
     assert markdown.count("\n|") == 2 + 6 + 2 + 6 + 1  # the user's result is in SAEBench's table only
-    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_corpus_text_is_shown_and_never_becomes_markup(made, tmp_path):
-    html, _ = written(made, tmp_path)
+def test_corpus_text_is_shown_and_never_becomes_markup(report):
+    _, html, _ = report
     assert "<script" not in html
     contexts_shown = re.findall(r'<div class="text">(.*?)</div>', html, re.DOTALL)
     assert len(contexts_shown) > 20
@@ -140,7 +146,7 @@ def test_corpus_text_is_shown_and_never_becomes_markup(made, tmp_path):
         assert set(Page(context).tags) <= {"b"}
 
 
-def test_names_and_warnings_are_data_too(made, tmp_path):
+def test_names_and_warnings_are_data_too(made, tmp_path, undrawn):
     """Run names, stage names, warnings and release names may hold markup and TeX; none of it is interpreted."""
     hostile = "<script>alert(1)</script> $x_{$ | `a`"
     copy = tmp_path / "runs/3"
@@ -164,27 +170,19 @@ def test_names_and_warnings_are_data_too(made, tmp_path):
     assert len(table) > 2 and len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
 
 
-def test_the_same_inputs_give_the_same_bytes(made, tmp_path):
-    written(made, tmp_path / "a")
-    written(made, tmp_path / "b")
-    for name in ("index.html", "report.md", "summary.png"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
-def test_pictures_neither_change_matplotlibs_settings_nor_follow_them(made, tmp_path):
+def test_the_same_inputs_give_the_same_bytes_whatever_matplotlibs_settings(made, report, tmp_path):
     import matplotlib
 
-    written(made, tmp_path / "a")
     with matplotlib.rc_context({"font.size": 31, "lines.linewidth": 7, "svg.fonttype": "path"}):
         own = dict(matplotlib.rcParams)
-        written(made, tmp_path / "b")
+        written(made, tmp_path)
         assert dict(matplotlib.rcParams) == own
-    for name in ("index.html", "summary.png"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    for name in ("index.html", "report.md", "summary.png"):
+        assert (tmp_path / name).read_bytes() == (report[0] / name).read_bytes()
 
 
-def test_a_dead_sae_of_saebenchs_is_a_row_that_says_so(made, tmp_path):
-    html, markdown = written(made, tmp_path)
+def test_a_dead_sae_of_saebenchs_is_a_row_that_says_so(report):
+    _, html, markdown = report
     text = " ".join(" ".join(Page(html).words).split())
     assert "google/gemma-2-2b_layer_19_sae dead" in text
     for words in (
@@ -197,14 +195,14 @@ def test_a_dead_sae_of_saebenchs_is_a_row_that_says_so(made, tmp_path):
     assert "-0.5855" in row and "-0.528" in row and "2304" in row
 
 
-def test_the_numbers_are_those_of_the_result_files(made, tmp_path):
-    _, markdown = written(made, tmp_path)
+def test_the_numbers_are_those_of_the_result_files(made, report):
+    _, _, markdown = report
     result = json.loads(next(made[1][0].glob("eval/core/*.json")).read_text())
     measure = result["hsae"]["measures"]["explained_variance"]
     assert f"{measure['value']:.3f} ({measure['low']:.3f} – {measure['high']:.3f})" in markdown
 
 
-def test_hierarchy_measures_stand_beside_their_nulls(made, tmp_path, monkeypatch):
+def test_hierarchy_measures_stand_beside_their_nulls(made, tmp_path, undrawn, monkeypatch):
     """Run 3 measured: tables, failures, fitted maps; a result of another model is left out and named."""
     monkeypatch.setattr("hsae.eval.harness.estimates.RESAMPLES", 20)
     monkeypatch.setattr("hsae.eval.hierarchy.probes.STEPS", 3)
@@ -236,7 +234,7 @@ def test_hierarchy_measures_stand_beside_their_nulls(made, tmp_path, monkeypatch
     assert "composition.json is of another model than the one here" in page and "fitted map" not in page
 
 
-def test_missing_pieces_are_said(made, tmp_path):
+def test_missing_pieces_are_said(made, tmp_path, undrawn):
     copy = tmp_path / "runs/3"
     shutil.copytree(made[1][2], copy)
     shutil.rmtree(copy / "eval")
@@ -273,7 +271,7 @@ def test_a_plans_report_opens_its_store_and_refuses_runs_that_are_not_trained(ma
     assert "Not trained yet: 2, 4" in (tmp_path / "all/index.html").read_text()
 
 
-def test_a_run_whose_run_json_is_damaged_is_named_and_the_others_are_shown(made, tmp_path):
+def test_a_run_whose_run_json_is_damaged_is_named_and_the_others_are_shown(made, tmp_path, undrawn):
     """FIX C3."""
     for number in (3, 4):
         shutil.copytree(made[1][2], tmp_path / f"runs/{number}")
@@ -287,7 +285,7 @@ def test_a_run_whose_run_json_is_damaged_is_named_and_the_others_are_shown(made,
         Report([tmp_path / "runs/4"]).write(tmp_path / "none")
 
 
-def test_a_damaged_result_is_said_and_the_others_are_shown(made, tmp_path):
+def test_a_damaged_result_is_said_and_the_others_are_shown(made, tmp_path, undrawn):
     copy = tmp_path / "runs/3"
     shutil.copytree(made[1][2], copy)
     victim, said = sorted((copy / "eval/core").glob("*.json"))[0], []
@@ -303,7 +301,7 @@ def test_a_damaged_result_is_said_and_the_others_are_shown(made, tmp_path):
     assert path.with_name("report.md").read_text().count("\n|") == 2 + 2
 
 
-def test_a_report_of_foreign_results_alone(tmp_path):
+def test_a_report_of_foreign_results_alone(tmp_path, undrawn):
     path = Report([], compare=[USER_BASELINE, USER_BASELINE]).write(tmp_path)
     markdown = path.with_name("report.md").read_text()
     assert markdown.count(f"| google/gemma-2-2b_layer_19_sae ({USER_BASELINE.name}) (dead) | 2304 |") == 2
@@ -433,7 +431,7 @@ def test_participation_ratio_and_its_null():
     assert torch.equal((null > 0).sum(1), (rows > 0).sum(1)) and not torch.equal(null, rows)
 
 
-def test_results_of_another_model_than_the_one_present_are_left_out_and_named(made, tmp_path):
+def test_results_of_another_model_than_the_one_present_are_left_out_and_named(made, tmp_path, undrawn):
     _plan, run_dirs, *_ = made
     copy = tmp_path / "runs/3"
     shutil.copytree(run_dirs[2], copy)
@@ -453,7 +451,7 @@ def changed(path, **inputs):
     return content
 
 
-def test_results_of_other_settings_stores_and_texts_are_left_out_and_named(made, tmp_path):
+def test_results_of_other_settings_stores_and_texts_are_left_out_and_named(made, tmp_path, undrawn):
     _, run_dirs, store, _ = made
     copies = [shutil.copytree(run_dir, tmp_path / run_dir.name) for run_dir in run_dirs[:2]]
     (whole,) = copies[0].glob("eval/core/*.json")
@@ -485,7 +483,7 @@ def test_results_of_other_settings_stores_and_texts_are_left_out_and_named(made,
         whole.write_text(original)
 
 
-def test_saebenchs_explained_variance_never_stands_in_the_column_of_the_corrected_one(made, tmp_path):
+def test_saebenchs_explained_variance_never_stands_in_the_column_of_the_corrected_one(made, tmp_path, undrawn):
     """A result of SAEBench 0.6.0 has an explained variance too, of another meaning; so have the runs' own files."""
     current = GOLDEN / "core" if (GOLDEN / "core").is_dir() else GOLDEN
     files = [path for path in sorted(current.rglob("*.json")) if b'"explained_variance_legacy"' in path.read_bytes()]
