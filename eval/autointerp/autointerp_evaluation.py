@@ -7,7 +7,6 @@ what the latent really does.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from random import Random
 from statistics import stdev
 from typing import Any, ClassVar, Self
@@ -16,7 +15,7 @@ from pydantic import Field, model_validator
 
 from hsae.cache.config import at_commit
 from hsae.cache.errors import UserError
-from hsae.cache.language_model.lm import load_tokenizer
+from hsae.cache.language_model.lm import LanguageModel, load_tokenizer
 from hsae.cache.reading.provenance import check_tokenizer
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.autointerp.autointerp_file import AutointerpFile, SaebenchAutointerpConfig
@@ -28,9 +27,8 @@ from hsae.eval.autointerp.windows import Case, Sampler
 from hsae.eval.harness.evaluation import Evaluation, Options, Result, cached_method
 from hsae.eval.harness.listener import SILENT, Listener
 from hsae.eval.harness.result_files import hsae_version
-from hsae.eval.harness.saebench_file import read_measured
 from hsae.eval.harness.tables import Table
-from hsae.eval.harness.targets import Found, Target, find
+from hsae.eval.harness.targets import Target
 from hsae.train.config.checked import checked
 from hsae.train.config.plan import Plan
 
@@ -99,6 +97,7 @@ class Autointerp(Evaluation[ActivationStore, Target]):
     """Whether a chat model can explain latents, and predict from its explanations where they are active."""
 
     name = "autointerp"
+    file_kind = AutointerpFile
     options_kind = AutointerpOptions
     config_kind = AutointerpConfig
     over = "latents"
@@ -118,9 +117,10 @@ class Autointerp(Evaluation[ActivationStore, Target]):
         *,
         device: str = "cpu",
         listener: Listener = SILENT,
+        lm: LanguageModel | None = None,
     ) -> None:
         """Raises UserError if the tokenizer, the settings or the address of the judge can't be used."""
-        super().__init__(store, options, config, device=device, listener=listener)
+        super().__init__(store, options, config, device=device, listener=listener, lm=lm)
         chosen = {"model": self.options.judge, "base_url": self.options.base_url}
         judge = self.config.judge.model_dump() | {key: value for key, value in chosen.items() if value is not None}
         judge_config = checked("the judge", "autointerp.judge", JudgeConfig, judge)
@@ -128,7 +128,7 @@ class Autointerp(Evaluation[ActivationStore, Target]):
         width = 2 * self.config.buffer + 1
         if store.context < width:
             raise UserError(f"rows of {store.context} tokens hold no window of {width}; lower autointerp.buffer")
-        self.tokenizer = load_tokenizer(at_commit(store.spec.model, store.header.model_commit))
+        self.tokenizer = lm.tokenizer if lm else load_tokenizer(at_commit(store.spec.model, store.header.model_commit))
         check_tokenizer(store.root, store.header, self.tokenizer)
         self.judge = Judge(
             judge_config,
@@ -164,10 +164,6 @@ class Autointerp(Evaluation[ActivationStore, Target]):
         """All that a result depends on."""
         not_inputs = {"judge": {"concurrency", "timeout_s", "retries", "malformed_share"}}
         return {**super().inputs(target), "autointerp": self.config.model_dump(mode="json", exclude=not_inputs)}
-
-    def find(self, target: Target) -> Found[dict[str, Any]]:
-        """Where the target's result belongs, and whether it is there."""
-        return find(target, self.inputs(target), partial(read_measured, kind=AutointerpFile, evaluation=self.name))
 
     # --- before the judge is asked ---
 

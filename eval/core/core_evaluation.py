@@ -1,7 +1,8 @@
 """`hsae eval core`: all SAEs of a hook share one pass, and what is there already is read back."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from hsae.cache.reading.store import ActivationStore
@@ -10,7 +11,7 @@ from hsae.eval.core.core_result import CoreResult, as_json, core_result_of, read
 from hsae.eval.harness.evaluation import Evaluation, Result, store_inputs
 from hsae.eval.harness.saebench_file import write_envelope
 from hsae.eval.harness.tables import Cell, Table, interval_cell
-from hsae.eval.harness.targets import Found, Target, find
+from hsae.eval.harness.targets import Target
 from hsae.train.config.plan import Plan
 from hsae.train.run_record import check_same_model
 
@@ -42,10 +43,18 @@ class Core(Evaluation[ActivationStore, Target]):
         settings = {"exclude_special_tokens": not self.options.all_tokens}
         return {**target.inputs, **store_inputs(self.store), **settings}
 
-    def find(self, target: Target) -> Found[dict[str, Any]]:
-        """Where the target's result belongs, and whether it is there."""
-        apart = (ALL_TOKENS,) if self.options.all_tokens else ()
-        return find(target, self.inputs(target), read_core_file, *apart)
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """What tells the file names of results with these options from those of the standard ones."""
+        return (ALL_TOKENS,) if self.options.all_tokens else ()
+
+    def read(self, path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        """A result file's content, and what it was made of. Raises UserError if it is missing or damaged."""
+        return read_core_file(path)
+
+    def write(self, path: Path, content: dict[str, Any]) -> Path:
+        """Write a result file, atomically and with its checksum."""
+        return write_envelope(path, content)
 
     def measure(self, target: Target) -> dict[str, Any]:
         """The result of one SAE."""

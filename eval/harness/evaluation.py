@@ -24,10 +24,10 @@ from hsae.cache.language_model.lm import LanguageModel
 from hsae.eval.harness.estimates import Estimate, describe_noise
 from hsae.eval.harness.fits import check_fits
 from hsae.eval.harness.listener import SILENT, Listener
-from hsae.eval.harness.result_files import describe_changes
-from hsae.eval.harness.saebench_file import write_envelope
+from hsae.eval.harness.result_files import describe_changes, read_result, write_result
+from hsae.eval.harness.saebench_file import SaebenchFile, read_measured, write_envelope
 from hsae.eval.harness.tables import Cell, Table, interval_cell
-from hsae.eval.harness.targets import Found, RunTarget, Selection, Target, select_targets
+from hsae.eval.harness.targets import Found, RunTarget, Selection, Target, find, select_targets
 from hsae.train.config.plan import Plan
 from hsae.train.model.hierarchical_sae import HierarchicalSAE
 from hsae.train.model.views import View
@@ -105,6 +105,8 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
     name: ClassVar[str]
     """`hsae eval NAME`."""
     options_kind: ClassVar[type[Options]] = Options
+    file_kind: ClassVar[type[SaebenchFile] | None] = None
+    """SAEBench's file of its results; None for one of hsae's own: an object with `measures` and `inputs`."""
     config_kind: ClassVar[type[Config] | None] = None
     """Its table of the plan, if it has one."""
     headlines: ClassVar[dict[str, str]] = {}
@@ -203,13 +205,29 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         store: Any = self.store
         return LanguageModel.load(at_commit(store.spec.model, store.header.model_commit), device=self.device)
 
-    @abstractmethod
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """What tells the file names of results with these options from those of the standard ones."""
+        return ()
+
     def find(self, target: TargetT) -> Found[dict[str, Any]]:
         """Where the target's result belongs, and whether it is there."""
+        one: Any = target
+        return find(one, self.inputs(target), self.read, *self.apart)
+
+    def read(self, path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        """A result file's content, and what it was made of. Raises UserError if it is missing or damaged."""
+        if self.file_kind is not None:
+            return read_measured(path, self.file_kind, self.name)
+        content = read_result(path, f"hsae eval {self.name}")
+        return content, content.get("inputs", {})
 
     def write(self, path: Path, content: dict[str, Any]) -> Path:
         """Write a result file, atomically and with its checksum."""
-        return write_envelope(path, content)
+        if self.file_kind is not None:
+            return write_envelope(path, content)
+        write_result(path, content)
+        return path
 
     # --- what people see -------------------------------------------------------------------------------------------
 

@@ -1,13 +1,12 @@
 """Evaluations of whole trained runs: all levels of a model together, one result file a run."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from hsae.cache.errors import NotApplicable, UserError
 from hsae.eval.harness.evaluation import Evaluation
 from hsae.eval.harness.listener import Listener
-from hsae.eval.harness.result_files import changes, read_result, write_result
+from hsae.eval.harness.result_files import changes, read_result
 from hsae.eval.harness.targets import Found, RunTarget, Selection, trained_runs
 from hsae.train.config.plan import Plan
 
@@ -44,8 +43,3 @@ class RunEvaluation(Evaluation[StoreT, RunTarget]):
     def is_current(self, target: RunTarget, content: dict[str, Any]) -> bool:
         """Whether a result that lies there is made of the same inputs."""
         return bool(content.get("inputs") == self.inputs(target))
-
-    def write(self, path: Path, content: dict[str, Any]) -> Path:
-        """Write a result file, atomically and with its checksum."""
-        write_result(path, content)
-        return path

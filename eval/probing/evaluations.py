@@ -8,7 +8,7 @@ intervals.
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,8 +20,8 @@ from hsae.cache.suites.specs import Suite
 from hsae.cache.suites.suite_files import PART_TEXTS
 from hsae.eval.harness.evaluation import Evaluation, Options, Result, cached_method
 from hsae.eval.harness.result_files import hsae_version
-from hsae.eval.harness.saebench_file import Part, SaebenchFile, read_measured
-from hsae.eval.harness.targets import Found, Target, find
+from hsae.eval.harness.saebench_file import Part, SaebenchFile
+from hsae.eval.harness.targets import Target
 from hsae.eval.probing import absorption, scr_tpp, sparse_probing
 from hsae.eval.probing.config import probe_spec
 from hsae.eval.probing.saebench_files import (
@@ -69,10 +69,6 @@ class SuiteEvaluation(Evaluation[StoreT, Target]):
         store: Any = self.store
         own = {"store": store.spec.fingerprint, "state": store.digest, "seeds": len(self.seeds)}
         return {**target.inputs, **own}
-
-    def find(self, target: Target) -> Found[dict[str, Any]]:
-        """Where the target's result belongs, and whether it is there."""
-        return find(target, self.inputs(target), partial(read_measured, kind=self.file_kind, evaluation=self.name))
 
     def notes(self, results: Sequence[Result[Target]]) -> list[str]:
         """Which store was read, and which SAEs can't be told apart."""
