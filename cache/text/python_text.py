@@ -20,6 +20,7 @@ import itertools
 import random
 import re
 import sysconfig
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -150,11 +151,20 @@ def _language() -> list[str]:
     return list(topics.values())
 
 
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The module and its statements (handlers and cases too) in ast.walk's order, without their expressions."""
+    nodes: deque[ast.AST] = deque([tree])
+    while nodes:
+        yield (node := nodes.popleft())
+        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+            nodes.extend(getattr(node, field, ()))
+
+
 def documented(
     tree: ast.Module,
 ) -> Iterator[tuple[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, str]]:
     """A module, its classes and functions that have a docstring, each with it."""
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
             text := ast.get_docstring(node)
         ):
@@ -203,7 +213,7 @@ def _code(file: Path) -> str:
         return ""
     text = STRING_OR_COMMENT.sub(lambda match: "" if match[0].startswith("#") else match[0], read.text)
     lines = text.split("\n")
-    for node in ast.walk(read.tree):
+    for node in _statements(read.tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             last = node.end_lineno or node.lineno
             lines[node.lineno - 1 : last] = [""] * (last - node.lineno + 1)
