@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """Cached vectors at words, and the probe that tells their first letters."""
+    """Cached vectors at words, and the probe of their first letters."""
 
     train: Tensor
     """[N, D] float32"""
@@ -92,9 +92,6 @@ class Absorbed:
     projection: Tensor
 
 
-# ---- probes on words -------------------------------------------------------------------------------------------------
-
-
 def train_letters(
     vectors: Tensor,
     letters: Tensor,
@@ -117,7 +114,7 @@ def train_letters(
     nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
     nn.init.uniform_(linear.bias, -1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
     linear = linear.to(view.W_dec.dtype if view else vectors.dtype)
-    kept = _encoded(view, vectors) if view and len(vectors) * width <= KEPT_NUMBERS else None
+    codes = _encoded(view, vectors) if view and len(vectors) * width <= KEPT_NUMBERS else None
     targets = nn.functional.one_hot(letters.long(), len(LETTERS)).to(linear.weight.dtype)
     positives = targets.float().sum(0)
     weighting = (len(letters) - positives) / positives.clamp_min(1)  # float32, whatever the probe's type
@@ -125,7 +122,7 @@ def train_letters(
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=(1e-5 / 1e-2) ** (1 / epochs))
     for _ in range(epochs):
         for rows in torch.split(_loader_order(len(vectors), generator), batch):
-            inputs = kept[rows] if kept is not None else view.encode(vectors[rows]) if view else vectors[rows]
+            inputs = codes[rows] if codes is not None else view.encode(vectors[rows]) if view else vectors[rows]
             loss = nn.functional.binary_cross_entropy_with_logits(linear(inputs), targets[rows], pos_weight=weighting)
             if l1:
                 loss = loss + l1 * linear.weight.abs().sum(-1).mean()
@@ -186,7 +183,7 @@ class Sides:
     check_letters: Tensor
 
 
-def told(words: Words) -> list[float]:
+def letter_f1(words: Words) -> list[float]:
     """F1 of the ground-truth probe on the test words, by letter."""
     predicted = words.test @ words.weight.T + words.bias > 0
     return [f1(predicted[:, number], words.test_letters == number) for number in range(len(LETTERS))]
@@ -206,13 +203,13 @@ def k_sparse(
     sides = sides or Sides(
         fit=words.train, fit_letters=words.train_letters, check=words.test, check_letters=words.test_letters
     )
-    scores = told(words)
+    scores = letter_f1(words)
     numbers = range(1, min(settings.max_k, view.d_sae) + 1)
     # each k anew, because which of several tied latents wins depends on k
     top = {k: torch.topk(weight.float(), k, dim=1).indices for k in numbers}
     columns = torch.unique(torch.cat(list(top.values()), 1))
     fit, check = (_encoded(view, vectors, columns).float() for vectors in (sides.fit, sides.check))
-    found = []
+    results = []
     for number in letters:
         checked = sides.check_letters == number
         labels = (sides.fit_letters == number).int()
@@ -231,7 +228,7 @@ def k_sparse(
                         f1=f1(logits > 0, checked),
                     )
                 )
-        found.append(
+        results.append(
             Letter(
                 letter=number,
                 f1_probe=scores[number],
@@ -239,7 +236,7 @@ def k_sparse(
                 split=split_latents(per_k, settings.f1_jump),
             )
         )
-    return found
+    return results
 
 
 def split_latents(per_k: Sequence[Sparse], jump: float) -> list[int]:
@@ -253,7 +250,7 @@ def split_latents(per_k: Sequence[Sparse], jump: float) -> list[int]:
 
 
 def check_letters(scores: Sequence[float], settings: Settings) -> list[int]:
-    """The letters that the ground-truth probe tells well enough.
+    """The letters that the ground-truth probe recognizes well enough.
 
     Raises UserError if they are too few to mean anything.
     """
@@ -266,12 +263,9 @@ def check_letters(scores: Sequence[float], settings: Settings) -> list[int]:
     return good
 
 
-# ---- absorption ------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def absorbed(view: View, words: Words, letter: Letter, *, assume_unit_norm: bool = True) -> Absorbed:
-    """The absorption of every prompt of one letter whose word the ground-truth probe tells.
+    """The absorption of every prompt of one letter whose word the ground-truth probe recognizes.
 
     With `assume_unit_norm`, as SAEBench does it, a latent's share of the direction is its activation times a cosine.
     """
@@ -310,7 +304,7 @@ def absorbed(view: View, words: Words, letter: Letter, *, assume_unit_norm: bool
     )
 
 
-def outcome(letters: Sequence[Letter], found: Sequence[Absorbed]) -> Outcome:
+def outcome(letters: Sequence[Letter], absorptions: Sequence[Absorbed]) -> Outcome:
     """SAEBench's result fields; letters without a word are left out."""
     details: list[dict[str, Any]] = [
         {
@@ -321,7 +315,7 @@ def outcome(letters: Sequence[Letter], found: Sequence[Absorbed]) -> Outcome:
             "num_probe_true_positives": len(one.prompts),
             "num_split_features": len(letter.split),
         }
-        for letter, one in zip(letters, found, strict=True)
+        for letter, one in zip(letters, absorptions, strict=True)
         if len(one.prompts)
     ]
     columns = {
@@ -341,9 +335,9 @@ def outcome(letters: Sequence[Letter], found: Sequence[Absorbed]) -> Outcome:
 def faithful(view: View, words: Words, settings: Settings, seed: int = 42) -> Outcome:
     """SAEBench's numbers; it seeds nothing, so `seed` decides the sparse probe's draws.
 
-    Raises UserError if too few letters are told.
+    Raises UserError if the probe recognizes too few letters.
     """
-    good = check_letters(told(words), settings)
+    good = check_letters(letter_f1(words), settings)
     weight = l1_probe(view, words, settings, torch.Generator().manual_seed(seed))
     letters = k_sparse(view, words, weight, settings, good)
     return outcome(letters, [absorbed(view, words, letter) for letter in letters])
@@ -356,12 +350,12 @@ def ideal(view: View, words: Words, settings: Settings, seeds: Sequence[int]) ->
     A seed decides the validation words, the sparse probe's draws, and which evaluation words are drawn (with
     replacement). `view` is float32.
     """
-    good = check_letters(told(words), settings)
+    good = check_letters(letter_f1(words), settings)
     columns: dict[str, list[float | None]] = {}
     for seed in seeds:
         generator = generator_for("absorption", seed)
         order = torch.randperm(len(words.train), generator=generator)
-        kept, fit = order[: len(order) // 5], order[len(order) // 5 :]
+        check, fit = order[: len(order) // 5], order[len(order) // 5 :]
         weight = l1_probe(
             view,
             Words(**{**vars(words), "train": words.train[fit], "train_letters": words.train_letters[fit]}),
@@ -371,15 +365,15 @@ def ideal(view: View, words: Words, settings: Settings, seeds: Sequence[int]) ->
         sides = Sides(
             fit=words.train[fit],
             fit_letters=words.train_letters[fit],
-            check=words.train[kept],
-            check_letters=words.train_letters[kept],
+            check=words.train[check],
+            check_letters=words.train_letters[check],
         )
         letters = k_sparse(view, words, weight, settings, good, sides)
-        found = []
+        resampled = []
         for letter in letters:
             one = absorbed(view, words, letter, assume_unit_norm=False)
             again = torch.randint(max(1, len(one.prompts)), (len(one.prompts),), generator=generator)
-            found.append(
+            resampled.append(
                 Absorbed(
                     prompts=one.prompts[again],
                     fraction=one.fraction[again],
@@ -387,7 +381,7 @@ def ideal(view: View, words: Words, settings: Settings, seeds: Sequence[int]) ->
                     projection=one.projection[again],
                 )
             )
-        for name, value in outcome(letters, found).metrics["mean"].items():
+        for name, value in outcome(letters, resampled).metrics["mean"].items():
             if name.startswith("mean"):
                 columns.setdefault(name, []).append(value)
     return {"measures": {name: mean_over_seeds(values).to_dict() for name, values in columns.items()}, "tasks": {}}

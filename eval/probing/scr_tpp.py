@@ -25,6 +25,7 @@ from hsae.eval.probing.text_probes import (
     balanced,
     ideal_probe,
     mean,
+    mean_or_none,
     sample,
     train_probe,
 )
@@ -83,9 +84,6 @@ def partner_of(kind: Kind, chosen: str) -> str | None:
 def probe_on(probe: str, data: str) -> str:
     """SAEBench's name for the accuracy of one class's probe on another's texts."""
     return f"{probe} probe on {data} data"
-
-
-# ---- SAEBench's numbers ----------------------------------------------------------------------------------------------
 
 
 def train_probes(kind: Kind, tasks: Iterable[Task]) -> dict[str, Trained]:
@@ -204,9 +202,6 @@ def _ablation(
     return vectors
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------
-
-
 def scores(kind: Kind, effects: Effects) -> dict[str, float]:
     """The scores of one task, by SAEBench's keys."""
     return _scr_scores(effects) if kind == "scr" else _means(tpp_scores(effects).values())
@@ -272,9 +267,6 @@ def outcome(kind: Kind, effects: dict[str, Effects]) -> Outcome:
         ],
         unstructured={name: tpp_scores(found) for name, found in effects.items()} if kind == "tpp" else None,
     )
-
-
-# ---- ideal -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -347,7 +339,7 @@ def ideal(
             for key, column in into.items():
                 column.append(found.get(key))
     overall = {
-        key: [_mean_or_none(column) for column in zip(*(found[key] for found in values.values()), strict=True)]
+        key: [mean_or_none(column) for column in zip(*(found[key] for found in values.values()), strict=True)]
         for key in score_keys(kind, n_values)
     }
     return {
@@ -357,8 +349,3 @@ def ideal(
             for name, found in values.items()
         },
     }
-
-
-def _mean_or_none(values: Iterable[float | None]) -> float | None:
-    kept = [value for value in values if value is not None]
-    return mean(kept) if kept else None

@@ -1,4 +1,4 @@
-"""SAEBench's sparse probing: how much of a labelled class a few latents tell, from sums over each text's tokens.
+"""SAEBench's sparse probing: how much of a labelled class a few latents predict, from sums over each text's tokens.
 
 `faithful` gives SAEBench's numbers; `ideal` the same question with fixed negatives, a validation split and float32,
 under several seeds.
@@ -20,6 +20,7 @@ from hsae.eval.probing.text_probes import (
     balanced,
     ideal_probe,
     mean,
+    mean_or_none,
     sample,
     top_k_accuracy,
     train_probe,
@@ -61,9 +62,9 @@ def faithful(
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     results: dict[str, Accuracies] = {}
     for task in tasks:
-        found = dict(_probes("llm", task, task.sums_UD, k_values, generator)) if llm is None else dict(llm[task.name])
-        found |= dict(_probes("sae", task, latents(task), k_values, generator))
-        results[task.name] = found
+        scores = dict(_probes("llm", task, task.sums_UD, k_values, generator)) if llm is None else dict(llm[task.name])
+        scores |= dict(_probes("sae", task, latents(task), k_values, generator))
+        results[task.name] = scores
     return _outcome(results)
 
 
@@ -73,19 +74,19 @@ def _probes(
     """The probe on all columns, then those on the best k: accuracy by class."""
     vectors = task.means(sums)
 
-    def drawn(chosen: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def draw(chosen: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         train_rows, train_labels = balanced(task.train, chosen, generator)
         test_rows, test_labels = balanced(task.test, chosen, generator)
         return (vectors[train_rows], train_labels), (vectors[test_rows], test_labels)
 
     accuracies = {}
     for chosen in task.train:
-        train, test = drawn(chosen)
+        train, test = draw(chosen)
         with torch.enable_grad():
             accuracies[chosen] = train_probe(train, test, TRAINING, generator)[1]
     yield f"{kind}_test_accuracy", accuracies
     for k in k_values:
-        yield f"{kind}_top_{k}_test_accuracy", {chosen: top_k_accuracy(*drawn(chosen), k) for chosen in task.train}
+        yield f"{kind}_top_{k}_test_accuracy", {chosen: top_k_accuracy(*draw(chosen), k) for chosen in task.train}
 
 
 def _outcome(results: dict[str, Accuracies]) -> Outcome:
@@ -94,7 +95,7 @@ def _outcome(results: dict[str, Accuracies]) -> Outcome:
     details: list[dict[str, Any]] = [
         {"dataset_name": f"{name}_results", **{key: found.get(key) for key in keys}} for name, found in means.items()
     ]
-    overall = {key: _mean_or_none([entry[key] for entry in details]) for key in keys}
+    overall = {key: mean_or_none([entry[key] for entry in details]) for key in keys}
     metrics = {kind: {key: overall[key] for key in keys if key.startswith(kind)} for kind in ("llm", "sae")}
     unstructured = {
         f"{name}_results": {
@@ -111,14 +112,6 @@ def accuracy_keys(kind: str) -> list[str]:
     return [f"{kind}_test_accuracy", *(f"{kind}_top_{k}_test_accuracy" for k in SCHEMA_K)]
 
 
-def _mean_or_none(values: list[float | None]) -> float | None:
-    kept = [value for value in values if value is not None]
-    return mean(kept) if kept else None
-
-
-# ---- ideal -----------------------------------------------------------------------------------------------------------
-
-
 def ideal(
     tasks: Sequence[Task], vectors: Latents, seeds: Sequence[int], k_values: Sequence[int] = K_VALUES
 ) -> dict[str, Any]:
@@ -130,13 +123,13 @@ def ideal(
     by_task: dict[str, dict[str, list[float]]] = {}
     for task in tasks:
         means = task.means(vectors(task).float())
-        found: dict[str, list[float]] = {}
+        measures: dict[str, list[float]] = {}
         for seed in seeds:
             texts = {chosen: sample(task, chosen, seed) for chosen in task.train}
             full = [
                 ideal_probe(means, one).accuracy(means[one.test[0]].double(), one.test[1]) for one in texts.values()
             ]
-            found.setdefault("test_accuracy", []).append(mean(full))
+            measures.setdefault("test_accuracy", []).append(mean(full))
             for k in k_values:
                 accuracies = [
                     top_k_accuracy(
@@ -144,8 +137,8 @@ def ideal(
                     )
                     for one in texts.values()
                 ]
-                found.setdefault(f"top_{k}_test_accuracy", []).append(mean(accuracies))
-        by_task[task.name] = found
+                measures.setdefault(f"top_{k}_test_accuracy", []).append(mean(accuracies))
+        by_task[task.name] = measures
     keys = ["test_accuracy", *(f"top_{k}_test_accuracy" for k in k_values)]
     overall = {
         key: [mean(column) for column in zip(*(found[key] for found in by_task.values()), strict=True)] for key in keys

@@ -65,9 +65,6 @@ def _sums(vectors: Tensor, lengths: list[int]) -> Tensor:
     return torch.stack([part.sum(0) for part in torch.split(vectors, lengths)])
 
 
-# ---- samples ---------------------------------------------------------------------------------------------------------
-
-
 def balanced(
     lists: Lists, chosen: str, generator: torch.Generator, partner: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -114,9 +111,6 @@ def sample(task: Task, chosen: str, seed: int, partner: str | None = None) -> Sa
     again = torch.randint(len(rows), (len(rows),), generator=generator)
     fitted = len(train[0]) - max(1, round(VALIDATION_SHARE * len(train[0])))
     return Sample(train=train, fitted=fitted, test=(rows[again], labels[again]))
-
-
-# ---- SAEBench's probe ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +173,6 @@ def _copy(linear: nn.Linear) -> Probe:
     return Probe(linear.weight.detach().clone(), linear.bias.detach().clone())
 
 
-# ---- logistic regression ---------------------------------------------------------------------------------------------
-
-
 def logistic(vectors_SK: Tensor, labels_S: Tensor, **settings: Any) -> Any:
     """scikit-learn's L2 logistic regression (lbfgs), fitted; not reaching the tolerance is no error."""
     from sklearn.exceptions import ConvergenceWarning
@@ -224,10 +215,13 @@ def ideal_probe(vectors: Tensor, texts: Sample) -> Probe:
     return Probe(weight, bias)
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
-
-
 def mean(values: Iterable[float]) -> float:
     """The plain mean."""
-    kept = list(values)
-    return sum(kept) / len(kept)
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def mean_or_none(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that exist; None if none does."""
+    numbers = [value for value in values if value is not None]
+    return mean(numbers) if numbers else None
