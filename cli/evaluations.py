@@ -239,8 +239,12 @@ def summarise(names: Sequence[str], outcomes: "Iterable[Outcome]") -> int:
     try:
         rows[next(waiting)] = "interrupted", 0.0
         for outcome in outcomes:
-            show(list(outcome.results))
-            rows[outcome.name] = _state(outcome.error), outcome.seconds
+            error = outcome.error
+            try:
+                show(list(outcome.results))
+            except Exception as wrong:  # the others go on
+                error = error or wrong
+            rows[outcome.name] = _state(error), outcome.seconds
             if (following := next(waiting, None)) is not None:
                 rows[following] = "interrupted", 0.0
     finally:

@@ -8,7 +8,7 @@ Shapes: R rows, T context length, D residual width, F latents, P peaks kept, N t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,10 +74,13 @@ def top_contexts(
     check_tokenizer(store.root, store.header, tokenizer)
     contexts: dict[Latent, list[Context]] = {}
     for level in dict.fromkeys(level for level, _ in latents):
-        view = model.view(model.level_name(level))
+        view = model.view(model.level_name(level)).copy_to("cpu", torch.float32)
         numbers = [number for at, number in latents if at == level]
         found = find_contexts(view, store, hook, tokenizer, survey(view, store, hook), numbers, count)
-        contexts |= {(level, number): found[number] for number in numbers}
+        norms_F = getattr(view, "norms", torch.ones(view.d_sae))  # a view of a stack scales the model's code by these
+        for number in numbers:
+            norm = float(norms_F[number])
+            contexts[level, number] = [replace(one, activation=one.activation / norm) for one in found[number]]
     return contexts
 
 

@@ -51,7 +51,7 @@ def logit_effects(model: HierarchicalSAE, lm: LanguageModel, latent: Latent, cou
     direction_D = model.direction(latent)
     rows = torch.stack([direction_D, torch.zeros_like(direction_D)])[:, None]
     given_V, none_V = lm.unembed(lm.suffix(f"blocks.{lm.layers - 1}.hook_resid_post", rows))[:, 0].float().cpu()
-    effects_V = given_V - none_V
+    effects_V = (given_V - none_V)[: len(lm.tokenizer)]  # a padded vocabulary has rows that no token stands for
 
     def strongest(largest: bool) -> tuple[TokenEffect, ...]:
         values, ids = torch.topk(effects_V, min(count, len(effects_V)), largest=largest)

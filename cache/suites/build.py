@@ -36,15 +36,16 @@ def build_suites(
     """
     paths = [spec.path(root) for spec in specs]
     with contextlib.ExitStack() as locks:
-        for spec, path in zip(specs, paths, strict=True):
+        held = [locks.enter_context(contextlib.ExitStack()) for _ in paths]  # each is let go when its store is there
+        for spec, path, lock in zip(specs, paths, held, strict=True):
             check_writable(suites_folder(root) / spec.suite)
-            locks.enter_context(locked(path))
+            lock.enter_context(locked(path))
         entities = [read_entities(spec.data) if isinstance(spec, RavelSpec) else [] for spec in specs]
         _sweep_unfinished(root)
         if model is None:
             say(f"loading {specs[0].model.id}")
             model = LanguageModel.load(pin_commit(specs[0].model, root), device=device, say=say)
-        for spec, path, kinds in zip(specs, paths, entities, strict=True):
+        for spec, path, kinds, lock in zip(specs, paths, entities, held, strict=True):
             model.check_hooks(spec.hooks)
             say(f"reading the texts of {spec.suite}")
 
@@ -56,6 +57,7 @@ def build_suites(
                 write_header(path, make_ravel_header(spec, kinds, builder))
             else:
                 write_header(path, make_probe_header(spec, builder))
+            lock.close()
     return paths
 
 

@@ -7,6 +7,7 @@ that.
 """
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -383,7 +384,7 @@ def evaluate(
     evaluation: str = "core",
     *,
     hook: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     listener: Listener = SILENT,
     config: Config | None = None,
     lm: LanguageModel | None = None,
@@ -408,8 +409,10 @@ def evaluate(
         raise UserError(f"the store has {len(hooks)} hooks; say hook=..., one of {', '.join(hooks)}")
     view = model.view(model.whole_view) if isinstance(model, HierarchicalSAE) else model
     digest = hashlib.sha256()
-    for tensor in (view.W_enc, view.W_dec, view.b_enc, view.b_dec):
+    for name, tensor in sorted(view.state_dict().items()):
+        digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    digest.update(json.dumps(view.config, sort_keys=True, default=str).encode())
     target = Target(
         view=view,
         hook=hook or hooks[0],
@@ -419,7 +422,8 @@ def evaluate(
         sae_id=view.name,
         weights_digest=digest.hexdigest(),
     )
-    bench = kind(store, chosen, config, device=device if lm is None else str(lm.device), listener=listener, lm=lm)
+    place = pick_device(device) if lm is None else str(lm.device)
+    bench = kind(store, chosen, config, device=place, listener=listener, lm=lm)
     bench.check(target)
     if not bench.begin([target]):
         raise UserError(f"{evaluation} was not to begin (a dry run), so there is no result")

@@ -48,7 +48,7 @@ def test_top_contexts_are_where_a_latent_is_most_active(activations, structure):
     assert list(contexts) == sorted(latents, key=lambda latent: -latent[0])
     special = store.special_mask(store.tokens(0, store.rows))
     for level, latent in latents:
-        acts = model.view(model.level_name(level)).encode(store.acts(store.hooks[0], 0, store.rows).float())
+        acts = model.codes(store.acts(store.hooks[0], 0, store.rows).float())[level - 1]
         largest = acts[..., latent].masked_fill(special, 0).max().item()
         found = contexts[level, latent]
         assert 0 < len(found) <= 2 and found[0].activation == pytest.approx(largest, rel=1e-4)

@@ -49,3 +49,18 @@ def test_mistakes_are_said(tmp_path):
         model.children(level=2)
     with pytest.raises(hsae.UserError, match="no hook_name, so there is no place to steer at"):
         model.steer(None, {(2, 1): 1.0}).__enter__()
+
+
+def test_contexts_of_a_stack_are_in_the_units_of_its_code(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN_MODEL)
+    network = AutoModelForCausalLM.from_pretrained(GOLDEN_MODEL, dtype=torch.float32)
+    options = {"hook": HOOK, "context": 24, "batch_rows": 4, "progress": False, "folder": tmp_path}
+    store = hsae.build(model=network, tokenizer=tokenizer, texts=TEXTS[:40], **options)
+    model = hsae.fit(store, widths=[48, 12], l0=[6, 2], steps=20, batch_tokens=128, structure="stacked", progress=False)
+    lm = hsae.LanguageModel.of(network, tokenizer)
+    code = model.codes(store.acts(HOOK, 0, store.rows).float())[1]
+    code[store.special_mask(store.tokens(0, store.rows))] = 0
+    latent = int(code.amax((0, 1)).argmax())
+    for placed in (model, model.copy_to(dtype=torch.float64)):
+        strongest = hsae.top_contexts(placed, store, (2, latent), count=1, lm=lm)[2, latent][0]
+        assert strongest.activation == pytest.approx(code[..., latent].max().item(), rel=1e-4)

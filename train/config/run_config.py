@@ -174,6 +174,9 @@ class RunConfig(Config):
             raise ValueError(f"activation {self.activation!r} is for flat runs; levels use {others}")
         if unknown := sorted(self.losses.keys() - LOSSES.keys()):
             raise ValueError(f"there is no loss {unknown[0]!r}; there are {', '.join(LOSSES)}")
+        further = [name for name, weight in self.losses.items() if weight and not LOSSES[name].is_standard]
+        if self.losses.get("reconstruction") == 0 and not further:
+            raise ValueError("losses: without reconstruction there is nothing to train; give another loss a weight")
         if self.selection == "joint" and (self.structure != "additive" or self.activation != "batchtopk"):
             raise ValueError("selection 'joint' needs structure 'additive' and activation 'batchtopk'")
         mapped = self.structure == "additive" and self.composition.mode != "none"

@@ -230,11 +230,12 @@ class HierarchicalSAE(View):
 
         flat: `sae`. additive: `sae` (all levels side by side, finest first) and `level1`, `level2`, ... alone.
         stacked: `level1`, and `level2`, ... with all encoders below them and the cascade of decoders.
-        A view shares its weights with the model; `copy_to` gives one of its own.
+        A view is a module of its own: `.to` on it leaves the model where it is. It may share the model's memory, so its
+        weights are not to be changed in place.
         """
         if name not in self.view_names:
             raise UserError(f"this {self.structure} model has no view {name!r}; it has {', '.join(self.view_names)}")
-        return self._view(name)
+        return self._view(name).copy_to()
 
     def _view(self, name: str) -> View:
         return self.levels[self.view_names.index(name)]

@@ -104,9 +104,11 @@ class View(nn.Module):
             shared[id(parameter)] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
         for buffer in self.buffers():
             shared[id(buffer)] = buffer.to(device, dtype if buffer.is_floating_point() else None)
-        copied = copy.deepcopy(self, shared)
-        copied.__dict__.pop("cfg", None)
-        return copied
+        return copy.deepcopy(self, shared)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: all but `cfg`, which follows this view's weights."""
+        return {name: value for name, value in self.__dict__.items() if name != "cfg"}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """What `.to`, `.half`, `.cuda` and the like go through."""

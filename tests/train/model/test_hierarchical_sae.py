@@ -1,5 +1,6 @@
 """What people hold of a trained model: the same interface for every structure, its hierarchy, its files, steering."""
 
+import copy
 import json
 
 import pytest
@@ -122,3 +123,16 @@ def test_steering_adds_directions_while_it_is_entered(structure):
     assert torch.equal(lm(ids).logits, plain) and not torch.equal(steered, plain)
     with pytest.raises(UserError, match="there is no level 9"), model.steer(lm, {(9, 3): 4.0}):
         pass
+
+
+@pytest.mark.parametrize("structure", list(STRUCTURES))
+def test_a_view_is_a_module_of_its_own_and_is_copied_after_saebench_has_read_it(structure):
+    model = random_model(structure)
+    for name, view in model.views().items():
+        assert view.cfg.d_sae == view.d_sae and model.cfg.d_sae == model.d_sae
+        assert copy.deepcopy(view).cfg.d_sae == view.d_sae
+        assert view.copy_to(dtype=torch.float64).cfg.dtype == "float64" and view.cfg.dtype == "float32"
+        view.to(torch.bfloat16)
+        assert {tensor.dtype for tensor in view.state_dict().values() if tensor.is_floating_point()} == {torch.bfloat16}
+        assert model.view(name).dtype == model.dtype == torch.float32
+    assert model.copy_to(dtype=torch.float64).cfg.dtype == "float64"
