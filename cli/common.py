@@ -5,7 +5,7 @@ Text is printed as it is, square brackets included: styles are given beside it, 
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +18,6 @@ from rich.progress import Progress, ProgressColumn, TextColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from hsae.cache.config import Split
     from hsae.train.config.plan import Plan
 
 Part = str | Text | tuple[str, str]
@@ -128,14 +127,6 @@ SeedsOption = Annotated[
         help="Seeds train.seed to train.seed + N - 1; seed i lies in <train.dir>/seed<i>.",
     ),
 ]
-
-
-def tell_common_text(plan: "Plan", splits: "Sequence[Split]") -> None:
-    """Say which of a plan's stores share text with the training store."""
-    from hsae.train.stores import common_texts
-
-    for common in common_texts(plan, splits):
-        say(common, style="yellow")
 
 
 def check_folder(folder: Path) -> None:

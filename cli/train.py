@@ -16,7 +16,6 @@ from hsae.cli.common import (
     SetOption,
     error_console,
     say,
-    tell_common_text,
 )
 from hsae.train.training.listener import ProgressBars, Result
 
@@ -94,10 +93,13 @@ class _Screen(ProgressBars):
 
     def pass_started(self, plan: "Plan", runs: "Sequence[RunConfig]", place: str) -> None:
         """Show the runs, before the first seed."""
+        from hsae.train.stores import common_texts
+
         self.plan = plan
         if plan.seed_index:
             return
-        tell_common_text(plan, ("eval",))
+        for text in common_texts(plan, ("eval",)):
+            say(text, style="yellow")
         steps, batch_tokens = plan.train.steps, plan.train.batch_tokens
         table = Table(title=f"plan {plan.name}: {steps:,} steps of {batch_tokens:,} tokens on {place}")
         for column in ("run", "structure", "widths", "L0", "composition", "curriculum"):

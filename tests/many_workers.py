@@ -28,6 +28,20 @@ HARD = (
     "train.log_steps=1",
     "train.checkpoint_steps=1000",
 )
+SCRIPT_HEAD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from many_workers import SETTINGS
+from hsae.cache.launcher import share
+from hsae.train.config.plan import load_plan
+from hsae.train.runs.planned_runs import train_runs
+from hsae.train.parallel.workers import joined
+
+places = sys.argv[3:]
+def plan(folder, *more):
+    return load_plan("tiny", [*places, f"train.dir={sys.argv[2] + '/' + folder!r}", *SETTINGS, *more])
+"""
+"""How a script begins that trains in workers: run with this folder, one for the runs, and overrides of the plan."""
 EVEN = (*HARD, "train.widths=[1408, 132]")  # what two and four workers divide equally
 
 

@@ -63,7 +63,10 @@ def check(views: Sequence[View], store: ActivationStore, model: LanguageModel | 
     """Refuse what can't be evaluated, before any compute. Raises UserError or StoreError."""
     if not views:
         raise UserError("there is nothing to evaluate")
-    check_views(views, store, hook)
+    if hook not in store.spec.hooks:
+        raise StoreError(f"{store.url} has no activations of {hook}; it has {', '.join(store.spec.hooks)}")
+    for view in views:
+        check_fits(view, hook, store.header.d_model, store.spec.model.id)
     if store.clean_rows == 0:
         raise StoreError(
             f"{store.url} keeps no clean losses, so it can't serve an evaluation; give the evaluation store (hsae "
@@ -76,14 +79,6 @@ def check(views: Sequence[View], store: ActivationStore, model: LanguageModel | 
         )
     if model is not None:
         check_model(store.root, store.header, model)
-
-
-def check_views(views: Sequence[View], store: ActivationStore, hook: str) -> None:
-    """Refuse SAEs that do not belong to a store and hook. Raises UserError or StoreError."""
-    if hook not in store.spec.hooks:
-        raise StoreError(f"{store.url} has no activations of {hook}; it has {', '.join(store.spec.hooks)}")
-    for view in views:
-        check_fits(view, hook, store.header.d_model, store.spec.model.id)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from many_workers import (
     EVEN,
+    SCRIPT_HEAD,
     TORCHRUN,
     assert_same_training,
     in_threads,
@@ -199,19 +200,9 @@ def test_what_cannot_be_divided_is_refused_before_any_compute():
         check(plan, plan.select("3"), 3, "latents")
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from many_workers import EVEN
-from hsae.cache.launcher import share
-from hsae.train.config.plan import load_plan
-from hsae.train.runs.planned_runs import train_runs
-from hsae.train.parallel.workers import joined
-
-places = sys.argv[3:]
-def plan(folder, *more):
-    return load_plan("tiny", [*places, f"train.dir={sys.argv[2] + '/' + folder!r}", *EVEN, *more])
-
+SCRIPT = (
+    SCRIPT_HEAD.replace("SETTINGS", "EVEN")
+    + """
 with joined(share(), "cpu") as workers:
     options = {"device": "cpu", "workers": workers, "divide": "latents"}
     whole = plan("two")
@@ -230,6 +221,7 @@ with joined(share(), "cpu") as workers:
     train_runs(shares, shares.select("3"), should_stop=wished, device="cpu", workers=workers)
     assert train_runs(shares, shares.select("3"), resume=True, **options)[0].status == "trained"
 """
+)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from many_workers import (
     HARD,
     HSAE,
+    SCRIPT_HEAD,
     TORCHRUN,
     assert_same_training,
     in_threads,
@@ -157,19 +158,9 @@ def test_what_workers_cannot_do_is_refused_before_any_compute(overrides_in, tmp_
         workers_module._backend(Share(1, 4), "cuda")
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from many_workers import HARD
-from hsae.cache.launcher import share
-from hsae.train.config.plan import load_plan
-from hsae.train.runs.planned_runs import train_runs
-from hsae.train.parallel.workers import joined
-
-places = sys.argv[3:]
-def plan(folder, *more):
-    return load_plan("tiny", [*places, f"train.dir={sys.argv[2] + '/' + folder!r}", *HARD, *more])
-
+SCRIPT = (
+    SCRIPT_HEAD.replace("SETTINGS", "HARD")
+    + """
 with joined(share(), "cpu") as workers:
     options = {"device": "cpu", "workers": workers}
     whole = plan("two")
@@ -183,6 +174,7 @@ with joined(share(), "cpu") as workers:
     assert train_runs(ended, ended.select("3"), resume=True, **options)[0].status == "trained"
     assert train_runs(ended, ended.select("3"), **options)[0].status == "already trained"
 """
+)
 
 
 @pytest.mark.slow
