@@ -15,7 +15,7 @@ from pathlib import Path
 from hsae.cache.errors import CorpusError
 from hsae.cache.suites.labelled_texts import SPLITS, DataSet, Record
 from hsae.cache.suites.specs import SuiteConfig
-from hsae.cache.text.python_text import documented, library_files, read_module
+from hsae.cache.text.python_text import library_files, read_module
 
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")
 PAIRS = (("asyncio", "email"), ("unittest", "xml"))
@@ -140,12 +140,8 @@ def _parts(file: Path) -> tuple[list[str], list[str], list[str]]:
     """Pieces of a file's code without docstrings and comments, its docstrings, and its blocks of comment lines."""
     if (module := read_module(file)) is None:
         return [], [], []
-    docstrings, gone = [], set[int]()
-    for node, docstring in documented(module.tree):
-        first = node.body[0]
-        gone.update(range(first.lineno - 1, first.end_lineno or first.lineno))
-        if len(docstring) >= SHORTEST:
-            docstrings.append(docstring[:PIECE])
+    docstrings = [text[:PIECE] for text, _, _ in module.docstrings if len(text) >= SHORTEST]
+    gone = {line for docstring in module.docstrings for line in docstring.lines}
     code, comments, block = [], [], list[str]()
     for number, line in enumerate([*module.text.splitlines(), ""]):
         bare = line.strip()

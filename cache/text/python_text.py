@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from hsae.cache.errors import CorpusError
 
@@ -127,23 +128,53 @@ def is_prose(paragraph: str) -> bool:
     return sum(WORD.fullmatch(word) is not None for word in words) >= 0.85 * len(words)
 
 
-@dataclass(frozen=True)
-class Module:
-    """A module of Python's, read."""
+class Docstring(NamedTuple):
+    """A docstring: what it says, the signature of what it documents ("" for the module), the lines it stands on."""
 
     text: str
-    tree: ast.Module
+    signature: str
+    lines: range
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of Python's, read: its text, its docstrings, and the lines (from 0) of all bare strings."""
+
+    text: str
+    docstrings: list[Docstring]
+    bare_strings: list[range]
 
 
 @functools.cache
 def read_module(file: Path) -> Module | None:
-    """A module; None if it is no Python that this Python parses."""
+    """A module; None if it is no Python that this Python parses.
+
+    Syntax trees are not kept: those of the whole library fill a gigabyte and make the garbage collector slow.
+    """
     try:
         text = file.read_text(encoding="utf-8")
         tree = ast.parse(text)
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return None
-    return Module(text, tree)
+    docstrings, bare = [], []
+    for node in _statements(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            bare.append(_lines(node))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            docstring := ast.get_docstring(node)
+        ):
+            docstrings.append(Docstring(docstring, _signature(node), _lines(node.body[0])))
+    return Module(text, docstrings, bare)
+
+
+def _lines(node: ast.stmt) -> range:
+    return range(node.lineno - 1, node.end_lineno or node.lineno)
+
+
+def _signature(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    if isinstance(node, ast.Module):
+        return ""
+    return f"class {node.name}" if isinstance(node, ast.ClassDef) else f"{node.name}({ast.unparse(node.args)})"
 
 
 def _language() -> list[str]:
@@ -160,30 +191,13 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
             nodes.extend(getattr(node, field, ()))
 
 
-def documented(
-    tree: ast.Module,
-) -> Iterator[tuple[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, str]]:
-    """A module, its classes and functions that have a docstring, each with it."""
-    for node in _statements(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
-            text := ast.get_docstring(node)
-        ):
-            yield node, text
-
-
 def _docstrings(file: Path, *, signatures: bool = False) -> list[str]:
     """A module's docstring and those of its classes and functions, each under its signature if asked for."""
-    if (read := read_module(file)) is None:
-        return []
-    parts = []
-    for node, text in documented(read.tree):
-        if isinstance(node, ast.Module) or not signatures:
-            parts.append(text)
-        elif isinstance(node, ast.ClassDef):
-            parts.append(f"class {node.name}\n{text}")
-        else:
-            parts.append(f"{node.name}({ast.unparse(node.args)})\n{text}")
-    return parts
+    module = read_module(file)
+    return [
+        f"{signature}\n{text}" if signatures and signature else text
+        for text, signature, _ in (module.docstrings if module else ())
+    ]
 
 
 def _comments(file: Path) -> list[str]:
@@ -213,8 +227,6 @@ def _code(file: Path) -> str:
         return ""
     text = STRING_OR_COMMENT.sub(lambda match: "" if match[0].startswith("#") else match[0], read.text)
     lines = text.split("\n")
-    for node in _statements(read.tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            last = node.end_lineno or node.lineno
-            lines[node.lineno - 1 : last] = [""] * (last - node.lineno + 1)
+    for bare in read.bare_strings:
+        lines[bare.start : bare.stop] = [""] * len(bare)
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)[ \t\f]+$", "", "\n".join(lines))).strip() + "\n"
