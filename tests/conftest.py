@@ -92,6 +92,14 @@ def overrides_in(activations):
     return make
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    """What failed is tried again at once."""
+    from hsae.cache.storage import retry
+
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.002)
+
+
 @pytest.fixture
 def wide(monkeypatch):
     """A terminal so wide that no path breaks a message in two."""

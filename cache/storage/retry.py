@@ -14,7 +14,7 @@ from typing import TypeVar
 from hsae.cache.errors import RemoteError, TooLongError, UserError
 
 PATIENCE = 300.0  # seconds for which one request is tried again
-LONGEST_PAUSE = 20.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 20.0  # seconds between two tries
 SILENCE, BETWEEN = 10.0, 60.0  # seconds of trying again before that is logged, and from one such line to the next
 TRIES = 4  # times that what fails its checksum is fetched
 LASTING = {errno.EINVAL, errno.ENOSYS, errno.EREMCHG}  # what s3fs makes of bad requests and redirects
@@ -44,7 +44,7 @@ def retry_request(name: str, request: Callable[[], ResultT], describe: Callable[
     Raises RemoteError, with what `describe` says of the error, when patience ends or the error is lasting. An object
     that is missing is an answer: FileNotFoundError.
     """
-    began, pause = time.monotonic(), 0.1
+    began, pause = time.monotonic(), FIRST_PAUSE
     while True:
         try:
             return request()
@@ -72,7 +72,7 @@ def retry_damaged(read: Callable[[], ResultT], damaged: type[Exception] | tuple[
             return read()
         except damaged as error:
             _log_waiting(f"{redact(str(error))} Fetching it again.")
-            time.sleep(0.1 * number)
+            time.sleep(FIRST_PAUSE * number)
     return read()
 
 

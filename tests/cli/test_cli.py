@@ -5,11 +5,11 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 from unittest import mock
 
+import huggingface_hub
 import numpy as np
 import pytest
 from places import GOLDEN
@@ -21,7 +21,6 @@ from hsae.cache.errors import UserError
 from hsae.cache.reading import page_faults
 from hsae.cli.main import app, main
 
-HSAE = [sys.executable, "-c", "from hsae.cli.main import main; main()"]
 PLAN = f"""
 extends = "tiny"
 name = "mine"
@@ -32,10 +31,11 @@ tokens = 6_000
 """
 
 
-def launched(*arguments, cwd, **environment):
-    """`hsae ...` in a process of its own, for what is set when a process begins."""
-    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
-    return subprocess.run([*HSAE, *arguments], cwd=cwd, capture_output=True, text=True, env=settings)
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No hub, and an empty cache of it at tmp_path/hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 def hsae(*arguments, cwd):
@@ -102,8 +102,8 @@ def test_what_is_there_is_used_again(folder):
     assert "6 of 6 were there already" in hsae("eval", "core", cwd=folder).stdout
 
 
-def test_without_a_plan_the_default_one_is_used_and_what_is_missing_is_said(tmp_path):
-    build = launched("cache", "build", cwd=tmp_path)
+def test_without_a_plan_the_default_one_is_used_and_what_is_missing_is_said(tmp_path, offline):
+    build = hsae("cache", "build", cwd=tmp_path)
     assert build.returncode == 2
     assert "Error: google/gemma-2-2b is neither on this machine nor is the hub reachable" in build.stderr
     train = hsae("train", "--run", "3", cwd=tmp_path)
@@ -133,22 +133,15 @@ def gemma_2_2b_in_the_hubs_cache(place):
     save_file({"x": np.zeros(250, np.float32)}, snapshot / "model.safetensors")
 
 
-def test_the_default_plans_sizes_are_told_without_reading_weights(tmp_path):
+def test_the_default_plans_sizes_are_told_without_reading_weights(tmp_path, offline):
     gemma_2_2b_in_the_hubs_cache(tmp_path / "hub")
     here = ("--set", "cache.eval.corpus='python-docs'")
     dry = ("cache", "build", "--dry-run", "--split", "eval")
-    done = launched(*dry, *here, cwd=tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"))
+    done = hsae(*dry, *here, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for number in ("35,200", "4,505,600", "22.67 GB", "google/gemma-2-2b in bfloat16"):
         assert number in done.stdout
-    hook = launched(
-        "cache",
-        "build",
-        "--set",
-        "hook.names=['blocks.26.hook_resid_post']",
-        cwd=tmp_path,
-        HF_HUB_CACHE=str(tmp_path / "hub"),
-    )
+    hook = hsae("cache", "build", "--set", "hook.names=['blocks.26.hook_resid_post']", cwd=tmp_path)
     assert hook.returncode == 2 and "google/gemma-2-2b has layers 0 to 25" in hook.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
 
