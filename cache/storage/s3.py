@@ -43,10 +43,11 @@ class S3Backend(Backend):
         """s3fs with one GET an object, without a HEAD first; retries are ours."""
         import fsspec
 
-        settings = {"max_pool_connections": 2 * IN_FLIGHT, "retries": {"max_attempts": 1, "mode": "standard"}}
+        settings = {"max_pool_connections": 2 * IN_FLIGHT, "retries": {"total_max_attempts": 1}}
         settings |= {"connect_timeout": 10, "read_timeout": 60, "http_session_cls": BoundedSession}
         options = {"use_listings_cache": False, "max_concurrency": 1, "config_kwargs": settings}
         filesystem, path = fsspec.core.url_to_fs(url, **options)
+        filesystem.retries = 1
         if filesystem.session is None:
             filesystem.session = _session(filesystem.kwargs)
         return filesystem, path

@@ -82,16 +82,6 @@ def test_help_is_light():
     assert sorted(set(HEAVY) & set(loaded)) == []
 
 
-def test_training_imports_no_evaluation():
-    code = (
-        "import sys, hsae.train.runs.planned_runs; from hsae.train.config.plan import load_plan; "
-        "load_plan('tiny').store('train'); print(*sys.modules)"
-    )
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    evaluations = {name for name in loaded if name.startswith("hsae.eval.")}
-    assert evaluations <= {"hsae.eval.ravel", "hsae.eval.ravel.config"}, "and these for the plan's table [ravel]"
-
-
 def test_every_data_file_is_packaged():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert set(settings["package-dir"]) == {"hsae", *(f"hsae.{part}" for part in RANK)}

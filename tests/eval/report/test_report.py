@@ -258,7 +258,7 @@ def test_missing_pieces_are_said(made, tmp_path, undrawn):
         Report([tmp_path / "nothing"]).write(tmp_path / "none")
 
 
-def test_a_plans_report_opens_its_store_and_refuses_runs_that_are_not_trained(made, tmp_path):
+def test_a_plans_report_opens_its_store_and_refuses_runs_that_are_not_trained(made, tmp_path, undrawn):
     plan, said = made[0], []
     path = write_report(plan, plan.select("0,3"), tmp_path / "out", listener=Warnings(said))
     text = " ".join(Page(path.read_text()).words)

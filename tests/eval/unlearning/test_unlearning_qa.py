@@ -86,7 +86,9 @@ def test_a_missing_file_a_missing_package_and_a_hub_that_refuses_are_said(tmp_pa
         "(python-facts, general-facts)"
     )
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"questions 'a/absent:x' can't be had from the hub .*accept its terms at https"):
+    with pytest.raises(
+        UserError, match=r"questions 'a/absent:x' can't be had from the hub .*accept its terms at https"
+    ):
         questions.read_questions("a/absent:x")
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "datasets" else real(name))

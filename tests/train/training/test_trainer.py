@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -330,7 +331,7 @@ def test_scaling_gives_unit_mean_square_per_dimension(activations):
     assert scaling.variance == pytest.approx((x - x.mean(0)).square().sum(1).mean().item(), rel=1e-3)
 
 
-def test_training_needs_no_model_and_imports_no_transformers(activations, tmp_path):
+def test_training_needs_no_model_and_imports_neither_transformers_nor_evaluations(tmp_path):
     model = tmp_path / "model"
     shutil.copytree(GOLDEN_MODEL, model)
     places = [
@@ -341,24 +342,19 @@ def test_training_needs_no_model_and_imports_no_transformers(activations, tmp_pa
     plan = load_plan("tiny", places)
     build([plan.store("train")], plan.cache.dir)
     shutil.rmtree(model)
-    arguments = [
-        "train",
-        "--run",
-        "3",
-        "--plan",
-        "tiny",
-        "--device",
-        "cpu",
-        *(part for place in places for part in ("--set", place)),
-    ]
+    arguments = ["train", "--run", "3", "--plan", "tiny", "--device", "cpu"]
+    arguments += [part for place in places for part in ("--set", place)]
     code = (
         "import sys; sys.argv = ['hsae', *" + json.dumps(arguments) + "]\n"
         "from hsae.cli.main import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
-        "print([name for name in sys.modules if name.split('.')[0] == 'transformers'])"
+        "print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
+    loaded = done.stdout.splitlines()[-1].split()
+    assert "torch" in loaded and "transformers" not in loaded
+    evaluations = {name for name in loaded if re.match(r"hsae\.eval\.(?!harness)", name)}
+    assert evaluations <= {"hsae.eval.ravel", "hsae.eval.ravel.config"}, "and these for the plan's table [ravel]"
     assert run_record.read_run(plan.run_dir(plan.runs[3]))["complete"] is True
