@@ -8,8 +8,8 @@ from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
-from hsae.cli import suite as suite_commands
 from hsae.cli.common import DeviceOption, PlanOption, SetOption, say
+from hsae.cli.evaluations import Screen
 
 if TYPE_CHECKING:
     from hsae.cache.building.estimate import Estimate
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from hsae.train.config.plan import Plan
 
 app = typer.Typer(no_args_is_help=True)
-BOTH: "tuple[Split, ...]" = ("eval", "train")
 OWN_STORES: "dict[str, tuple[Split, ...]]" = {"unlearning": ("forget", "retain"), "autointerp": ("autointerp",)}
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="Directory or URL of a store.")]
 
@@ -34,10 +33,8 @@ def build(
         typer.Option(
             "--suite",
             help="What an evaluation of the suite needs instead: labelled texts and words (all: of the first four, "
-            "see [suite] in the "
-            "plan), entities and their attributes for ravel ([ravel]), forget and retain text for unlearning, or the "
-            "text of autointerp "
-            "(the evaluation store, or [autointerp.text]).",
+            "see [suite] in the plan), entities and their attributes for ravel ([ravel]), forget and retain text for "
+            "unlearning, or the text of autointerp (the evaluation store, or [autointerp.text]).",
         ),
     ] = None,
     device: DeviceOption = "auto",
@@ -50,20 +47,41 @@ def build(
 
     Example: hsae cache build --plan gemma-3-270m
     """
-    from hsae.cache.device import pick_device
     from hsae.cache.errors import UserError
     from hsae.train.config.plan import load_plan
 
     if suite is not None and split is not None:
         raise UserError(f"--split {split} doesn't go with --suite {suite}, which has stores of its own")
     loaded = load_plan(plan, overrides or ())
-    chosen = pick_device(device)
-    if suite == "ravel":
-        return suite_commands.build_ravel(loaded, chosen, dry_run=dry_run)
     if suite is not None and suite not in OWN_STORES:
-        return suite_commands.build(loaded, suite, chosen, dry_run=dry_run)
-    splits = OWN_STORES[suite] if suite else BOTH if split is None or split == "both" else (split,)
+        return _build_suites(loaded, suite, device, dry_run=dry_run)
+    splits = OWN_STORES[suite] if suite else ("eval", "train") if split is None or split == "both" else (split,)
     build_on_screen(loaded, splits, device, dry_run=dry_run)
+
+
+def _build_suites(plan: "Plan", suite: str, device: str, *, dry_run: bool) -> None:
+    """Make the store of labelled texts, words or entities of one suite, or with `all` of the first four."""
+    from hsae.cache.device import pick_device
+    from hsae.cache.errors import UserError
+    from hsae.cache.suites.build import build_suites
+    from hsae.cache.suites.ravel_store import RavelStore
+    from hsae.cache.suites.specs import SUITES, RavelSpec, SuiteSpec
+    from hsae.eval.probing.config import probe_spec
+    from hsae.eval.ravel.config import ravel_spec
+    from hsae.eval.ravel.ravel_runs import describe_store
+
+    chosen = pick_device(device)
+    if dry_run:
+        raise UserError("--dry-run doesn't go with --suite: what the texts come to is known once they are read")
+    specs: list[SuiteSpec] = [probe_spec(plan, name) for name in SUITES if suite in (name, "all")]
+    if suite == "ravel":
+        specs = [ravel_spec(plan)]
+    with Screen("texts") as screen:
+        paths = build_suites(specs, plan.cache.dir, device=chosen, progress=screen.progress, say=say)
+    for spec, path in zip(specs, paths, strict=True):
+        if isinstance(spec, RavelSpec):
+            say(describe_store(RavelStore(spec, plan.cache.dir)))
+        say(f"{spec.suite} store: ", (str(path), "bold"))
 
 
 def build_on_screen(plan: "Plan", splits: "Sequence[Split]", device: str, *, dry_run: bool = False) -> None:
@@ -111,13 +129,9 @@ def _sizes(estimates: "list[Estimate]", plan: str, device: str) -> Table:
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "?"
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 @app.command()
@@ -172,8 +186,7 @@ def verify(
         if unsealed:
             say(
                 "but an older hsae made this store, whose header has no checksum: a digit that changed in it is not "
-                "noticed. "
-                f"If it is right, give it one with: hsae cache verify {redact(store)} --repair"
+                f"noticed. If it is right, give it one with: hsae cache verify {redact(store)} --repair"
             )
     if damages:
         raise typer.Exit(1)

@@ -5,8 +5,6 @@ Text is printed as it is, square brackets included: styles are given beside it, 
 
 import errno
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,14 +12,11 @@ import rich
 import typer
 from rich import get_console
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
     from hsae.train.config.plan import Plan
-
-Part = str | Text | tuple[str, str]
-"""Text, or text and its style."""
 
 
 def use_plain_console(**settings: Any) -> None:
@@ -34,21 +29,9 @@ def error_console() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def say(*parts: Part, style: str = "") -> None:
-    """Print one line, however long it is."""
+def say(*parts: str | tuple[str, str], style: str = "") -> None:
+    """Print one line, however long it is. A part is text, or text and its style."""
     get_console().print(Text.assemble(*parts, style=style), soft_wrap=True)
-
-
-def plus_minus(value: str, half: str, gap: str = " ") -> Text:
-    """A number and half its interval."""
-    return Text.assemble(value, gap, (f"±{half}", "dim"))
-
-
-@contextmanager
-def waiting(text: str) -> Iterator[Callable[[str], None]]:
-    """A spinner with a text, and what changes the text."""
-    with get_console().status(Text(text)) as status:
-        yield lambda text: status.update(Text(text))
 
 
 def one_line(error: BaseException) -> str | None:
@@ -62,8 +45,8 @@ def one_line(error: BaseException) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
         return "the GPU is out of memory; lower train.batch_tokens, or train fewer runs at once"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
-        what = _first_line(error)
-        return f"the machine is out of memory; lower train.batch_tokens, or train fewer runs at once ({what})"
+        advice = "lower train.batch_tokens, or train fewer runs at once"
+        return f"the machine is out of memory; {advice} ({_first_line(error)})"
     return None
 
 
@@ -88,10 +71,10 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def progress_bars(*columns: str | ProgressColumn) -> Progress:
-    """Progress bars; columns given as text are formats such as `{task.description}`."""
-    made = [TextColumn(column, markup=False) if isinstance(column, str) else column for column in columns]
-    return Progress(*made, console=get_console())
+def progress_bars() -> Progress:
+    """A bar for each task, with what is done of it and the time that is left."""
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
+    return Progress(*columns, TimeRemainingColumn(compact=True), console=get_console())
 
 
 PlanOption = Annotated[
@@ -147,25 +130,9 @@ def named_runs(plan: "Plan", run: str | None, all_runs: bool, sae: list[Path] | 
     """
     from hsae.cache.errors import UserError
 
-    given = {"--run": run is not None, "--all": all_runs, "--sae": bool(sae)}
-    if sum(given.values()) > 1:
-        raise UserError(f"{' and '.join(name for name, there in given.items() if there)} exclude each other")
+    used = [name for name, value in {"--run": run is not None, "--all": all_runs, "--sae": sae}.items() if value]
+    if len(used) > 1:
+        raise UserError(f"{' and '.join(used)} exclude each other")
     if run is not None:
         plan.select(run)
     return ",".join(map(str, plan.runs)) if all_runs else run
-
-
-def check_sae_options(sae: list[Path] | None, seeds: int, out: Path | None, whole: bool = False) -> None:
-    """Refuse options of runs with --sae, and of SAELens folders without it. Raises UserError."""
-    from hsae.cache.errors import UserError
-
-    if sae and seeds != 1:
-        raise UserError(f"--seeds {seeds} is for runs; it doesn't go with --sae")
-    if sae and whole:
-        raise UserError("--whole is for runs, which have levels; it doesn't go with --sae")
-    if out is not None:
-        check_folder(out)
-    if out is not None and not sae:
-        raise UserError(
-            "--out is for results of --sae; those of a run lie in its own folder, <train.dir>/<number>/eval"
-        )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 from rich import get_console
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TimeRemainingColumn
+from rich.progress import TaskID
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
@@ -24,23 +24,24 @@ from hsae.cli.common import (
     SaeOption,
     SeedsOption,
     SetOption,
-    check_sae_options,
+    check_folder,
     error_console,
     named_runs,
     one_line,
-    plus_minus,
     progress_bars,
     say,
 )
 from hsae.eval.harness.listener import Listener
+from hsae.eval.harness.options import OUT
 from hsae.eval.harness.tables import PlusMinus
 from hsae.eval.harness.tables import Table as ResultTable
 
 if TYPE_CHECKING:
     from hsae.eval.harness.evaluate_all import Outcome
     from hsae.eval.harness.evaluation import Evaluation, Result
+    from hsae.eval.harness.targets import Selection
+    from hsae.train.config.plan import Plan
 
-OUT = Path("eval_results")
 OutOption = Annotated[
     Path | None,
     typer.Option("--out", help=f"Folder for the results of --sae; each evaluation has its own in it; default {OUT}."),
@@ -83,37 +84,47 @@ class EvaluationGroup(TyperGroup):
 def evaluation_command(name: str) -> Any:
     """The command of a registered evaluation."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(name, help=f"{registry.EVALUATIONS[name].summary}\n\nExample: hsae eval {name} --run 3")(
-        callback_of(name)
-    )
+    help_text = f"{registry.EVALUATIONS[name].summary}\n\nExample: hsae eval {name} --run 3"
+    app.command(name, help=help_text)(callback_of(name))
     return typer.main.get_command(app)
 
 
 def callback_of(name: str) -> Callable[..., None]:
     """What the command of a registered evaluation does, with a signature that has its options."""
     kind: type[Evaluation[Any, Any]] = registry.resolve(registry.EVALUATIONS[name].kind)
-    own = {field: _option(field, info) for field, info in kind.options_kind.model_fields.items()}
-    shared = {field: option for field, option in SHARED.items() if field not in kind.without}
-    options = shared | own
+    own = {field: option(field, info) for field, info in kind.options_kind.model_fields.items()}
 
-    def command(**given: Any) -> None:
-        from hsae.eval.harness.evaluation import choose_options
+    @with_options({field: shared for field, shared in SHARED.items() if field not in kind.without} | own)
+    def command(*, force: bool = False, device: str = "auto", **values: Any) -> None:
+        from hsae.eval.harness.evaluation import choose_options, evaluate_plan
 
-        chosen = choose_options(kind, {field: given.pop(field) for field in own if field in given})
-        show(evaluate(kind, chosen, **given))
+        options = choose_options(kind, {field: values.pop(field) for field in own})
+        plan, selection = load_selected(**values, whole=getattr(options, "whole", False))
+        with Screen(kind.name) as screen:
+            results = evaluate_plan(kind, plan, selection, options, force=force, device=device, listener=screen)
+        show(results)
 
-    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-            for field, (annotation, default) in options.items()
-        ]
-    )
-    command.__annotations__ = {field: annotation for field, (annotation, _) in options.items()}
     return command
 
 
-def _option(field: str, info: Any) -> tuple[Any, Any]:
-    """A field of an evaluation's options as an option of its command."""
+def with_options(options: dict[str, tuple[Any, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a function a signature that has options, each with its type and default, which typer reads them off."""
+
+    def give(function: Callable[..., None]) -> Callable[..., None]:
+        function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+                for field, (annotation, default) in options.items()
+            ]
+        )
+        function.__annotations__ = {field: annotation for field, (annotation, _) in options.items()}
+        return function
+
+    return give
+
+
+def option(field: str, info: Any) -> tuple[Any, Any]:
+    """A field of an evaluation's options as an option of its command: type and default."""
     bounds = {type(part).__name__: part for part in info.metadata}
     shown = info.json_schema_extra or {}
     settings: dict[str, Any] = {
@@ -127,9 +138,7 @@ def _option(field: str, info: Any) -> tuple[Any, Any]:
     return Annotated[info.annotation, typer.Option(*names, **settings)], info.default
 
 
-def evaluate(
-    kind: "type[Evaluation[Any, Any]]",
-    options: Any,
+def load_selected(
     *,
     run: str | None = None,
     all_runs: bool = False,
@@ -138,21 +147,26 @@ def evaluate(
     plan: str | None = None,
     overrides: list[str] | None = None,
     out: Path | None = None,
-    force: bool = False,
-    device: str = "auto",
-) -> "list[Result[Any]]":
-    """Evaluate what the options select."""
-    from hsae.eval.harness.evaluation import evaluate_plan
+    whole: bool = False,
+) -> "tuple[Plan, Selection]":
+    """The plan, and what the options select. Raises UserError for options of runs with --sae, and of it without."""
+    from hsae.cache.errors import UserError
     from hsae.eval.harness.targets import Selection
     from hsae.train.config.plan import load_plan
 
-    whole = getattr(options, "whole", False)
-    check_sae_options(sae, seeds, out, whole)
+    if sae and seeds != 1:
+        raise UserError(f"--seeds {seeds} is for runs; it doesn't go with --sae")
+    if sae and whole:
+        raise UserError("--whole is for runs, which have levels; it doesn't go with --sae")
+    if out is not None:
+        check_folder(out)
+        if not sae:
+            raise UserError(
+                "--out is for results of --sae; those of a run lie in its own folder, <train.dir>/<number>/eval"
+            )
     loaded = load_plan(plan, overrides or ())
-    run = named_runs(loaded, run, all_runs, sae)
-    selection = Selection(run=run, seeds=seeds, folders=sae or (), out=(out or OUT) / kind.folder(), whole=whole)
-    with Screen(kind.name) as screen:
-        return evaluate_plan(kind, loaded, selection, options, force=force, device=device, listener=screen)
+    named = named_runs(loaded, run, all_runs, sae)
+    return loaded, Selection(run=named, seeds=seeds, folders=sae or (), out=out or OUT, whole=whole)
 
 
 class Screen(Listener):
@@ -160,9 +174,7 @@ class Screen(Listener):
 
     def __init__(self, title: str) -> None:
         self._status = Status(Text(f"{title}: reading"), console=get_console())
-        self._bars = progress_bars(
-            "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
-        )
+        self._bars = progress_bars()
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
@@ -225,9 +237,12 @@ def draw(table: ResultTable) -> Table:
     shown.add_column(table.columns[0], overflow="fold")
     for column in table.columns[1:]:
         shown.add_column(column, justify="right", no_wrap=True)
+    gap = "" if table.is_dense else " "
     for row in table.rows:
-        gap = "" if table.is_dense else " "
-        cells = [plus_minus(cell.value, cell.half, gap) if isinstance(cell, PlusMinus) else cell for cell in row.cells]
+        cells = (
+            Text.assemble(cell.value, gap, (f"±{cell.half}", "dim")) if isinstance(cell, PlusMinus) else cell
+            for cell in row.cells
+        )
         shown.add_row(*cells, style="yellow" if row.is_doubtful else None)
     return shown
 

@@ -8,7 +8,8 @@ import typer
 from rich import get_console
 
 from hsae.cli.common import DeviceOption, RunOption, SetOption, check_folder, say
-from hsae.cli.evaluations import OUT, ForceOption, Screen, draw
+from hsae.cli.evaluations import ForceOption, Screen, draw
+from hsae.eval.harness.options import OUT
 
 if TYPE_CHECKING:
     from hsae.eval.synthetic.compared_runs import Arms

@@ -8,11 +8,12 @@ if TYPE_CHECKING:
     from hsae.eval.ablation.ablations import run_ablations as run_ablations
     from hsae.eval.core.core import CoreOptions as CoreOptions
     from hsae.eval.core.core_result import CoreResult as CoreResult
+    from hsae.eval.harness.evaluate_all import evaluate_all as evaluate_all
     from hsae.eval.harness.evaluation import Evaluation as Evaluation
-    from hsae.eval.harness.evaluation import Options as Options
     from hsae.eval.harness.evaluation import Result as Result
     from hsae.eval.harness.evaluation import evaluate as evaluate
     from hsae.eval.harness.evaluation import evaluate_plan as evaluate_plan
+    from hsae.eval.harness.options import Options as Options
     from hsae.eval.harness.targets import Selection as Selection
     from hsae.eval.quickstart import run_quickstart as run_quickstart
     from hsae.eval.report.page import write_report as write_report
@@ -24,10 +25,11 @@ else:
             "CoreOptions": "hsae.eval.core.core",
             "CoreResult": "hsae.eval.core.core_result",
             "Evaluation": "hsae.eval.harness.evaluation",
-            "Options": "hsae.eval.harness.evaluation",
+            "Options": "hsae.eval.harness.options",
             "Result": "hsae.eval.harness.evaluation",
             "Selection": "hsae.eval.harness.targets",
             "evaluate": "hsae.eval.harness.evaluation",
+            "evaluate_all": "hsae.eval.harness.evaluate_all",
             "evaluate_plan": "hsae.eval.harness.evaluation",
             "evaluate_synthetic": "hsae.eval.synthetic.synthetic_evaluation",
             "run_ablations": "hsae.eval.ablation.ablations",

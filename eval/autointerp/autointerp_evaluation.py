@@ -24,8 +24,9 @@ from hsae.eval.autointerp.cost import Cost, estimate_cost
 from hsae.eval.autointerp.interpretation import interpret_all, measures
 from hsae.eval.autointerp.judge import Judge, Prices
 from hsae.eval.autointerp.windows import Case, Sampler
-from hsae.eval.harness.evaluation import Evaluation, Options, Result, cached_method
+from hsae.eval.harness.evaluation import Evaluation, Result, cached_method
 from hsae.eval.harness.listener import SILENT, Listener
+from hsae.eval.harness.options import Options
 from hsae.eval.harness.result_files import hsae_version
 from hsae.eval.harness.tables import Table
 from hsae.eval.harness.targets import Target

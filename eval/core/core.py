@@ -32,9 +32,9 @@ from hsae.eval.core.saebench_metrics import (
     weight_metrics,
 )
 from hsae.eval.harness import estimates
-from hsae.eval.harness.evaluation import Options
 from hsae.eval.harness.fits import check_fits
 from hsae.eval.harness.listener import SILENT, Listener
+from hsae.eval.harness.options import Options
 from hsae.eval.harness.result_files import hsae_version
 from hsae.train.model.views import View
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from hsae import registry
@@ -53,9 +53,7 @@ def evaluate_all(
 
 
 def evaluate_one(name: str, plan: Plan, selection: Selection, draws: int, **settings: Any) -> list[Result[Any]]:
-    """Run one of them; in the folder `selection.out` it has its own."""
+    """Run one of them."""
     kind = registry.resolve(registry.EVALUATIONS[name].kind)
     options = kind.options_kind(**({"draws": draws} if "draws" in kind.options_kind.model_fields else {}))
-    if selection.out is not None:
-        selection = replace(selection, out=selection.out / kind.folder())
     return evaluate_plan(kind, plan, selection, options, **settings)

@@ -15,7 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from hsae import registry
 from hsae.cache.config import Config, Split, at_commit
@@ -25,10 +25,11 @@ from hsae.cache.language_model.lm import LanguageModel
 from hsae.eval.harness.estimates import Estimate, describe_noise
 from hsae.eval.harness.fits import check_fits
 from hsae.eval.harness.listener import SILENT, Listener
-from hsae.eval.harness.result_files import describe_changes, read_result, write_result
+from hsae.eval.harness.options import OUT, Options
+from hsae.eval.harness.result_files import read_result, write_result
 from hsae.eval.harness.saebench_file import SaebenchFile, read_measured, write_envelope
 from hsae.eval.harness.tables import Cell, Table, interval_cell
-from hsae.eval.harness.targets import Found, RunTarget, Selection, Target, find, select_targets
+from hsae.eval.harness.targets import ResultPlace, RunTarget, Selection, Target, find_result, select_targets
 from hsae.train.config.plan import Plan
 from hsae.train.model.hierarchical_sae import HierarchicalSAE
 from hsae.train.model.views import View
@@ -51,12 +52,6 @@ def cached_method(method: Callable[..., ValueT]) -> Callable[..., ValueT]:
         return values[arguments]
 
     return cached
-
-
-class Options(BaseModel):
-    """What a caller may choose of one evaluation. Each field is an option of its command, its description the help."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +83,20 @@ class Result(Generic[TargetT]):
         """The whole result, JSON-ready."""
         return self.content
 
+    def tables(self) -> list[Table]:
+        """Everything that the command shows; the headline numbers come first."""
+        return self.evaluation.tables([self])
+
     def table(self) -> Table:
         """The headline numbers, for people: `print(result.table())`."""
-        return self.evaluation.tables([self])[0]
+        return self.tables()[0]
 
     def save(self, folder: Path | str) -> Path:
         """Write the result into a folder under the name that the command line would give it; returns the file."""
         return self.evaluation.write(Path(folder) / self.path.name, self.content)
 
     def __repr__(self) -> str:
-        return f"Result({self.evaluation.name}: {self.label})\n{self.table()}"
+        return "\n".join([f"Result({self.evaluation.name}: {self.label})", *map(str, self.tables())])
 
 
 class Evaluation(ABC, Generic[StoreT, TargetT]):
@@ -113,7 +112,7 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
     headlines: ClassVar[dict[str, str]] = {}
     """Column of the table -> measure; the first measure decides what is said about noise."""
     over: ClassVar[str] = "rows"
-    """What intervals are over, in words of the table's title."""
+    """What intervals are over, as the table's title says it."""
     reads_splits: ClassVar[tuple[Split, ...]] = ()
     """Activation stores that are read: text that they share with the training store is named."""
     shares_passes: ClassVar[bool] = False
@@ -193,14 +192,14 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
             yield self.measure(target)
 
     def discard(self, target: TargetT) -> None:
-        """Throw away what was kept of a measurement that was interrupted; done with `force`."""
+        """Throw away what an interrupted measurement left; done with `force`."""
 
     def complete(self, target: TargetT, content: dict[str, Any]) -> dict[str, Any]:
         """A result with what it says of other results, as they are once all are measured; of those reused, too."""
         return content
 
     def load_language_model(self) -> LanguageModel:
-        """The language model that was given, or that the store was made with, at the same commit."""
+        """The caller's language model, or the one that the store was made with, at the same commit."""
         if self.lm is not None:
             return self.lm
         store: Any = self.store
@@ -211,10 +210,10 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         """What tells the file names of results with these options from those of the standard ones."""
         return ()
 
-    def find(self, target: TargetT) -> Found[dict[str, Any]]:
+    def find(self, target: TargetT) -> ResultPlace:
         """Where the target's result belongs, and whether it is there."""
         one: Any = target
-        return find(one, self.inputs(target), self.read, *self.apart)
+        return find_result(one, self.inputs(target), self.read, *self.apart)
 
     def read(self, path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
         """A result file's content, and what it was made of. Raises UserError if it is missing or damaged."""
@@ -225,10 +224,7 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
 
     def write(self, path: Path, content: dict[str, Any]) -> Path:
         """Write a result file, atomically and with its checksum."""
-        if self.file_kind is not None:
-            return write_envelope(path, content)
-        write_result(path, content)
-        return path
+        return write_result(path, content) if self.file_kind is None else write_envelope(path, content)
 
     # --- what people see -------------------------------------------------------------------------------------------
 
@@ -248,8 +244,9 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         return "undefined" if measure is None else interval_cell(measure.value, measure.low, measure.high)
 
     def notes(self, results: Sequence[Result[TargetT]]) -> list[str]:
-        """Lines below the table."""
-        note = self.noise_note(results)
+        """Lines below the table: which SAEs can't be told from the one with the highest headline measure."""
+        name = next(iter(self.headlines.values()), "")
+        note = describe_noise(name, {item.label: item.measures[name] for item in results if name in item.measures})
         return [note] if note else []
 
     def warnings(self, results: Sequence[Result[TargetT]]) -> list[str]:
@@ -258,11 +255,6 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
 
     def finish(self, results: Sequence[Result[TargetT]]) -> None:
         """What is left to do once all results are there."""
-
-    def noise_note(self, results: Sequence[Result[TargetT]]) -> str | None:
-        """Which SAEs can't be told from the one with the highest headline measure; None if there is nothing to tell."""
-        name = next(iter(self.headlines.values()), "")
-        return describe_noise(name, {item.label: item.measures[name] for item in results if name in item.measures})
 
 
 def check_target(target: Target | RunTarget, store: Any) -> None:
@@ -294,11 +286,10 @@ def evaluate_targets(
     for target in targets:
         evaluation.check(target)
     places = [evaluation.find(target) for target in targets]
-    for text in describe_changes(
-        [(target.label, place.changed) for target, place in zip(targets, places, strict=True)]
-    ):
-        evaluation.listener.say(text)
-    contents = {index: place.result for index, place in enumerate(places) if place.result is not None and not force}
+    for change in dict.fromkeys(place.changed for place in places if place.changed):
+        labels = (target.label for target, place in zip(targets, places, strict=True) if place.changed == change)
+        evaluation.listener.say(f"evaluated anew, with {change}: {', '.join(labels)}")
+    contents = {index: place.content for index, place in enumerate(places) if place.content is not None and not force}
     missing = [index for index in range(len(targets)) if index not in contents]
     if not evaluation.begin([targets[index] for index in missing]):
         return []
@@ -308,8 +299,8 @@ def evaluate_targets(
     for batch in [missing] if evaluation.shares_passes else [[index] for index in missing]:
         if not evaluation.shares_passes and not force:  # somebody else may have made it by now
             (index,) = batch
-            if (content := evaluation.find(targets[index]).result) is not None:
-                contents[index] = content
+            if (earlier := evaluation.find(targets[index]).content) is not None:
+                contents[index] = earlier
                 continue
         for index, content in zip(batch, evaluation.measure_all([targets[index] for index in batch]), strict=True):
             evaluation.write(places[index].path, content)
@@ -364,10 +355,10 @@ def check_packages(kind: type[Evaluation[Any, Any]], options: Options) -> None:
         need(f"the evaluation {kind.name}", package, extra, module)
 
 
-def choose_options(kind: type[Evaluation[Any, Any]], given: Mapping[str, Any]) -> Options:
+def choose_options(kind: type[Evaluation[Any, Any]], values: Mapping[str, Any]) -> Options:
     """The options of an evaluation. Raises UserError for one that it lacks, and for values that are impossible."""
     try:
-        return kind.options_kind(**given)
+        return kind.options_kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:  # several options together
@@ -394,8 +385,8 @@ def evaluate(
 
     `model` is a trained model (all its levels together; of a stack level 1) or one of its views, `store` what the
     evaluation reads (for `core` an evaluation store), `evaluation` a name of `hsae eval`, `options` the options of its
-    command, such as `draws=3`. `hook` is needed if the store has several. `lm` is the store's language model, loaded
-    where it is needed and not given. Raises UserError before any compute if something does not fit.
+    command, such as `draws=3`. `hook` is needed if the store has several. `lm` is the store's language model, which is
+    otherwise loaded where it is needed. Raises UserError before any compute if something does not fit.
     """
     if evaluation not in registry.EVALUATIONS:
         raise UserError(f"there is no evaluation {evaluation!r}; there are {', '.join(registry.EVALUATIONS)}")
@@ -416,16 +407,16 @@ def evaluate(
     target = Target(
         view=view,
         hook=hook or hooks[0],
-        folder=Path("eval_results") / kind.folder(),
+        folder=OUT / kind.folder(),
         label=view.name,
         release="hsae",
         sae_id=view.name,
         weights_digest=digest.hexdigest(),
     )
     place = pick_device(device) if lm is None else str(lm.device)
-    bench = kind(store, chosen, config, device=place, listener=listener, lm=lm)
-    bench.check(target)
-    if not bench.begin([target]):
+    runner = kind(store, chosen, config, device=place, listener=listener, lm=lm)
+    runner.check(target)
+    if not runner.begin([target]):
         raise UserError(f"{evaluation} was not to begin (a dry run), so there is no result")
-    (content,) = bench.measure_all([target])
-    return Result(target=target, content=content, path=target.path(), evaluation=bench)
+    (content,) = runner.measure_all([target])
+    return Result(target=target, content=content, path=target.path(), evaluation=runner)

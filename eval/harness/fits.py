@@ -25,12 +25,12 @@ def check_fits(view: View, hook: str, d_model: int, model: str) -> None:
 
 def doubts(view: View, hook: str, model: str) -> list[str]:
     """What can't be told of an SAE that `check_fits` lets pass."""
-    found = []
+    texts = []
     if (named := view.metadata.get("model_name")) is not None and same_model(named, model) is None:
-        found.append(f"made for {named}; whether that is {model} can't be told from the name")
+        texts.append(f"made for {named}; whether that is {model} can't be told from the name")
     if view.metadata.get("hook_name") is None:
-        found.append(f"its cfg.json names no hook; evaluated at {hook}")
-    return found
+        texts.append(f"its cfg.json names no hook; evaluated at {hook}")
+    return texts
 
 
 def same_hook(first: str, second: str) -> bool:

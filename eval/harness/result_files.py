@@ -4,12 +4,11 @@ Evaluations share folders without knowing of each other: whoever writes into one
 killed ones left.
 """
 
-import contextlib
 import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,32 +33,30 @@ def hsae_version() -> str:
 def publish(path: Path, write: Callable[[Path], Any]) -> None:
     """Make or replace a file of an evaluation atomically, with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.parent) as alone:
-        if alone:
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        if _lock(folder):
             sweep(path.parent, below=False)
         write_atomically(path, write)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock on a folder itself; False on a file system that has no such locks."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX)
-            alone = True
-        except OSError:
-            alone = False
-        yield alone
     finally:
-        os.close(opened)
+        os.close(folder)
 
 
-def write_result(path: Path, content: Mapping[str, Any], *, indent: int = 1, allow_nan: bool = False) -> None:
-    """Write a JSON object with its checksum, unless just that is there already."""
+def _lock(folder: int) -> bool:
+    """Wait for the lock on an open folder; False on a file system that has no such locks."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def write_result(path: Path, content: Mapping[str, Any], *, indent: int = 1, allow_nan: bool = False) -> Path:
+    """Write a JSON object with its checksum, unless just that is there already; returns the file."""
     text = json.dumps(sealed(content), indent=indent, allow_nan=allow_nan)
     if not path.is_file() or path.read_bytes() != text.encode():
         publish(path, lambda partial: partial.write_text(text))
+    return path
 
 
 def read_result(path: Path, again: str) -> dict[str, Any]:
@@ -72,11 +69,11 @@ def read_result(path: Path, again: str) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key != CHECKSUM}
 
 
-def changes(inputs: Mapping[str, Any], held: Mapping[str, Any]) -> str:
-    """In what inputs differ from those `held` by the result whose place is taken: `draws 3 (was 5), other text`."""
+def changes(inputs: Mapping[str, Any], earlier: Mapping[str, Any]) -> str:
+    """In what inputs differ from those of the result whose place is taken: `draws 3 (was 5), other text`."""
     parts = []
-    for key in dict.fromkeys((*inputs, *held)):
-        now, before = inputs.get(key), held.get(key)
+    for key in dict.fromkeys((*inputs, *earlier)):
+        now, before = inputs.get(key), earlier.get(key)
         if now == before:
             continue
         name = NAMED.get(key, key.replace("_", " "))
@@ -87,14 +84,6 @@ def changes(inputs: Mapping[str, Any], held: Mapping[str, Any]) -> str:
         else:
             parts.append(f"{name} {now} (was {before})")
     return ", ".join(parts)
-
-
-def describe_changes(changed: Sequence[tuple[str, str]]) -> list[str]:
-    """What is said of earlier results that give way, each given as its SAE's label and what differs, if known."""
-    return [
-        f"evaluated anew, with {text}: {', '.join(label for label, other in changed if other == text)}"
-        for text in dict.fromkeys(text for _, text in changed if text)
-    ]
 
 
 def run_option(path: Path) -> str:

@@ -7,7 +7,7 @@ from hsae.cache.errors import NotApplicable, UserError
 from hsae.eval.harness.evaluation import Evaluation
 from hsae.eval.harness.listener import Listener
 from hsae.eval.harness.result_files import changes, read_result
-from hsae.eval.harness.targets import Found, RunTarget, Selection, trained_runs
+from hsae.eval.harness.targets import ResultPlace, RunTarget, Selection, trained_runs
 from hsae.train.config.plan import Plan
 
 StoreT = TypeVar("StoreT")
@@ -27,18 +27,17 @@ class RunEvaluation(Evaluation[StoreT, RunTarget]):
         runs = trained_runs(plan, selection.run, selection.seeds, listener.say)
         return [RunTarget.of(seeded, config) for seeded, config in runs]
 
-    def find(self, target: RunTarget) -> Found[dict[str, Any]]:
+    def find(self, target: RunTarget) -> ResultPlace:
         """Where the target's result belongs, and whether it is there."""
         path = target.folder / self.file
         try:
             content = read_result(path, f"hsae eval {self.name}")
         except UserError:
-            return Found(path=path, result=None)  # missing or damaged: made anew
+            return ResultPlace(path)  # missing or damaged: made anew
         if self.is_current(target, content):
-            return Found(path=path, result=content)
-        held = content.get("inputs")
-        changed = changes(self.inputs(target), held) if isinstance(held, dict) else ""
-        return Found(path=path, result=None, changed=changed)
+            return ResultPlace(path, content)
+        before = content.get("inputs")
+        return ResultPlace(path, changed=changes(self.inputs(target), before) if isinstance(before, dict) else "")
 
     def is_current(self, target: RunTarget, content: dict[str, Any]) -> bool:
         """Whether a result that lies there is made of the same inputs."""

@@ -4,11 +4,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 
 from hsae.cache.errors import UserError
 from hsae.eval.harness.fits import doubts, same_hook
 from hsae.eval.harness.listener import SILENT, Listener
+from hsae.eval.harness.options import OUT
 from hsae.eval.harness.result_files import changes, hsae_version
 from hsae.eval.harness.saebench_file import file_name
 from hsae.train.config.plan import Plan
@@ -20,8 +21,7 @@ from hsae.train.model.views import View
 from hsae.train.run_record import read_run, run_of, train_command
 from hsae.train.runs.run_directory import is_complete
 
-ResultT = TypeVar("ResultT")
-KEPT_APART = ("store", "exclude_special_tokens")  # inputs whose results lie side by side
+SIDE_BY_SIDE = ("store", "exclude_special_tokens")  # inputs whose results lie beside each other
 RESULTS = Path("eval")  # in a run directory; each evaluation has a folder in it
 
 
@@ -98,25 +98,25 @@ class RunTarget:
         return load_model(self.run_dir / "model")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found(Generic[ResultT]):
-    """Where a result belongs, and the result if it lies there."""
+@dataclass(frozen=True)
+class ResultPlace:
+    """Where a result belongs, and its content if it lies there."""
 
     path: Path
-    result: ResultT | None
+    content: dict[str, Any] | None = None
     changed: str = ""
     """In what the inputs differ from those of the result that gives way, if one does."""
 
 
-def find(
+def find_result(
     target: Target,
     inputs: Mapping[str, Any],
-    read: Callable[[Path], tuple[ResultT, Mapping[str, Any]]],
+    read: Callable[[Path], tuple[dict[str, Any], Mapping[str, Any]]],
     *apart: str,
-) -> Found[ResultT]:
+) -> ResultPlace:
     """Look for a result made of these inputs under SAEBench's name, then under one with its store's name in it.
 
-    `read` gives a file's result and inputs, or raises UserError. A result of another store or other settings, or one
+    `read` gives a file's content and inputs, or raises UserError. A result of another store or other settings, or one
     that hsae did not make, keeps the first name if it has it; what is damaged, or of an earlier state of the same store
     and SAE, gives way.
     """
@@ -124,15 +124,15 @@ def find(
     path, changed = first, {}
     for place in (first, own):
         try:
-            result, held = read(place)
+            content, before = read(place)
         except UserError:
             continue  # missing or damaged: made anew
-        if held == inputs:
-            return Found(path=place, result=result)
-        changed[place] = changes(inputs, held) if held else ""
-        if place == first and (not held or any(held.get(key) != inputs.get(key) for key in KEPT_APART)):
+        if before == inputs:
+            return ResultPlace(place, content)
+        changed[place] = changes(inputs, before) if before else ""
+        if place == first and (not before or any(before.get(key) != inputs.get(key) for key in SIDE_BY_SIDE)):
             path = own
-    return Found(path=path, result=None, changed=changed.get(path, ""))
+    return ResultPlace(path, changed=changed.get(path, ""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +145,8 @@ class Selection:
     """Seeds of each run."""
     folders: Sequence[Path] = ()
     """SAELens folders in place of runs."""
-    out: Path | None = None
-    """Where the results of folders go; None: `eval_results/<evaluation>`."""
+    out: Path = OUT
+    """Where the results of SAELens folders go; each evaluation has a folder in it."""
     whole: bool = False
     """Of a run only all levels together, not each level too."""
 
@@ -154,7 +154,7 @@ class Selection:
 def select_targets(plan: Plan, selection: Selection, evaluation: str, listener: Listener = SILENT) -> list[Target]:
     """The SAEs that are selected; results lie in folders called `evaluation`. Doubts of a folder are warned of."""
     if selection.folders:
-        targets = folder_targets(plan, selection.folders, selection.out or Path("eval_results") / evaluation)
+        targets = folder_targets(plan, selection.folders, selection.out / evaluation)
         for target in targets:
             for doubt in target.doubts:
                 listener.warn(f"{target.label}: {doubt}")
@@ -199,16 +199,15 @@ def run_targets(plan: Plan, run: RunConfig, evaluation: str = "core", *, whole: 
     """
     need_trained(plan, run)
     run_dir = plan.run_dir(run)
-    held = read_run(run_dir)
-    assert held is not None  # it is trained
-    model_dir = run_dir / "model"
+    record, model_dir = read_run(run_dir), run_dir / "model"
+    assert record is not None  # it is trained
     return [
         Target(
             view=view,
             hook=plan.hook.names[0],
             folder=run_dir / RESULTS / evaluation,
             label=f"{plan.label(run)} {name}",
-            release=f"hsae_{held['plan']}_{run.number}-{run.name}",
+            release=f"hsae_{record['plan']}_{run.number}-{run.name}",
             sae_id=name,
             weights_digest=model_digest(model_dir),
             run_dir=run_dir,

@@ -16,7 +16,8 @@ from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core.core_result import CoreResult
 from hsae.eval.core.current import Current, core_results
 from hsae.eval.harness.estimates import Estimate
-from hsae.eval.harness.evaluation import Options, Result, cached_method, check_target, store_inputs
+from hsae.eval.harness.evaluation import Result, cached_method, check_target, store_inputs
+from hsae.eval.harness.options import Options
 from hsae.eval.harness.run_evaluation import RunEvaluation
 from hsae.eval.harness.tables import Table
 from hsae.eval.harness.targets import RunTarget
@@ -167,8 +168,7 @@ class Composition(RunEvaluation[Sources]):
     def _measures(self, target: RunTarget) -> CompositionResult:
         """The measures of a run that is compared with, made if they are not there."""
         place = self.find(target)
-        content = place.result
-        if content is None:
+        if (content := place.content) is None:
             content = self.measure(target)
             self.write(place.path, content)
         return CompositionResult.model_validate(content["result"])

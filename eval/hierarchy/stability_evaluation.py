@@ -7,11 +7,12 @@ from pydantic import Field
 from torch import Tensor
 
 from hsae.cache.errors import UserError
-from hsae.eval.harness.evaluation import Options, Result
+from hsae.eval.harness.evaluation import Result
+from hsae.eval.harness.options import Options
 from hsae.eval.harness.result_files import hsae_version
 from hsae.eval.harness.run_evaluation import RunEvaluation
 from hsae.eval.harness.tables import Table, spread_cell
-from hsae.eval.harness.targets import Found, RunTarget
+from hsae.eval.harness.targets import ResultPlace, RunTarget
 from hsae.eval.hierarchy.composition_file import FORMAT, read_composition, read_maps
 from hsae.eval.hierarchy.stability import Agreement, Member, stability
 from hsae.train.config.plan import Plan
@@ -57,9 +58,9 @@ class Stability(RunEvaluation[None]):
     def _seeds(self, target: RunTarget) -> list[RunTarget]:
         return [RunTarget.of(target.plan.seeded(index), target.config) for index in range(self.options.seeds)]
 
-    def find(self, target: RunTarget) -> Found[dict[str, Any]]:
+    def find(self, target: RunTarget) -> ResultPlace:
         """Where the result belongs; it is always made anew."""
-        return Found(path=target.folder / self.file, result=None)
+        return ResultPlace(target.folder / self.file)
 
     def measure(self, target: RunTarget) -> dict[str, Any]:
         """The agreement of the seeds."""

@@ -12,13 +12,13 @@ from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from hsae.cache.suites.probe_store import ProbeStore, TaskEntry
 from hsae.cache.suites.specs import Suite
 from hsae.cache.suites.suite_files import PART_TEXTS
-from hsae.eval.harness.evaluation import Evaluation, Options, Result, cached_method
+from hsae.eval.harness.evaluation import Evaluation, Result, cached_method
+from hsae.eval.harness.options import DrawOptions
 from hsae.eval.harness.result_files import hsae_version
 from hsae.eval.harness.saebench_file import Part, SaebenchFile
 from hsae.eval.harness.targets import Target
@@ -39,14 +39,6 @@ from hsae.train.config.plan import Plan
 from hsae.train.model.views import View
 
 StoreT = TypeVar("StoreT")
-
-
-class DrawOptions(Options):
-    """Options of evaluations that draw texts or entities at random."""
-
-    draws: int = Field(
-        default=5, ge=1, le=1000, description="Seeds of the evaluation's own draws: what intervals span."
-    )
 
 
 class SuiteEvaluation(Evaluation[StoreT, Target]):

@@ -22,9 +22,10 @@ from hsae.cache.suites.entities import describe_counts
 from hsae.cache.suites.ravel_store import RavelStore
 from hsae.eval.harness.estimates import mean_over_seeds
 from hsae.eval.harness.evaluation import Result, cached_method
+from hsae.eval.harness.options import DrawOptions
 from hsae.eval.harness.result_files import hsae_version
 from hsae.eval.harness.targets import Target
-from hsae.eval.probing.evaluations import DrawOptions, SuiteEvaluation
+from hsae.eval.probing.evaluations import SuiteEvaluation
 from hsae.eval.probing.text_probes import generator_for
 from hsae.eval.ravel.config import RavelConfig, ravel_spec
 from hsae.eval.ravel.exchange import (

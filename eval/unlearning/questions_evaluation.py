@@ -9,8 +9,9 @@ from typing import Any, Self
 
 from hsae.cache.language_model.lm import load_tokenizer
 from hsae.cache.reading.provenance import pin_commit
-from hsae.eval.harness.evaluation import Options, Result, cached_method
+from hsae.eval.harness.evaluation import Result, cached_method
 from hsae.eval.harness.listener import SILENT, Listener
+from hsae.eval.harness.options import Options
 from hsae.eval.harness.tables import Table
 from hsae.eval.harness.targets import RunTarget
 from hsae.eval.unlearning import qa, selection

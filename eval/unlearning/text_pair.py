@@ -14,7 +14,8 @@ from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.provenance import check_model
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import exists
-from hsae.eval.harness.evaluation import Options, check_target
+from hsae.eval.harness.evaluation import check_target
+from hsae.eval.harness.options import Options
 from hsae.eval.harness.result_files import hsae_version, write_result
 from hsae.eval.harness.run_evaluation import RunEvaluation
 from hsae.eval.harness.targets import RunTarget
@@ -111,5 +112,4 @@ class TextPairEvaluation(RunEvaluation[Stores]):
 
     def write(self, path: Path, content: dict[str, Any]) -> Path:
         """Write the result, in which a number can be undefined."""
-        write_result(path, content, allow_nan=True)
-        return path
+        return write_result(path, content, allow_nan=True)

@@ -55,10 +55,8 @@ def test_names_are_printed_as_they_are(name, printed):
     get_console().print(f"plain {name}")
     get_console().rule(f"rule {name}")
     common.say("in ", (f"bold {name}", "bold"), style="yellow")
-    with common.progress_bars("{task.description}") as bars:
+    with common.progress_bars() as bars:
         bars.update(bars.add_task(f"bar {name}", total=1), completed=1)
-    with common.waiting(f"wait {name}") as tell:
-        tell(f"waits {name}")
     text = printed.getvalue()
     for kind in ("title", "column", "cell", "plain", "rule", "bold", "bar"):
         assert f"{kind} {name}" in text, kind

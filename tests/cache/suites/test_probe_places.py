@@ -25,8 +25,9 @@ from hsae.cache.suites.probe_store import ProbeStore
 from hsae.cache.suites.ravel_store import RavelStore
 from hsae.cache.suites.residual_sets import ResidualSet, part_bytes, part_name
 from hsae.cache.suites.suite_files import Part
+from hsae.eval.harness.options import DrawOptions
 from hsae.eval.probing.config import probe_spec
-from hsae.eval.probing.evaluations import DrawOptions, SparseProbing
+from hsae.eval.probing.evaluations import SparseProbing
 from hsae.eval.ravel.config import RavelConfig, ravel_spec
 from hsae.eval.ravel.ravel_runs import Ravel
 from hsae.train.config.plan import load_plan

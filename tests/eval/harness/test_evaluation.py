@@ -11,7 +11,8 @@ import hsae
 from hsae import registry
 from hsae.cache.errors import NotApplicable, UserError
 from hsae.eval.harness.estimates import Estimate
-from hsae.eval.harness.evaluation import Evaluation, Options, evaluate_plan
+from hsae.eval.harness.evaluation import Evaluation, evaluate_plan
+from hsae.eval.harness.options import Options
 from hsae.eval.harness.tables import Table, interval_cell
 from hsae.eval.harness.targets import Selection
 
@@ -85,6 +86,7 @@ def test_a_model_in_memory_is_evaluated_and_saved(overrides, tmp_path):
     sae = an_sae(11, metadata={"hook_name": plan.hook.names[0]})
     result = hsae.evaluate(sae, store, "core")
     assert result.to_dict()["eval_type_id"] == "core" and "CE score" in str(result.table())
+    assert [str(table) for table in result.tables()] == [str(result.table())] and str(result.table()) in repr(result)
     assert result.save(tmp_path).name == "hsae_sae_eval_results.json" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match=r"there is no evaluation 'cores'; there are core, "):
         hsae.evaluate(sae, store, "cores")

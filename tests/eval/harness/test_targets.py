@@ -139,8 +139,10 @@ def test_results_are_used_again_until_something_they_depend_on_changes(plan, sto
     assert run()[0] == run(CoreOptions(all_tokens=True))[0] == [True, True]
     # ... and so have results of another store
     elsewhere = "0" * 16
-    done = targets.find(kept[0].target, {**kept[0].content["hsae"]["inputs"], "store": elsewhere}, read_core_file)
-    assert done.path.name == again[0].path.name.replace("_eval", f"_{elsewhere}_eval") and done.result is None
+    done = targets.find_result(
+        kept[0].target, {**kept[0].content["hsae"]["inputs"], "store": elsewhere}, read_core_file
+    )
+    assert done.path.name == again[0].path.name.replace("_eval", f"_{elsewhere}_eval") and done.content is None
 
 
 def test_every_sae_is_checked_before_any_compute(plan, store, tmp_path):

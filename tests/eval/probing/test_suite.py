@@ -21,9 +21,10 @@ from hsae.cache.suites.probe_store import ProbeStore, TaskEntry
 from hsae.cache.suites.residual_sets import part_bytes, part_name
 from hsae.cache.suites.specs import SUITES, SuiteConfig
 from hsae.cache.suites.suite_files import PART_TEXTS, Part, write_header
+from hsae.eval.harness.options import DrawOptions
 from hsae.eval.harness.saebench_file import first_problem, read_file
 from hsae.eval.probing.config import probe_spec
-from hsae.eval.probing.evaluations import Absorption, DrawOptions, SparseProbing
+from hsae.eval.probing.evaluations import Absorption, SparseProbing
 from hsae.train import run_record
 from hsae.train.config.plan import load_plan
 from hsae.train.model import saelens_folder

@@ -20,8 +20,8 @@ from hsae.cache.suites.build import build_suites
 from hsae.cache.suites.entities import judge_answer, read_entities, token_at
 from hsae.cache.suites.ravel_store import Prompt, RavelStore
 from hsae.cache.suites.specs import EntitiesConfig
+from hsae.eval.harness.options import DrawOptions
 from hsae.eval.harness.saebench_file import read_file
-from hsae.eval.probing.evaluations import DrawOptions
 from hsae.eval.ravel.config import RavelConfig, ravel_spec
 from hsae.eval.ravel.exchange import Exchange, Pair, own_scores, pairs_of, saebench_scores, split_entities
 from hsae.eval.ravel.ravel_file import RavelFile
