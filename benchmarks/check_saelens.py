@@ -46,9 +46,8 @@ def main() -> None:
     results = [check(Path(folder)) for folder in sys.argv[1:]]
     for result in results:
         print(
-            "{folder}: {architecture} {d_in} -> {d_sae}, L0 {active:.1f}, differences {code_difference:g} {output_difference:g}".format(
-                **result
-            )
+            "{folder}: {architecture} {d_in} -> {d_sae}, L0 {active:.1f}, differences {code_difference:g} "
+            "{output_difference:g}".format(**result)
         )
     print(json.dumps({"sae_lens": version("sae-lens"), "torch": torch.__version__, "results": results}))
     sys.exit(any(result["code_difference"] or result["output_difference"] for result in results))

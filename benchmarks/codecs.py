@@ -1,10 +1,12 @@
-"""What each codec costs and what it does to a trained SAE: bytes a token, speed, and explained variance, on a plan's own stores.
+"""What each codec costs and what it does to a trained SAE: bytes a token, speed, and explained variance, on a plan's
+own stores.
 
-    python benchmarks/codecs.py --plan study --dir codecs [--runs 3,11] [--tokens 262144] [--out docs/results/codecs.json]
+    python benchmarks/codecs.py --plan study --dir codecs [--runs 3,11] [--tokens 262144] [--out
+    docs/results/codecs.json]
 
-Needs the plan's stores (`hsae cache build --plan study`); copies of them in each codec and the runs are written below --dir. Runs are trained on the
-exact store and on the int8 one, and each is evaluated on both evaluation stores: explained variance over all non-special tokens. Prints a line a
-measure and, last, one JSON document.
+Needs the plan's stores (`hsae cache build --plan study`); copies of them in each codec and the runs are written below
+--dir. Runs are trained on the exact store and on the int8 one, and each is evaluated on both evaluation stores:
+explained variance over all non-special tokens. Prints a line a measure and, last, one JSON document.
 """
 
 import argparse

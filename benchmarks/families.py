@@ -1,7 +1,9 @@
-"""Which model families hsae cuts rightly: `python benchmarks/families.py docs/results/families` writes families.md and families.json there.
+"""Which model families hsae cuts rightly: `python benchmarks/families.py docs/results/families` writes families.md and
+families.json there.
 
-Of every type of decoder that the installed transformers has, a tiny random model is made, saved and loaded as any other, in float32 and
-bfloat16. Prefix, suffix and unembedding are compared with the model's own pass, number by number. What hsae refuses stands with its reason.
+Of every type of decoder that the installed transformers has, a tiny random model is made, saved and loaded as any
+other, in float32 and bfloat16. Prefix, suffix and unembedding are compared with the model's own pass, number by number.
+What hsae refuses stands with its reason.
 """
 
 import argparse
@@ -26,16 +28,22 @@ GOLDEN = Path(__file__).resolve().parents[1] / "tests/golden/model"
 LAYER, SECONDS, MOST = 2, 120, 5_000_000
 SIZES = {
     64: "hidden_size d_model n_embd word_embed_proj_dim mamba_d_ssm lru_width embedding_size state_size_total",
-    96: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size dense_intermediate_size shared_intermediate_size intermediate_size_mlp "
+    96: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size dense_intermediate_size shared_intermediate_size "
+    "intermediate_size_mlp "
     "shared_expert_intermediate_size prefix_dense_intermediate_size conv_dim decoder_ffn_dim",
     32: "moe_intermediate_size expert_ffn_hidden_size kv_lora_rank moe_shared_expert_intermediate_size block_size",
     24: "q_lora_rank",
-    4: "num_hidden_layers n_layer n_layers num_layers decoder_layers num_attention_heads n_head n_heads num_heads decoder_attention_heads "
-    "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_value_heads mamba_n_heads attention_heads expert_count",
-    2: "num_key_value_heads num_kv_heads num_experts_per_tok moe_top_k linear_num_key_heads num_mem_blocks index_n_heads "
+    4: "num_hidden_layers n_layer n_layers num_layers decoder_layers num_attention_heads n_head n_heads num_heads "
+    "decoder_attention_heads "
+    "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_value_heads mamba_n_heads "
+    "attention_heads expert_count",
+    2: "num_key_value_heads num_kv_heads num_experts_per_tok moe_top_k linear_num_key_heads num_mem_blocks "
+    "index_n_heads "
     "swa_num_key_value_heads",
-    1: "n_group topk_group n_shared_experts first_k_dense_replace num_shared_experts mamba_n_groups n_groups eos_token_id",
-    16: "head_dim kv_channels linear_key_head_dim linear_value_head_dim mamba_d_head attention_head_dim swa_head_dim sliding_window qk_rope_head_dim qk_nope_head_dim v_head_dim index_head_dim hidden_size_per_layer_input rotary_dim "
+    1: "n_group topk_group n_shared_experts first_k_dense_replace num_shared_experts mamba_n_groups n_groups "
+    "eos_token_id",
+    16: "head_dim kv_channels linear_key_head_dim linear_value_head_dim mamba_d_head attention_head_dim swa_head_dim "
+    "sliding_window qk_rope_head_dim qk_nope_head_dim v_head_dim index_head_dim hidden_size_per_layer_input rotary_dim "
     "attention_chunk_size local_window_size",
     8: "mamba_d_state state_size ssm_state_size index_topk chunk_size mamba_chunk_size",
     256: "max_position_embeddings n_positions max_seq_len max_sequence_length n_ctx context_length",
@@ -43,7 +51,8 @@ SIZES = {
 }  # fmt: skip
 TINY = {name: size for size, names in SIZES.items() for name in names.split()} | {"pad_token_id": 0, "bos_token_id": 2}
 OWN = {
-    "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0156},
+    "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22,
+        "attention_multiplier": 0.0156},
     "hyperclovax": {"logits_scaling": 0.25},
     "minicpm3": {"scale_emb": 3, "dim_model_base": 16, "num_key_value_heads": 4},
     "mamba2": {"num_heads": 8, "expand": 2, "n_groups": 1},
@@ -57,7 +66,8 @@ OWN = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gemma3n_text": {
-        "num_kv_shared_layers": 0, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [96] * 4,
+        "num_kv_shared_layers": 0, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": [96] * 4,
         "layer_types": [*["sliding_attention"] * 3, "full_attention"],
     },
 }  # fmt: skip
@@ -80,7 +90,9 @@ def tiny_config(family: str):
 
 
 def make(family: str, folder: Path) -> None:
-    """Save a tiny random model of a family, with the tokenizer of the golden model. Raises whatever the family's code raises."""
+    """Save a tiny random model of a family, with the tokenizer of the golden model. Raises whatever the family's code
+    raises.
+    """
     config = tiny_config(family)
     with torch.device("meta"):
         if (weights := sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())) > MOST:
@@ -148,13 +160,16 @@ def table(found: list[dict[str, str]]) -> str:
     lines = [
         "# Model families",
         "",
-        f"Made by `python benchmarks/families.py docs/results/families` with transformers {transformers.__version__}, torch {torch.__version__}, on "
-        "a processor. Each family is a tiny random model of four layers, cut after its third. `to the bit`: residual and logits are those "
+        f"Made by `python benchmarks/families.py docs/results/families` with transformers {transformers.__version__}, "
+        f"torch {torch.__version__}, on "
+        "a processor. Each family is a tiny random model of four layers, cut after its third. `to the bit`: residual "
+        "and logits are those "
         "of the model's own pass, number by number.",
         "",
         f"## Families that agree: {len(agree)}",
         "",
-        "A family whose note speaks of a zeroed residual can have training stores; evaluation stores of it are refused.",
+        "A family whose note speaks of a zeroed residual can have training stores; evaluation stores of it are "
+        "refused.",
         "",
         "| family | float32 | bfloat16 | note |",
         "|---|---|---|---|",

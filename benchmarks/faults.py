@@ -1,10 +1,13 @@
 """Injects every fault of the table in docs/stores.md by running its tests, and prints the table with what was counted.
 
-    python benchmarks/faults.py [--examples 80] [--outage 60] [--fast] [--report report.xml] [--also FILE.md ...] [--out docs/results/faults]
+    python benchmarks/faults.py [--examples 80] [--outage 60] [--fast] [--report report.xml] [--also FILE.md ...] [--out
+    docs/results/faults]
 
-Needs hsae[dev]. `--examples` is how many random cases each property gets, `--outage` for how many seconds S3 is gone in the middle of a
-training; `--fast` leaves out tests marked slow. `--report` takes what pytest wrote with `--junit-xml` (and HSAE_EXAMPLES and HSAE_OUTAGE set to
-the same) and runs nothing. `--also` puts Markdown of other tools behind the table (`inject.py --out` writes such a file). Prints Markdown and, last, one JSON document; with `--out` also writes both. Status 1 if a test failed.
+Needs hsae[dev]. `--examples` is how many random cases each property gets, `--outage` for how many seconds S3 is gone in
+the middle of a training; `--fast` leaves out tests marked slow. `--report` takes what pytest wrote with `--junit-xml`
+(and HSAE_EXAMPLES and HSAE_OUTAGE set to the same) and runs nothing. `--also` puts Markdown of other tools behind the
+table (`inject.py --out` writes such a file). Prints Markdown and, last, one JSON document; with `--out` also writes
+both. Status 1 if a test failed.
 """
 
 import argparse
@@ -84,13 +87,15 @@ def markdown(table: list[Row], about: dict[str, str]) -> str:
     lines = [
         "# Faults, injected",
         "",
-        f"Made by `{about['command']}` on {about['date']} ({about['hardware']}; {about['versions']}). S3 was gone for {about['outage']} s.",
+        f"Made by `{about['command']}` on {about['date']} ({about['hardware']}; {about['versions']}). S3 was gone for "
+        f"{about['outage']} s.",
         "",
         "| fault | what happens | bytes identical | injected | tests passed |",
         "|:--|:--|:--|--:|--:|",
     ]
     lines += [
-        f"| {row.fault} | {row.happens} | {row.identical} | {row.injected:,} | {row.passed} of {row.passed + row.failed} |"
+        f"| {row.fault} | {row.happens} | {row.identical} | {row.injected:,} "
+        f"| {row.passed} of {row.passed + row.failed} |"
         for row in table
     ]
     return "\n".join(lines) + "\n"

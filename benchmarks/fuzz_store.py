@@ -1,11 +1,13 @@
-"""Fuzzing what a store's reader is given: no bytes in place of metadata or of a chunk may bring out anything but hsae's own errors.
+"""Fuzzing what a store's reader is given: no bytes in place of metadata or of a chunk may bring out anything but hsae's
+own errors.
 
     pip install atheris
     python benchmarks/fuzz_store.py [CORPUS FOLDER] -max_total_time=600 -timeout=60 -rss_limit_mb=4096
 
-Options are libFuzzer's. Of an input, the first byte picks a store (codec mappable, compact or int8), the second a file of it, the rest is the
-file's content. Metadata is put into the store, and everything is read, as training and evaluation do or (upper half of the first byte) as
-`hsae cache verify` does; the bytes of a chunk get a right checksum and are decoded. An error that is none of hsae's stops the run, and the input is kept in a file.
+Options are libFuzzer's. Of an input, the first byte picks a store (codec mappable, compact or int8), the second a file
+of it, the rest is the file's content. Metadata is put into the store, and everything is read, as training and
+evaluation do or (upper half of the first byte) as `hsae cache verify` does; the bytes of a chunk get a right checksum
+and are decoded. An error that is none of hsae's stops the run, and the input is kept in a file.
 """
 
 import copy
@@ -33,8 +35,10 @@ with atheris.instrument_imports(include=["hsae"]):
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE: list[Any] = [
-    None, True, False, -1, 0, 1, 2, 3, 7, 10, 23, 2**31 - 1, 2**31, 2**40, 2**63, 10**30, -(2**63), 0.5, 1e308, float("inf"), float("nan"), "", "\0",
-    "../../etc", "/etc", "c/0", "float64", "bfloat16", "int8", "compact", "mappable", "eval", "train", "forget", "blocks.3.hook_resid_pre", [], {}, [0], [[]],
+    None, True, False, -1, 0, 1, 2, 3, 7, 10, 23, 2**31 - 1, 2**31, 2**40, 2**63, 10**30, -(2**63), 0.5, 1e308,
+    float("inf"), float("nan"), "", "\0",
+    "../../etc", "/etc", "c/0", "float64", "bfloat16", "int8", "compact", "mappable", "eval", "train", "forget",
+    "blocks.3.hook_resid_pre", [], {}, [0], [[]],
 ]  # fmt: skip
 
 
@@ -113,7 +117,9 @@ class Target:
         return found
 
     def mutate(self, data: bytes, most: int, seed: int) -> bytes:
-        """Half of the time from a file as it was written. JSON: values replaced, removed or doubled, and mostly sealed; else, and now and then, libFuzzer's way."""
+        """Half of the time from a file as it was written. JSON: values replaced, removed or doubled, and mostly sealed;
+        else, and now and then, libFuzzer's way.
+        """
         chance = random.Random(seed)
         if chance.random() < 0.5:
             whole = chance.choice(self.whole)

@@ -1,18 +1,21 @@
-"""Faults from outside: bits flipped in every kind of file that hsae keeps, and commands killed while they write; what the commands then do, counted.
+"""Faults from outside: bits flipped in every kind of file that hsae keeps, and commands killed while they write; what
+the commands then do, counted.
 
     python benchmarks/inject.py [--flips 60] [--kills 12] [--seed 0] [--only NAME] [--out docs/results/inject]
 
-Needs hsae[dev] and no network. Everything is made with the tiny plan and the model of tests/golden, in a temporary folder. Commands are the real ones, each in a
-process forked from this one, so that nothing is imported twice.
+Needs hsae[dev] and no network. Everything is made with the tiny plan and the model of tests/golden, in a temporary
+folder. Commands are the real ones, each in a process forked from this one, so that nothing is imported twice.
 
-A flip changes one bit, or in text one digit, of one file. Then come the commands that use the file, and the trial is one of
+A flip changes one bit, or in text one digit, of one file. Then come the commands that use the file, and the trial is
+one of
   refused     a command ended with status 2 and one line
   told        all ended with status 0, and one said what is damaged, and left it out or made it again
   unchanged   all ended with status 0, and everything they made is what they make without the flip
   accepted    all ended with status 0, with other results and not a word: a fault of hsae's
   crashed     a traceback, a signal or no end within two minutes: a fault of hsae's
-A kill ends a command with SIGKILL before or after one of its renames, chosen at random. Then the same command is run again, and the trial is `unchanged` if everything
-is as without the kill and no partial file is left. Prints Markdown and, last, one JSON document; status 1 if anything was accepted or crashed.
+A kill ends a command with SIGKILL before or after one of its renames, chosen at random. Then the same command is run
+again, and the trial is `unchanged` if everything is as without the kill and no partial file is left. Prints Markdown
+and, last, one JSON document; status 1 if anything was accepted or crashed.
 """
 
 import argparse
@@ -46,7 +49,7 @@ LIBRARIES = ("torch", "transformers", "zarr", "safetensors")
 Command = Sequence[str]
 
 
-# ---- running commands ---------------------------------------------------------------------------------------------------
+# ---- running commands ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -104,7 +107,9 @@ def must(commands: Sequence[Command], folder: Path) -> None:
 
 
 def killed_at(number: int, after: bool) -> Callable[[], None]:
-    """What makes a process kill itself before or after its rename `number`; -1 counts them, in the last line it prints."""
+    """What makes a process kill itself before or after its rename `number`; -1 counts them, in the last line it
+    prints.
+    """
 
     def install() -> None:
         real, seen = os.replace, [0]
@@ -126,7 +131,7 @@ def killed_at(number: int, after: bool) -> Callable[[], None]:
     return install
 
 
-# ---- comparing ----------------------------------------------------------------------------------------------------------
+# ---- comparing -------------------------------------------------------------------------------------------------------
 
 
 def plain(value: Any) -> Any:
@@ -159,7 +164,7 @@ def state(folder: Path, places: Sequence[str]) -> dict[str, str]:
     return found
 
 
-# ---- what is harmed, and what is run then -------------------------------------------------------------------------------
+# ---- what is harmed, and what is run then ----------------------------------------------------------------------------
 
 
 @dataclass
@@ -293,15 +298,17 @@ def kill(kind: Kills, base: Path, trials: int, chance: random.Random, work: Path
             print(f"{kind.name}: {kind.bad[-1]}", file=sys.stderr, flush=True)
 
 
-# ---- the base -----------------------------------------------------------------------------------------------------------
+# ---- the base --------------------------------------------------------------------------------------------------------
 
 
 def settings(folder: Path) -> list[str]:
     """Options that make the tiny plan use the folder's own model and text."""
     return ["--plan", "tiny", "--set", "model.id=model", *(
         part for value in ("cache.train.corpus=text.jsonl", "cache.eval.corpus=text.jsonl", "train.tokens=6000",
-            "unlearning.forget.corpus=text.jsonl", "unlearning.retain.corpus=text.jsonl", "unlearning.forget.first_document=0",
-            "unlearning.retain.first_document=700", "unlearning.rows=24", "unlearning.tune_rows=6", "unlearning.test_rows=6")
+            "unlearning.forget.corpus=text.jsonl", "unlearning.retain.corpus=text.jsonl",
+            "unlearning.forget.first_document=0",
+            "unlearning.retain.first_document=700", "unlearning.rows=24", "unlearning.tune_rows=6",
+            "unlearning.test_rows=6")
         for part in ("--set", value)
     )]  # fmt: skip
 
@@ -364,24 +371,36 @@ def make_base(base: Path) -> tuple[list[Flips], list[Kills]]:
     force = ["eval", "core", *options, "--run", "11", "--force"]
     results = ["runs/11/eval"]
     flips = [
-        Flips("a training store's header", "stored", f"{train_place}/zarr.json", [["cache", "verify", train_place], alone], [train_place, "runs/11/model"]),
-        Flips("metadata of a training store's arrays", "stored", f"{train_place}/*/**/zarr.json", [["cache", "verify", train_place], alone], [train_place, "runs/11/model"]),
-        Flips("chunks, statistics and lists of a training store", "stored", f"{train_place}/**/c/**/*", [["cache", "verify", train_place], alone], [train_place, "runs/11/model"]),
-        Flips("an evaluation store's header", "trained", f"{eval_place}/zarr.json", [["cache", "verify", eval_place], force], [eval_place, *results]),
-        Flips("chunks, statistics and lists of an evaluation store", "trained", f"{eval_place}/**/c/**/*", [force], results),
-        Flips("a forget store's header and documents.json", "forgetting", f"activations/{forget}/*.json", [["cache", "verify", f"activations/{forget}"]], [f"activations/{forget}"]),
-        Flips("an unfinished store: header and metadata", "half-built", "activations/*/**/zarr.json", [split], ["activations"]),
-        Flips("an unfinished store: chunks", "half-built", "activations/*/**/c/**/*", [split, ["cache", "verify", f"activations/{_only(half_built)}"]], ["activations"]),
-        Flips("an unfinished store: packing.json", "half-packed", "activations/*/packing.json", [many], ["activations"]),
+        Flips("a training store's header", "stored", f"{train_place}/zarr.json",
+            [["cache", "verify", train_place], alone], [train_place, "runs/11/model"]),
+        Flips("metadata of a training store's arrays", "stored", f"{train_place}/*/**/zarr.json",
+            [["cache", "verify", train_place], alone], [train_place, "runs/11/model"]),
+        Flips("chunks, statistics and lists of a training store", "stored", f"{train_place}/**/c/**/*",
+            [["cache", "verify", train_place], alone], [train_place, "runs/11/model"]),
+        Flips("an evaluation store's header", "trained", f"{eval_place}/zarr.json",
+            [["cache", "verify", eval_place], force], [eval_place, *results]),
+        Flips("chunks, statistics and lists of an evaluation store", "trained", f"{eval_place}/**/c/**/*", [force],
+            results),
+        Flips("a forget store's header and documents.json", "forgetting", f"activations/{forget}/*.json",
+            [["cache", "verify", f"activations/{forget}"]], [f"activations/{forget}"]),
+        Flips("an unfinished store: header and metadata", "half-built", "activations/*/**/zarr.json", [split],
+            ["activations"]),
+        Flips("an unfinished store: chunks", "half-built", "activations/*/**/c/**/*",
+            [split, ["cache", "verify", f"activations/{_only(half_built)}"]], ["activations"]),
+        Flips("an unfinished store: packing.json", "half-packed", "activations/*/packing.json", [many],
+            ["activations"]),
         Flips("an unfinished store: tally", "tallied", "activations/*/tally/*", [split], ["activations"]),
         Flips("a run's run.json", "trained", "runs/11/run.json", [force, alone], ["runs/11/eval", "runs/11/model"]),
         Flips("a run's model", "trained", "runs/11/model/*", [force], results),
-        Flips("a run's SAELens folder", "trained", "runs/11/saelens/sae/*", [["eval", "core", *options, "--sae", "runs/11/saelens/sae", "--out", "runs/11/eval"]], results),
+        Flips("a run's SAELens folder", "trained", "runs/11/saelens/sae/*",
+            [["eval", "core", *options, "--sae", "runs/11/saelens/sae", "--out", "runs/11/eval"]], results),
         Flips("a checkpoint", "half-trained", "runs/11/checkpoint/*", [resume], ["runs/11/model"]),
         Flips("an unfinished run's run.json", "half-trained", "runs/11/run.json", [resume], ["runs/11"]),
-        Flips("an unfinished run's metrics.jsonl", "half-trained", "runs/11/metrics.jsonl", [resume], ["runs/11/model"], "runs/11/metrics.jsonl"),
+        Flips("an unfinished run's metrics.jsonl", "half-trained", "runs/11/metrics.jsonl", [resume],
+            ["runs/11/model"], "runs/11/metrics.jsonl"),
         Flips("results", "done", "runs/*/eval/**/*.json", [report], ["report/report.md"]),
-        Flips("weights, config and tokenizer of the language model, times kept", "trained", "model/*", [force], results),
+        Flips("weights, config and tokenizer of the language model, times kept", "trained", "model/*", [force],
+            results),
         Flips("the text behind a finished store", "stored", "text.jsonl", [build], ["activations"]),
     ]  # fmt: skip
     copy, recode = (
@@ -428,12 +447,14 @@ def _stop_after(end: str) -> None:
     Path.replace = replace  # type: ignore[method-assign,assignment]
 
 
-# ---- the table ----------------------------------------------------------------------------------------------------------
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def markdown(flips: list[Flips], kills: list[Kills], about: dict[str, str]) -> str:
     """Both tables."""
-    lines = ["## From outside", "", f"Made by `{about['command']}` on {about['date']} ({about['hardware']}; {about['versions']}; {about['minutes']} minutes).", ""]  # fmt: skip
+    made = f"Made by `{about['command']}` on {about['date']}"
+    made += f" ({about['hardware']}; {about['versions']}; {about['minutes']} minutes)."
+    lines = ["## From outside", "", made, ""]
     for title, kinds in (("one bit or digit changed in", flips), ("killed at a rename, then run again", kills)):
         shown = ("refused", "told and left out or made again", "no effect", "silently accepted", "crashed")
         lines += [f"| {title} | trials | {' | '.join(shown)} |", f"|:--|--:|{'--:|' * len(OUTCOMES)}"]
@@ -456,7 +477,8 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.monotonic()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "300"}
-    for name in ("torch", "zarr", "transformers.models.gemma2.modeling_gemma2", "hsae.cli.main", "hsae.cache.building.build", "hsae.train.runs.planned_runs",
+    for name in ("torch", "zarr", "transformers.models.gemma2.modeling_gemma2", "hsae.cli.main",
+        "hsae.cache.building.build", "hsae.train.runs.planned_runs",
         "hsae.eval.core.core", "hsae.eval.hierarchy.composition_evaluation", "hsae.eval.report.page"):  # fmt: skip
         import_module(name)
     with tempfile.TemporaryDirectory(prefix="hsae-inject-") as temporary:

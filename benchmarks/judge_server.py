@@ -1,7 +1,8 @@
-"""A judge without a model, for tests and for trying `hsae eval autointerp` out: it speaks the chat completions protocol and reads the prompts.
+"""A judge without a model, for tests and for trying `hsae eval autointerp` out: it speaks the chat completions protocol
+and reads the prompts.
 
-It explains a latent by the word that stands most often between « and », and predicts by looking for that word. Replies can be made to
-fail. On its own:
+It explains a latent by the word that stands most often between « and », and predicts by looking for that word. Replies
+can be made to fail. On its own:
 
     python benchmarks/judge_server.py --port 8123
     hsae eval autointerp --run 3 --base-url http://127.0.0.1:8123/v1 --judge words --yes
@@ -25,7 +26,9 @@ EXPLANATION = re.compile(r"^Explanation: the word (.*)$", re.MULTILINE)
 
 
 def answer(user: str) -> str:
-    """What the judge says to a prompt: an explanation if something is marked in it, else the numbers of lines with the word."""
+    """What the judge says to a prompt: an explanation if something is marked in it, else the numbers of lines with the
+    word.
+    """
     lines = LINE.findall(user)
     if marked := [word.strip() for line in lines for word in MARKED.findall(line)]:
         (word, _), *_ = Counter(filter(None, marked)).most_common(1) or [("␣", 0)]
@@ -41,7 +44,9 @@ class Behaviour:
     """How the server behaves, and what it has seen."""
 
     fault: Callable[[int], str | None] = lambda number: None
-    """For the n-th request (from 0) what goes wrong: `429`, `500`, ... (with `, <seconds>` a Retry-After), `hang`, `garbage`, `empty`, `echo`."""
+    """For the n-th request (from 0) what goes wrong: `429`, `500`, ... (with `, <seconds>` a Retry-After), `hang`,
+    `garbage`, `empty`, `echo`.
+    """
     answer: Callable[[str], str] = answer
     delay: float = 0.0
     """Seconds a reply takes."""

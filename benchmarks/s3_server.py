@@ -20,7 +20,9 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing
 
 
 class Faulty:
-    """A WSGI application in front of another: some requests fail, in turn with 500, 503 SlowDown, a reset, or half a body."""
+    """A WSGI application in front of another: some requests fail, in turn with 500, 503 SlowDown, a reset, or half a
+    body.
+    """
 
     def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
         self.app = app

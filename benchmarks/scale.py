@@ -1,9 +1,11 @@
-"""A store too large to make: planning, listing, resuming, closing and opening one of 10 billion tokens x 3 hooks of Gemma-2-2B on S3.
+"""A store too large to make: planning, listing, resuming, closing and opening one of 10 billion tokens x 3 hooks of
+Gemma-2-2B on S3.
 
     python benchmarks/scale.py [--tokens 1e9 1e10] [--out docs/results/scale.json]
 
-hsae's own code and s3fs talk over HTTP to a server that answers as S3 does for a store of that size (`simulated_s3.py`). Each measure runs in a
-process of its own. Prints a line a measure (seconds, peak memory above what the imports take, requests) and, last, one JSON document.
+hsae's own code and s3fs talk over HTTP to a server that answers as S3 does for a store of that size
+(`simulated_s3.py`). Each measure runs in a process of its own. Prints a line a measure (seconds, peak memory above what
+the imports take, requests) and, last, one JSON document.
 """
 
 import argparse
@@ -65,13 +67,16 @@ def spec_of(tokens: float) -> StoreSpec:
 
 def header_of(spec: StoreSpec, **finished: Any) -> Header:
     return Header(
-        format=FORMAT_VERSION, spec=spec, d_model=WIDTH, vocab_size=256000, bos_id=2, special_ids=SPECIAL, model_digest="m",
+        format=FORMAT_VERSION, spec=spec, d_model=WIDTH, vocab_size=256000, bos_id=2, special_ids=SPECIAL,
+        model_digest="m",
         tokenizer_digest="t", corpus_digest="c", versions={}, **finished,
     )  # fmt: skip
 
 
 def set_up(spec: StoreSpec) -> Measured:
-    """What the store has besides the chunks that the server makes up: metadata, statistics, and the parts of the tally."""
+    """What the store has besides the chunks that the server makes up: metadata, statistics, and the parts of the
+    tally.
+    """
     target, specs = place(f"s3://full/{STORE}"), list(arrays(spec, WIDTH).values())
     tokens = specs[0]
     for array in statistics_arrays(spec, WIDTH).values():
@@ -136,7 +141,9 @@ class Model:
 
 
 def resume(spec: StoreSpec) -> Measured:
-    """A worker that starts again: everything missing of its own share is found, and its tokens fetched; nothing is computed."""
+    """A worker that starts again: everything missing of its own share is found, and its tokens fetched; nothing is
+    computed.
+    """
     target, computed = place(f"s3://partly/{STORE}"), []
     contents = StoreContents(spec, Model(), TokenisedText([]))  # type: ignore[arg-type]
     contents.compute = lambda index, missing, *rest: computed.append((index, len(missing))) or iter(())  # type: ignore
@@ -157,7 +164,9 @@ def tally_part(spec: StoreSpec) -> Measured:
 
 
 def open_store(spec: StoreSpec) -> Measured:
-    """Open a finished store for training; then the order of the first batch, of one in the middle, and of the last window of the epoch."""
+    """Open a finished store for training; then the order of the first batch, of one in the middle, and of the last
+    window of the epoch.
+    """
     began = time.perf_counter()
     store = ActivationStore.open(f"s3://full/{STORE}")
     opened = time.perf_counter()

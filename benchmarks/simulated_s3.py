@@ -1,10 +1,12 @@
-"""An S3 server whose chunks exist only as numbers: it lists, measures and serves a store of any size without keeping it.
+"""An S3 server whose chunks exist only as numbers: it lists, measures and serves a store of any size without keeping
+it.
 
     python benchmarks/simulated_s3.py '{"context": 128, "arrays": {"tokens": [1220704, 2, 32768]}}'
 
-Buckets hold one and the same store: `full` all chunks, `partly` all but those whose number is 5 modulo 97 (of the activations), `empty` none.
-Lists come in pages of 1000 keys in S3's order. Each reply is kept back as long as S3 takes: 25 ms, a page of a list 100 ms.
-Chunks that are written are counted and forgotten; everything else is kept. Prints its port; `/_requests` tells what was asked.
+Buckets hold one and the same store: `full` all chunks, `partly` all but those whose number is 5 modulo 97 (of the
+activations), `empty` none. Lists come in pages of 1000 keys in S3's order. Each reply is kept back as long as S3 takes:
+25 ms, a page of a list 100 ms. Chunks that are written are counted and forgotten; everything else is kept. Prints its
+port; `/_requests` tells what was asked.
 """
 
 import bisect

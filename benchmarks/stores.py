@@ -1,10 +1,12 @@
-"""Reading a store from S3 (moto on loopback) and from the disk against what the machine can do, and memory as a store grows a hundredfold.
+"""Reading a store from S3 (moto on loopback) and from the disk against what the machine can do, and memory as a store
+grows a hundredfold.
 
     python benchmarks/stores.py [--out docs/results/stores.json]
 
-Ceilings first (memcpy, `cat` of the files, a bare gather, s3fs alone), then hsae's batches: each place cold (nothing in the scratch folder, checksums tested) and warm.
-Then the peak memory of building and of training on a small store and on one a hundred times as large; mapped pages, which the system takes back when it
-needs them, are told apart. Each measure runs in a process of its own. Prints a line a measure and, last, one JSON document.
+Ceilings first (memcpy, `cat` of the files, a bare gather, s3fs alone), then hsae's batches: each place cold (nothing in
+the scratch folder, checksums tested) and warm. Then the peak memory of building and of training on a small store and on
+one a hundred times as large; mapped pages, which the system takes back when it needs them, are told apart. Each measure
+runs in a process of its own. Prints a line a measure and, last, one JSON document.
 """
 
 import argparse
@@ -58,7 +60,8 @@ Measured = dict[str, float]
 def made(folder: Path) -> Path:
     """A finished store of random vectors: 65,536 tokens of width 2304 in bfloat16, 302 MB in chunks of 9.4 MB."""
     spec = StoreSpec(
-        split="train", model=ModelConfig(id="none"), hooks=(HOOK,), corpus=CorpusConfig(corpus="none"), context=CONTEXT, prepend_bos=True,
+        split="train", model=ModelConfig(id="none"), hooks=(HOOK,), corpus=CorpusConfig(corpus="none"),
+        context=CONTEXT, prepend_bos=True,
         batch_rows=16, chunk_mib=8, codec="mappable", rows=ROWS, clean_rows=0,
     )  # fmt: skip
     header = Header(
@@ -115,7 +118,9 @@ def cat(url: str) -> int:
 
 
 def gather(url: str) -> int:
-    """Shuffled rows of the mapped chunks, with neither stream nor threads: what a batch of random tokens costs at least."""
+    """Shuffled rows of the mapped chunks, with neither stream nor threads: what a batch of random tokens costs at
+    least.
+    """
     store = ActivationStore.open(url)
     chunks = [store.acts_chunk(HOOK, index).view(-1, WIDTH) for index in range(store.chunks)]
     order, batch = torch.randperm(len(chunks[0])), torch.empty(BATCH, WIDTH, dtype=torch.bfloat16)

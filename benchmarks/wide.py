@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 benchmarks/wide.py [--widths 65536 8192] [--divide batch]
 
-Random vectors on processors: bytes and seconds don't depend on what they say. Prints, of the worker with most, the bytes of weights, maps and Adam's moments,
-how much memory it took over all at the peak, and seconds a step; last, one JSON document.
+Random vectors on processors: bytes and seconds don't depend on what they say. Prints, of the worker with most, the
+bytes of weights, maps and Adam's moments, how much memory it took over all at the peak, and seconds a step; last, one
+JSON document.
 """
 
 import argparse
@@ -73,8 +74,9 @@ def main() -> None:
         found = measure(options, workers)
         if workers.leads:
             print(
-                f"{workers.world} worker(s) dividing {options.divide}: {found['weights_and_moments_bytes'] / 2**20:,.0f} MiB "
-                f"of weights and moments, peak {found['peak_growth_bytes'] / 2**20:,.0f} MiB, {found['step_s']:.2f} s a step"
+                f"{workers.world} worker(s) dividing {options.divide}: "
+                f"{found['weights_and_moments_bytes'] / 2**20:,.0f} MiB of weights and moments, "
+                f"peak {found['peak_growth_bytes'] / 2**20:,.0f} MiB, {found['step_s']:.2f} s a step"
             )
             print(json.dumps({"workers": workers.world, **vars(options), **found}))
 

@@ -43,11 +43,14 @@ def made(folder, *, rows=23, context=7, width=10, codec="mappable", clean=9, see
     from hsae.cache.storage.paths import place
 
     spec = StoreSpec(
-        split="eval", model=ModelConfig(id="none", dtype="bfloat16"), hooks=(HOOK,), corpus=CorpusConfig(corpus="none"), context=context,
-        prepend_bos=True, batch_rows=2, chunk_mib=4 * context * width * 2 / 2**20, codec=codec, rows=rows, clean_rows=clean,
+        split="eval", model=ModelConfig(id="none", dtype="bfloat16"), hooks=(HOOK,),
+        corpus=CorpusConfig(corpus="none"), context=context,
+        prepend_bos=True, batch_rows=2, chunk_mib=4 * context * width * 2 / 2**20, codec=codec, rows=rows,
+        clean_rows=clean,
     )  # fmt: skip
     header = Header(
-        format=FORMAT_VERSION, spec=spec, d_model=width, vocab_size=50, bos_id=0, special_ids=(0,), model_digest="m", tokenizer_digest="t",
+        format=FORMAT_VERSION, spec=spec, d_model=width, vocab_size=50, bos_id=0, special_ids=(0,), model_digest="m",
+        tokenizer_digest="t",
         corpus_digest="c", versions={},
     )  # fmt: skip
     target = place(folder) / spec.name

@@ -13,7 +13,8 @@ HOOK = "blocks.2.hook_resid_post"
 def spec(**changes):
     values = {
         "split": "eval", "model": ModelConfig(id=str(GOLDEN / "model"), dtype="bfloat16"), "hooks": (HOOK,),
-        "corpus": CorpusConfig(corpus="python-docs", last_document=30), "context": 21, "prepend_bos": True, "batch_rows": 5,
+        "corpus": CorpusConfig(corpus="python-docs", last_document=30), "context": 21, "prepend_bos": True,
+        "batch_rows": 5,
         "chunk_mib": 0.02, "codec": "mappable", "rows": 43, "clean_rows": 15,
     }  # fmt: skip
     return StoreSpec(**{**values, **changes})

@@ -56,7 +56,9 @@ def hsae(*arguments, cwd):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with an hsae.toml in which the design's three commands, and the report, have been run as they are typed."""
+    """A folder with an hsae.toml in which the design's three commands, and the report, have been run as they are
+    typed.
+    """
     place = tmp_path_factory.mktemp("project")
     (place / "hsae.toml").write_text(PLAN)
     for command in ("cache build", "train --run 3", "train --run 0-1", "eval core", "report"):
@@ -126,7 +128,8 @@ def gemma_2_2b_in_the_hubs_cache(place):
     (place / "models--google--gemma-2-2b/refs").mkdir()
     (place / "models--google--gemma-2-2b/refs/main").write_text("abc")
     config = {
-        "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_size": 2304, "num_hidden_layers": 26, "head_dim": 256,
+        "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_size": 2304, "num_hidden_layers": 26,
+        "head_dim": 256,
         "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 9216, "vocab_size": 256000,
     }  # fmt: skip
     (snapshot / "config.json").write_text(json.dumps(config))

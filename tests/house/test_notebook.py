@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hsae
 
-TEXTS = [f"The list {number} has an item, and the file {number} is read by a method of the class." for number in range(90)]  # fmt: skip
+TEXTS = [f"The list {n} has an item, and the file {n} is read by a method of the class." for n in range(90)]
 
 
 def test_a_notebook(tmp_path, monkeypatch):

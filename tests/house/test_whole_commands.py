@@ -1,4 +1,6 @@
-"""`hsae train` and `hsae eval` with their stores on S3 and behind HTTP: the results of the local stores, bit for bit."""
+"""`hsae train` and `hsae eval` with their stores on S3 and behind HTTP: the results of the local stores, bit for
+bit.
+"""
 
 import json
 import os

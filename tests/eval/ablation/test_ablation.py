@@ -26,8 +26,10 @@ def line(number, name, **cells):
 
 
 LINES = {
-    "full": line(3, "full", explained_variance=[0.90, 0.91, 0.92], or_agreement=[0.50, 0.51, 0.52], composition_fvu=[0.3, 0.3, 0.3]),
-    "no-composition": line(5, "no-composition", explained_variance=[0.95, 0.96, 0.97], or_agreement=[0.2, 0.21, 0.22], composition_fvu=[0.31, 0.5, 0.2]),
+    "full": line(3, "full", explained_variance=[0.90, 0.91, 0.92], or_agreement=[0.50, 0.51, 0.52],
+        composition_fvu=[0.3, 0.3, 0.3]),
+    "no-composition": line(5, "no-composition", explained_variance=[0.95, 0.96, 0.97], or_agreement=[0.2, 0.21, 0.22],
+        composition_fvu=[0.31, 0.5, 0.2]),
     "frozen-w": line(6, "frozen-w", or_agreement=[0.3, 0.31, 0.32]),
     "probe-w": line(7, "probe-w", or_agreement=[0.49, 0.52, 0.51]),
 }  # fmt: skip

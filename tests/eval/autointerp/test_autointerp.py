@@ -48,9 +48,9 @@ from hsae.train.runs import run_directory
 HOOK, D, ROWS, CONTEXT = "blocks.2.hook_resid_post", 48, 90, 40
 KEY = "sk-0123456789-very-secret"
 WORDS = """
-that object with name file return will function string method class this argument list used value module from which instance default
-attribute type should other option when number call state objects code then given same time line must values data statement also
-have exception called only command format result using variable types first specified
+that object with name file return will function string method class this argument list used value module from which
+instance default attribute type should other option when number call state objects code then given same time line must
+values data statement also have exception called only command format result using variable types first specified
 """.split()  # noqa: SIM905
 PLANTED, RANDOM = range(5), range(5, 10)
 DENSE, DEAD, FEW = 10, 11, 12
@@ -82,8 +82,10 @@ def write_store(plan, tokenizer):
     acts[:, :3, FEW] = 1.0
     acts[:3, 20, FEW] = 2.0
     header = Header(
-        format=FORMAT_VERSION, spec=spec, d_model=D, vocab_size=800, bos_id=tokenizer.bos_token_id, special_ids=(0, 1, 2),
-        model_digest="m", tokenizer_digest=tokenizer_digest(Path(tokenizer.name_or_path)), corpus_digest="c", versions={},
+        format=FORMAT_VERSION, spec=spec, d_model=D, vocab_size=800, bos_id=tokenizer.bos_token_id,
+        special_ids=(0, 1, 2),
+        model_digest="m", tokenizer_digest=tokenizer_digest(Path(tokenizer.name_or_path)), corpus_digest="c",
+        versions={},
     )  # fmt: skip
     target = plan.store_path("autointerp")
     specs = [*arrays(spec, D).values(), *statistics_arrays(spec, D).values()]
@@ -130,7 +132,9 @@ def source(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def work(source, tmp_path, monkeypatch, wide):
-    """A fresh cache folder (no answers yet) with that store in it, and its overrides; no language model may be loaded."""
+    """A fresh cache folder (no answers yet) with that store in it, and its overrides; no language model may be
+    loaded.
+    """
     folder, overrides = source
     (tmp_path / "activations").mkdir()
     for store in (folder / "activations").iterdir():
@@ -673,8 +677,10 @@ def test_mistakes_are_said_before_anything_is_asked(work, server, monkeypatch):
 @pytest.mark.parametrize(
     ("base_url", "named", "refused"),
     [
-        ("https://judge.example/v1", False, True), ("https://judge.example/v1", True, False), ("https://api.openai.com/v1", False, False),
-        ("http://localhost:8000/v1", False, False), ("http://127.0.0.1:8000/v1", False, False), ("https://api.openai.com.evil.net/v1", False, True),
+        ("https://judge.example/v1", False, True), ("https://judge.example/v1", True, False),
+        ("https://api.openai.com/v1", False, False),
+        ("http://localhost:8000/v1", False, False), ("http://127.0.0.1:8000/v1", False, False),
+        ("https://api.openai.com.evil.net/v1", False, True),
         ("http://api.openai.com/v1", False, True),
     ],
 )  # fmt: skip

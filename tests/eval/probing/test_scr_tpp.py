@@ -168,7 +168,8 @@ def test_the_linear_identity_is_ablation_text_by_text(masked):
     generator = torch.Generator().manual_seed(4)
     weights = torch.randn(24, 320, generator=generator)
     view = SAE(
-        name="random", architecture="standard", W_enc=weights, W_dec=weights.T / 24, b_enc=torch.randn(320, generator=generator),
+        name="random", architecture="standard", W_enc=weights, W_dec=weights.T / 24,
+        b_enc=torch.randn(320, generator=generator),
         b_dec=torch.zeros(24),
     )  # fmt: skip
     task, parts = a_task("tpp")

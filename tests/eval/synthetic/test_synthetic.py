@@ -1,4 +1,6 @@
-"""Synthetic worlds, the scores against their truth, and the command: oracles in plain loops, pairwise different sizes."""
+"""Synthetic worlds, the scores against their truth, and the command: oracles in plain loops, pairwise different
+sizes.
+"""
 
 import json
 import math
@@ -184,7 +186,8 @@ def random_model(world, seed, levels=(7, 4)):
         made.append(
             SAE(
                 name=f"level{number}", architecture="standard", W_enc=rows.T.contiguous(), W_dec=rows,
-                b_enc=-0.5 * torch.rand(width, generator=generator), b_dec=0.1 * torch.randn(world.tier.width, generator=generator) if number == 1 else made[0].b_dec,
+                b_enc=-0.5 * torch.rand(width, generator=generator),
+                b_dec=0.1 * torch.randn(world.tier.width, generator=generator) if number == 1 else made[0].b_dec,
             )
         )  # fmt: skip
     shares = torch.rand(levels[1], levels[0], generator=generator) ** 3

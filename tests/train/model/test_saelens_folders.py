@@ -16,8 +16,10 @@ D, F, HOOK = 6, 9, "blocks.2.hook_resid_post"
 SHAPE = {"d_in": D, "d_sae": F, "dtype": "float32"}
 NEW = {**SHAPE, "architecture": "topk", "k": 4, "metadata": {"hook_name": HOOK, "sae_lens_version": "6.5.0"}}
 OLD = {
-    **SHAPE, "dtype": "torch.float32", "hook_name": HOOK, "hook_layer": 2, "hook_head_index": None, "model_name": "gpt2-small",
-    "activation_fn_str": "relu", "activation_fn_kwargs": {}, "apply_b_dec_to_input": True, "finetuning_scaling_factor": False,
+    **SHAPE, "dtype": "torch.float32", "hook_name": HOOK, "hook_layer": 2, "hook_head_index": None,
+    "model_name": "gpt2-small",
+    "activation_fn_str": "relu", "activation_fn_kwargs": {}, "apply_b_dec_to_input": True,
+    "finetuning_scaling_factor": False,
     "normalize_activations": "none", "sae_lens_training_version": "3.13.0", "prepend_bos": True, "noise_scale": 0.1,
 }  # fmt: skip
 TOPK = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}}

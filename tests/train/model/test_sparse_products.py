@@ -1,4 +1,6 @@
-"""The sparse step against the dense one in float64, values and gradients; pairwise different sizes (B=11, I=7, F=13)."""
+"""The sparse step against the dense one in float64, values and gradients; pairwise different sizes (B=11, I=7,
+F=13).
+"""
 
 import pytest
 import torch

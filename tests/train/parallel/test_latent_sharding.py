@@ -1,4 +1,6 @@
-"""Workers that divide the latents of every level train as one would: selection, single steps, memory, real processes."""
+"""Workers that divide the latents of every level train as one would: selection, single steps, memory, real
+processes.
+"""
 
 import os
 import subprocess
@@ -66,8 +68,10 @@ def test_selection_among_divided_latents_is_that_among_all(world, own, k, seed, 
 def configured(**changes):
     return RunConfig(
         **{
-            "number": 7, "name": "wide", "structure": "additive", "widths": (186, 30), "l0": (5, 3), "composition": {"mode": "normalised"},
-            "learning_rate": 3e-3, "warmup_steps": 2, "dead_after_tokens": 44, "aux_latents": 4, "gradient_clip": 0.5, **changes,
+            "number": 7, "name": "wide", "structure": "additive", "widths": (186, 30), "l0": (5, 3),
+            "composition": {"mode": "normalised"},
+            "learning_rate": 3e-3, "warmup_steps": 2, "dead_after_tokens": 44, "aux_latents": 4, "gradient_clip": 0.5,
+            **changes,
         }
     )  # fmt: skip
 

@@ -93,9 +93,11 @@ def test_steps_of_two_workers_are_those_of_one(activation, resample_steps):
     )
     config = RunConfig(
         **{
-            "number": 7, "name": "two", "structure": "additive", "widths": (187, 31), "l0": (5, 3), "composition": {"mode": "normalised"},
-            "learning_rate": 3e-3, "warmup_steps": 2, "dead_after_tokens": 45, "aux_latents": 4, "resample_steps": resample_steps,
-            "aux_weight": 0 if resample_steps else 1 / 32,  # latents drawn from one vector are equal, and AuxK chooses among equals
+            "number": 7, "name": "two", "structure": "additive", "widths": (187, 31), "l0": (5, 3),
+            "composition": {"mode": "normalised"},
+            "learning_rate": 3e-3, "warmup_steps": 2, "dead_after_tokens": 45, "aux_latents": 4,
+            "resample_steps": resample_steps,
+            "aux_weight": 0 if resample_steps else 1 / 32,  # of latents drawn from one vector AuxK takes any
             **changes, **flat,
         }
     )  # fmt: skip
@@ -139,7 +141,8 @@ def test_what_workers_cannot_do_is_refused_before_any_compute(overrides_in, tmp_
     ActivationStore.open(plan.store_path("train"))
     with pytest.raises(
         UserError,
-        match=r"train.batch_tokens is 250, which 4 workers can't share equally; use a multiple of 4, such as 248 or 252",
+        match=r"train.batch_tokens is 250, which 4 workers can't share equally; use a multiple of 4, such as 248 or "
+        r"252",
     ):
         check(plan, plan.select("3"), world=4)
     check(plan, plan.select("3"), world=5)

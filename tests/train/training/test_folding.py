@@ -233,7 +233,8 @@ def test_gated_and_rescaled_topk_follow_saelens():
     sae = SAE(name="g", architecture="gated", W_enc=W_enc, W_dec=W_dec, b_enc=torch.zeros(F1), b_dec=b_dec, extra=extra)
     centred = x - b_dec
     expected = torch.stack([
-        (centred @ W_enc[:, i] + gate[i] > 0) * torch.relu(centred @ (W_enc[:, i] * r[i].exp()) + magnitude[i]) for i in range(F1)
+        (centred @ W_enc[:, i] + gate[i] > 0) * torch.relu(centred @ (W_enc[:, i] * r[i].exp()) + magnitude[i])
+        for i in range(F1)
     ])  # fmt: skip
     torch.testing.assert_close(sae.encode(x), expected)
     topk = SAE(

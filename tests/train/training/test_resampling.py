@@ -17,7 +17,8 @@ DEAD = {1: (2, 5, 12), 2: (0, 4), 3: (1,)}
 def trained(structure, activation="batchtopk", **changes):
     flat = structure == "flat"
     values = {
-        "number": 4, "name": "r", "structure": structure, "activation": activation, "precision": "float32", "warmup_steps": 1,
+        "number": 4, "name": "r", "structure": structure, "activation": activation, "precision": "float32",
+        "warmup_steps": 1,
         "widths": WIDTHS[:1] if flat else WIDTHS, "l0": (4,) if flat else (4, 2, 1),
     }  # fmt: skip
     config = RunConfig(**{**values, **changes})
@@ -32,7 +33,8 @@ def trained(structure, activation="batchtopk", **changes):
 
 @pytest.mark.parametrize(
     ("structure", "activation"),
-    [("flat", "gated"), ("flat", "relu"), ("additive", "jumprelu"), ("additive", "batchtopk"), ("stacked", "batchtopk"), ("stacked", "topk")],
+    [("flat", "gated"), ("flat", "relu"), ("additive", "jumprelu"), ("additive", "batchtopk"),
+        ("stacked", "batchtopk"), ("stacked", "topk")],
 )  # fmt: skip
 def test_resampling_is_the_recipe_for_every_level(structure, activation):
     run, x = trained(structure, activation)
