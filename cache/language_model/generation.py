@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hsae.cache.language_model.lm import LanguageModel
 
@@ -51,7 +52,7 @@ def complete(
     for step in range(max_new_tokens):
         for start in range(0, len(pending), batch_rows):
             batch = pending[start : start + batch_rows]
-            x_BTD = pad_residuals([item.resid_TD for item in batch])
+            x_BTD = pad_sequence([item.resid_TD for item in batch], batch_first=True)
             if step:
                 whole_BTD = model.prefix(model.padded([[*item.ids, *item.written] for item in batch]), [hook])[hook]
                 x_BTD = torch.cat([x_BTD, whole_BTD.cpu()[:, x_BTD.shape[1] :]], 1)
@@ -66,11 +67,6 @@ def complete(
                 item.written.append(token)
         pending = [item for item in pending if not _has_ended(model, item)]
     return [_text(model, item) for item in prompts]
-
-
-def pad_residuals(rows: Sequence[Tensor]) -> Tensor:
-    """[B, T, D] with zeros behind the shorter ones, which causal attention never sees."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def _has_ended(model: LanguageModel, item: PendingPrompt) -> bool:

@@ -42,20 +42,19 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
-def final_norm(model: Any) -> tuple[nn.Module, str]:
-    """The decoder of a transformers model and the name of its final norm. Raises ModelError where there is none."""
+def final_norm(model: Any) -> str:
+    """The name of the final norm in a transformers model's decoder. Raises ModelError where there is none."""
     decoder = model.get_decoder()
     name = next((name for name in ("norm", "final_layernorm", "final_layer_norm") if hasattr(decoder, name)), None)
     if name is None or model.get_output_embeddings() is None:
         raise _unknown_layout(model)
-    return decoder, name
+    return name
 
 
 def _unknown_layout(model: Any) -> ModelError:
     return ModelError(
         f"{type(model).__name__} is laid out in a way hsae can't cut: it needs a decoder with `layers` and a final "
-        f"`norm`, "
-        "as Gemma, Llama, Qwen, Mistral and GPT-NeoX have"
+        "`norm`, as Gemma, Llama, Qwen, Mistral and GPT-NeoX have"
     )
 
 
@@ -132,20 +131,18 @@ def edit_residual(model: CheckedModel | nn.Module, hook: str, edit: Edit) -> Ite
             )
         return edited.to(resid_BTD)
 
-    handle = on_residual(network, hook, change)
-    try:
+    with on_residual(network, hook, change):
         yield
-    finally:
-        handle.remove()
 
 
 def _sum(resid_BTD: Tensor, added: Tensor) -> Tensor:
     """The sum in the wider of both types, on the residual's device."""
     added = added.to(resid_BTD.device)
-    sizes = zip(reversed(added.shape), reversed(resid_BTD.shape), strict=False)
-    if added.dim() > resid_BTD.dim() or any(size not in (1, wanted) for size, wanted in sizes):
+    try:
+        added.expand_as(resid_BTD)
+    except RuntimeError:
         raise ModelError(
             f"a tensor of shape {tuple(added.shape)} can't be added to a residual of shape {tuple(resid_BTD.shape)} "
-            f"(rows, tokens, width)"
-        )
+            "(rows, tokens, width)"
+        ) from None
     return resid_BTD + added

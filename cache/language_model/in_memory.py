@@ -23,10 +23,8 @@ def check_in_memory(model: Any, tokenizer: Any) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
         raise ModelError(f"{name} is no model of transformers; give what AutoModelForCausalLM.from_pretrained returns")
     if not hasattr(tokenizer, "get_vocab") or not hasattr(tokenizer, "bos_token_id"):
-        raise ModelError(
-            f"{type(tokenizer).__name__} is no tokenizer of transformers; give what "
-            f"AutoTokenizer.from_pretrained returns"
-        )
+        kind = type(tokenizer).__name__
+        raise ModelError(f"{kind} is no tokenizer of transformers; give what AutoTokenizer.from_pretrained returns")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(f"{name} is quantised; hsae needs weights in bfloat16, float16 or float32")
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]

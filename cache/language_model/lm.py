@@ -5,7 +5,7 @@ Shapes: B rows of a batch, T context length, D residual width, V vocabulary. Hoo
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ What is cut wrongly differs by far more, or by less than the type can tell apart
 
 
 class _PassThrough(nn.Module):
-    """Stands in for a decoder layer: gives back its input, or what it was told to."""
+    """Stands in for a decoder layer: returns its input, or an injected residual."""
 
     def __init__(self, layer: nn.Module, injected: Tensor | None = None) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class LanguageModel:
         self.model_digest, self.tokenizer_digest = model_digest, tokenizer_digest
         self.config = model.config.get_text_config()
         self._layers = decoder_layers(model)
-        self._norm_owner, self._norm_name = final_norm(model)
+        self._norm_name = final_norm(model)
         self.layers = len(self._layers)
         self.d_model = int(self.config.hidden_size)
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
@@ -75,15 +75,11 @@ class LanguageModel:
         tokenizer_folder = sources.tokenizer_folder(config)
         commit = sources.commit_of(config, tokenizer_folder)
         described = loading.read_description(config.id, tokenizer_folder)
-        text = described.get_text_config()
-        loading.check_dtype(config.dtype, text.model_type)
+        loading.check_dtype(config.dtype, described.get_text_config().model_type)
         tokenizer = loading.read_tokenizer(config.id, tokenizer_folder)
         loading.special_tokens(tokenizer)
         folder = sources.model_folder(at_commit(config, commit), say)
-        attention = config.attention
-        if attention == "auto":
-            capped = getattr(text, "attn_logit_softcapping", None) or not loading.has_sdpa(described)
-            attention = "eager" if capped else "sdpa"
+        attention = loading.pick_attention(described) if config.attention == "auto" else config.attention
         model = loading.load_causal(
             config.id, folder, dtype=in_memory.DTYPES[config.dtype], attn_implementation=attention
         )
@@ -117,11 +113,8 @@ class LanguageModel:
     def digest_like(self, what: Literal["model", "tokenizer"], other: str) -> str:
         """The digest of the weights or the tokenizer, of the kind (files or memory) that `other` is of."""
         if other.startswith(in_memory.IN_MEMORY) and self.folder is not None:
-            return (
-                in_memory.state_digest(self.model)
-                if what == "model"
-                else in_memory.tokenizer_state_digest(self.tokenizer)
-            )
+            digest = in_memory.tokenizer_state_digest
+            return in_memory.state_digest(self.model) if what == "model" else digest(self.tokenizer)
         return self.model_digest if what == "model" else self.tokenizer_digest
 
     def generate(self, prompt: str, *, max_new_tokens: int = 40, **options: Any) -> str:
@@ -144,47 +137,43 @@ class LanguageModel:
         for hook in hooks:
             hook_module(self.model, hook)
             if hook not in self._checked:
-                self._check_cut(hook)
-                self._checked.add(hook)
+                self._checked.add(hook)  # first: the check itself runs prefix and suffix
+                try:
+                    self._check_cut(hook)
+                except BaseException:
+                    self._checked.remove(hook)
+                    raise
 
     @torch.no_grad()
     def _check_cut(self, hook: str) -> None:
         """Prefix, suffix and unembedding against the model's own pass and the layer's own output. Raises ModelError."""
-        ids = torch.randint(min(self.known_ids, self.vocab_size), (1, CHECKED_TOKENS), generator=_seeded())
+        seeded = torch.Generator().manual_seed(0)
+        ids = torch.randint(min(self.known_ids, self.vocab_size), (1, CHECKED_TOKENS), generator=seeded)
         tokens = ids.repeat(2, 1)
         tokens[1, -1] = (tokens[1, -1] + 1) % self.vocab_size  # which no earlier token may see
         own: list[Tensor] = []
-        handle = on_residual(self.model, hook, own.append)
         try:
-            logits, again = self.logits(tokens), self.logits(tokens)
-            handle.remove()
+            with on_residual(self.model, hook, own.append):
+                logits, again = self.logits(tokens), self.logits(tokens)
             tolerance = max(TOLERANCE[self.dtype], 4 * _distance(again, logits), 4 * _distance(own[1], own[0]))
-            resid = self._prefix(tokens, [hook])[hook]
+            resid = self.prefix(tokens, [hook])[hook]
             if not torch.isfinite(logits).all():
                 raise ModelError(
                     f"its logits are not finite in {in_memory.dtype_name(self.dtype)}; use --set model.dtype=float32"
                 )
-            if (error := _distance(resid, own[0])) > tolerance:
-                raise ModelError(f"the residual it gives there is not the layer's (relative error {error:.2g})")
-            if (error := _distance(logits[1, :-1], logits[0, :-1])) > 8 * tolerance:
-                raise ModelError(f"its tokens see later ones (relative error {error:.2g})")
-            if (
-                layers_before(hook)
-                and (error := _distance(self.unembed(self._suffix(hook, resid)), logits)) > tolerance
-            ):
-                raise ModelError(
-                    f"what follows from the residual there is not the model's logits (relative error {error:.2g})"
-                )
+            _check_close(resid, own[0], tolerance, "the residual it gives there is not the layer's")
+            _check_close(logits[1, :-1], logits[0, :-1], 8 * tolerance, "its tokens see later ones")
+            if layers_before(hook):
+                what = "what follows from the residual there is not the model's logits"
+                _check_close(self.unembed(self.suffix(hook, resid)), logits, tolerance, what)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # foreign code, run in a way that was not foreseen
-            what = str(error) if isinstance(error, ModelError) else f"its code ends in {one_line(error)}"
+            reason = str(error) if isinstance(error, ModelError) else f"its code ends in {one_line(error)}"
             raise ModelError(
-                f"models of type {self.config.model_type!r} can't be cut at {hook} as hsae does: {what}; "
+                f"models of type {self.config.model_type!r} can't be cut at {hook} as hsae does: {reason}; "
                 "docs/results/families.md names the families that can"
             ) from None
-        finally:
-            handle.remove()
 
     @torch.no_grad()
     def check_ablation(self, hooks: Sequence[str]) -> None:
@@ -195,23 +184,21 @@ class LanguageModel:
             if (error := _distance(final, alone.expand_as(final))) > 8 * TOLERANCE[self.dtype]:
                 raise ModelError(
                     f"models of type {self.config.model_type!r} can't be evaluated at {hook}: what follows from a "
-                    f"zeroed residual depends on "
-                    f"the position (relative error {error:.2g}), and hsae keeps one for all"
+                    f"zeroed residual depends on the position (relative error {error:.2g}), and hsae keeps one for all"
                 )
 
     def check_ids(self, tokens: Tensor) -> None:
         """Raise ModelError for rows that are longer than the model's positions, or ids beyond its embedding."""
         if (longest := loading.positions(self.config)) is not None and tokens.shape[-1] > longest:
             raise ModelError(
-                f"rows of {tokens.shape[-1]} tokens were given; the model has positions for {longest}: lower "
-                f"cache.context"
+                f"rows of {tokens.shape[-1]} tokens were given; the model has positions for {longest}: "
+                "lower cache.context"
             )
         if tokens.numel() and int(tokens.max()) >= self.known_ids:
             raise ModelError(
-                f"the tokenizer gives id {int(tokens.max())}, and the model's embedding ends at "
-                f"{self.known_ids - 1}: they don't belong "
-                "together; give the tokenizer that the model was trained with (or resize_token_embeddings, train, "
-                "and save the model)"
+                f"the tokenizer gives id {int(tokens.max())}, and the model's embedding ends at {self.known_ids - 1}: "
+                "they don't belong together; give the tokenizer that the model was trained with (or "
+                "resize_token_embeddings, train, and save the model)"
             )
 
     def padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -219,29 +206,23 @@ class LanguageModel:
         width = max(map(len, rows))
         return torch.tensor([[*row, *[self.special_ids[0]] * (width - len(row))] for row in rows])
 
+    @torch.no_grad()
     def prefix(self, tokens_BT: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
         """The residual [B, T, D] at each hook; nothing after the deepest hook is computed."""
         self.check_hooks(hooks)
-        return self._prefix(tokens_BT, hooks)
-
-    @torch.no_grad()
-    def _prefix(self, tokens_BT: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
         self.check_ids(tokens_BT)
         after = {hook: layers_before(hook) for hook in hooks}  # boundary n: before layer n runs
         deepest = max(after.values())
-        caught: dict[int, Tensor] = {}
-        handles = [
-            on_residual(self.model, f"blocks.{boundary}.hook_resid_pre", partial(caught.__setitem__, boundary))
-            for boundary in set(after.values())
-            if boundary < deepest
-        ]
-        try:
-            with self._replaced(range(deepest, self.layers)), self._without_norm():
-                caught[deepest] = self._run(input_ids=tokens_BT.to(self.device).long())
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {hook: caught[boundary] for hook, boundary in after.items()}
+        resid: dict[int, Tensor] = {}
+        rest = {str(index): _PassThrough(self._layers[index]) for index in range(deepest, self.layers)}
+        with contextlib.ExitStack() as stack:
+            for boundary in set(after.values()) - {deepest}:
+                hook = f"blocks.{boundary}.hook_resid_pre"
+                stack.enter_context(on_residual(self.model, hook, partial(resid.__setitem__, boundary)))
+            stack.enter_context(_replaced(self._layers, rest))
+            stack.enter_context(_replaced(self.model.get_decoder(), {self._norm_name: nn.Identity()}))
+            resid[deepest] = self._run(input_ids=tokens_BT.to(self.device).long())
+        return {hook: resid[boundary] for hook, boundary in after.items()}
 
     def suffix(self, hook: str, resid_BTD: Tensor, *, grad: bool = False) -> Tensor:
         """The final vector [B, T, D], normed, that follows from a residual at `hook`; `grad` for gradients."""
@@ -250,37 +231,31 @@ class LanguageModel:
             raise ModelError(
                 f"hook {hook!r} lies before the first layer; evaluate at blocks.0.hook_resid_post or later"
             )
-        return self._suffix(hook, resid_BTD, grad=grad)
-
-    def _suffix(self, hook: str, resid_BTD: Tensor, *, grad: bool = False) -> Tensor:
         resid = resid_BTD.to(self.device, self.dtype)
-        with torch.set_grad_enabled(grad), self._replaced(range(layers_before(hook)), injected=resid):
+        done = {str(index): _PassThrough(self._layers[index], resid) for index in range(layers_before(hook))}
+        with torch.set_grad_enabled(grad), _replaced(self._layers, done):
             return self._run(inputs_embeds=resid)
 
     def unembed(self, final: Tensor, *, grad: bool = False) -> Tensor:
-        """Logits [..., V] as the model itself makes them, scaled and capped; `grad` for gradients."""
-        with torch.set_grad_enabled(grad):
-            return self._unembed(final.to(self.device, self.dtype))
+        """Logits [..., V] as the model itself makes them, scaled and capped; `grad` for gradients.
 
-    def _unembed(self, vectors: Tensor) -> Tensor:
-        """The model's own forward pass, in which the decoder gives these vectors."""
-        given = vectors.reshape(1, -1, vectors.shape[-1])
-        head = self.model.get_output_embeddings()
-        made: dict[nn.Module, Any] = {self.model.get_decoder(): lambda *args, **kwargs: _Final(given)}
-        if self._widens and getattr(head, "bias", None) is None:
-            # the largest matrix by far: widened once, not at each call
-            if self._wide_head is None:
-                self._wide_head = head.weight.float()
-            wide = self._wide_head
-            made[head] = lambda inputs: nn.functional.linear(inputs.float(), wide).to(self.dtype)
-        try:
-            for module, forward in made.items():
+        It is the model's own forward pass, in which the decoder gives these vectors.
+        """
+        with torch.set_grad_enabled(grad), self.products(), contextlib.ExitStack() as stack:
+            vectors = final.to(self.device, self.dtype)
+            flat = vectors.reshape(1, -1, vectors.shape[-1])
+            head = self.model.get_output_embeddings()
+            forwards: dict[nn.Module, Any] = {self.model.get_decoder(): lambda *args, **kwargs: _Final(flat)}
+            if self._widens and getattr(head, "bias", None) is None:
+                # the largest matrix by far: widened once, not at each call
+                if self._wide_head is None:
+                    self._wide_head = head.weight.float()
+                wide = self._wide_head
+                forwards[head] = lambda inputs: nn.functional.linear(inputs.float(), wide).to(self.dtype)
+            for module, forward in forwards.items():
                 module.forward = forward
-            with self.products():
-                logits: Tensor = self.model(inputs_embeds=given, use_cache=False).logits
-        finally:
-            for module in made:
-                module.__dict__.pop("forward", None)
+                stack.callback(module.__dict__.pop, "forward", None)
+            logits: Tensor = self.model(inputs_embeds=flat, use_cache=False).logits
         return logits.view(*vectors.shape[:-1], -1)
 
     @torch.no_grad()
@@ -299,27 +274,6 @@ class LanguageModel:
     def products(self) -> contextlib.AbstractContextManager[object]:
         """How this model multiplies matrices on its device: enter it around other calls of `model`."""
         return WidenedProducts() if self._widens else contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def _replaced(self, indices: range, injected: Tensor | None = None) -> Iterator[None]:
-        """Pass-through modules in the place of some layers; every other layer keeps its own index."""
-        layers = {index: self._layers[index] for index in indices}
-        for index, layer in layers.items():
-            self._layers[index] = _PassThrough(layer, injected if index == indices[-1] else None)
-        try:
-            yield
-        finally:
-            for index, layer in layers.items():
-                self._layers[index] = layer
-
-    @contextlib.contextmanager
-    def _without_norm(self) -> Iterator[None]:
-        norm = getattr(self._norm_owner, self._norm_name)
-        setattr(self._norm_owner, self._norm_name, nn.Identity())
-        try:
-            yield
-        finally:
-            setattr(self._norm_owner, self._norm_name, norm)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -340,8 +294,22 @@ class _Final:
         return (self.last_hidden_state,)[index]
 
 
-def _seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+@contextlib.contextmanager
+def _replaced(owner: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Other modules in the place of some of a module's children; every other child keeps its own name."""
+    originals = {name: getattr(owner, name) for name in stand_ins}
+    for name, module in stand_ins.items():
+        setattr(owner, name, module)
+    try:
+        yield
+    finally:
+        for name, module in originals.items():
+            setattr(owner, name, module)
+
+
+def _check_close(vectors: Tensor, wanted: Tensor, tolerance: float, problem: str) -> None:
+    if (error := _distance(vectors, wanted)) > tolerance:
+        raise ModelError(f"{problem} (relative error {error:.2g})")
 
 
 def _distance(vectors: Tensor, wanted: Tensor) -> float:

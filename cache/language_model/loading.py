@@ -57,8 +57,8 @@ def read_description(name: str, folder: Path) -> Any:
         if isinstance(part, dict) and (how := part.get("quantization_config")):
             method = how.get("quant_method", "an unnamed method") if isinstance(how, dict) else how
             raise ModelError(
-                f"{name} is quantised ({method}); hsae reads weights in bfloat16, float16 or float32, and .gguf "
-                f"files: give the original model"
+                f"{name} is quantised ({method}); hsae reads weights in bfloat16, float16 or float32, and .gguf files: "
+                "give the original model"
             )
     kind = content.get("model_type")
     with quiet():
@@ -71,23 +71,24 @@ def read_description(name: str, folder: Path) -> Any:
             if "auto_map" in content:
                 raise ModelError(
                     f"{name} brings code of its own (auto_map in config.json), which hsae never runs, and its type "
-                    f"{kind!r} is none that "
-                    "transformers has"
+                    f"{kind!r} is none that transformers has"
                 ) from None
             raise ModelError(f"{name}: transformers can't read config.json: {one_line(error)}") from None
     if getattr(config, "is_encoder_decoder", False) or not known:
         raise ModelError(
-            f"{name} is of type {kind!r}, which is no decoder-only language model; hsae needs one that predicts the "
-            f"next token"
+            f"{name} is of type {kind!r}, which is no decoder-only language model; "
+            "hsae needs one that predicts the next token"
         )
     return config
 
 
-def has_sdpa(config: Any) -> bool:
-    """Whether transformers has torch's fused attention for a model; some families need the plain one."""
+def pick_attention(config: Any) -> str:
+    """eager where a model caps its attention logits or has no fused attention in transformers, sdpa elsewhere."""
     from transformers import AutoModelForCausalLM
 
-    return bool(getattr(AutoModelForCausalLM._model_mapping[type(config)], "_supports_sdpa", True))
+    has_sdpa = getattr(AutoModelForCausalLM._model_mapping[type(config)], "_supports_sdpa", True)
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if has_sdpa and not capped else "eager"
 
 
 def load_causal(name: str, folder: Path, **options: Any) -> Any:
@@ -97,14 +98,8 @@ def load_causal(name: str, folder: Path, **options: Any) -> Any:
         from transformers import AutoModelForCausalLM
 
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
+            options |= {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
         except Exception as error:  # foreign code on a file that others wrote
             raise ModelError(f"{name} can't be loaded: {one_line(error)}") from None
     model, info = loaded
@@ -113,21 +108,18 @@ def load_causal(name: str, folder: Path, **options: Any) -> Any:
 
 
 def _refuse_other_keys(name: str, info: dict[str, Any]) -> None:
-    missing = sorted(key for key in info["missing_keys"] if not HARMLESS.search(key))
-    unexpected = sorted(
-        key for key in info["unexpected_keys"] if not HARMLESS.search(key) and not OTHER_PARTS.search(key)
+    missing, unexpected = (
+        sorted(key for key in info[f"{kind}_keys"] if not HARMLESS.search(key)) for kind in ("missing", "unexpected")
     )
+    unexpected = [key for key in unexpected if not OTHER_PARTS.search(key)]
     mismatched = [f"{key} {tuple(shape)} for {tuple(wanted)}" for key, shape, wanted in sorted(info["mismatched_keys"])]
-    said = [
+    problems = {"missing": missing, "that the model has no place for": unexpected, "of another shape": mismatched}
+    described = [
         f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
-        for keys, what in (
-            (missing, "missing"),
-            (unexpected, "that the model has no place for"),
-            (mismatched, "of another shape"),
-        )
+        for what, keys in problems.items()
         if keys
     ]
-    if not said and not info["error_msgs"]:
+    if not described and not info["error_msgs"]:
         return
     hint = "it would run with random numbers: give the folder that save_pretrained of the whole language model wrote"
     for prefix, who in WRAPPINGS.items():
@@ -138,7 +130,8 @@ def _refuse_other_keys(name: str, info: dict[str, Any]) -> None:
     if missing and all(key.split(".")[0] in ("lm_head", "embed_out", "output") for key in missing):
         hint = "it has no output layer, as AutoModel saves it: save it from AutoModelForCausalLM"
     raise ModelError(
-        f"the weights of {name} don't fit its config.json: tensors {', '.join(said or info['error_msgs'][:1])}; {hint}"
+        f"the weights of {name} don't fit its config.json: tensors {', '.join(described or info['error_msgs'][:1])}; "
+        f"{hint}"
     )
 
 
@@ -183,9 +176,8 @@ def check_dtype(dtype: str, family: str) -> None:
     """Refuse float16 for models whose residual overflows it. Raises ModelError."""
     if dtype == "float16" and any(part in family.lower() for part in OVERFLOWING):
         raise ModelError(
-            "model.dtype is float16, but Gemma's residual at BOS is about 1e5 and float16 ends at 65,504: it would "
-            "overflow; "
-            "use bfloat16 or float32"
+            "model.dtype is float16, but Gemma's residual at BOS is about 1e5 and float16 ends at 65,504: "
+            "it would overflow; use bfloat16 or float32"
         )
 
 

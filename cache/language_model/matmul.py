@@ -15,15 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 PRODUCTS = frozenset(
     {
-        torch.nn.functional.linear,
-        torch.matmul,
-        torch.mm,
-        torch.bmm,
-        Tensor.matmul,
-        Tensor.mm,
-        Tensor.bmm,
-        Tensor.__matmul__,
-        Tensor.__rmatmul__,
+        *(torch.nn.functional.linear, torch.matmul, torch.mm, torch.bmm),
+        *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__, Tensor.__rmatmul__),
     }
 )
 
@@ -41,11 +34,7 @@ class WidenedProducts(TorchFunctionMode):
     """While it is entered, bfloat16 matrix products on a processor go through float32; everything else is as it was."""
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by torch in place of `func`."""
         keywords = kwargs or {}

@@ -25,9 +25,8 @@ def check_names(name: str, names: Iterable[str]) -> None:
     if adapters := [file for file in ADAPTERS if file in present]:
         raise ModelError(
             f"{name} holds an adapter ({adapters[0]}), which would be applied or left out depending on what else is "
-            f"installed; merge it into "
-            "the model (peft's merge_and_unload, then save_pretrained), or move the adapter's files away to use the "
-            "model alone"
+            "installed; merge it into the model (peft's merge_and_unload, then save_pretrained), or move the adapter's "
+            "files away to use the model alone"
         )
     if "config.json" not in present:
         raise ModelError(f"{name} is a folder without config.json; it must hold a model in Hugging Face's layout")
@@ -41,9 +40,9 @@ def weight_files(folder: Path) -> list[Path]:
     names = ["model.safetensors", "model.safetensors.index.json"] if named is None else [str(named)]
     first = next((name for name in names if _beside(folder, name)), None)
     if first is None:
+        missing = " and no ".join(names)
         raise ModelError(
-            f"{folder} has no {' and no '.join(names)}; save the model with transformers' save_pretrained, which "
-            f"names its files so"
+            f"{folder} has no {missing}; save the model with transformers' save_pretrained, which names its files so"
         )
     if not first.endswith(".json"):
         return [folder / first]
@@ -79,22 +78,19 @@ def check_weights(folder: Path) -> None:
         for key, kind in types.items():
             if key.endswith(".weight") and kind not in NUMBERS:
                 raise ModelError(
-                    f"{path}: {key} holds numbers of type {kind}: quantised weights are not read; give the model in "
-                    f"bfloat16, float16 or float32"
+                    f"{path}: {key} holds numbers of type {kind}: quantised weights are not read; "
+                    "give the model in bfloat16, float16 or float32"
                 )
 
 
 def weights_digest(folder: Path, *, anew: bool = False, older: bool = False) -> str:
     """`files_digest` of config.json and weights; `older` as hsae made it before it looked at the index."""
     files = [folder / "config.json", *sorted(folder.glob(WEIGHTS))]
-    if older:
-        return files_digest(files, anew=anew)
-    loaded = weight_files(folder)
-    others = {path.name for path in files[1:] if not path.name.startswith("consolidated")} - {
-        path.name for path in loaded
-    }
-    if others and loaded != [folder / "model.safetensors"]:  # then the index says which files are read
-        files += sorted(folder.glob("*.safetensors.index.json"))
+    if not older:
+        loaded = weight_files(folder)
+        others = {path for path in files[1:] if not path.name.startswith("consolidated")} - set(loaded)
+        if others and loaded != [folder / "model.safetensors"]:  # then the index says which files are read
+            files += sorted(folder.glob("*.safetensors.index.json"))
     return files_digest(files, anew=anew)
 
 

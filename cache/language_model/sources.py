@@ -37,7 +37,7 @@ def model_folder(config: ModelConfig, say: Say = lambda text: None) -> Path:
     if path.suffix == ".gguf":
         raise ModelError(f"model.id {config.id!r}: there is no such file")
     if path.is_dir():
-        _check_folder(path)
+        _check_files(config, path)
         return path.resolve()
     if config.id.startswith(MEMORY_URL):
         raise ModelError(
@@ -48,34 +48,40 @@ def model_folder(config: ModelConfig, say: Say = lambda text: None) -> Path:
             f"model.id {config.id!r}: no such folder; give a local folder, a .gguf file, a hub id such as "
             f"google/gemma-2-2b, or a packaged model ({', '.join(PACKAGED)})"
         )
-    return _downloaded(config, say)
+    if (folder := folder_here(config)) is None:
+        info = _hub_info(config)  # fails within seconds where there is no hub or no access
+        check_names(config.id, (sibling.rfilename for sibling in info.siblings or []))
+        say(f"downloading {config.id}")
+        folder = _fetched(config, HUB_PATTERNS)
+    _check_files(config, folder)
+    return folder
 
 
 def folder_here(config: ModelConfig) -> Path | None:
     """The folder of a model's files as it is on this machine, nothing downloaded or converted; None without one."""
     if (gguf := gguf_model(config.id)) is not None:
         return gguf.folder_here
-    path = Path(config.id).expanduser()
-    if path.suffix != ".gguf" and path.is_dir():
-        return path.resolve()
-    return _hub_cached(config) if on_hub(config) else None
+    if not on_hub(config):
+        path = Path(config.id).expanduser()
+        return path.resolve() if path.suffix != ".gguf" and path.is_dir() else None
+    snapshot = _hub_snapshot(config)
+    return snapshot if snapshot is not None and _has_weights(snapshot) else None
 
 
 def tokenizer_folder(config: ModelConfig) -> Path:
     """A local folder with the tokenizer's files; of a model on the hub only these are downloaded. Raises ModelError."""
     if not on_hub(config):
         return model_folder(config)
-    cached = _hub_snapshot(config)
-    if cached is not None and _has_weights(cached):
-        return cached
+    snapshot = _hub_snapshot(config)
+    if snapshot is not None and _has_weights(snapshot):
+        return snapshot
     try:
         _hub_info(config)  # fails within seconds where there is no hub or no access
         return _fetched(config, TOKENIZER_PATTERNS)
     except ModelError:
-        if cached is None or not (cached / "config.json").is_file():
-            raise
-        if (cached / "tokenizer.json").is_file() or vocabulary_files(cached):
-            return cached
+        has_tokenizer = snapshot and ((snapshot / "tokenizer.json").is_file() or vocabulary_files(snapshot))
+        if snapshot and has_tokenizer and (snapshot / "config.json").is_file():
+            return snapshot
         raise
 
 
@@ -96,35 +102,30 @@ def weight_bytes(config: ModelConfig) -> int | None:
     """Bytes of the model's weights on disk, without downloading or converting; None if that can't be told."""
     if (gguf := gguf_model(config.id)) is not None:
         return gguf.bytes
-    folder = Path(config.id).expanduser()
-    if not folder.is_dir():
-        if not on_hub(config):
-            return None
-        if (cached := _hub_cached(config)) is None:
-            siblings = _hub_info(config).siblings or []
-            return sum(sibling.size or 0 for sibling in siblings if sibling.rfilename.endswith(".safetensors"))
-        folder = cached
-    return sum(file.stat().st_size for file in folder.glob(WEIGHTS))
+    if (folder := folder_here(config)) is not None:
+        return sum(file.stat().st_size for file in folder.glob(WEIGHTS))
+    if not on_hub(config):
+        return None
+    return sum(
+        sibling.size or 0 for sibling in _hub_info(config).siblings or [] if sibling.rfilename.endswith(".safetensors")
+    )
 
 
 def config_file(config: ModelConfig) -> Path | None:
     """The model's config.json, fetched alone from the hub if need be; None for a GGUF file that was not converted."""
-    if (gguf := gguf_model(config.id)) is not None:
-        return None if gguf.folder_here is None else gguf.folder_here / "config.json"
-    path = Path(config.id).expanduser()
-    if path.is_dir():
-        _check_folder(path)
-        return path / "config.json"
     if not on_hub(config):
-        return None
+        if (folder := folder_here(config)) is None:
+            return None
+        _check_files(config, folder)
+        return folder / "config.json"
     from huggingface_hub import hf_hub_download
 
     with _clear_hub_errors(config):
         return Path(hf_hub_download(config.id, "config.json", revision=config.revision))
 
 
-def _check_folder(path: Path) -> None:
-    check_names(f"model.id {str(path)!r}", (file.name for file in path.iterdir()))
+def _check_files(config: ModelConfig, folder: Path) -> None:
+    check_names(f"model.id {config.id!r}", (file.name for file in folder.iterdir()))
 
 
 def _hub_info(config: ModelConfig) -> Any:
@@ -149,20 +150,12 @@ def _hub_snapshot(config: ModelConfig) -> Path | None:
         raise ModelError(f"model.id {config.id!r} is neither a folder here nor a name that the hub can have") from None
 
 
-def _hub_cached(config: ModelConfig) -> Path | None:
-    """The same with all of its weights."""
-    snapshot = _hub_snapshot(config)
-    return snapshot if snapshot is not None and _has_weights(snapshot) else None
-
-
 def _has_weights(snapshot: Path) -> bool:
-    if not any(snapshot.glob(WEIGHTS)):
-        return False
+    """Whether all that the index names is there, and so no download broke off."""
     try:
-        weight_files(snapshot)
-    except ModelError:  # a download that broke off
+        return bool(weight_files(snapshot))
+    except ModelError:
         return False
-    return True
 
 
 def _fetched(config: ModelConfig, patterns: list[str]) -> Path:
@@ -170,17 +163,6 @@ def _fetched(config: ModelConfig, patterns: list[str]) -> Path:
 
     with _clear_hub_errors(config):
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
-
-
-def _downloaded(config: ModelConfig, say: Say) -> Path:
-    folder = _hub_cached(config)
-    if folder is None:
-        info = _hub_info(config)  # fails within seconds where there is no hub or no access
-        check_names(config.id, (sibling.rfilename for sibling in info.siblings or []))
-        say(f"downloading {config.id}")
-        folder = _fetched(config, HUB_PATTERNS)
-    check_names(config.id, (file.name for file in folder.iterdir()))
-    return folder
 
 
 @contextlib.contextmanager

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from hsae.cache.errors import UserError
-from hsae.cache.language_model.generation import PassCounts, PendingPrompt, complete, pad_residuals
+from hsae.cache.language_model.generation import PassCounts, PendingPrompt, complete
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.suites.entities import judge_answer
 from hsae.cache.suites.ravel_store import Prompt, RavelStore, is_decided
@@ -152,7 +153,7 @@ class Exchange:
         self.passes.spared += len(pairs) - len(kept)
         if not kept:
             return 0.0 * gate_F.sum()
-        x_BTD = pad_residuals(self._resid(kept)).to(gate_F.device)
+        x_BTD = pad_sequence(self._resid(kept), batch_first=True).to(gate_F.device)
         rows = torch.arange(len(kept), device=gate_F.device)
         places = torch.tensor([pair.base.position for pair in kept], device=gate_F.device)
         ends = [len(pair.base.ids) - 1 for pair in kept]

@@ -47,7 +47,7 @@ def test_families_that_do_not_are_refused_in_one_line(family, why, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_scale_of_the_logits_that_is_left_out_is_noticed(tmp_path, monkeypatch, dtype):
     families.make("granite", tmp_path / "granite")
-    monkeypatch.setattr(LanguageModel, "_unembed", lambda self, vectors: self.model.get_output_embeddings()(vectors))
+    monkeypatch.setattr(LanguageModel, "unembed", lambda self, vectors: self.model.get_output_embeddings()(vectors))
     model = LanguageModel.load(ModelConfig(id=str(tmp_path / "granite"), dtype=dtype))
     with pytest.raises(
         ModelError,
@@ -68,9 +68,9 @@ def test_a_model_whose_tokens_see_later_ones_is_refused(tmp_path):
 def test_a_zeroed_residual_must_say_the_same_at_every_position(monkeypatch):
     model = LanguageModel.load(ModelConfig(id=str(ROOT / "tests/golden/model"), dtype="float32"))
     model.check_ablation([HOOK])
-    real = model._suffix
+    real = model.suffix
     monkeypatch.setattr(
-        model, "_suffix", lambda hook, resid, **rest: real(hook, resid, **rest) + torch.ones_like(resid).cumsum(1)
+        model, "suffix", lambda hook, resid, **rest: real(hook, resid, **rest) + torch.ones_like(resid).cumsum(1)
     )
     with pytest.raises(ModelError, match="what follows from a zeroed residual depends on the position"):
         model.check_ablation([HOOK])
