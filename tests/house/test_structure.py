@@ -1,6 +1,7 @@
 """The layout rules: arrows cli -> eval -> train -> cache, light start-up, nothing missing from the wheel."""
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -24,17 +25,17 @@ def modules():
     return [path for package in RANK for path in sorted((ROOT / package).rglob("*.py"))]
 
 
-def imports(path, *, everywhere=True):
-    """hsae and other modules a file imports; at the top level only unless `everywhere`."""
-    tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree) if everywhere else tree.body
-    for node in nodes:
+@functools.cache
+def imports(path):
+    """hsae and other modules a file imports."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
 
 
 @pytest.mark.parametrize("package", [hsae.cache, hsae.train, hsae.eval, hsae.cli])
