@@ -1,6 +1,7 @@
 """Text that two corpora have in common: whether documents that are evaluated on were trained on."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,11 +15,10 @@ COMPARED_BYTES = 1 << 20
 
 
 def common_text(one: CorpusConfig, other: CorpusConfig) -> str | None:
-    """The text that two windows of documents have in common, in words, or None. A file counts by what it holds,
-    whatever its name.
+    """The text that two windows of documents have in common, in words, or None.
 
-    Windows are compared, not what stores take of them; of a data set on the hub only what the plan says, nothing is
-    asked there.
+    Files are compared by content, windows as they are, whatever stores take of them; of data sets on the hub only what
+    the plan says is compared.
     """
     names, local = {one.corpus, other.corpus}, [corpus_path(each) for each in (one, other)]
     if names <= CORPORA.keys():
@@ -52,33 +52,28 @@ def _in_both(
     one: CorpusConfig, other: CorpusConfig, what: str, starts: tuple[int, int] = (0, 0), length: float = math.inf
 ) -> str | None:
     """Whether two windows meet in a text that begins at document `starts` of each and has `length` documents."""
-    first = max(one.first_document - starts[0], other.first_document - starts[1], 0)
-    last = min(
-        length,
-        *(
-            math.inf if end is None else end - start
-            for end, start in zip((one.last_document, other.last_document), starts, strict=True)
-        ),
-    )
+    windows = list(zip((one, other), starts, strict=True))
+    first = max(0, *(window.first_document - start for window, start in windows))
+    ends = [window.last_document - start for window, start in windows if window.last_document is not None]
+    last = min([length, *ends])
     if first >= last:
         return None
-    return f"both read {what}" + (
-        f" from document {first} on" if last == math.inf else f", documents {first} to {last - 1:.0f} of it"
-    )
+    where = f" from document {first} on" if last == math.inf else f", documents {first} to {last - 1:.0f} of it"
+    return f"both read {what}{where}"
 
 
 def _in_both_files(one: CorpusConfig, other: CorpusConfig, mine: list[Path], others: list[Path]) -> str | None:
     readable = [file_kind(file) == ".txt" or one.column == other.column for file in mine]
     twins = [(place, place) for place in range(len(mine))]
     if not all(readable) or [file.resolve() for file in mine] != [file.resolve() for file in others]:
-        by_size: dict[int, list[int]] = {}
+        by_size = defaultdict[int, list[int]](list)
         for place, file in enumerate(others):
-            by_size.setdefault(file.stat().st_size, []).append(place)
+            by_size[file.stat().st_size].append(place)
         twins = [
             (place, twin)
             for place, file in enumerate(mine)
-            if readable[place] and file.stat().st_size
-            for twin in by_size.get(file.stat().st_size, ())
+            if readable[place] and (size := file.stat().st_size)
+            for twin in by_size[size]
             if _alike(file, others[twin])
         ]
     if len(mine) == len(others) == len(twins) and all(place == twin for place, twin in twins):

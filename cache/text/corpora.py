@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,7 @@ def open_corpus(config: CorpusConfig, split: Split = "train", *, anew: bool = Fa
     else:
         raise CorpusError(
             f"corpus {name!r}: there is no such file or folder; a data set on the hub is written owner/name, and the "
-            f"packaged "
-            f"ones are {', '.join(CORPORA)}"
+            f"packaged ones are {', '.join(CORPORA)}"
         )
 
     def documents() -> Iterator[Document]:
@@ -81,18 +80,15 @@ def open_corpus(config: CorpusConfig, split: Split = "train", *, anew: bool = Fa
         if index < config.first_document:
             raise CorpusError(
                 f"corpus {name!r} has {index + 1} document{'' if index == 0 else 's'} (a .txt file is one), and "
-                f"{table}.first_document = "
-                f"{config.first_document} leaves none of them; lower {table}.first_document, or use more text"
+                f"{table}.first_document = {config.first_document} leaves none of them; "
+                f"lower {table}.first_document, or use more text"
             )
 
     return Corpus(name, digest, documents, tuple(notes), commit)
 
 
-def _digest(parts: Iterator[str]) -> str:
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(part.encode() + b"\n")
-    return total.hexdigest()
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("".join(f"{part}\n" for part in parts).encode()).hexdigest()
 
 
 # ---- files ---------------------------------------------------------------------
@@ -172,25 +168,19 @@ def _has(file: Path, column: str) -> bool:
     """Whether a .csv file has a column."""
     try:
         next(data_sets.records_with_places(file, [column]), None)
-    except data_sets.MissingColumn:
-        return False
-    except CorpusError:
-        pass  # which is said when it is read
+    except CorpusError as error:  # any other is raised when the file is read
+        return not isinstance(error, data_sets.MissingColumn)
     return True
 
 
 def _read(file: Path, root: Path, column: str, table: str) -> Iterator[Document]:
     inside = [folder for folder in (*reversed(file.parents), file) if folder == root or root in folder.parents]
-    named = next(
-        folder for folder in inside if data_sets.file_kind(folder) in KINDS
-    )  # the parts of a folder x.parquet are of x
+    # the parts of a folder x.parquet are of x
+    named = next(folder for folder in inside if data_sets.file_kind(folder) in KINDS)
     topic = named.stem if named.suffix.lower() not in data_sets.COMPRESSED else Path(named.stem).stem
     if data_sets.file_kind(file) != ".txt":
-        try:
-            for where, (value,) in data_sets.records_with_places(file, [column]):
-                yield Document(_text(value, where, column, table), topic)
-        except data_sets.MissingColumn as error:
-            raise CorpusError(f"{error}; set {table}.column") from None
+        rows = data_sets.records_with_places(file, [column])
+        yield from (Document(text, topic) for text in _texts(rows, column, table))
         return
     try:
         with data_sets.open_decompressed(file) as data:
@@ -202,10 +192,15 @@ def _read(file: Path, root: Path, column: str, table: str) -> Iterator[Document]
     yield Document(text, topic)
 
 
-def _text(value: Any, where: str, column: str, table: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise CorpusError(f"{where}: column {column!r} holds {value!r}, not text; set {table}.column")
-    return value or ""
+def _texts(rows: Iterator[tuple[str, tuple[Any, ...]]], column: str, table: str) -> Iterator[str]:
+    """The text of each row; "" for null."""
+    try:
+        for where, (value,) in rows:
+            if value is not None and not isinstance(value, str):
+                raise CorpusError(f"{where}: column {column!r} holds {value!r}, not text; set {table}.column")
+            yield value or ""
+    except data_sets.MissingColumn as error:
+        raise CorpusError(f"{error}; set {table}.column") from None
 
 
 def _hub(config: CorpusConfig, table: str) -> tuple[str, Callable[[], Iterator[Document]], str]:
@@ -215,14 +210,10 @@ def _hub(config: CorpusConfig, table: str) -> tuple[str, Callable[[], Iterator[D
     if config.shuffle_seed is not None:
         data = data.shuffle(seed=config.shuffle_seed, buffer_size=1)  # the order of shards only
 
-    def documents() -> Iterator[Document]:
+    def rows() -> Iterator[tuple[str, tuple[Any, ...]]]:
         for number, record in enumerate(data_sets.stream_rows(data, name, instead), 1):
             where = f"data set {name}, row {number}"
-            try:
-                (value,) = data_sets.read_values(record, [config.column], where)
-            except data_sets.MissingColumn as error:
-                raise CorpusError(f"{error}; set {table}.column") from None
-            yield Document(_text(value, where, config.column, table))
+            yield where, data_sets.read_values(record, [config.column], where)
 
     parts = [config.corpus, revision, str(config.subset), config.split, str(config.shuffle_seed)]
-    return _digest(iter(parts)), documents, revision
+    return _digest(parts), lambda: map(Document, _texts(rows(), config.column, table)), revision

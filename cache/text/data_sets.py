@@ -7,6 +7,7 @@ becomes U+FFFD.
 
 import bz2
 import codecs
+import contextlib
 import csv
 import gzip
 import importlib.util
@@ -14,7 +15,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -63,7 +64,9 @@ def records_with_places(file: Path, columns: Sequence[str]) -> Iterator[tuple[st
     """The rows of `records`, each with the words that say where it is."""
     kind = file_kind(file)
     try:
-        yield from READERS[kind](file, columns)
+        for place, row in READERS[kind](file, columns):
+            where = f"{file}, {place}"
+            yield where, read_values(row, columns, where)
     except CorpusError:
         raise
     except UNREADABLE as error:
@@ -136,34 +139,37 @@ def _lines(file: Path, *, ends: bool = False) -> Iterator[str]:
             yield from (line.decode("utf-8", "surrogatepass") for line in block.splitlines(ends))
 
 
-def _jsonl(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+Rows = Iterator[tuple[str, dict[str, Any]]]
+"""Rows of a file, each with its line or number."""
+
+
+def _jsonl(file: Path, columns: Sequence[str]) -> Rows:
     for number, line in enumerate(_lines(file), 1):
         if line.strip():
             try:
-                row = parse_json(line)
+                yield f"line {number}", parse_json(line)
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
-            where = f"{file}, line {number}"
-            yield where, read_values(row, columns, where)
 
 
-def _csv(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def _csv(file: Path, columns: Sequence[str]) -> Rows:
     csv.field_size_limit(LONGEST_FIELD)
     rows = csv.DictReader(_lines(file, ends=True), strict=True, delimiter="\t" if file_kind(file) == ".tsv" else ",")
     _check(dict.fromkeys(rows.fieldnames or ()), columns, str(file))
     for number, row in enumerate(rows, 1):
-        where = f"{file}, row {number}"
         if None in row:
-            raise CorpusError(f"{where} has more cells than the header; put text that holds commas in quotes")
-        yield where, read_values(row, columns, where)
+            raise CorpusError(
+                f"{file}, row {number} has more cells than the header; put text that holds commas in quotes"
+            )
+        yield f"row {number}", row
 
 
-def _parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def _parquet(file: Path, columns: Sequence[str]) -> Rows:
     need("pyarrow", f"reading {file.name}")
     import pyarrow
     from pyarrow import parquet
 
-    def listed(array: Any) -> list[Any]:
+    def cells(array: Any) -> list[Any]:
         try:
             return array.to_pylist()  # type: ignore[no-any-return]
         except UnicodeDecodeError:
@@ -172,22 +178,15 @@ def _parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[An
     try:
         with parquet.ParquetFile(file) as table:
             _check(dict.fromkeys(table.schema_arrow.names), columns, str(file))
-            number = 0
-            for batch in table.iter_batches(columns=list(dict.fromkeys(columns)), batch_size=256):
-                for row in zip(*(listed(batch.column(name)) for name in columns), strict=True):
-                    number += 1
-                    where = f"{file}, row {number}"
-                    yield where, read_values(dict(zip(columns, row, strict=True)), columns, where)
+            batches = table.iter_batches(columns=list(dict.fromkeys(columns)), batch_size=256)
+            rows = (row for batch in batches for row in zip(*(cells(batch[name]) for name in columns), strict=True))
+            for number, row in enumerate(rows, 1):
+                yield f"row {number}", dict(zip(columns, row, strict=True))
     except pyarrow.ArrowException as error:
         raise CorpusError(f"{file} is not a parquet file: {error}") from None
 
 
-READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[tuple[str, tuple[Any, ...]]]]] = {
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".parquet": _parquet,
-}
+READERS = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
 
 
 def need(module: str, why: str) -> None:
@@ -209,18 +208,14 @@ def open_data_set(name: str, revision: str | None, subset: str | None, split: st
     from datasets.utils.logging import set_verbosity_error
 
     set_verbosity_error()
-    try:
+    with reaching(name, instead):
         return load_dataset(name, subset, split=split, revision=revision, streaming=True, trust_remote_code=False)
-    except Exception as error:  # the client has no common base for network, access and naming errors
-        raise _unreachable(name, error, instead) from None
 
 
 def stream_rows(data: Any, name: str, instead: str = INSTEAD) -> Iterator[Any]:
     """The rows of an opened data set. Raises CorpusError if the hub fails meanwhile."""
-    try:
+    with reaching(name, instead):
         yield from data
-    except Exception as error:  # as above
-        raise _unreachable(name, error, instead) from None
 
 
 def resolve_revision(name: str, revision: str | None, instead: str = INSTEAD) -> str:
@@ -228,15 +223,18 @@ def resolve_revision(name: str, revision: str | None, instead: str = INSTEAD) ->
     need("datasets", f"data set {name!r} on the hub")
     from huggingface_hub import HfApi
 
-    try:
+    with reaching(name, instead):
         return str(HfApi().dataset_info(name, revision=revision, timeout=10.0).sha)
-    except Exception as error:  # as above
-        raise _unreachable(name, error, instead) from None
 
 
-def _unreachable(name: str, error: Exception, instead: str) -> UnreachableError:
-    first = str(error).splitlines()[0] if str(error) else ""
-    return UnreachableError(
-        f"data set {name!r} can't be found on the hub ({type(error).__name__}: {first}); check the network, or "
-        f"{instead}"
-    )
+@contextlib.contextmanager
+def reaching(name: str, instead: str) -> Iterator[None]:
+    """Turns what the hub's client raises into UnreachableError, with what to do instead."""
+    try:
+        yield
+    except Exception as error:  # the client has no common base for network, access and naming errors
+        first = str(error).splitlines()[0] if str(error) else ""
+        raise UnreachableError(
+            f"data set {name!r} can't be found on the hub ({type(error).__name__}: {first}); check the network, or "
+            f"{instead}"
+        ) from None

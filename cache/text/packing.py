@@ -6,6 +6,7 @@ before it, a document goes on in the next row after that row's own BOS; nothing 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 TOKENISED_AT_ONCE = 64  # documents: the tokenizer takes them on all cores
@@ -44,9 +45,6 @@ class Packer:
                 self.documents, self.taken = self.documents + 1, 0
                 if tokens and self.row and self.bos_id is not None:
                     self.row.append(self.bos_id)
-                    if len(self.row) == self.context:
-                        finished, self.row = self.row, []
-                        yield finished
             while self.taken < len(tokens):
                 if not self.row and self.bos_id is not None and tokens[self.taken] != self.bos_id:
                     self.row.append(self.bos_id)
@@ -60,11 +58,5 @@ class Packer:
 
 def tokenise(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
     """Token ids of each document alone, without BOS or EOS, not truncated."""
-    group: list[str] = []
-    for text in texts:
-        group.append(text)
-        if len(group) == TOKENISED_AT_ONCE:
-            yield from tokenizer(group, add_special_tokens=False, verbose=False).input_ids
-            group = []
-    if group:
+    while group := list(islice(texts, TOKENISED_AT_ONCE)):
         yield from tokenizer(group, add_special_tokens=False, verbose=False).input_ids

@@ -116,16 +116,19 @@ def prose(text: str) -> str:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph is English sentences: it begins with a capital, ends as a sentence does, has no examples,
-    and of at least eight words 85 % are plain words of letters (quotes, brackets and punctuation around them
-    allowed).
+    """Whether a paragraph is English sentences.
+
+    It begins with a capital, ends as a sentence does, has no examples, and of at least eight words 85 % are plain words
+    of letters (quotes, brackets and punctuation around them allowed).
     """
     words = paragraph.split()
-    if len(words) < LEAST_WORDS or ">>>" in words or not words[-1].rstrip("\"')”").endswith((".", "!", "?", ":")):
-        return False
-    if not words[0].lstrip("\"'(“*")[:1].isupper():
-        return False
-    return sum(WORD.fullmatch(word) is not None for word in words) >= 0.85 * len(words)
+    return (
+        len(words) >= LEAST_WORDS
+        and ">>>" not in words
+        and words[-1].rstrip("\"')”").endswith((".", "!", "?", ":"))
+        and words[0].lstrip("\"'(“*")[:1].isupper()
+        and sum(WORD.fullmatch(word) is not None for word in words) >= 0.85 * len(words)
+    )
 
 
 class Docstring(NamedTuple):
@@ -206,19 +209,14 @@ def _comments(file: Path) -> list[str]:
         return []
     blocks: list[list[str]] = []
     end = -1
-    for comment in _comment_signs(read.text):
-        start = read.text.rfind("\n", 0, comment.start()) + 1
-        if not read.text[start : comment.start()].strip():
+    for match in STRING_OR_COMMENT.finditer(read.text):
+        start = read.text.rfind("\n", 0, match.start()) + 1
+        if match[0].startswith("#") and not read.text[start : match.start()].strip():
             if end != start:
                 blocks.append([])
-            blocks[-1].append(comment[0].lstrip("#!:").removeprefix(" "))
-            end = comment.end() + 1
+            blocks[-1].append(match[0].lstrip("#!:").removeprefix(" "))
+            end = match.end() + 1
     return ["\n".join(block) for block in blocks]
-
-
-def _comment_signs(text: str) -> Iterator[re.Match[str]]:
-    """Every comment of a module: a # outside strings, to the end of the line."""
-    return (match for match in STRING_OR_COMMENT.finditer(text) if match[0].startswith("#"))
 
 
 def _code(file: Path) -> str:
