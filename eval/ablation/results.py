@@ -15,7 +15,7 @@ from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import place
 from hsae.eval.ablation.table import COLUMNS, AblationTable, Cell, Column, Kind, Row
 from hsae.eval.ablation.verdicts import COMPONENTS, judge
-from hsae.eval.core.current import DIGESTS, Current, core_results, inputs_of, same_bits
+from hsae.eval.core.current import DIGESTS, Current, core_results, same_bits
 from hsae.eval.harness.result_files import read_result
 from hsae.eval.harness.targets import model_digest, need_trained
 from hsae.eval.hierarchy.composition_file import read_composition
@@ -108,7 +108,7 @@ class _Reader:
         result = core_results(plan.run_dir(config), weights, self.current).get(STRUCTURES[config.structure].whole_view)
         if result is None:
             return None
-        self._made_of("core", plan, config, "models or evaluation texts", *map(inputs_of(result.hsae).get, DIGESTS))
+        self._made_of("core", plan, config, "models or evaluation texts", *map(result.inputs.get, DIGESTS))
         measures = {column.key: result.measure(column.key) for column in _columns("core")}
         return [
             Number(column=key, value=measure.value)

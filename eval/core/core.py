@@ -7,7 +7,6 @@ which is the language model's.
 Shapes: B rows of a batch, T context, D residual width, F latents, N = B * T tokens of a batch, V vocabulary.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -31,7 +30,7 @@ from hsae.eval.core.saebench_metrics import (
     score,
     weight_metrics,
 )
-from hsae.eval.harness import estimates
+from hsae.eval.harness.estimates import LEVEL, RESAMPLES, SEED, Estimate, Resampler
 from hsae.eval.harness.fits import check_fits
 from hsae.eval.harness.listener import SILENT, Listener
 from hsae.eval.harness.options import Options
@@ -117,28 +116,24 @@ class _Job:
         listener: Listener,
         device: str,
     ) -> None:
-        self.given, self.store, self.model, self.hook = views, store, model, hook
+        self.configs, self.store, self.hook = [view.config for view in views], store, hook
         self.options, self.listener, self.device = options, listener, device
         self.dtype = getattr(torch, store.spec.model.dtype)
-        self.d_model = store.header.d_model
         self.views = [view.copy_to(dtype=self.dtype, device=device) for view in views]
-        self.batch_rows = store.spec.batch_rows
+        self.reconstruction_batches = self._batches(0, store.clean_rows)
+        self.variance_batches = self._batches(store.clean_rows, store.rows)
         self.reconstruction = ReconstructionPhase(
-            self.views,
-            store,
-            model,
-            hook,
-            exclude_special_tokens=not options.all_tokens,
-            device=device,
+            self.views, store, model, hook, exclude_special_tokens=not options.all_tokens, device=device
         )
-        resampler = estimates.Resampler(store.rows - store.clean_rows, device)
+        resampler = Resampler(store.rows - store.clean_rows, device)
         self.inputs = InputMetrics(self.dtype)
         self.latents = [LatentMetrics(view.d_sae, self.dtype, device) for view in views]
-        self.input_moments = corrected_measures.InputMoments(resampler, self.d_model)
+        self.input_moments = corrected_measures.InputMoments(resampler, store.header.d_model)
         self.moments = [corrected_measures.ReconstructionMoments(resampler) for _ in views]
 
-    def batches(self, first: int, last: int) -> list[tuple[int, int]]:
-        return [(start, min(start + self.batch_rows, last)) for start in range(first, last, self.batch_rows)]
+    def _batches(self, first: int, last: int) -> list[tuple[int, int]]:
+        rows = self.store.spec.batch_rows
+        return [(start, min(start + rows, last)) for start in range(first, last, rows)]
 
     def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, residuals and mask of kept tokens."""
@@ -149,7 +144,7 @@ class _Job:
 
     def warn_of_dead(self) -> None:
         """Say before the long part if an SAE is silent on the first batch."""
-        start, stop = self.batches(0, self.store.clean_rows)[0]
+        start, stop = self.reconstruction_batches[0]
         _, x_BTD, mask_BT = self.rows(start, stop)
         for view in self.views:
             if not (view.encode(x_BTD)[mask_BT] != 0).any():
@@ -160,13 +155,13 @@ class _Job:
 
     def reconstruct(self) -> None:
         """The reconstruction phase."""
-        batches = self.batches(0, self.store.clean_rows)
-        self.reconstruction.run(batches, self.rows, partial(self.listener.progress, "reconstruction"))
+        progress = partial(self.listener.progress, "reconstruction")
+        self.reconstruction.run(self.reconstruction_batches, self.rows, progress)
 
     def measure_latents(self) -> None:
+        """The sparsity and variance phase."""
         first = self.store.clean_rows
-        batches = self.batches(first, self.store.rows)
-        for done, (start, stop) in enumerate(batches, 1):
+        for done, (start, stop) in enumerate(self.variance_batches, 1):
             _, x_BTD, mask_BT = self.rows(start, stop)
             batch = VarianceBatch.of(x_BTD, mask_BT, start)
             self.inputs.add(batch)
@@ -176,18 +171,19 @@ class _Job:
                 out_BTD = view.decode(acts_BTF)
                 latents.add(batch, acts_BTF, out_BTD)
                 moments.add(batch, first, acts_BTF, out_BTD)
-            self.listener.progress("variance", done, len(batches))
+            self.listener.progress("variance", done, len(self.variance_batches))
 
     def result(self, index: int) -> CoreResult:
         """SAEBench's numbers and hsae's for one view."""
-        weights = weight_metrics(self.views[index])
+        view = self.views[index]
+        weights = weight_metrics(view)
         metrics = self._metrics(index, weights)
         return CoreResult(
-            name=self.views[index].name,
+            name=view.name,
             eval_config=self._eval_config(),
             metrics=metrics,
             details=self._details(index, weights),
-            sae_config={**self.given[index].config, "dtype": self.store.spec.model.dtype, "device": self.device},
+            sae_config={**self.configs[index], "dtype": self.store.spec.model.dtype, "device": self.device},
             hsae=self._own(index, metrics),
         )
 
@@ -252,8 +248,8 @@ class _Job:
     def _own(self, index: int, metrics: dict[str, dict[str, float]]) -> dict[str, Any]:
         silent = int((self.latents[index].firings_F == 0).sum())
         measures = {
-            **self.moments[index].measures(self.input_moments, self.d_model),
-            "dead_fraction": {"value": silent / self.views[index].d_sae, "low": None, "high": None},
+            **self.moments[index].measures(self.input_moments, self.store.header.d_model),
+            "dead_fraction": Estimate(silent / self.views[index].d_sae),
             **corrected_measures.loss_measures(self.reconstruction.shared_sums, self.reconstruction.sae_sums[index]),
         }
         tokens = {
@@ -266,14 +262,9 @@ class _Job:
             "version": hsae_version(),
             "dead": dead,
             "explanation": dead_explanation(metrics) if dead else None,
-            "measures": measures,
+            "measures": {name: measure.to_dict() for name, measure in measures.items()},
             "tokens": tokens,
-            "bootstrap": {
-                "unit": "row",
-                "resamples": estimates.RESAMPLES,
-                "seed": estimates.SEED,
-                "level": estimates.LEVEL,
-            },
+            "bootstrap": {"unit": "row", "resamples": RESAMPLES, "seed": SEED, "level": LEVEL},
             "differences": corrected_measures.differences(metrics, measures, self.store.spec.model.dtype, tokens),
             "store": self.store.spec.name,
         }
@@ -284,8 +275,8 @@ class _Job:
             "model_name": spec.model.id,
             "llm_dtype": spec.model.dtype,
             "batch_size_prompts": spec.batch_rows,
-            "n_eval_reconstruction_batches": math.ceil(self.store.clean_rows / spec.batch_rows),
-            "n_eval_sparsity_variance_batches": math.ceil((self.store.rows - self.store.clean_rows) / spec.batch_rows),
+            "n_eval_reconstruction_batches": len(self.reconstruction_batches),
+            "n_eval_sparsity_variance_batches": len(self.variance_batches),
             "dataset": spec.corpus.corpus,
             "context_size": spec.context,
             "compute_kl": True,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hsae.cache.errors import UserError
+from hsae.eval.harness.estimates import Estimate
 from hsae.eval.harness.result_files import run_option
 from hsae.eval.harness.saebench_file import envelope, first_problem, read_envelope
 
@@ -57,15 +58,6 @@ SCORES = {
 }
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A corrected measure and its 95 % bootstrap interval; None where it is undefined or has no interval."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class CoreResult:
     """Result of the core evaluation of one SAE: computed by hsae, or read from a file of hsae's or SAEBench's."""
@@ -81,8 +73,6 @@ class CoreResult:
     release: str | None = None
     hsae: dict[str, Any] | None = None
     """hsae's own block; None in files that SAEBench wrote."""
-    source: str | None = None
-    """File the result was read from."""
     unstructured: Any = field(default_factory=dict)
 
     @property
@@ -115,15 +105,23 @@ class CoreResult:
             return None if any(part is None for part in parts) or (value == -1 and range_is_empty) else value
         return None if value == -1 else value
 
-    def measure(self, name: str) -> Measure | None:
+    def measure(self, name: str) -> Estimate | None:
         """One of hsae's corrected measures by its key; None in files that have none."""
         measures = (self.hsae or {}).get("measures")
         entry = measures.get(name) if isinstance(measures, dict) else None
-        return (
-            None
-            if not isinstance(entry, dict) or "value" not in entry
-            else Measure(entry["value"], entry.get("low"), entry.get("high"))
-        )
+        if not isinstance(entry, dict) or "value" not in entry:
+            return None
+        low, high = entry.get("low"), entry.get("high")
+        return Estimate(entry["value"], low, high, None if low is None else "rows")
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the result was made of; empty if hsae did not make it."""
+        block = self.hsae or {}
+        inputs, store = block.get("inputs"), block.get("store")
+        if isinstance(inputs, dict):
+            return inputs
+        return {"store": store.removesuffix(".zarr").rpartition("-")[2]} if isinstance(store, str) else {}
 
     @property
     def notes(self) -> list[str]:
@@ -192,12 +190,12 @@ def as_json(
         if layout == "legacy" and category == "reconstruction_quality":
             values["explained_variance"] = values.pop("explained_variance_legacy")
         metrics[category] = {key: values[key] for key in keys if key in values}
-    kept = DETAILS[:-2] if layout == "legacy" else DETAILS
+    columns = DETAILS[:-2] if layout == "legacy" else DETAILS
     return envelope(
         "core",
         eval_config=result.eval_config,
         metrics=metrics,
-        details=[{key: entry[key] for key in kept} for entry in result.details],
+        details=[{key: entry[key] for key in columns} for entry in result.details],
         sae_config=result.sae_config,
         unstructured=result.unstructured,
         hsae=result.hsae,
@@ -241,30 +239,28 @@ def read_core_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return content, inputs if isinstance(inputs, dict) else {}
 
 
-def core_result_of(found: Any, path: str = "the result") -> CoreResult:
+def core_result_of(content: Any, path: str = "the result") -> CoreResult:
     """A core result from its JSON. Raises UserError naming `path`, the key and what is wrong with it."""
     try:
-        content = _File.model_validate(found)
+        file = _File.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{path} is not a SAEBench core result: {first_problem(error)}") from None
-    if content.eval_type_id != "core":
-        raise UserError(f"{path} holds a {content.eval_type_id!r} result; only 'core' results can be read here")
-    metrics = content.eval_result_metrics
+    if file.eval_type_id != "core":
+        raise UserError(f"{path} holds a {file.eval_type_id!r} result; only 'core' results can be read here")
+    metrics = file.eval_result_metrics
     for category, keys in CURRENT.items():
-        optional = category == "misc_metrics"
-        needed = set() if optional else set(keys) - {"explained_variance_legacy"}
+        needed = set() if category == "misc_metrics" else set(keys) - {"explained_variance_legacy"}
         if missing := sorted(needed - metrics.get(category, {}).keys()):
             raise UserError(
                 f"{path} is not a SAEBench core result: eval_result_metrics.{category}.{missing[0]} is missing"
             )
     return CoreResult(
-        name=content.sae_lens_id or Path(path).stem.removesuffix("_eval_results"),
-        eval_config=content.eval_config,
+        name=file.sae_lens_id or Path(path).stem.removesuffix("_eval_results"),
+        eval_config=file.eval_config,
         metrics=metrics,
-        details=content.eval_result_details,
-        sae_config=content.sae_cfg_dict,
-        release=content.sae_lens_release_id,
-        hsae=content.hsae,
-        source=path,
-        unstructured=content.eval_result_unstructured,
+        details=file.eval_result_details,
+        sae_config=file.sae_cfg_dict,
+        release=file.sae_lens_release_id,
+        hsae=file.hsae,
+        unstructured=file.eval_result_unstructured,
     )

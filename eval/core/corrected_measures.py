@@ -1,20 +1,18 @@
 """hsae's own core measures, beside SAEBench's: float64 moments, real token counts, bootstrap intervals over rows.
 
-ResampledSums are kept per measure and per bootstrap resample, never per row, so memory does not grow with the store
-(one byte a row and resample apart). Rows are the unit of resampling because tokens of a row depend on each other. Every
-SAE is resampled with the same draws, so intervals of several SAEs can be compared.
+Memory does not grow with the store (one byte a row and resample apart). Rows are the unit of resampling because tokens
+of a row depend on each other.
 
 Shapes: R rows of a phase, B rows of a batch, T context, D residual width, C columns (sums kept), S resamples.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hsae.eval.core.saebench_metrics import VarianceBatch
-from hsae.eval.harness.estimates import ResampledSums, Resampler, estimate_of
+from hsae.eval.harness.estimates import Estimate, ResampledSums, Resampler, estimate_of
 
 RECONSTRUCTION_COLUMNS = ("ce_tokens", "ce_without_sae", "ce_with_ablation", "kl_tokens", "kl_with_ablation")
 SAE_COLUMNS = ("ce_with_sae", "kl_with_sae")
@@ -28,7 +26,7 @@ class InputMoments:
 
     def add(self, batch: VarianceBatch, first_row: int) -> None:
         """Take in one batch of the variance phase, which starts at row `first_row` of the store."""
-        x_BTD = _kept(batch.x_BTD, batch)
+        x_BTD = _masked(batch.x_BTD, batch)
         tokens_B = batch.mask_BT.sum(1).double()
         columns = torch.cat([tokens_B[:, None], x_BTD.pow(2).sum((1, 2))[:, None], x_BTD.sum(1)], dim=1)
         self.sums.add(batch.start - first_row, columns)
@@ -51,25 +49,25 @@ class ReconstructionMoments:
 
     def add(self, batch: VarianceBatch, first_row: int, acts_BTF: Tensor, out_BTD: Tensor) -> None:
         """Take in one batch of the variance phase."""
-        error_B = _kept(batch.x_BTD.double() - out_BTD.double(), batch).pow(2).sum((1, 2))
+        error_B = _masked(batch.x_BTD.double() - out_BTD.double(), batch).pow(2).sum((1, 2))
         active_B = ((acts_BTF != 0).sum(-1) * batch.mask_BT).sum(1)
         self.sums.add(batch.start - first_row, torch.stack([error_B, active_B.double()], dim=1))
 
-    def measures(self, inputs: InputMoments, d_model: int) -> dict[str, dict[str, float | None]]:
+    def measures(self, inputs: InputMoments, d_model: int) -> dict[str, Estimate]:
         """Explained variance 1 - E|r|^2 / (E|x|^2 - |E x|^2), squared error per element, and L0."""
         mean_SC = self.sums.sums_SC / inputs.tokens_S()[:, None]
         return {
-            "explained_variance": estimate_of(1 - mean_SC[:, 0] / inputs.total_variance_S()).to_dict(),
-            "mse": estimate_of(mean_SC[:, 0] / d_model).to_dict(),
-            "l0": estimate_of(mean_SC[:, 1]).to_dict(),
+            "explained_variance": estimate_of(1 - mean_SC[:, 0] / inputs.total_variance_S()),
+            "mse": estimate_of(mean_SC[:, 0] / d_model),
+            "l0": estimate_of(mean_SC[:, 1]),
         }
 
 
-def _kept(values_BTD: Tensor, batch: VarianceBatch) -> Tensor:
+def _masked(values_BTD: Tensor, batch: VarianceBatch) -> Tensor:
     return torch.where(batch.mask_BT[..., None], values_BTD.double(), 0.0)
 
 
-def loss_measures(shared: ResampledSums, own: ResampledSums) -> dict[str, dict[str, float | None]]:
+def loss_measures(shared: ResampledSums, own: ResampledSums) -> dict[str, Estimate]:
     """Mean losses, mean KL and the two scores; columns as in RECONSTRUCTION_COLUMNS (shared) and SAE_COLUMNS (own)."""
     columns = dict(zip(RECONSTRUCTION_COLUMNS, shared.sums_SC.unbind(1), strict=True))
     columns |= dict(zip(SAE_COLUMNS, own.sums_SC.unbind(1), strict=True))
@@ -77,10 +75,10 @@ def loss_measures(shared: ResampledSums, own: ResampledSums) -> dict[str, dict[s
     kl = {name: columns[f"kl_{name}"] / columns["kl_tokens"] for name in ("with_ablation", "with_sae")}
     score = _ratio(ce["with_ablation"] - ce["with_sae"], ce["with_ablation"] - ce["without_sae"])
     return {
-        "ce_loss_score": estimate_of(score).to_dict(),
-        "kl_div_score": estimate_of(_ratio(kl["with_ablation"] - kl["with_sae"], kl["with_ablation"])).to_dict(),
-        **{f"ce_loss_{name}": estimate_of(values).to_dict() for name, values in ce.items()},
-        **{f"kl_div_{name}": estimate_of(values).to_dict() for name, values in kl.items()},
+        "ce_loss_score": estimate_of(score),
+        "kl_div_score": estimate_of(_ratio(kl["with_ablation"] - kl["with_sae"], kl["with_ablation"])),
+        **{f"ce_loss_{name}": estimate_of(values) for name, values in ce.items()},
+        **{f"kl_div_{name}": estimate_of(values) for name, values in kl.items()},
     }
 
 
@@ -89,11 +87,11 @@ def _ratio(above_S: Tensor, below_S: Tensor) -> Tensor:
 
 
 def differences(
-    metrics: dict[str, dict[str, float]], own: dict[str, dict[str, Any]], dtype: str, tokens: dict[str, int]
+    metrics: dict[str, dict[str, float]], own: dict[str, Estimate], dtype: str, tokens: dict[str, int]
 ) -> list[str]:
     """What differs between SAEBench's numbers and hsae's, and why, in plain words."""
     quality, stats = metrics["reconstruction_quality"], metrics["token_stats"]
-    texts = [
+    return [
         f"explained_variance: {_shown(own['explained_variance'])} here, {quality['explained_variance']:.4f} in "
         "SAEBench 0.6.0, whose denominator is E|x|^2 - (E|x|^2/D)^2 instead of E|x|^2 - |E x|^2: it measures "
         "variance about zero when that correction is small, and can exceed 1.",
@@ -109,8 +107,7 @@ def differences(
         f"softmax, rounds every step and every mean to {dtype}, and computes scores from the rounded means.",
         "undefined numbers are null here; in SAEBench's part -1 stands for NaN.",
     ]
-    return texts
 
 
-def _shown(entry: dict[str, Any]) -> str:
-    return "undefined" if entry["value"] is None else f"{entry['value']:.6g}"
+def _shown(estimate: Estimate) -> str:
+    return "undefined" if estimate.value is None else f"{estimate.value:.6g}"

@@ -1,7 +1,7 @@
 """Which results may stand in one table: those of the plan's evaluation store and of the standard settings."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,18 +22,14 @@ class Current:
     """The store's."""
     fingerprints: frozenset[str]
     """Those of the store in any codec that keeps the bits."""
-    digests: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str]
     """Of `DIGESTS`, where the store is there to tell."""
 
     @classmethod
     def of(cls, spec: StoreSpec, store: ActivationStore | None = None) -> Self:
         """What a plan's evaluation store stands for, whether it is there or not."""
-        header = store.header if store is not None else None
-        return cls(
-            name=spec.name,
-            fingerprints=same_bits(spec),
-            digests={key: getattr(header, f"{key}_digest") for key in DIGESTS} if header is not None else {},
-        )
+        digests = {key: getattr(store.header, f"{key}_digest") for key in DIGESTS} if store is not None else {}
+        return cls(name=spec.name, fingerprints=same_bits(spec), digests=digests)
 
     def why_not(self, inputs: Mapping[str, Any]) -> str | None:
         """Why a result of these inputs does not belong beside the others; None if it does, or says nothing of where it
@@ -57,22 +53,12 @@ def same_bits(spec: StoreSpec) -> frozenset[str]:
 
 def core_results(run_dir: Path, weights: str, current: Current) -> dict[str, CoreResult]:
     """A run's core results by view: those of the very model whose digest is `weights`, that may stand beside others."""
-    found: dict[str, CoreResult] = {}
+    results: dict[str, CoreResult] = {}
     for path in sorted((run_dir / "eval" / "core").glob("*_eval_results.json")):
         try:
             result = read_core(path)
         except UserError:
             continue
-        inputs = inputs_of(result.hsae)
-        if inputs.get("sae") == weights and current.why_not(inputs) is None:
-            found.setdefault(result.name, result)
-    return found
-
-
-def inputs_of(hsae: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the block `hsae` of a core result says it was made of; empty if it says nothing."""
-    block = hsae or {}
-    inputs, store = block.get("inputs"), block.get("store")
-    if isinstance(inputs, dict):
-        return inputs
-    return {"store": store.removesuffix(".zarr").rpartition("-")[2]} if isinstance(store, str) else {}
+        if result.inputs.get("sae") == weights and current.why_not(result.inputs) is None:
+            results.setdefault(result.name, result)
+    return results

@@ -17,7 +17,7 @@ from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core import corrected_measures
 from hsae.eval.core.saebench_metrics import Mean
-from hsae.eval.harness import estimates
+from hsae.eval.harness.estimates import ResampledSums, Resampler
 from hsae.train.model.views import View
 
 SLICE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # of logits at a time
@@ -41,9 +41,9 @@ class ReconstructionPhase:
         self.dtype = getattr(torch, store.spec.model.dtype)
         self.shared_means = {name: Mean(self.dtype) for name in ("kl_ablation", "ce_ablation", "ce_clean")}
         self.sae_means = [{name: Mean(self.dtype) for name in ("kl", "ce")} for _ in views]
-        resampler = estimates.Resampler(store.clean_rows, device)
-        self.shared_sums = estimates.ResampledSums(resampler, len(corrected_measures.RECONSTRUCTION_COLUMNS))
-        self.sae_sums = [estimates.ResampledSums(resampler, len(corrected_measures.SAE_COLUMNS)) for _ in views]
+        resampler = Resampler(store.clean_rows, device)
+        self.shared_sums = ResampledSums(resampler, len(corrected_measures.RECONSTRUCTION_COLUMNS))
+        self.sae_sums = [ResampledSums(resampler, len(corrected_measures.SAE_COLUMNS)) for _ in views]
         self.memory: tuple[token_losses.Distribution, token_losses.Distribution] | tuple[None, None] = (None, None)
 
     def run(
@@ -108,7 +108,7 @@ class ReconstructionPhase:
         for name, values_BT in stored.items():
             selected = mask_BT if name == "kl_ablation" else loss_mask_BT
             self.shared_means[name].add(values_BT.to(self.device)[selected])
-        ce, kl = _Selected(loss_mask_BT), _Selected(mask_BT)
+        ce, kl = _RowSums(loss_mask_BT), _RowSums(mask_BT)
         columns = [ce.count, ce(stable["clean"]), ce(stable["ablation"]), kl.count, kl(stable["kl_ablation"])]
         self.shared_sums.add(start, torch.stack(columns, 1))
         for index in range(len(finals)):
@@ -117,7 +117,7 @@ class ReconstructionPhase:
             self.sae_sums[index].add(start, torch.stack([ce(own[index][0]), kl(own[index][1])], 1))
 
 
-class _Selected:
+class _RowSums:
     """Sums over the selected tokens of each row."""
 
     def __init__(self, mask_BT: Tensor) -> None:

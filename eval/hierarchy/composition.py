@@ -13,7 +13,6 @@ Shapes: B rows of a batch, T context, N kept tokens of a batch, D residual width
 """
 
 from collections import defaultdict
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from hsae.cache.errors import StoreError, UserError
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core.corrected_measures import InputMoments, ReconstructionMoments
 from hsae.eval.core.saebench_metrics import VarianceBatch
-from hsae.eval.harness.estimates import Estimate, Resampler
+from hsae.eval.harness.estimates import Resampler
 from hsae.eval.hierarchy.composition_result import CompositionResult, LevelResult, Measured, Null, PairResult, Reading
 from hsae.eval.hierarchy.fitted import FIT_L1
 from hsae.eval.hierarchy.map_reading import FIT_TOKENS, MapReading, Progress, Text
@@ -168,9 +167,9 @@ class _MeasurePass:
                 LevelResult(
                     level=number,
                     latents=len(fires),
-                    l0=_over_rows(entries["l0"]),
+                    l0=entries["l0"],
                     silent=float((fires == 0).float().mean()),
-                    explained_variance=_over_rows(entries["explained_variance"]),
+                    explained_variance=entries["explained_variance"],
                 )
             )
         return results
@@ -201,11 +200,6 @@ class _MeasurePass:
             for name in READINGS
             if name in parts
         }
-
-
-def _over_rows(entry: dict[str, float | None]) -> Estimate:
-    estimate = Estimate.of_dict(entry)
-    return estimate if estimate.low is None else replace(estimate, over="rows")
 
 
 def _measured(

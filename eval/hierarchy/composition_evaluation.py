@@ -221,7 +221,4 @@ class Composition(RunEvaluation[Sources]):
 def _ce_score(results: dict[str, CoreResult], composition: CompositionResult, level: int) -> Estimate:
     """The CE score of levels >= `level` from the core result of the view that reads exactly those, if there is one."""
     core = results.get(STRUCTURES[composition.structure].view_from(level, len(composition.levels)))
-    measure = core.measure("ce_loss_score") if core is not None else None
-    if measure is None:
-        return Estimate(None)
-    return Estimate(measure.value, measure.low, measure.high, "rows" if measure.low is not None else None)
+    return (core.measure("ce_loss_score") if core is not None else None) or Estimate(None)

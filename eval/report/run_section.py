@@ -12,7 +12,7 @@ from hsae.cache.format.spec import StoreSpec
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval import figures
 from hsae.eval.core.core_result import CoreResult, read_core
-from hsae.eval.core.current import Current, inputs_of, same_bits
+from hsae.eval.core.current import Current, same_bits
 from hsae.eval.harness.targets import model_digest
 from hsae.eval.report import tables
 from hsae.eval.report.cards import LatentCard, cards_of
@@ -154,7 +154,7 @@ def _rows(run_dir: Path, run: str, weights: str | None, current: Current | None)
         except UserError as error:
             left_out.append(str(error))
             continue
-        inputs = inputs_of(result.hsae)
+        inputs = result.inputs
         if weights is not None and inputs.get("sae") not in (None, weights):
             left_out.append(f"{path.name} is of another model than the one here; run `hsae eval core --force`")
         elif current is not None and (reason := current.why_not(inputs)) is not None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsae.eval import figures
-from hsae.eval.core.core_result import CoreResult, Measure
-from hsae.eval.core.current import inputs_of
+from hsae.eval.core.core_result import CoreResult
+from hsae.eval.harness.estimates import Estimate
 from hsae.train.model.hierarchical_sae import STRUCTURES
 
 COLUMNS = (  # key of a measure, heading, digits, whether more is better (None: neither)
@@ -83,7 +83,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _measured(measure: Measure | None, digits: int, best: bool = False) -> Cell | None:
+def _measured(measure: Estimate | None, digits: int, best: bool = False) -> Cell | None:
     if measure is None or measure.value is None:
         return None
     interval = "" if measure.low is None else f"{measure.low:.{digits}f} – {measure.high:.{digits}f}"
@@ -117,7 +117,7 @@ def results(rows: Sequence[Row]) -> list[tuple[Row, list[Cell]]]:
 
 def one_text(rows: Sequence[Row]) -> bool:
     """Whether all of hsae's own results are of one evaluation store in one state, so that intervals can be compared."""
-    held = [inputs_of(row.result.hsae) for row in rows if row.corrected]
+    held = [row.result.inputs for row in rows if row.corrected]
     return len({tuple(str(inputs.get(key)) for key in ONE_TEXT) for inputs in held}) <= 1
 
 
@@ -133,10 +133,10 @@ def _clear_winner(rows: Sequence[Row], key: str) -> Row | None:
 def panels(rows: Sequence[Row]) -> dict[str, list[figures.Point]]:
     """What the dot plots show."""
     headings = {key: heading for key, heading, _, _ in COLUMNS}
-    return {headings[key]: [_point(row, row.result.measure(key) or Measure(None)) for row in rows] for key in PANELS}
+    return {headings[key]: [_point(row, row.result.measure(key) or Estimate(None)) for row in rows] for key in PANELS}
 
 
-def _point(row: Row, measure: Measure) -> figures.Point:
+def _point(row: Row, measure: Estimate) -> figures.Point:
     return figures.Point(row.label, measure.value, measure.low, measure.high, row.whole)
 
 

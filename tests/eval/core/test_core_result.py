@@ -8,7 +8,8 @@ import pytest
 from places import GOLDEN, TESTS
 
 from hsae.cache.errors import UserError
-from hsae.eval.core.core_result import Measure, as_json, read_core
+from hsae.eval.core.core_result import as_json, read_core
+from hsae.eval.harness.estimates import Estimate
 from hsae.eval.harness.saebench_file import file_name, write_envelope
 
 BASELINE = TESTS / "golden" / "user_baseline_core.json"
@@ -118,8 +119,8 @@ def test_a_score_of_minus_one_is_a_value_unless_its_parts_are_nan():
 def test_measures_come_from_the_hsae_block():
     block = {"measures": {"mse": {"value": 0.5, "low": 0.4, "high": 0.6}, "dead_fraction": {"value": None}}}
     result = replace(a_result(), hsae=block)
-    assert result.measure("mse") == Measure(0.5, 0.4, 0.6)
-    assert result.measure("dead_fraction") == Measure(None)
+    assert result.measure("mse") == Estimate(0.5, 0.4, 0.6, "rows")
+    assert result.measure("dead_fraction") == Estimate(None)
     assert result.measure("l0") is None
 
 
