@@ -13,6 +13,7 @@ Shapes: B rows of a batch, T context, N kept tokens of a batch, D residual width
 """
 
 from collections import defaultdict
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -120,11 +121,13 @@ class _MeasurePass:
         self.reconstructions = [ReconstructionMoments(resampler) for _ in model.levels]
         self.fires = [torch.zeros(level.d_sae, dtype=torch.int64, device=text.device) for level in model.levels]
         self.sums = {level: self._sums(level, resampler) for level in reading.moments}
-        self.counts: dict[int, PairCounts] = {}
-        for level, parts in self.sums.items():
-            every = [sums for group in parts.values() for sums in group]
-            coarse, fine = model.levels[level - 1].d_sae, model.levels[level - 2].d_sae
-            self.counts[level] = PairCounts(coarse, fine, d_model, every, text.device)
+        widths = [level.d_sae for level in model.levels]
+        self.counts = {
+            level: PairCounts(
+                widths[level - 1], widths[level - 2], d_model, [*chain.from_iterable(parts.values())], text.device
+            )
+            for level, parts in self.sums.items()
+        }
         batches = text.batches()
         for done, (start, stop) in enumerate(batches, 1):
             self._add(text, start, stop)
@@ -137,8 +140,8 @@ class _MeasurePass:
         for name, part in self.reading.maps(level).items():
             parts[name] = [MapSums(part, resampler)]
             for null, contributions_FG in nulls(part.contributions_FG, alive_G):
-                drawn = LevelMap.of_contributions(contributions_FG, scale)
-                parts.setdefault(f"{name} {null}", []).append(MapSums(drawn, None))
+                null_map = LevelMap.of_contributions(contributions_FG, scale)
+                parts.setdefault(f"{name} {null}", []).append(MapSums(null_map, None))
         return parts
 
     def _add(self, text: Text, start: int, stop: int) -> None:
@@ -162,16 +165,10 @@ class _MeasurePass:
         """What each level and the coarser ones are worth together."""
         results = []
         for number, (moments, fires) in enumerate(zip(self.reconstructions, self.fires, strict=True), 1):
-            entries = moments.measures(self.inputs, self.model.levels[0].d_in)
-            results.append(
-                LevelResult(
-                    level=number,
-                    latents=len(fires),
-                    l0=entries["l0"],
-                    silent=float((fires == 0).float().mean()),
-                    explained_variance=entries["explained_variance"],
-                )
-            )
+            worth = moments.measures(self.inputs, self.model.levels[0].d_in)
+            silent = float((fires == 0).float().mean())
+            own = {name: worth[name] for name in ("l0", "explained_variance")}
+            results.append(LevelResult(level=number, latents=len(fires), silent=silent, **own))
         return results
 
     def pair(self, level: int, directions: tuple[Tensor, ...]) -> PairResult:
@@ -210,8 +207,8 @@ def _measured(
     estimates = {key: part.estimate() for key, part in measures(counts, own, single, geometry, alive_G).items()}
     draws: dict[str, dict[str, list[float]]] = defaultdict(lambda: {null: [] for null in NULLS})
     for null in NULLS:
-        for drawn in sums[f"{name} {null}"]:
-            for key, part in measures(counts, drawn, single, geometry, alive_G).items():
+        for null_sums in sums[f"{name} {null}"]:
+            for key, part in measures(counts, null_sums, single, geometry, alive_G).items():
                 value = part.value()
                 if value is not None and not (null == "permuted" and key in INVARIANT):
                     draws[key][null].append(value)

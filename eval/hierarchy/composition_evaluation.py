@@ -13,7 +13,6 @@ from pydantic import Field
 
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.reading.store import ActivationStore
-from hsae.eval.core.core_result import CoreResult
 from hsae.eval.core.current import Current, core_results
 from hsae.eval.harness.estimates import Estimate
 from hsae.eval.harness.evaluation import Result, cached_method, check_target, store_inputs
@@ -23,7 +22,7 @@ from hsae.eval.harness.tables import Table
 from hsae.eval.harness.targets import RunTarget
 from hsae.eval.hierarchy.composition import SETTINGS, evaluate_composition
 from hsae.eval.hierarchy.composition_file import FILE, FORMAT, maps_digest, read_composition, read_maps, write_maps
-from hsae.eval.hierarchy.composition_result import CompositionResult, LevelResult
+from hsae.eval.hierarchy.composition_result import CompositionResult
 from hsae.eval.hierarchy.composition_tables import composition_tables
 from hsae.eval.hierarchy.failures import find_failures
 from hsae.train.config.plan import Plan
@@ -52,18 +51,22 @@ class Sources:
     evaluation: ActivationStore
     fit: ActivationStore | None
     why_not_fit: str = ""
-    """Why there is no training store."""
+    """Why there is no training store, if there is none."""
 
     @classmethod
     def of(cls, plan: Plan) -> "Sources":
         """The plan's stores. Raises StoreError if there is no evaluation store, or one that can't be trusted."""
-        evaluation = ActivationStore.of(plan.store("eval"), plan.cache.dir)
-        if not plan.store_path("train").is_dir():
-            return cls(evaluation=evaluation, fit=None, why_not_fit="no training store here")
-        try:
-            return cls(evaluation=evaluation, fit=ActivationStore.of(plan.store("train"), plan.cache.dir))
-        except StoreError as error:
-            return cls(evaluation=evaluation, fit=None, why_not_fit=f"the training store can't be used: {error}")
+        evaluation, fit, why_not = (
+            ActivationStore.of(plan.store("eval"), plan.cache.dir),
+            None,
+            "no training store here",
+        )
+        if plan.store_path("train").is_dir():
+            try:
+                fit = ActivationStore.of(plan.store("train"), plan.cache.dir)
+            except StoreError as error:
+                why_not = f"the training store can't be used: {error}"
+        return cls(evaluation=evaluation, fit=fit, why_not_fit=why_not)
 
 
 class Composition(RunEvaluation[Sources]):
@@ -116,7 +119,7 @@ class Composition(RunEvaluation[Sources]):
         if has_levels and self.store.fit is None:
             self._warn_of_fit()
 
-        def tell(phase: str, done: int, total: int) -> None:
+        def progress(phase: str, done: int, total: int) -> None:
             self.listener.status(f"{self.name}: {target.label}: {phase}, batch {done} of {total}")
 
         result, maps = evaluate_composition(
@@ -125,7 +128,7 @@ class Composition(RunEvaluation[Sources]):
             target.hook,
             fit_store=self.store.fit if has_levels else None,
             device=self.device,
-            progress=tell,
+            progress=progress,
         )
         write_maps(target.run_dir, maps)
         digest = maps_digest(target.run_dir)
@@ -138,13 +141,11 @@ class Composition(RunEvaluation[Sources]):
 
     def complete(self, target: RunTarget, content: dict[str, Any]) -> dict[str, Any]:
         """The measures with CE scores from core, and the known failures that they show."""
-        result = CompositionResult.model_validate(content["result"])
-        levels = self._with_ce_scores(target, content["inputs"]["sae"], result)
-        result = result.model_copy(update={"levels": levels})
-        flat = (self._named_flat(target) or self._flat_like(target)) if len(levels) > 1 else None
+        config, measured = target.config, CompositionResult.model_validate(content["result"])
+        result = self._with_ce_scores(target, content["inputs"]["sae"], measured)
+        flat = (self._named_flat(target) or self._flat_like(target)) if len(result.levels) > 1 else None
         comparison = (flat.label, self._measures(flat).levels[0].explained_variance) if flat is not None else None
-        verdict = find_failures(result, target.config, read_metrics(target.run_dir), comparison)
-        config = target.config
+        verdict = find_failures(result, config, read_metrics(target.run_dir), comparison)
         return {
             "format": FORMAT,
             "inputs": content["inputs"],
@@ -156,14 +157,16 @@ class Composition(RunEvaluation[Sources]):
             "maps": maps_digest(target.run_dir),
         }
 
-    def _with_ce_scores(self, target: RunTarget, weights: str, result: CompositionResult) -> list[LevelResult]:
-        """The levels with the CE scores of core, where a view of this very model reads exactly the levels >= l."""
-        store = self.store.evaluation
-        results = core_results(target.run_dir, weights, Current.of(store.spec, store))
-        return [
-            level.model_copy(update={"ce_loss_score": _ce_score(results, result, level.level)})
-            for level in result.levels
-        ]
+    def _with_ce_scores(self, target: RunTarget, weights: str, result: CompositionResult) -> CompositionResult:
+        """The measures with the CE scores of core, where a view of this very model reads exactly the levels >= l."""
+        store, view_from = self.store.evaluation, STRUCTURES[result.structure].view_from
+        by_view = core_results(target.run_dir, weights, Current.of(store.spec, store))
+        levels = []
+        for level in result.levels:
+            core = by_view.get(view_from(level.level, len(result.levels)))
+            score = core.measure("ce_loss_score") if core is not None else None
+            levels.append(level.model_copy(update={"ce_loss_score": score or Estimate(None)}))
+        return result.model_copy(update={"levels": levels})
 
     def _measures(self, target: RunTarget) -> CompositionResult:
         """The measures of a run that is compared with, made if they are not there."""
@@ -216,9 +219,3 @@ class Composition(RunEvaluation[Sources]):
     def warnings(self, results: Sequence[Result[RunTarget]]) -> list[str]:
         """The known failures."""
         return [f"run {item.label}: {failure['text']}" for item in results for failure in item.content["failures"]]
-
-
-def _ce_score(results: dict[str, CoreResult], composition: CompositionResult, level: int) -> Estimate:
-    """The CE score of levels >= `level` from the core result of the view that reads exactly those, if there is one."""
-    core = results.get(STRUCTURES[composition.structure].view_from(level, len(composition.levels)))
-    return (core.measure("ce_loss_score") if core is not None else None) or Estimate(None)

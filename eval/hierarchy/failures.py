@@ -4,7 +4,7 @@ W-collapsed, scale-drain, copy: of the learned map, as training itself warns of 
 dead-coarse, wrong-k-split: of a level. coarse-hurts-fine: of the run, beside one that is compared with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -32,7 +32,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The failures that were found, and, for those that could not be looked for, why not."""
+    """The failures that a run shows, and, for those that could not be looked for, why not."""
 
     failures: list[Failure]
     unchecked: dict[str, str]
@@ -54,7 +54,7 @@ def find_failures(
     failures = [failure for pair in result.pairs for failure in _of_map(pair)]
     if not any("learned" in pair.readings for pair in result.pairs):
         unchecked |= dict.fromkeys(NAMES[:3], "the run learned no W")
-    failures += _dead_coarse(result, log) + _wrong_split(result, config)
+    failures += [*_dead_coarse(result, log), *_wrong_split(result, config)]
     if comparison is None:
         unchecked["coarse-hurts-fine"] = "no flat run of the same activation is trained to compare with"
     else:
@@ -62,9 +62,9 @@ def find_failures(
     return Verdict(failures, unchecked)
 
 
-def _of_map(pair: PairResult) -> list[Failure]:
+def _of_map(pair: PairResult) -> Iterator[Failure]:
     if (reading := pair.readings.get("learned")) is None:
-        return []
+        return
     filled = [ratio for ratio in reading.participation if ratio > 0]
     error = reading.measures["composition_fvu"].value
     health = {
@@ -72,46 +72,38 @@ def _of_map(pair: PairResult) -> list[Failure]:
         "unexplained": 1.0 if error is None else error,
         "participation": median(filled) if filled else 0.0,
     }
-    return [Failure(name, pair.level, text) for name, text in map_failures(pair.level, health).items()]
+    yield from (Failure(name, pair.level, text) for name, text in map_failures(pair.level, health).items())
 
 
-def _dead_coarse(result: CompositionResult, log: Sequence[dict[str, Any]]) -> list[Failure]:
+def _dead_coarse(result: CompositionResult, log: Sequence[dict[str, Any]]) -> Iterator[Failure]:
     last = next((line["dead"] for line in reversed(log) if line["kind"] == "metrics"), [0.0] * len(result.levels))
-    failures = []
     for level, dead in zip(result.levels[1:], last[1:], strict=True):
         if max(level.silent, dead) > DEAD_SHARE:
-            text = (
-                f"{level.silent:.0%} of level {level.level}'s {level.latents} latents never fire on the rows measured"
+            yield Failure(
+                "dead-coarse",
+                level.level,
+                f"dead-coarse: {level.silent:.0%} of level {level.level}'s {level.latents} latents never fire on the "
+                f"rows measured; {dead:.0%} were dead at the end of training",
             )
-            failures.append(
-                Failure("dead-coarse", level.level, f"dead-coarse: {text}; {dead:.0%} were dead at the end of training")
-            )
-    return failures
 
 
-def _wrong_split(result: CompositionResult, config: RunConfig) -> list[Failure]:
-    failures = []
+def _wrong_split(result: CompositionResult, config: RunConfig) -> Iterator[Failure]:
     for level, target in zip(result.levels, config.l0, strict=True):
         l0 = level.l0.value
         if l0 is None:
             continue
-        off = l0 > SPLIT_FACTOR * target or l0 < target / SPLIT_FACTOR
         text = f"wrong-k-split: level {level.level} has L0 {l0:.3g}"
+        is_off = l0 > SPLIT_FACTOR * target or l0 < target / SPLIT_FACTOR
         if l0 > SATURATED * level.latents:
-            failures.append(
-                Failure("wrong-k-split", level.level, f"{text} of {level.latents} latents: it is saturated")
-            )
-        elif off and config.selection == "level":  # a joint selection shares L0 out as it likes
-            failures.append(Failure("wrong-k-split", level.level, f"{text} where {target:g} were meant"))
-    return failures
+            yield Failure("wrong-k-split", level.level, f"{text} of {level.latents} latents: it is saturated")
+        elif is_off and config.selection == "level":  # a joint selection shares L0 out as it likes
+            yield Failure("wrong-k-split", level.level, f"{text} where {target:g} were meant")
 
 
-def _hurt(own: Estimate, label: str, other: Estimate) -> list[Failure]:
+def _hurt(own: Estimate, label: str, other: Estimate) -> Iterator[Failure]:
     if own.value is None or other.value is None or own.value > other.value - HURT:
-        return []
+        return
     if own.high is not None and other.low is not None and own.high > other.low:
-        return []  # within the intervals
-    text = (
-        f"coarse-hurts-fine: all levels together explain {own.value:.3f} of the variance, run {label} {other.value:.3f}"
-    )
-    return [Failure("coarse-hurts-fine", 1, text)]
+        return  # within the intervals
+    values = f"all levels together explain {own.value:.3f} of the variance, run {label} {other.value:.3f}"
+    yield Failure("coarse-hurts-fine", 1, f"coarse-hurts-fine: {values}")

@@ -18,12 +18,8 @@ EDGE_SHARE = 0.1
 VISIBLE = 1e-3  # a contribution below this is as good as zero
 NULL_DRAWS = 5
 NULLS = ("permuted", "random")
-INVARIANT = (
-    "participation_ratio",
-    "hoyer",
-    "copy_index",
-    "children_per_parent",
-)  # not changed by where a row's entries stand
+INVARIANT = ("participation_ratio", "hoyer", "copy_index", "children_per_parent")
+"""Measures that don't depend on where a row's entries stand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,23 +89,23 @@ def permuted(contributions_FG: Tensor, alive_G: Tensor, generator: torch.Generat
     """Each row's entries in random places among the fine latents that fire."""
     places_A = alive_G.nonzero().squeeze(1)
     order_FA = _order(len(contributions_FG), len(places_A), generator).to(contributions_FG.device)
-    drawn_FG = torch.zeros_like(contributions_FG)
-    drawn_FG[:, places_A] = contributions_FG[:, places_A].gather(1, order_FA)
-    return drawn_FG
+    null_FG = torch.zeros_like(contributions_FG)
+    null_FG[:, places_A] = contributions_FG[:, places_A].gather(1, order_FA)
+    return null_FG
 
 
 def half_normal(contributions_FG: Tensor, alive_G: Tensor, generator: torch.Generator) -> Tensor:
     """Half-normal entries, as many a row and of the same rms, in random places among the fine latents that fire."""
     places_A = alive_G.nonzero().squeeze(1)
-    held_FA = contributions_FG[:, places_A]
-    visible_FA = held_FA.abs() > VISIBLE
+    alive_FA = contributions_FG[:, places_A]
+    visible_FA = alive_FA.abs() > VISIBLE
     count_F = visible_FA.sum(1)
-    rms_F = ((held_FA * visible_FA).square().sum(1) / count_F.clamp_min(1)).sqrt()
-    order_FA = _order(len(held_FA), len(places_A), generator).to(held_FA.device)
-    values_FA = torch.randn(held_FA.shape, generator=generator).abs().to(held_FA)
-    drawn_FG = torch.zeros_like(contributions_FG)
-    drawn_FG[:, places_A] = torch.where(order_FA < count_F[:, None], values_FA * rms_F[:, None], 0.0)
-    return drawn_FG
+    rms_F = ((alive_FA * visible_FA).square().sum(1) / count_F.clamp_min(1)).sqrt()
+    order_FA = _order(len(alive_FA), len(places_A), generator).to(alive_FA.device)
+    values_FA = torch.randn(alive_FA.shape, generator=generator).abs().to(alive_FA)
+    null_FG = torch.zeros_like(contributions_FG)
+    null_FG[:, places_A] = torch.where(order_FA < count_F[:, None], values_FA * rms_F[:, None], 0.0)
+    return null_FG
 
 
 def _order(rows: int, columns: int, generator: torch.Generator) -> Tensor:

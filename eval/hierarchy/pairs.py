@@ -29,7 +29,7 @@ class ActiveCodes:
         counts_N = on_NG.sum(1)
         self.offsets_N = counts_N.cumsum(0) - counts_N
         most = max(1, int(counts_N.max())) if len(counts_N) else 1
-        self.top_NK, self.places_NK = fine_NG.abs().topk(min(most, fine_NG.shape[1]), dim=1)
+        self.places_NK = fine_NG.abs().topk(min(most, fine_NG.shape[1]), dim=1).indices
         self.top_NK = fine_NG.gather(1, self.places_NK)
         self.tokens_P, self.coarse_P = (coarse_NF > 0).nonzero().unbind(1)
 

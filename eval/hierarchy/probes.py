@@ -68,9 +68,9 @@ def train_probes(x_ND: Tensor, fires_NG: Tensor) -> Probes:
     The last HELD_OUT of the tokens, given in the order of the text, are for the check: they are of other rows.
     """
     split = round(len(x_ND) * (1 - HELD_OUT))
-    trained_G, held_G = fires_NG[:split].sum(0), fires_NG[split:].sum(0)
-    enough_G = (trained_G >= POSITIVES * (1 - HELD_OUT)) & (held_G >= POSITIVES * HELD_OUT / 2)
-    enough_G &= (trained_G < split) & (held_G < len(x_ND) - split)  # one that always fires has nothing to tell apart
+    trained_G, test_G = fires_NG[:split].sum(0), fires_NG[split:].sum(0)
+    enough_G = (trained_G >= POSITIVES * (1 - HELD_OUT)) & (test_G >= POSITIVES * HELD_OUT / 2)
+    enough_G &= (trained_G < split) & (test_G < len(x_ND) - split)  # one that always fires has nothing to tell apart
     candidates = enough_G.nonzero().squeeze(1)
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(SEED)).to(candidates.device)
     children_C = candidates[order[:CHILDREN]].sort().values

@@ -45,38 +45,24 @@ def stability(members: Sequence[Member]) -> list[Agreement]:
     """
     if len(members) < 2:
         raise UserError(f"stability compares two seeds or more, not {len(members)}")
-    levels = len(members[0][0])
-    matched, chance = _matchings(members, levels)
-    agreements = [
-        _agreement(
-            "mean_max_correlation", level, [cosines[level - 1] for _, cosines in matched.values()], chance[level]
-        )
-        for level in range(1, levels + 1)
-    ]
+    pairs = list(combinations(members, 2))
+    agreements: list[Agreement] = []
+    matches: dict[int, list[Tensor]] = {}
+    for level in range(1, len(members[0][0]) + 1):
+        directions = [(one[level - 1], other[level - 1]) for (one, _), (other, _) in pairs]
+        matched = [matching(one, other) for one, other in directions]
+        chance = [[matching(one, _mixed(other, seed))[1] for one, other in directions] for seed in range(NULL_DRAWS)]
+        matches[level] = [match for match, _ in matched]
+        agreements.append(_agreement("mean_max_correlation", level, [cosine for _, cosine in matched], chance))
     for key in members[0][1]:
         if all(key in maps for _, maps in members):
-            agreements.append(_edge_agreement(key, members, {pair: matches for pair, (matches, _) in matched.items()}))
+            agreements.append(_edge_agreement(key, pairs, matches))
     return agreements
 
 
-def _matchings(
-    members: Sequence[Member], levels: int
-) -> tuple[dict[tuple[int, int], tuple[list[Tensor], list[float]]], dict[int, list[list[float]]]]:
-    """For each pair of seeds the matching of every level and its mean cosine; for each level the null, [draw][pair]."""
-    matched: dict[tuple[int, int], tuple[list[Tensor], list[float]]] = {}
-    chance: dict[int, list[list[float]]] = {level: [[] for _ in range(NULL_DRAWS)] for level in range(1, levels + 1)}
-    for first, second in combinations(range(len(members)), 2):
-        matches, cosines = [], []
-        for level in range(1, levels + 1):
-            one, other = members[first][0][level - 1], members[second][0][level - 1]
-            match, cosine = matching(one, other)
-            matches.append(match)
-            cosines.append(cosine)
-            for seed, draws in enumerate(chance[level]):
-                order = torch.randperm(other.shape[1], generator=torch.Generator().manual_seed(seed))
-                draws.append(matching(one, other[:, order])[1])
-        matched[first, second] = (matches, cosines)
-    return matched, chance
+def _mixed(directions_FD: Tensor, seed: int) -> Tensor:
+    """Directions with their coordinates permuted, all alike."""
+    return directions_FD[:, torch.randperm(directions_FD.shape[1], generator=torch.Generator().manual_seed(seed))]
 
 
 def matching(one_FD: Tensor, other_FD: Tensor) -> tuple[Tensor, float]:
@@ -101,18 +87,23 @@ def jaccard(one_FG: Tensor, other_FG: Tensor, coarse_F: Tensor, fine_G: Tensor) 
     return int((renamed_FG & other_FG).sum()) / either if either else 0.0
 
 
-def _edge_agreement(key: str, members: Sequence[Member], matched: dict[tuple[int, int], list[Tensor]]) -> Agreement:
-    level = int(key.lstrip("abcdefghijklmnopqrstuvwxyz"))
-    values: list[float] = []
-    chance: list[list[float]] = [[] for _ in range(NULL_DRAWS)]
-    for (first, second), matches in matched.items():
-        one_FG, other_FG = edges(members[first][1][key]), edges(members[second][1][key])
-        values.append(jaccard(one_FG, other_FG, matches[level - 1], matches[level - 2]))
-        for seed, draws in enumerate(chance):
-            generator = torch.Generator().manual_seed(seed)
-            coarse_F, fine_G = (torch.randperm(size, generator=generator) for size in one_FG.shape)
-            draws.append(jaccard(one_FG, other_FG, coarse_F, fine_G))
-    return _agreement(f"edge_jaccard, {key.removesuffix(str(level))}", level, values, chance)
+def _edge_agreement(key: str, pairs: Sequence[tuple[Member, Member]], matches: dict[int, list[Tensor]]) -> Agreement:
+    name = key.rstrip("0123456789")
+    level = int(key.removeprefix(name))
+    both = [(edges(one[key]), edges(other[key])) for (_, one), (_, other) in pairs]
+    values = [
+        jaccard(*sets, coarse_F, fine_G)
+        for sets, coarse_F, fine_G in zip(both, matches[level], matches[level - 1], strict=True)
+    ]
+    chance = [[jaccard(*sets, *_random_match(sets[0], seed)) for sets in both] for seed in range(NULL_DRAWS)]
+    return _agreement(f"edge_jaccard, {name}", level, values, chance)
+
+
+def _random_match(edges_FG: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """A random order of the coarse latents, and one of the fine ones."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse_F, fine_G = (torch.randperm(size, generator=generator) for size in edges_FG.shape)
+    return coarse_F, fine_G
 
 
 def _agreement(name: str, level: int, values: list[float], chance: list[list[float]]) -> Agreement:
