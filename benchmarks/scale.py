@@ -36,7 +36,6 @@ from hsae.cache.format.layout import (
     Header,
     HookSummary,
     arrays,
-    checks_array,
     every_array,
     kept_array,
     statistics_arrays,
@@ -82,7 +81,7 @@ def set_up(spec: StoreSpec) -> Measured:
     for array in statistics_arrays(spec, WIDTH).values():
         writer.write_chunk(target, array, 0, torch.ones(array.shape, dtype=torch.float64))
     for bucket in ("partly", "empty"):
-        writer.write_metadata(place(f"s3://{bucket}/{STORE}"), header_of(spec), specs)
+        writer.write_metadata(place(f"s3://{bucket}/{STORE}"), header_of(spec))
     trailers = [writer.trailer(target, array, 0) for array in specs]
     for part in range(-(-tokens.count // sealing.TALLIED)):
         size = min(sealing.TALLIED, tokens.count - part * sealing.TALLIED)
@@ -113,7 +112,7 @@ def finish(spec: StoreSpec) -> Measured:
     writer.write_list(target, kept_array(spec, WIDTH), kept)
     header = header.model_copy(update={"checks": writer.seal(target, every_array(header), checks)})
     clear(target)
-    writer.write_metadata(target, header, [*every_array(header), checks_array(every_array(header))])
+    writer.write_metadata(target, header)
     return {"kept_tokens": header.kept_tokens}
 
 

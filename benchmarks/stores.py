@@ -69,7 +69,7 @@ def made(folder: Path) -> Path:
         tokenizer_digest="t", corpus_digest="c", versions={},
     )  # fmt: skip
     target, specs = folder / spec.name, [*arrays(spec, WIDTH).values(), *statistics_arrays(spec, WIDTH).values()]
-    writer.create(target, header, specs)
+    writer.write_metadata(target, header)
     generator = torch.Generator().manual_seed(0)
     for array in specs:
         for index in range(array.count):
@@ -85,7 +85,7 @@ def made(folder: Path) -> Path:
         "kept_tokens": int(counts.sum()),
     }
     checks = writer.seal(target, [*specs, kept])
-    writer.write_header(target, header.model_copy(update={**done, "checks": checks}))
+    writer.write_metadata(target, header.model_copy(update={**done, "checks": checks}))
     return target
 
 

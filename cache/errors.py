@@ -1,5 +1,7 @@
 """Errors a user can cause; the command line prints their text and exits with status 2."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,6 +20,15 @@ class DamagedFileError(StoreError):
     def __init__(self, root: Any, path: Any, problem: str) -> None:
         super().__init__(f"{path} {problem}; find and mend all such files with: hsae cache verify {root} --repair")
         self.path, self.problem = path, problem
+
+
+@contextmanager
+def missing_is_damage(root: Any, path: Any) -> Iterator[None]:
+    """Raise DamagedFileError where what is done to a file of a store finds none."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise DamagedFileError(root, path, "is missing") from None
 
 
 class ModelError(UserError):

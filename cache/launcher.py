@@ -38,6 +38,9 @@ class Share:
         return np.take(index, order)
 
 
+ALONE = Share()
+
+
 def share() -> Share:
     """This process's share, from the launcher's environment. Raises UserError for impossible numbers."""
     for names in LAUNCHERS:
@@ -53,4 +56,4 @@ def share() -> Share:
                     f"{values}: {names[0]} must be a number from 0 to {names[1]} - 1; unset them to work alone"
                 )
             return result
-    return Share()
+    return ALONE

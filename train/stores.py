@@ -13,14 +13,13 @@ from hsae.cache.config import Codec, Split
 from hsae.cache.device import pick_device
 from hsae.cache.errors import CorpusError, UserError
 from hsae.cache.format.spec import StoreSpec
-from hsae.cache.launcher import Share
+from hsae.cache.launcher import ALONE, Share
 from hsae.cache.progress import Progress, shown, silent
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import Place
 from hsae.train.config.plan import Plan, load_plan
 
 LOG = logging.getLogger("hsae")
-ALONE = Share()
 
 
 @overload

@@ -19,15 +19,13 @@ from hsae.cache.format.spec import StoreSpec
 from hsae.cache.language_model import sources
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.language_model.model_files import check_weights
-from hsae.cache.launcher import Share
+from hsae.cache.launcher import ALONE, Share
 from hsae.cache.progress import Progress, silent
 from hsae.cache.reading.provenance import DIGESTS, is_made_of, pin_commit
 from hsae.cache.storage.paths import Place, check_writable, locked, place
 from hsae.cache.text.corpora import Corpus
 from hsae.cache.text.packing import TOKENISED_AT_ONCE
 from hsae.cache.text.python_text import CORPORA
-
-ALONE = Share()
 
 
 def build(
@@ -160,8 +158,7 @@ def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[st
             name = spec.corpus.corpus if what == "corpus" else spec.model.id
             raise StoreError(
                 f"{target} was made from another {what} than {name} is now; nothing was written. Delete the store or "
-                f"move it away and "
-                "build it again, or build elsewhere with --set cache.dir=FOLDER"
+                "move it away and build it again, or build elsewhere with --set cache.dir=FOLDER"
             )
     for what, reason in not_compared.items():
         say(f"{target.name}: its {what} was not compared with what there is now ({reason})")

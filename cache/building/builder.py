@@ -6,8 +6,10 @@ with the same bytes.
 
 import contextlib
 import itertools
+import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,18 +23,16 @@ from hsae.cache.building.contents import StoreContents
 from hsae.cache.building.liveness import sign_of_life, wait_for
 from hsae.cache.building.salvage import keep_what_is_right
 from hsae.cache.building.statistics import summarise
-from hsae.cache.errors import CorpusError, ModelError, StoreError, UnreachableError
+from hsae.cache.errors import CorpusError, DamagedFileError, ModelError, StoreError, UnreachableError
 from hsae.cache.files import check_seal, content_digest, crc32c, parse_json, sealed, sweep
 from hsae.cache.format import layout
 from hsae.cache.format.arrays import ArraySpec
-from hsae.cache.format.chunk_codec import DamagedChunkError, read_tensor
-from hsae.cache.launcher import Share
+from hsae.cache.format.chunk_codec import read_tensor
+from hsae.cache.launcher import ALONE, Share
 from hsae.cache.progress import Progress, Step, silent
-from hsae.cache.reading.mapped_chunks import MappedArray
 from hsae.cache.storage.paths import Place, at_once, exists, map_parallel, publish, remove
 from hsae.cache.text.packing import Packer
 
-ALONE = Share()
 PACKING = "packing.json"
 UNFINISHED = (sealing.FOLDER, chunk_log.FOLDER)  # folders of a store that is not complete
 PACKED_AT_ONCE = 64  # chunks of tokens between two states of the packing
@@ -86,9 +86,7 @@ class Builder:
             self.contents.check_same(self.target, layout.read_header(self.target))
         except layout.LostHeaderError:
             keep_what_is_right(self.contents, self.target, self.written)
-            every = {**self.specs, **layout.statistics_arrays(self.spec, self.model.d_model)}
-            make = writer.write_metadata if exists(self.target) else writer.create
-            make(self.target, header, every.values())
+            writer.write_metadata(self.target, header, replace=exists(self.target))
             self.contents.check_same(self.target, layout.read_header(self.target))
         if isinstance(self.target, Path) and self.share.world == 1:  # locks of files may not reach other machines
             sweep(self.target)
@@ -101,15 +99,12 @@ class Builder:
         except UnreachableError:
             raise  # what is packed stays: reading a data set on the hub may have taken hours
         except (CorpusError, ModelError):
-            if not any(
-                spec.written(self.target).any() for path, spec in self.specs.items() if path.startswith("acts/")
-            ):
+            if not any(self.specs[f"acts/{hook}"].written(self.target).any() for hook in self.spec.hooks):
                 remove(self.target)  # tokens only: nothing that took long is lost
             raise
         if self.spec.rows_per_document is not None:
-            data = writer.encoded_json(self.contents.row_documents[1])
-            publish(self.target / layout.DOCUMENTS, data)
-            self.documents_digest = layout.documents_digest(data)
+            publish(self.target / layout.DOCUMENTS, self.contents.documents_json)
+            self.documents_digest = layout.documents_digest(self.contents.documents_json)
 
     def _is_begun(self) -> bool:
         with contextlib.suppress(layout.LostHeaderError):
@@ -142,7 +137,7 @@ class Builder:
             last = start + len(chunks)
             checksum = crc32c(self.written["tokens"][start:last].astype("<u4").tobytes(), checksum)
             state = {"store": self.written.key, "chunks": last, "tokens": checksum, **packer.state()}
-            writer.write_json(state_file, sealed(state))
+            publish(state_file, json.dumps(sealed(state)).encode())
         state_file.unlink(missing_ok=True)
 
     def _packed(self, state_file: Place, packer: Packer) -> tuple[int, int]:
@@ -163,7 +158,7 @@ class Builder:
     def _as_written(self, count: int) -> int | None:
         """The checksum of the checksums of the first chunks of tokens; None unless they are as written down."""
         array = self.specs["tokens"]
-        with contextlib.suppress(DamagedChunkError):
+        with contextlib.suppress(DamagedFileError):
             trailers = map_parallel(lambda index: writer.trailer(self.target, array, index), range(count))
             there = np.fromiter(trailers, "<u4", count)
             if np.array_equal(there, self.written["tokens"][:count]):
@@ -194,9 +189,8 @@ class Builder:
         if share > MOST_UNKNOWN:
             raise CorpusError(
                 f"{share:.0%} of the tokens of corpus {self.spec.corpus.corpus!r} are "
-                f"{self.model.tokenizer.unk_token!r}: the tokenizer of "
-                f"{self.spec.model.id} does not know this text; use text that the model was trained on, or the "
-                f"model's own tokenizer files"
+                f"{self.model.tokenizer.unk_token!r}: the tokenizer of {self.spec.model.id} does not know this text; "
+                "use text that the model was trained on, or the model's own tokenizer files"
             )
 
     # --- activations --------------------------------------------------------------------------------------------
@@ -233,12 +227,7 @@ class Builder:
                 if tokens is None:
                     wait_for(self.target, lambda index=index: self._tokens_if_packed(index) is not None)  # type: ignore[misc]
                     tokens = self.tokens(index)
-                yield from self._compute(index, missing, tokens)
-
-    def _compute(
-        self, index: int, wanted: Sequence[ArraySpec], tokens: Tensor
-    ) -> Iterator[tuple[ArraySpec, int, Tensor]]:
-        return self.contents.compute(index, wanted, tokens, lambda rows: self.report("activations", rows))
+                yield from self.contents.compute(index, missing, tokens, partial(self.report, "activations"))
 
     def _tokens_if_packed(self, index: int) -> Tensor | None:
         """Chunk `index` of the tokens; None if worker 0 has not packed it yet."""
@@ -247,15 +236,14 @@ class Builder:
             return None
         try:
             return self.tokens(index)
-        except DamagedChunkError:
+        except DamagedFileError:
             if self.share.rank == 0:
                 raise
             return None
 
     def tokens(self, index: int) -> Tensor:
-        """Chunk `index` of the tokens, [rows, T]. Raises DamagedChunkError unless it is what was written down."""
-        listed = int(self.written["tokens"][index])
-        return read_tensor(self.target, self.specs["tokens"], index, None if listed < 0 else listed)
+        """Chunk `index` of the tokens, [rows, T]. Raises DamagedFileError unless it is what was written down."""
+        return read_tensor(self.target, self.specs["tokens"], index, self.written["tokens"])
 
     # --- statistics ---------------------------------------------------------------------------------------------
 
@@ -272,10 +260,10 @@ class Builder:
             }
             header = self.contents.header().model_copy(update=update)
             writer.write_list(self.target, layout.kept_array(self.spec, self.model.d_model), counts)
-            every = layout.every_array(header)
-            header = header.model_copy(update={"checks": writer.seal(self.target, every, checks)})
+            sealed_arrays = layout.every_array(header)
+            header = header.model_copy(update={"checks": writer.seal(self.target, sealed_arrays, checks)})
             # all of them: some may have been harmed since
-            writer.write_metadata(self.target, header, [*every, layout.checks_array(every)])
+            writer.write_metadata(self.target, header)
         if layout.read_header(self.target).complete:
             clear(self.target)
 
@@ -304,20 +292,21 @@ class Builder:
             by_index: dict[int, list[ArraySpec]] = {}
             for array, index in wrong:
                 by_index.setdefault(index, []).append(array)
-            recomputed = (self._compute(index, by_index[index], self.tokens(index)) for index in sorted(by_index))
+            report = partial(self.report, "activations")
+            recomputed = (
+                self.contents.compute(index, arrays, self.tokens(index), report)
+                for index, arrays in sorted(by_index.items())
+            )
             self._publish(itertools.chain.from_iterable(recomputed))
         changed = wrong[0][0].chunk_file(self.target, wrong[0][1]) if wrong else self.target / sealing.FOLDER
         raise StoreError(f"{changed} was changed while the store was being built; run the same command again")
 
-    def write_statistics(self, checks: Mapping[str, NDArray[np.uint32]] = {}) -> dict[str, layout.HookSummary]:
+    def write_statistics(self, checks: Mapping[str, NDArray[np.uint32]]) -> dict[str, layout.HookSummary]:
         """Write the arrays of statistics and return the scalars of each hook; `checks` are the checksums of chunks."""
         statistics = {}
         for number, hook in enumerate(self.spec.hooks):
             self.report("statistics", number)
-            acts, tokens = (
-                MappedArray(self.target, self.specs[path], checks.get(path)) for path in (f"acts/{hook}", "tokens")
-            )
-            statistics[hook], moments = summarise(self.target, acts, tokens, self.model.special_ids)
+            statistics[hook], moments = summarise(self.target, self.specs, hook, self.model.special_ids, checks)
             for name, values in moments.items():
                 array = layout.statistics_arrays(self.spec, self.model.d_model)[f"stats/{hook}/{name}"]
                 writer.write_chunk(self.target, array, 0, values)

@@ -59,10 +59,9 @@ class Written:
                     self._taken[name] = new[name]
 
     def _read(self, name: str) -> bytes:
-        try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return (self.folder / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return b""
+        return b""
 
     def _take(self, content: dict[str, Any]) -> None:
         check_seal(content)

@@ -5,6 +5,7 @@ Shapes: R rows, T context length, D residual width, V vocabulary.
 
 import contextlib
 import itertools
+import json
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -162,6 +163,11 @@ class StoreContents:
                 break
         return rows[: self.spec.rows], owners[: self.spec.rows]
 
+    @property
+    def documents_json(self) -> bytes:
+        """The bytes of `documents.json`."""
+        return json.dumps(self.row_documents[1]).encode()
+
     def _too_little_text(self, rows: int) -> None:
         spec, table = self.spec, TEXT_TABLES[self.spec.split]
         last = "the last" if spec.corpus.last_document is None else str(spec.corpus.last_document - 1)
@@ -200,9 +206,7 @@ class StoreContents:
                 self._refuse_non_finite(vectors, hook, start + first)
                 if f"acts/{hook}" in paths:
                     buffers[f"acts/{hook}"][first:last] = vectors
-            if start + first < self.spec.clean_rows and paths & {
-                path for path in self.specs if not path.startswith("acts/")
-            }:
+            if start + first < self.spec.clean_rows and not all(path.startswith("acts/") for path in paths):
                 for path, values in self.clean(batch, resid[self.deepest]).items():
                     if path in paths:
                         buffers[path][first:last] = values
@@ -224,25 +228,21 @@ class StoreContents:
         rows, context = tokens_BT.shape
         targets = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], 1).flatten().long().to(final.device)
         flat = final.flatten(0, 1)
-        outputs = {"clean/loss": torch.zeros(rows * context)}
         hooks = self.spec.hooks if self.spec.split == "eval" else ()  # whose residual is zeroed
-        outputs |= {f"ablation/{hook}/{kind}": torch.zeros(rows * context) for hook in hooks for kind in ("loss", "kl")}
+        parts: dict[str, list[Tensor]] = {}
         for first in range(0, rows * context, SLICE_TOKENS):
             part = slice(first, first + SLICE_TOKENS)
             logits = self.model.unembed(flat[part])
-            outputs["clean/loss"][part] = token_losses.cross_entropy(logits, targets[part]).float().cpu()
-            if not hooks:
-                continue
-            clean = token_losses.distribution(logits)
+            measures = {"clean/loss": token_losses.cross_entropy(logits, targets[part])}
+            if hooks:
+                probs, log_probs = token_losses.distribution(logits)
             for hook in hooks:
                 ablated = self.ablated_logits(hook).expand_as(logits)
-                outputs[f"ablation/{hook}/loss"][part] = (
-                    token_losses.cross_entropy(ablated, targets[part]).float().cpu()
-                )
-                outputs[f"ablation/{hook}/kl"][part] = (
-                    token_losses.kl_divergence(clean.probs, clean.log_probs, ablated).float().cpu()
-                )
-        results = {path: values.view(rows, context) for path, values in outputs.items()}
+                measures[f"ablation/{hook}/loss"] = token_losses.cross_entropy(ablated, targets[part])
+                measures[f"ablation/{hook}/kl"] = token_losses.kl_divergence(probs, log_probs, ablated)
+            for path, values in measures.items():
+                parts.setdefault(path, []).append(values.float().cpu())
+        results = {path: torch.cat(values).view(rows, context) for path, values in parts.items()}
         for path, values in results.items():
             if path.endswith("loss"):
                 values[:, -1] = 0  # the last token of a row has no next one

@@ -6,12 +6,11 @@ names decides where a file is written.
 """
 
 import contextlib
-from functools import partial
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from hsae.cache.building import writer
 from hsae.cache.building.statistics import MOST_CHUNKS
@@ -21,7 +20,7 @@ from hsae.cache.errors import StoreError
 from hsae.cache.files import sweep
 from hsae.cache.format import layout
 from hsae.cache.format.arrays import ArraySpec
-from hsae.cache.format.chunk_codec import decode_chunk, encode_chunk, encoded_chunk, read_tensor, to_tensor
+from hsae.cache.format.chunk_codec import decode_chunk, encode_chunk, fetch_chunk, read_tensor, to_tensor
 from hsae.cache.progress import Progress, Step, silent
 from hsae.cache.reading.mapped_chunks import read_checks
 from hsae.cache.storage.paths import Place, locked, map_parallel, place, publish
@@ -59,21 +58,21 @@ def copy(source: str | Place, folder: str | Place, *, codec: Codec | None = None
             damaged = {(damage.array, damage.index) for damage in verify(target)}
         _copy_chunks(root, target, header, wanted, damaged, progress)
         if header.spec.rows_per_document is not None:
-            writer.write_json(target / layout.DOCUMENTS, layout.read_documents(root, header))
+            publish(target / layout.DOCUMENTS, json.dumps(layout.read_documents(root, header)).encode())
         specs = layout.every_array(wanted)
         if wanted.checks is None:
             errors = _errors(root, header, wanted) if wanted.spec.codec == "int8" else {}
             wanted = wanted.model_copy(update={"checks": writer.seal(target, specs), "codec_error": errors})
         else:
             listed = layout.checks_array(specs)
-            publish(listed.chunk_file(target, 0), encoded_chunk(root, listed, 0, wanted.checks))
-        writer.write_metadata(target, wanted, [*specs, layout.checks_array(specs)])
+            publish(listed.chunk_file(target, 0), fetch_chunk(root, listed, 0, [wanted.checks])[0])
+        writer.write_metadata(target, wanted)
         if damages := verify(target):
             for damage in damages:
                 damage.path.unlink(missing_ok=True)
             raise StoreError(
                 f"{len(damages)} chunks read back damaged, the first {damages[0].path}; they were removed: run the "
-                f"same command again"
+                "same command again"
             )
     return target
 
@@ -109,39 +108,29 @@ def _copy_chunks(
     damaged: set[tuple[str, int]],
     progress: Progress,
 ) -> None:
-    """Copy the chunks that are missing or damaged."""
+    """Copy the chunks that are missing or damaged, into another codec where `wanted` has one."""
     checks = read_checks(root, header)
     pairs = list(zip(layout.every_array(header), layout.every_array(wanted), strict=True))
-    for spec, _ in pairs:
-        layout.check_array(root, spec)
-    total, done = sum(spec.count for spec, _ in pairs), 0
+    means, chunks = {}, []
     for spec, other in pairs:
-        listed = checks.get(spec.path)
-        mean = _mean(root, header, spec.path) if other.codec == "int8" and spec != other else None
+        layout.check_array(root, spec)
+        if other.codec == "int8" and spec != other:
+            means[spec.path] = _mean(root, header, spec.path)
+    for spec, other in pairs:
         there = other.lengths(target)
         whole = there == spec.lengths(root) if spec == other else there >= 0
-
         whole &= [(other.path, index) not in damaged for index in range(other.count)]
-        missing = np.flatnonzero(~whole)
-        done += spec.count - len(missing)
-        for _ in map_parallel(partial(_transfer, root, target, spec, other, listed, mean), map(int, missing)):
-            done += 1
-            progress(Step(task="copying", done=done, total=total, unit="chunks"))
+        chunks += [(spec, other, int(index)) for index in np.flatnonzero(~whole)]
 
+    def transfer(chunk: tuple[ArraySpec, ArraySpec, int]) -> None:
+        spec, other, index = chunk
+        if spec == other:
+            data, _ = fetch_chunk(root, spec, index, checks.get(spec.path))
+        else:
+            values = read_tensor(root, spec, index, checks.get(spec.path))
+            data = encode_chunk(other, values, means.get(spec.path))
+        publish(other.chunk_file(target, index), data)
 
-def _transfer(
-    root: Place,
-    target: Place,
-    spec: ArraySpec,
-    other: ArraySpec,
-    checks: NDArray[np.uint32] | None,
-    mean: torch.Tensor | None,
-    index: int,
-) -> None:
-    """Copy one chunk, into another codec if `other` has one."""
-    listed = None if checks is None else int(checks[index])
-    if spec == other:
-        data = encoded_chunk(root, spec, index, listed)
-    else:
-        data = encode_chunk(other, read_tensor(root, spec, index, listed), mean)
-    publish(other.chunk_file(target, index), data)
+    total = sum(spec.count for spec, _ in pairs)
+    for done, _ in enumerate(map_parallel(transfer, chunks), total - len(chunks) + 1):
+        progress(Step(task="copying", done=done, total=total, unit="chunks"))

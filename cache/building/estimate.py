@@ -53,16 +53,14 @@ def estimate(spec: StoreSpec, root: str | Place, device: str) -> Estimate:
         if spec.clean_rows and (layer, kind) == (0, "pre"):
             raise ModelError(
                 f"hook {hook!r} lies before the first layer, where nothing can be put in its place; evaluate at "
-                f"blocks.0.hook_resid_post or later"
+                "blocks.0.hook_resid_post or later"
             )
         if layer >= layers:
             raise ModelError(
                 f"hook {hook!r}: {spec.model.id} has layers 0 to {layers - 1}; use for example "
                 f"--set hook.names=['blocks.{layers * 2 // 3}.hook_resid_{kind}']"
             )
-    state = "new"
-    if exists(path):
-        state = "complete" if is_finished(path, spec) else "to be finished"
+    state = "new" if not exists(path) else "complete" if is_finished(path, spec) else "to be finished"
     return Estimate(
         spec=spec,
         state=state,
@@ -118,14 +116,9 @@ def check_space(estimates: list[Estimate]) -> None:
     free = min((item.free_bytes for item in estimates if item.free_bytes is not None), default=None)
     if free is None:  # remote: there is no limit to compare with, and what is written already would take a long listing
         return
-    needed = sum(item.bytes - _written(item.path) for item in estimates if item.state != "complete")
+    needed = sum(item.bytes - sum(sizes(item.path).values()) for item in estimates if item.state != "complete")
     if needed + SPARE_BYTES > free:
         raise StoreError(
             f"not enough disk: {needed / 1e9:.2f} GB are to be written and {free / 1e9:.2f} GB are free at "
-            f"{estimates[0].path}; "
-            "lower cache.train.rows, or build elsewhere with --set cache.dir=FOLDER"
+            f"{estimates[0].path}; lower cache.train.rows, or build elsewhere with --set cache.dir=FOLDER"
         )
-
-
-def _written(path: Place) -> int:
-    return sum(sizes(path).values())

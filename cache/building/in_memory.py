@@ -126,7 +126,6 @@ def _tokenised(
         tokens = sum(map(len, documents))
         raise CorpusError(
             f"{len(documents):,} texts of {tokens:,} tokens fill {full:,} rows of {context} tokens; {rows or 1:,} "
-            f"were asked "
-            "for: lower rows or context, or give more texts"
+            "were asked for: lower rows or context, or give more texts"
         )
     return TokenisedText(documents, digest.hexdigest()), full

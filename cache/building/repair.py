@@ -13,16 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hsae.cache.building.statistics import summarise
-from hsae.cache.building.verification import Damage, metadata_files, verify
-from hsae.cache.building.writer import encoded_json, listed, write_documents, write_header, write_list
+from hsae.cache.building.verification import Damage, verify
+from hsae.cache.building.writer import read_trailers, write_documents, write_header, write_list
 from hsae.cache.config import Codec, at_commit
 from hsae.cache.errors import DamagedFileError, StoreError
 from hsae.cache.files import crc32c, sweep
 from hsae.cache.format import layout
 from hsae.cache.format.arrays import CRC_BYTES, ArraySpec
-from hsae.cache.format.chunk_codec import DamagedChunkError, encode_chunk, read_tensor
-from hsae.cache.reading.mapped_chunks import MappedArray, count_kept, read_checks
+from hsae.cache.format.chunk_codec import encode_chunk, read_tensor
+from hsae.cache.reading.mapped_chunks import count_kept, read_checks
 from hsae.cache.storage.paths import Place, exists, locked, place, publish
+
+LISTS = ("checks", "stats/kept")  # arrays that follow from others
 
 
 def repair(
@@ -41,15 +43,14 @@ def repair(
     with locked(root):
         if isinstance(root, Path):
             sweep(root)
-        documents = {str(root / name): (name, document) for name, document in metadata_files(header).items()}
-        write_documents(root, dict(documents[str(one.path)] for one in damages if str(one.path) in documents))
-        if any(one.array not in ("checks", "stats/kept") and str(one.path) not in documents for one in damages):
+        paths, arrays = {str(one.path) for one in damages}, {one.array for one in damages}
+        documents = layout.metadata(header).items()
+        write_documents(root, {name: document for name, document in documents if str(root / name) in paths})
+        if any(one.array not in LISTS and one.path.name != layout.METADATA for one in damages):
             _Repair(root, header, damages, device, say).run()
-        if any(one.array == "stats/kept" for one in damages):
+        if "stats/kept" in arrays:
             _write_kept(root, header)
-        if header.complete and (
-            header.checks is None or not layout.is_sealed(root) or any(one.array == "checks" for one in damages)
-        ):
+        if header.complete and ("checks" in arrays or header.checks is None or not layout.is_sealed(root)):
             _seal_again(root, header)
     return verify(root)
 
@@ -99,7 +100,7 @@ class _Repair:
         self.specs = {spec.path: spec for spec in layout.every_array(header)}
         try:
             self.checks: Mapping[str, NDArray[np.uint32]] = read_checks(root, header)
-        except DamagedChunkError:
+        except DamagedFileError:
             self.checks = {}  # written again at the end, and compared with the header
 
     def run(self) -> None:
@@ -115,22 +116,18 @@ class _Repair:
             if one.array in self.contents.specs and one.array != "tokens":
                 by_index.setdefault(one.index, []).append(self.specs[one.array])
         for number, (index, wanted) in enumerate(sorted(by_index.items()), 1):
-            for spec, _, values in self.contents.compute(
-                index, wanted, read_tensor(self.root, self.specs["tokens"], index)
-            ):
+            row_tokens = read_tensor(self.root, self.specs["tokens"], index)
+            for spec, _, values in self.contents.compute(index, wanted, row_tokens):
                 self._replace(spec.path, index, values)
             self.say(f"chunk {index} computed again ({number} of {len(by_index)})")
         lost = {one.array for one in self.damages if one.array.startswith("stats/blocks")}
         for hook in {path.split("/")[1] for path in lost}:
-            acts, tokens_of = (
-                MappedArray(self.root, self.specs[path], self.checks.get(path)) for path in (f"acts/{hook}", "tokens")
-            )
-            _, moments = summarise(self.root, acts, tokens_of, self.header.special_ids)
+            _, moments = summarise(self.root, self.specs, hook, self.header.special_ids, self.checks)
             for name in lost & {f"stats/{hook}/{name}" for name in moments}:
                 self._replace(name, 0, moments[name.rpartition("/")[2]])
 
     def _documents(self) -> None:
-        data = encoded_json(self.contents.row_documents[1])
+        data = self.contents.documents_json
         if self.header.documents_digest not in (None, layout.documents_digest(data)):
             raise self._other(self.root / layout.DOCUMENTS)
         publish(self.root / layout.DOCUMENTS, data)
@@ -146,8 +143,7 @@ class _Repair:
     def _other(self, path: Place) -> StoreError:
         return StoreError(
             f"{path} comes out with other numbers than those that the store was finished with, and was left as it "
-            f"is; move {self.root} "
-            "away and build it again with `hsae cache build`"
+            f"is; move {self.root} away and build it again with `hsae cache build`"
         )
 
 
@@ -162,7 +158,7 @@ def _write_kept(root: Place, header: layout.Header) -> None:
 def _seal_again(root: Place, header: layout.Header) -> None:
     """Write the checksums' list and the header. Raises StoreError if the list is not the header's."""
     specs = layout.every_array(header)
-    checks = listed(root, specs).astype("<u4")
+    checks = read_trailers(root, specs).astype("<u4")
     if header.checks not in (None, crc32c(checks.tobytes())):
         raise _not_the_same(root)
     header = header.model_copy(update={"checks": write_list(root, layout.checks_array(specs), checks)})

@@ -2,17 +2,18 @@
 
 import contextlib
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
 from hsae.cache.building.chunk_log import Written
 from hsae.cache.building.contents import StoreContents
-from hsae.cache.building.verification import check_chunk
+from hsae.cache.building.verification import Damage, check_chunk, find_damage
 from hsae.cache.building.writer import trailer
-from hsae.cache.errors import StoreError
+from hsae.cache.errors import DamagedFileError, StoreError
 from hsae.cache.files import crc32c
 from hsae.cache.format.arrays import CRC_BYTES, ArraySpec
-from hsae.cache.format.chunk_codec import DamagedChunkError, encode_chunk
+from hsae.cache.format.chunk_codec import encode_chunk
 from hsae.cache.format.layout import every_array
 from hsae.cache.reading.mapped_chunks import split_checks
 from hsae.cache.storage.paths import Place, at_once, map_parallel
@@ -27,21 +28,15 @@ def keep_what_is_right(contents: StoreContents, root: Place, written: Written) -
     differs.
     """
     specs = contents.specs
-    present = {path: np.flatnonzero(spec.written(root)) for path, spec in specs.items()}
-    if not any(len(indices) for indices in present.values()):
+    present = [(spec, int(index)) for spec in specs.values() for index in np.flatnonzero(spec.written(root))]
+    if not present:
         return
     checks = _listed(contents, root)
 
-    def check(job: tuple[ArraySpec, int]) -> Place | None:
-        spec, index = job
-        try:
-            check_chunk(root, spec, index, int(checks[spec.path][index]) if checks else None)
-        except DamagedChunkError:
-            return spec.chunk_file(root, index)
-        return None
+    def find(chunk: tuple[ArraySpec, int]) -> Damage | None:
+        return find_damage(partial(check_chunk, root, *chunk, checks.get(chunk[0].path)))
 
-    jobs = ((specs[path], int(index)) for path, indices in present.items() for index in indices)
-    damaged = {str(path): path for path in map_parallel(check, jobs, at_once(root)) if path is not None}
+    damaged = {str(one.path): one.path for one in map_parallel(find, present, at_once(root)) if one is not None}
     first, known = None, 0
     for index, chunk in contents.token_chunks():
         first = chunk if index == 0 else first
@@ -53,15 +48,13 @@ def keep_what_is_right(contents: StoreContents, root: Place, written: Written) -
     if damaged and not known:
         raise StoreError(
             f"{root} has lost its header, and none of its tokens are whole, so that nobody knows whose it is. Move "
-            f"it away, or build elsewhere "
-            "with --set cache.dir=FOLDER"
+            "it away, or build elsewhere with --set cache.dir=FOLDER"
         )
     for path in damaged.values():
         path.unlink(missing_ok=True)
     if checks:  # what a finished store's list tells of is as good as written down
-        for array, indices in present.items():
-            for number in map(int, indices):
-                written.add(array, number, int(checks[array][number]))
+        for spec, index in present:
+            written.add(spec.path, index, int(checks[spec.path][index]))
         written.flush()
 
 
@@ -69,7 +62,7 @@ def _listed(contents: StoreContents, root: Place) -> dict[str, np.ndarray]:
     """The checksums of each array's chunks that a finished store would list, if they are there and whole."""
     for count in (0, None):  # older stores have no list of kept tokens
         specs = every_array(contents.header().model_copy(update={"complete": True, "kept_tokens": count}))
-        with contextlib.suppress(DamagedChunkError):
+        with contextlib.suppress(DamagedFileError):
             return split_checks(root, specs, None)
     return {}
 
@@ -81,8 +74,7 @@ def _compare(root: Place, spec: ArraySpec, index: int, data: bytes, damaged: Map
         return False
     if trailer(root, spec, index) != crc32c(data[:-CRC_BYTES]):
         raise StoreError(
-            f"{root} has lost its header, and its chunks are not those of this model and text: "
-            f"{spec.chunk_file(root, index)} would be another. Move the store away, or build elsewhere "
-            f"with --set cache.dir=FOLDER"
+            f"{root} has lost its header, and its chunks are not those of this model and text: {path} would be "
+            "another. Move the store away, or build elsewhere with --set cache.dir=FOLDER"
         )
     return True

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from hsae.cache.building.chunk_log import Written
 from hsae.cache.building.writer import trailer
+from hsae.cache.errors import DamagedFileError
 from hsae.cache.files import crc32c
 from hsae.cache.format.arrays import CRC_BYTES, ArraySpec
-from hsae.cache.format.chunk_codec import DamagedChunkError
 from hsae.cache.launcher import Share
 from hsae.cache.reading.mapped_chunks import kept_tokens
 from hsae.cache.storage.paths import Place, map_parallel, publish
@@ -65,22 +65,17 @@ def collected(
 
 def _read(target: Place, specs: Sequence[ArraySpec], part: int, key: str) -> NDArray[np.uint32] | None:
     """A part's numbers; None if it is not there or not what was written."""
-    try:
+    chunks = min(TALLIED, specs[0].count - part * TALLIED)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         data = (target / FOLDER / str(part)).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    numbers, checksum = data[:-CRC_BYTES], data[-CRC_BYTES:]
-    if len(numbers) != _bytes(specs, part) or _checksum(numbers, part, key) != checksum:
-        return None
-    return np.frombuffer(numbers, "<u4").reshape(-1, 1 + len(specs))
+        numbers, checksum = data[:-CRC_BYTES], data[-CRC_BYTES:]
+        if len(numbers) == 4 * (1 + len(specs)) * chunks and checksum == _checksum(numbers, part, key):
+            return np.frombuffer(numbers, "<u4").reshape(-1, 1 + len(specs))
+    return None
 
 
 def _checksum(numbers: bytes, part: int, key: str) -> bytes:
     return crc32c(f"{key}/{part}".encode(), crc32c(numbers)).to_bytes(CRC_BYTES, "little")
-
-
-def _bytes(specs: Sequence[ArraySpec], part: int) -> int:
-    return 4 * (1 + len(specs)) * min(TALLIED, specs[0].count - part * TALLIED)
 
 
 def _tallied(
@@ -94,7 +89,7 @@ def _tallied(
     def numbers(chunk: Chunk) -> tuple[int, int] | None:
         """(a chunk's non-special tokens if it is one of tokens, its checksum)."""
         spec, index = chunk
-        with contextlib.suppress(DamagedChunkError):
+        with contextlib.suppress(DamagedFileError):
             count, checksum = (
                 kept_tokens(target, spec, index, special_ids) if spec is tokens else (0, trailer(target, spec, index))
             )

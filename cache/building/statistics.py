@@ -3,12 +3,15 @@
 Shapes: D residual width, S sampled vectors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hsae.cache.errors import StoreError
+from hsae.cache.format.arrays import ArraySpec
 from hsae.cache.format.layout import HookSummary
 from hsae.cache.reading.mapped_chunks import MappedArray
 from hsae.cache.storage.paths import Place
@@ -19,15 +22,17 @@ WEISZFELD_STEPS = 50
 
 
 def summarise(
-    target: Place, acts: MappedArray, tokens: MappedArray, special_ids: Sequence[int]
+    root: Place,
+    specs: Mapping[str, ArraySpec],
+    hook: str,
+    special_ids: Sequence[int],
+    checks: Mapping[str, NDArray[np.uint32]],
 ) -> tuple[HookSummary, dict[str, Tensor]]:
     """The scalars of a hook, and its `mean` and `geometric_median` [D]. Special tokens are left out."""
-    count = acts.spec.count
-    chosen = sorted(
-        {index * (count - 1) // max(1, min(count, MOST_CHUNKS) - 1) for index in range(min(count, MOST_CHUNKS))}
-    )
-    d_model = acts.spec.shape[-1]
-    total, squares, seen = torch.zeros(d_model, dtype=torch.float64), 0.0, 0
+    acts, tokens = (MappedArray(root, specs[path], checks.get(path)) for path in (f"acts/{hook}", "tokens"))
+    sampled = min(acts.spec.count, MOST_CHUNKS)
+    chosen = sorted({index * (acts.spec.count - 1) // max(1, sampled - 1) for index in range(sampled)})
+    total, squares, seen = torch.zeros(acts.spec.shape[-1], dtype=torch.float64), 0.0, 0
     sample = []
     special = torch.tensor(special_ids, dtype=torch.int32)
     for index in chosen:
@@ -41,7 +46,7 @@ def summarise(
         stride = max(1, -(-len(vectors) * len(chosen) // MEDIAN_SAMPLE))
         sample.append(vectors[::stride].clone())
     if not seen:
-        raise StoreError(f"{target} holds special tokens only")
+        raise StoreError(f"{root} holds special tokens only")
     moments = {"mean": total / seen, "geometric_median": geometric_median(torch.cat(sample).double())}
     return HookSummary(mean_square_norm=squares / seen, tokens=seen), moments
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from hsae.cache.errors import DamagedFileError
 from hsae.cache.format import layout
 from hsae.cache.format.arrays import ArraySpec
-from hsae.cache.format.chunk_codec import DamagedChunkError, read_chunk
+from hsae.cache.format.chunk_codec import Checks, fetch_chunk
 from hsae.cache.progress import Progress, Step, silent
 from hsae.cache.reading.mapped_chunks import map_chunk, read_checks
 from hsae.cache.storage.paths import Place, at_once, map_parallel, place
@@ -32,48 +33,36 @@ def verify(url: str | Place, progress: Progress = silent) -> list[Damage]:
     """Every damaged file of a store, all of them read anew. Raises StoreError if its header can't be trusted."""
     root = place(url)
     header = layout.read_header(root)
-    specs = layout.every_array(header)
-    damages = []
     checks: dict[str, NDArray[np.uint32]] = {}
-
-    def sound(array: str, check: Callable[[], object]) -> None:
-        try:
-            check()
-        except DamagedFileError as error:
-            damages.append(Damage(array=array, index=0, path=error.path, problem=error.problem))
-
-    for name, document in metadata_files(header).items():
-        sound("", lambda name=name, document=document: layout.check_metadata(root, name, document))  # type: ignore[misc]
+    files = [find_damage(partial(layout.check_metadata, root, *item)) for item in layout.metadata(header).items()]
     if header.spec.rows_per_document is not None and (header.complete or header.documents_digest):
-        sound("", lambda: layout.read_documents(root, header))
-    sound("checks", lambda: checks.update(read_checks(root, header)))
-    total = sum(spec.count for spec in specs)
-    jobs = ((spec, index) for spec in specs for index in range(spec.count))
+        files.append(find_damage(partial(layout.read_documents, root, header)))
+    files.append(find_damage(lambda: checks.update(read_checks(root, header)), "checks"))
+    damages = [damage for damage in files if damage is not None]
+    chunks = [(spec, index) for spec in layout.every_array(header) for index in range(spec.count)]
 
-    def problem(job: tuple[ArraySpec, int]) -> Damage | None:
-        spec, index = job
-        try:
-            check_chunk(root, spec, index, int(checks[spec.path][index]) if checks else None)
-        except DamagedChunkError as error:
-            return Damage(array=spec.path, index=index, path=error.path, problem=error.problem)
-        return None
+    def find(chunk: tuple[ArraySpec, int]) -> Damage | None:
+        spec, index = chunk
+        return find_damage(partial(check_chunk, root, spec, index, checks.get(spec.path)), spec.path, index)
 
-    for done, damage in enumerate(map_parallel(problem, jobs, at_once(root)), 1):
+    for done, damage in enumerate(map_parallel(find, chunks, at_once(root)), 1):
         damages.extend([damage] if damage else [])
-        progress(Step(task="checking", done=done, total=total, unit="chunks"))
+        progress(Step(task="checking", done=done, total=len(chunks), unit="chunks"))
     return damages
 
 
-def metadata_files(header: layout.Header) -> dict[str, dict[str, object]]:
-    """Every zarr.json that a store with this header has."""
-    specs = layout.every_array(header)
-    return layout.metadata(header, specs if header.checks is None else [*specs, layout.checks_array(specs)])
+def find_damage(check: Callable[[], object], array: str = "", index: int = 0) -> Damage | None:
+    """The damage that `check` raises a DamagedFileError for."""
+    try:
+        check()
+    except DamagedFileError as error:
+        return Damage(array=array, index=index, path=error.path, problem=error.problem)
+    return None
 
 
-def check_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None) -> None:
-    """Raise DamagedChunkError unless the file holds a whole chunk with the right checksum."""
-    path = spec.chunk_file(root, index)
-    if spec.codec == "mappable" and isinstance(path, Path):
-        map_chunk(root, path, spec, check=True, listed=listed)
+def check_chunk(root: Place, spec: ArraySpec, index: int, checks: Checks | None) -> None:
+    """Raise DamagedFileError unless the file holds a whole chunk with the right checksum."""
+    if spec.codec == "mappable" and isinstance(root, Path):
+        map_chunk(root, spec, index, checks)
     else:
-        read_chunk(root, spec, index, listed)
+        fetch_chunk(root, spec, index, checks)

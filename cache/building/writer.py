@@ -4,7 +4,7 @@ A chunk is never overwritten in part.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,38 +13,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import hsae.cache.format.bfloat16  # noqa: F401  what is written here can be read with zarr
+from hsae.cache.errors import missing_is_damage
 from hsae.cache.format.arrays import CRC_BYTES, ArraySpec
-from hsae.cache.format.chunk_codec import TORCH_DTYPES, DamagedChunkError, encode_chunk
+from hsae.cache.format.chunk_codec import encode_chunk
 from hsae.cache.format.layout import METADATA, Header, checks_array, metadata
-from hsae.cache.storage.paths import Place, create_file, map_parallel, publish, read_tail
-
-__all__ = [
-    "TORCH_DTYPES",
-    "create",
-    "encoded_json",
-    "listed",
-    "seal",
-    "trailer",
-    "write_chunk",
-    "write_documents",
-    "write_header",
-    "write_json",
-    "write_list",
-    "write_metadata",
-]
+from hsae.cache.storage.paths import Place, map_parallel, publish, read_tail
 
 
-def create(target: Place, header: Header, specs: Iterable[ArraySpec]) -> None:
-    """Write every zarr.json of a store, the one with the header last, unless another process was faster with that."""
-    documents = metadata(header, specs)
+def write_metadata(target: Place, header: Header, *, replace: bool = True) -> None:
+    """Write every zarr.json of a store, the one with the header last; see `publish` for `replace`."""
+    documents = metadata(header)
     first = documents.pop(METADATA)
     write_documents(target, documents)
-    create_file(target / METADATA, _encoded(first))
+    publish(target / METADATA, _encoded(first), replace=replace)
 
 
-def write_metadata(target: Place, header: Header, specs: Iterable[ArraySpec]) -> None:
-    """Write every zarr.json of a store, the one with the header last."""
-    write_documents(target, metadata(header, specs))
+def write_header(target: Place, header: Header) -> None:
+    """Make or replace the zarr.json with the header."""
+    write_documents(target, {METADATA: metadata(header)[METADATA]})
 
 
 def write_documents(target: Place, documents: Mapping[str, Any]) -> None:
@@ -64,50 +50,31 @@ def write_chunk(target: Place, spec: ArraySpec, index: int, values: Tensor) -> i
     return int.from_bytes(data[-CRC_BYTES:], "little")
 
 
-def seal(target: Place, specs: Sequence[ArraySpec], known: Mapping[str, NDArray[np.uint32]] = {}) -> int:
-    """Write the list of the checksums that end the chunks of `specs`, and return the list's own. See `listed`."""
-    return write_list(target, checks_array(specs), listed(target, specs, known))
-
-
-def listed(
-    target: Place, specs: Sequence[ArraySpec], known: Mapping[str, NDArray[np.uint32]] = {}
-) -> NDArray[np.uint32]:
-    """The checksums that end the chunks of `specs`, in order, read unless `known`. Raises DamagedChunkError."""
-    checksums = []
-    for spec in specs:
-        numbers = known.get(spec.path)
-        if numbers is None:
-            read = map_parallel(lambda index, spec=spec: trailer(target, spec, index), range(spec.count))  # type: ignore[misc]
-            numbers = np.fromiter(read, np.uint32, spec.count)
-        checksums.append(numbers)
-    return np.concatenate(checksums)
-
-
 def write_list(target: Place, spec: ArraySpec, numbers: NDArray[np.uint32]) -> int:
     """Write an array of one chunk, and its metadata; returns the chunk's checksum."""
     publish(target / spec.path / METADATA, _encoded(spec.metadata))
     return write_chunk(target, spec, 0, torch.from_numpy(numbers.astype(np.uint32)))
 
 
+def seal(target: Place, specs: Sequence[ArraySpec], known: Mapping[str, NDArray[np.uint32]] = {}) -> int:
+    """Write the list of the checksums that end the chunks of `specs`, read unless `known`; returns the list's own."""
+    return write_list(target, checks_array(specs), read_trailers(target, specs, known))
+
+
+def read_trailers(
+    target: Place, specs: Sequence[ArraySpec], known: Mapping[str, NDArray[np.uint32]] = {}
+) -> NDArray[np.uint32]:
+    """The checksums that end the chunks of `specs`, in order, read unless `known`. Raises DamagedFileError."""
+
+    def read(spec: ArraySpec) -> NDArray[np.uint32]:
+        trailers = map_parallel(lambda index: trailer(target, spec, index), range(spec.count))
+        return np.fromiter(trailers, np.uint32, spec.count)
+
+    return np.concatenate([known[spec.path] if spec.path in known else read(spec) for spec in specs])
+
+
 def trailer(target: Place, spec: ArraySpec, index: int) -> int:
-    """The checksum that ends chunk `index`. Raises DamagedChunkError if the chunk is missing."""
+    """The checksum that ends chunk `index`. Raises DamagedFileError if the chunk is missing."""
     path = spec.chunk_file(target, index)
-    try:
+    with missing_is_damage(target, path):
         return int.from_bytes(read_tail(path, CRC_BYTES), "little")
-    except (FileNotFoundError, NotADirectoryError):
-        raise DamagedChunkError(target, path, "is missing") from None
-
-
-def write_header(target: Place, header: Header) -> None:
-    """Make or replace the store's header."""
-    write_metadata(target, header, ())
-
-
-def write_json(target: Place, content: Any) -> None:
-    """Make or replace a JSON file."""
-    publish(target, encoded_json(content))
-
-
-def encoded_json(content: Any) -> bytes:
-    """A JSON file's bytes."""
-    return json.dumps(content).encode()

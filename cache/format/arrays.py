@@ -1,6 +1,7 @@
 """One array of a store: its shape, type, chunks and codec, what zarr's metadata says of it, and where its chunks
 lie."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,6 @@ from hsae.cache.storage.paths import Place, numbered_sizes, size_of
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int32": 4, "uint32": 4}
 CRC_BYTES = 4
-CODECS: dict[Codec, tuple[dict[str, Any], ...]] = {
-    "mappable": ({"name": "bytes", "configuration": {"endian": "little"}},),
-    "compact": (
-        {"name": "bytes", "configuration": {"endian": "little"}},
-        {
-            "name": "blosc",
-            "configuration": {"typesize": 0, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0},
-        },
-    ),
-    "int8": ({"name": "hsae.int8"},),
-}  # fmt: skip
-"""Before the crc32c; the type size is the array's."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +38,26 @@ class ArraySpec:
     @property
     def chunk_bytes(self) -> int:
         """Bytes of one chunk's numbers."""
-        size = ITEM_BYTES[self.dtype]
-        for length in self.chunks:
-            size *= length
-        return size
+        return ITEM_BYTES[self.dtype] * math.prod(self.chunks)
 
     @property
     def metadata(self) -> dict[str, Any]:
         """The array's zarr.json, as zarr-python writes it."""
-        codecs = [dict(codec) for codec in (*CODECS[self.codec], {"name": "crc32c"})]
-        for codec in codecs:
-            if codec["name"] == "blosc":
-                codec["configuration"] = {**codec["configuration"], "typesize": ITEM_BYTES[self.dtype]}
+        numbers = {"name": "bytes", "configuration": {"endian": "little"}}
+        blosc = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+        compressor = {"name": "blosc", "configuration": {"typesize": ITEM_BYTES[self.dtype], **blosc}}
+        codecs: dict[Codec, list[dict[str, Any]]] = {
+            "mappable": [numbers],
+            "compact": [numbers, compressor],
+            "int8": [{"name": "hsae.int8"}],
+        }
         return {
             "shape": list(self.shape),
             "data_type": self.dtype,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunks)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "fill_value": 0 if "int" in self.dtype else 0.0,
-            "codecs": codecs,
+            "codecs": [*codecs[self.codec], {"name": "crc32c"}],
             "attributes": {},
             "zarr_format": 3,
             "node_type": "array",
@@ -88,12 +78,12 @@ class ArraySpec:
         return lengths
 
     def written(self, root: Place) -> NDArray[np.bool_]:
-        """For each chunk, whether it is there and, where its length is known, whole. One listing."""
+        """For each chunk, whether it is there and, where its length is known, whole: one listing."""
         lengths = self.lengths(root)
         return lengths == self.chunk_bytes + CRC_BYTES if self.codec == "mappable" else lengths >= 0
 
     def is_written(self, root: Place, index: int) -> bool:
-        """Whether chunk `index` is there, and, where its length is known, is whole."""
+        """As `written`, for chunk `index`."""
         size = size_of(self.chunk_file(root, index))
         return size is not None and (self.codec != "mappable" or size == self.chunk_bytes + CRC_BYTES)
 

@@ -5,31 +5,25 @@ The crc32c of an encoded chunk ends its file and, once the store is complete, al
 checksums (`checks`): a flipped bit disagrees with both, a chunk in another's place with the list.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from hsae.cache.errors import DamagedFileError, TooLongError
+from hsae.cache.errors import DamagedFileError, TooLongError, missing_is_damage
 from hsae.cache.files import crc32c
 from hsae.cache.format.arrays import CRC_BYTES, ITEM_BYTES, ArraySpec
 from hsae.cache.format.int8 import dequantise, quantise
 from hsae.cache.storage.paths import Place, read_again
 
-TORCH_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "int32": torch.int32,
-    "uint32": torch.uint32,
-}
-
-
-class DamagedChunkError(DamagedFileError):
-    """A chunk is missing or is not what was written."""
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
+Checks = Sequence[int] | NDArray[np.integer[Any]]
+"""The checksum that each chunk of an array should have; of a chunk whose number is negative, it is not known."""
 
 
 @cache
@@ -54,33 +48,38 @@ def encode_chunk(spec: ArraySpec, values: Tensor, mean_D: Tensor | None = None) 
     return b"".join((body, crc32c(body).to_bytes(CRC_BYTES, "little")))
 
 
+def listed_checksum(checks: Checks | None, index: int) -> int | None:
+    """The checksum that chunk `index` should have, where it is known."""
+    return None if checks is None or checks[index] < 0 else int(checks[index])
+
+
 def check_sums(root: Place, path: Place, checksum: int, trailer: int, listed: int | None) -> None:
-    """Raise DamagedChunkError unless a chunk's checksum is the one at its end and in the store's list, if any."""
+    """Raise DamagedFileError unless a chunk's checksum is the one at its end and in the store's list, if any."""
     if checksum != trailer:
-        raise DamagedChunkError(root, path, "fails its checksum")
+        raise DamagedFileError(root, path, "fails its checksum")
     if listed is not None and checksum != listed:
-        raise DamagedChunkError(root, path, "is another chunk, put in this one's place")
+        raise DamagedFileError(root, path, "is another chunk, put in this one's place")
 
 
 def decode_chunk(root: Place, path: Place, data: bytes, spec: ArraySpec, listed: int | None = None) -> bytes:
-    """The numbers of an encoded chunk. Raises DamagedChunkError if a checksum or a length is wrong."""
+    """The numbers of an encoded chunk. Raises DamagedFileError if a checksum or a length is wrong."""
     if spec.codec == "mappable" and len(data) != spec.chunk_bytes + CRC_BYTES:
-        raise DamagedChunkError(root, path, f"is {len(data)} bytes long, not {spec.chunk_bytes + CRC_BYTES}")
-    body = memoryview(data)[:-CRC_BYTES]
+        raise DamagedFileError(root, path, f"is {len(data)} bytes long, not {spec.chunk_bytes + CRC_BYTES}")
     if len(data) <= CRC_BYTES:
-        raise DamagedChunkError(root, path, "fails its checksum")
+        raise DamagedFileError(root, path, "fails its checksum")
+    body = memoryview(data)[:-CRC_BYTES]
     check_sums(root, path, crc32c(body), int.from_bytes(data[-CRC_BYTES:], "little"), listed)
     if spec.codec == "mappable":
         return bytes(body)
     try:
         return _decode_int8(body, spec) if spec.codec == "int8" else _decode_blosc(body, spec)
     except (RuntimeError, ValueError):
-        raise DamagedChunkError(root, path, "does not decode to a chunk of this array") from None
+        raise DamagedFileError(root, path, "does not decode to a chunk of this array") from None
 
 
 def _decode_int8(body: memoryview, spec: ArraySpec) -> bytes:
     vectors = torch.from_numpy(dequantise(body, spec.shape[-1])).to(TORCH_DTYPES[spec.dtype])
-    if vectors.numel() * ITEM_BYTES[spec.dtype] != spec.chunk_bytes:
+    if vectors.nbytes != spec.chunk_bytes:
         raise ValueError("another number of vectors")
     return bytes(vectors.flatten().view(torch.uint8).numpy().tobytes())
 
@@ -94,14 +93,9 @@ def _decode_blosc(body: memoryview, spec: ArraySpec) -> bytes:
     return bytes(_blosc(ITEM_BYTES[spec.dtype]).decode(body))
 
 
-def read_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None = None) -> bytes:
-    """The numbers of chunk `index`, fetched and checked. Raises DamagedChunkError."""
-    return _fetched(root, spec, index, listed)[1]
-
-
-def read_tensor(root: Place, spec: ArraySpec, index: int, listed: int | None = None) -> Tensor:
-    """Chunk `index` in memory, [rows, ...] without padding, fetched and checked. Raises DamagedChunkError."""
-    return to_tensor(read_chunk(root, spec, index, listed), spec, index)
+def read_tensor(root: Place, spec: ArraySpec, index: int, checks: Checks | None = None) -> Tensor:
+    """Chunk `index` in memory, [rows, ...] without padding, fetched and checked. Raises DamagedFileError."""
+    return to_tensor(fetch_chunk(root, spec, index, checks)[1], spec, index)
 
 
 def to_tensor(numbers: bytes, spec: ArraySpec, index: int) -> Tensor:
@@ -109,23 +103,16 @@ def to_tensor(numbers: bytes, spec: ArraySpec, index: int) -> Tensor:
     return torch.frombuffer(bytearray(numbers), dtype=TORCH_DTYPES[spec.dtype]).view(spec.chunks)[: spec.rows(index)]
 
 
-def encoded_chunk(root: Place, spec: ArraySpec, index: int, listed: int | None = None) -> bytes:
-    """The bytes of chunk `index`'s file, fetched and checked. Raises DamagedChunkError."""
-    return _fetched(root, spec, index, listed)[0]
-
-
-def _fetched(root: Place, spec: ArraySpec, index: int, listed: int | None) -> tuple[bytes, bytes]:
-    """(the bytes of its file, its numbers)."""
+def fetch_chunk(root: Place, spec: ArraySpec, index: int, checks: Checks | None = None) -> tuple[bytes, bytes]:
+    """(the bytes of chunk `index`'s file, its numbers), checked. Raises DamagedFileError."""
     path, most = spec.chunk_file(root, index), 2 * spec.chunk_bytes + 4096  # more than any codec needs
 
     def read() -> tuple[bytes, bytes]:
         try:
             data = path.read_bytes() if isinstance(path, Path) else path.read_bytes(most)
         except TooLongError:
-            raise DamagedChunkError(root, path, f"is more than {most} bytes long") from None
-        return data, decode_chunk(root, path, data, spec, listed)
+            raise DamagedFileError(root, path, f"is more than {most} bytes long") from None
+        return data, decode_chunk(root, path, data, spec, listed_checksum(checks, index))
 
-    try:
-        return read_again(path, read, DamagedChunkError)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise DamagedChunkError(root, path, "is missing") from None
+    with missing_is_damage(root, path):
+        return read_again(path, read, DamagedFileError)

@@ -40,14 +40,14 @@ and `stats/kept`. Nothing in it depends on when or in how many goes it was built
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
 from hsae.cache.config import HOOK_PATTERN, Codec, Config
-from hsae.cache.errors import DamagedFileError, StoreError
+from hsae.cache.errors import DamagedFileError, StoreError, missing_is_damage
 from hsae.cache.files import CHECKSUM, check_seal, parse_json, sealed
 from hsae.cache.format.arrays import CRC_BYTES, ITEM_BYTES, ArraySpec
 from hsae.cache.format.spec import FORMAT_VERSION, StoreSpec
@@ -166,10 +166,11 @@ def total_bytes(spec: StoreSpec, d_model: int) -> int:
     return sum(array.count * (array.chunk_bytes + CRC_BYTES) for array in every)
 
 
-def metadata(header: Header, specs: Iterable[ArraySpec]) -> dict[str, dict[str, Any]]:
-    """Every zarr.json of a store with these arrays, by its path from the root; the one with the header is the last."""
+def metadata(header: Header) -> dict[str, dict[str, Any]]:
+    """Every zarr.json of a store of this header, by its path from the root; the one with the header is the last."""
     documents: dict[str, dict[str, Any]] = {}
-    for spec in specs:
+    specs = every_array(header)
+    for spec in specs if header.checks is None else [*specs, checks_array(specs)]:
         for folder in list(PurePosixPath(spec.path).parents)[-2::-1]:
             documents.setdefault(f"{folder}/{METADATA}", _group({}))
         documents[f"{spec.path}/{METADATA}"] = spec.metadata
@@ -180,15 +181,17 @@ def _group(attributes: dict[str, Any]) -> dict[str, Any]:
     return {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
 
 
-def read_header(root: Place) -> Header:
-    """A store's header. Raises LostHeaderError if it is missing or damaged, StoreError for another format."""
+def read_header(root: Place, wanted: StoreSpec | None = None) -> Header:
+    """A store's header. Raises LostHeaderError if it is missing or damaged, StoreError for another format, or if the
+    store was not made for the `wanted` configuration.
+    """
     path = root / METADATA
 
     def read() -> Header:
         content = parse_json(path.read_bytes())["attributes"]["hsae"]
         check_seal(content, required=False)
-        older = {} if CHECKSUM in content else {"older": True}
-        return Header(**{**{key: value for key, value in content.items() if key != CHECKSUM}, **older})
+        older = {} if content.pop(CHECKSUM, None) else {"older": True}
+        return Header(**{**content, **older})
 
     try:
         header = read_again(path, read, (ValueError, KeyError, TypeError, AttributeError))
@@ -200,29 +203,32 @@ def read_header(root: Place) -> Header:
     if header.format != FORMAT_VERSION:
         raise StoreError(
             f"{root} has format {header.format}; this hsae reads format {FORMAT_VERSION}: move it away and build the "
-            f"store again"
+            "store again"
         )
     if not spec.hooks or len(set(spec.hooks)) < len(spec.hooks) or not all(map(HOOK_PATTERN.fullmatch, spec.hooks)):
         raise _lost(root, f"names hooks hsae doesn't know: {', '.join(spec.hooks)}")
-    if not (
-        0 <= spec.clean_rows <= spec.rows <= LARGEST
-        and spec.rows > 0
-        and 0 < spec.context <= LARGEST
-        and 0 < spec.batch_rows <= LARGEST
+    possible = (
+        all(0 < size <= LARGEST for size in (spec.rows, spec.context, spec.batch_rows))
+        and 0 <= spec.clean_rows <= spec.rows
         and 0 < spec.chunk_mib <= 1 << 20
-        and all(
-            array.count <= MOST_CHUNKS and array.chunk_bytes <= LARGEST_CHUNK
-            for array in arrays(spec, header.d_model).values()
-        )
+    )
+    if not possible or any(
+        array.count > MOST_CHUNKS or array.chunk_bytes > LARGEST_CHUNK
+        for array in arrays(spec, header.d_model).values()
     ):
         raise _lost(
             root,
             f"gives impossible sizes: {spec.rows} rows of {spec.context} tokens, {spec.clean_rows} of them clean, in "
-            f"batches of "
-            f"{spec.batch_rows} and chunks of {spec.chunk_mib:g} MiB, width {header.d_model}",
+            f"batches of {spec.batch_rows} and chunks of {spec.chunk_mib:g} MiB, width {header.d_model}",
         )
     if header.complete and set(header.statistics) != set(spec.hooks):
         raise _lost(root, f"says the store is complete, but has no statistics of {', '.join(spec.hooks)}")
+    if wanted is not None and wanted != spec:
+        key, actual, other = _difference(spec.model_dump(mode="json"), wanted.model_dump(mode="json"))
+        raise StoreError(
+            f"{root} was made for another configuration: its {key} is {actual!r}, not {other!r}. Move it away and "
+            f"make the right one with `{build_command(root)}`, or use another folder with --set cache.dir=FOLDER"
+        )
     return header
 
 
@@ -237,23 +243,10 @@ def build_command(root: Place) -> str:
     return "hsae cache build" + (f" --suite {suite}" if suite else "")
 
 
-def held_by(root: Place, spec: StoreSpec) -> Header:
-    """As `read_header`; raises StoreError, too, if the store was made for another configuration."""
-    header = read_header(root)
-    if header.spec != spec:
-        key, actual, wanted = _difference(header.spec.model_dump(mode="json"), spec.model_dump(mode="json"))
-        raise StoreError(
-            f"{root} was made for another configuration: its {key} is {actual!r}, not {wanted!r}. Move it away and "
-            f"make the right one with "
-            f"`{build_command(root)}`, or use another folder with --set cache.dir=FOLDER"
-        )
-    return header
-
-
 def is_finished(target: Place, spec: StoreSpec) -> bool:
     """Whether a store is complete. Raises StoreError if it was made for another configuration."""
     with contextlib.suppress(LostHeaderError):
-        return held_by(target, spec).complete
+        return read_header(target, spec).complete
     return False
 
 
@@ -262,7 +255,7 @@ def _difference(actual: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[s
     key = next(key for key in wanted if actual.get(key) != wanted[key])
     if isinstance(actual.get(key), dict) and isinstance(wanted[key], dict):
         inner, *values = _difference(actual[key], wanted[key])
-        return f"{key}.{inner}", values[0], values[1]
+        return f"{key}.{inner}", *values
     return key, actual.get(key), wanted[key]
 
 
@@ -283,25 +276,20 @@ def check_metadata(root: Place, name: str, wanted: Mapping[str, Any]) -> None:
     def compare() -> None:
         data = path.read_bytes()
         try:
-            stored = parse_json(data)
+            stored = dict(parse_json(data))
             if name == METADATA:
                 stored["attributes"]["hsae"] = wanted["attributes"]["hsae"]
-            given = dict(stored)
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedFileError(root, path, f"can't be read ({error})") from None
-        if wanted["node_type"] == "group" and given.get("consolidated_metadata", 0) is None:
-            del given["consolidated_metadata"]  # older versions of zarr-python wrote that
-        for key in {**wanted, **given}:
-            texts = [json.dumps(content.get(key), sort_keys=True) for content in (given, wanted)]
-            if texts[0] != texts[1] or (key in given) != (key in wanted):
-                raise DamagedFileError(
-                    root, path, f"says {key} is {texts[0][:200]}, the store's header leads to {texts[1]}"
-                )
+        if wanted["node_type"] == "group" and stored.get("consolidated_metadata", 0) is None:
+            del stored["consolidated_metadata"]  # older versions of zarr-python wrote that
+        for key in {**wanted, **stored}:
+            actual, right = (json.dumps(content.get(key), sort_keys=True) for content in (stored, wanted))
+            if actual != right or (key in stored) != (key in wanted):
+                raise DamagedFileError(root, path, f"says {key} is {actual[:200]}, the store's header leads to {right}")
 
-    try:
+    with missing_is_damage(root, path):
         read_again(path, compare, DamagedFileError)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise DamagedFileError(root, path, "is missing") from None
 
 
 def read_documents(root: Place, header: Header) -> list[tuple[int, str | None]]:
@@ -314,12 +302,11 @@ def read_documents(root: Place, header: Header) -> list[tuple[int, str | None]]:
             raise ValueError("it fails its checksum")
         return [(number, topic) for number, topic in parse_json(data)]
 
-    try:
-        rows = read_again(path, read, (ValueError, TypeError))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise DamagedFileError(root, path, "is missing") from None
-    except (ValueError, TypeError) as error:
-        raise DamagedFileError(root, path, f"is damaged ({error})") from None
+    with missing_is_damage(root, path):
+        try:
+            rows = read_again(path, read, (ValueError, TypeError))
+        except (ValueError, TypeError) as error:
+            raise DamagedFileError(root, path, f"is damaged ({error})") from None
     if not all(type(number) is int and (topic is None or isinstance(topic, str)) for number, topic in rows):
         raise DamagedFileError(root, path, "is damaged (a row has no number of a document and topic)")
     if len(rows) != header.spec.rows:

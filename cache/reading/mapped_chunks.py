@@ -8,7 +8,7 @@ import errno
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hsae.cache.errors import DamagedFileError, missing_is_damage
 from hsae.cache.files import crc32c
 from hsae.cache.format.arrays import CRC_BYTES, ArraySpec
-from hsae.cache.format.chunk_codec import TORCH_DTYPES, DamagedChunkError, check_sums, encoded_chunk, read_chunk
+from hsae.cache.format.chunk_codec import TORCH_DTYPES, Checks, check_sums, fetch_chunk, listed_checksum
 from hsae.cache.format.layout import Header, checks_array, every_array
 from hsae.cache.reading import page_faults
 from hsae.cache.reading.scratch import Scratch, named_checksum, scratch
@@ -30,11 +31,10 @@ MOST_MAPPED = 16384  # chunks one array keeps mapped; Linux allows a process abo
 class MappedArray:
     """One array of a store, chunk by chunk."""
 
-    def __init__(self, root: Place, spec: ArraySpec, checks: NDArray[np.uint32] | None = None) -> None:
+    def __init__(self, root: Place, spec: ArraySpec, checks: Checks | None = None) -> None:
         self.root, self.spec, self.checks = root, spec, checks
         page_faults.note(str(root))
         self.in_place = spec.codec == "mappable" and isinstance(root, Path)
-        self._scratch: Scratch | None = None
         self._chunks: OrderedDict[int, Tensor] = OrderedDict()
         self._files: dict[int, Path] = {}
         """Scratch files of the chunks in `_chunks`."""
@@ -45,7 +45,13 @@ class MappedArray:
     def chunk(self, index: int) -> Tensor:
         """Chunk `index` over mapped pages, without padding. Writing to it changes no file."""
         if index not in self._chunks:
-            chunk = self._mapped(index) if self.in_place else self._mapped_copy(index)
+            if self.in_place:
+                chunk = map_chunk(self.root, self.spec, index, self.checks, check=not self._checked[index])
+                self._checked[index] = 1
+            else:
+                self._forget_evicted()
+                pages, self._files[index] = scratch_pages(partial(self.fetch, index), self.spec.chunk_bytes)
+                chunk = tensor_of(pages, self.spec)
             self._chunks[index] = chunk[: self.spec.rows(index)]
             if len(self._chunks) > MOST_MAPPED:
                 dropped, _ = self._chunks.popitem(last=False)
@@ -66,45 +72,26 @@ class MappedArray:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def fetch(self, index: int) -> Path:
-        """The scratch file of a chunk that can't be mapped in place, made if need be. Raises DamagedChunkError."""
-        if self._scratch is None:
-            self._scratch = scratch()
-        listed = self._listed(index)
-        key = f"{self.root}|{self.spec.path}|{index}|{self.spec.chunks}|{self.spec.dtype}|{listed}{self._stamp(index)}"
-        return self._scratch.fetch(
-            key, self.spec.chunk_bytes, lambda: read_chunk(self.root, self.spec, index, self._listed(index))
-        )
+        """The scratch file of a chunk that can't be mapped in place, made if need be. Raises DamagedFileError."""
+        spec, listed = self.spec, listed_checksum(self.checks, index)
+        key = f"{self.root}|{spec.path}|{index}|{spec.chunks}|{spec.dtype}|{listed}{self._stamp(index)}"
+        return self._scratch.fetch(key, spec.chunk_bytes, lambda: fetch_chunk(self.root, spec, index, self.checks)[1])
 
-    def _listed(self, index: int) -> int | None:
-        return None if self.checks is None else int(self.checks[index])
+    @cached_property
+    def _scratch(self) -> Scratch:
+        return scratch()
 
     def _stamp(self, index: int) -> str:
         """What tells a changed source from the decoded one; empty for a remote chunk with a listed checksum."""
         path = self.spec.chunk_file(self.root, index)
-        try:
-            if not isinstance(path, Path):
-                if self.checks is not None:
-                    return ""
-                info = path.status()
-                return "|".join(
-                    str(info.get(name)) for name in ("size", "ETag", "etag", "mtime", "created", "LastModified")
-                )
-            status = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            raise DamagedChunkError(self.root, path, "is missing") from None
-        return f"|{status.st_size}:{status.st_mtime_ns}"
-
-    def _mapped(self, index: int) -> Tensor:
-        path, first = self.spec.chunk_file(self.root, index), not self._checked[index]
-        assert isinstance(path, Path)
-        tensor = map_chunk(self.root, path, self.spec, check=first, listed=self._listed(index))
-        self._checked[index] = 1
-        return tensor
-
-    def _mapped_copy(self, index: int) -> Tensor:
-        self._forget_evicted()
-        pages, self._files[index] = scratch_pages(partial(self.fetch, index), self.spec.chunk_bytes)
-        return tensor_of(pages, self.spec)
+        with missing_is_damage(self.root, path):
+            if isinstance(path, Path):
+                status = path.stat()
+                return f"|{status.st_size}:{status.st_mtime_ns}"
+            if self.checks is not None:
+                return ""
+            info, names = path.status(), ("size", "ETag", "etag", "mtime", "created", "LastModified")
+            return "|".join(str(info.get(name)) for name in names)
 
     def _forget_evicted(self) -> None:
         """Unmap chunks whose scratch files are gone: mapped, they take room on the disk."""
@@ -116,33 +103,30 @@ class MappedArray:
 
 
 def kept_tokens(
-    root: Place, spec: ArraySpec, index: int, special_ids: Sequence[int], listed: int | None = None
+    root: Place, spec: ArraySpec, index: int, special_ids: Sequence[int], checks: Checks | None = None
 ) -> tuple[int, int]:
-    """(non-special tokens of chunk `index` of the tokens, its checksum). Raises DamagedChunkError."""
-    data = encoded_chunk(root, spec, index, listed)
+    """(non-special tokens of chunk `index` of the tokens, its checksum). Raises DamagedFileError."""
+    data, _ = fetch_chunk(root, spec, index, checks)
     tokens = np.frombuffer(data, "<i4", spec.rows(index) * spec.chunks[1])
     return int(np.isin(tokens, special_ids, invert=True).sum()), int.from_bytes(data[-CRC_BYTES:], "little")
 
 
 def count_kept(
-    root: Place, spec: ArraySpec, special_ids: Sequence[int], checks: NDArray[np.uint32] | None = None
+    root: Place, spec: ArraySpec, special_ids: Sequence[int], checks: Checks | None = None
 ) -> NDArray[np.int64]:
-    """Non-special tokens of each chunk, by reading all tokens. Raises DamagedChunkError."""
-
-    def count(index: int) -> int:
-        return kept_tokens(root, spec, index, special_ids, None if checks is None else int(checks[index]))[0]
-
-    return np.fromiter(map_parallel(count, range(spec.count)), np.int64, spec.count)
+    """Non-special tokens of each chunk, by reading all tokens. Raises DamagedFileError."""
+    counts = map_parallel(lambda index: kept_tokens(root, spec, index, special_ids, checks)[0], range(spec.count))
+    return np.fromiter(counts, np.int64, spec.count)
 
 
 def read_checks(root: Place, header: Header) -> dict[str, NDArray[np.uint32]]:
-    """The listed checksums of each array's chunks, empty without a list. Raises DamagedChunkError."""
-    return {} if header.checks is None else split_checks(root, every_array(header), header.checks)
+    """The listed checksums of each array's chunks, empty without a list. Raises DamagedFileError."""
+    return {} if header.checks is None else split_checks(root, every_array(header), [header.checks])
 
 
-def split_checks(root: Place, specs: Sequence[ArraySpec], listed: int | None) -> dict[str, NDArray[np.uint32]]:
-    """The list of checksums of the chunks of `specs`, by array. Raises DamagedChunkError."""
-    numbers = np.frombuffer(read_chunk(root, checks_array(specs), 0, listed), dtype="<u4")
+def split_checks(root: Place, specs: Sequence[ArraySpec], checks: Checks | None) -> dict[str, NDArray[np.uint32]]:
+    """The list of checksums of the chunks of `specs`, by array; `checks` is the list's own. Raises DamagedFileError."""
+    numbers = np.frombuffer(fetch_chunk(root, checks_array(specs), 0, checks)[1], dtype="<u4")
     ends = np.cumsum([array.count for array in specs])[:-1]
     return dict(zip((array.path for array in specs), np.split(numbers, ends), strict=True))
 
@@ -179,16 +163,18 @@ def tensor_of(pages: Tensor, spec: ArraySpec) -> Tensor:
     return pages[: spec.chunk_bytes].view(TORCH_DTYPES[spec.dtype]).view(spec.chunks)
 
 
-def map_chunk(root: Place, path: Path, spec: ArraySpec, *, check: bool, listed: int | None = None) -> Tensor:
-    """A mappable chunk's file as a tensor over mapped pages. Raises DamagedChunkError."""
-    size = spec.chunk_bytes
-    try:
-        pages = mapped_pages(path, size + CRC_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
-        raise DamagedChunkError(root, path, "is missing") from None
-    except ValueError:
-        raise DamagedChunkError(root, path, f"is {path.stat().st_size} bytes long, not {size + CRC_BYTES}") from None
+def map_chunk(root: Place, spec: ArraySpec, index: int, checks: Checks | None, *, check: bool = True) -> Tensor:
+    """The file of a mappable chunk as a tensor over mapped pages. Raises DamagedFileError."""
+    path, size = spec.chunk_file(root, index), spec.chunk_bytes
+    assert isinstance(path, Path)
+    with missing_is_damage(root, path):
+        try:
+            pages = mapped_pages(path, size + CRC_BYTES)
+        except ValueError:
+            problem = f"is {path.stat().st_size} bytes long, not {size + CRC_BYTES}"
+            raise DamagedFileError(root, path, problem) from None
     if check:
         view = pages.numpy().data
-        check_sums(root, path, crc32c(view[:size]), int.from_bytes(view[size:], "little"), listed)
+        trailer = int.from_bytes(view[size:], "little")
+        check_sums(root, path, crc32c(view[:size]), trailer, listed_checksum(checks, index))
     return tensor_of(pages, spec)

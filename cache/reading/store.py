@@ -52,7 +52,7 @@ class ActivationStore:
 
     def __init__(self, root: Place, *, spec: StoreSpec | None = None, require_complete: bool = True) -> None:
         self.root, self.url = root, str(root)
-        self.header = layout.read_header(root) if spec is None else layout.held_by(root, spec)
+        self.header = layout.read_header(root, spec)
         self.spec = self.header.spec
         if require_complete and not self.header.complete:
             raise StoreError(f"{root} is not finished; go on with `{layout.build_command(root)}`")

@@ -26,11 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hsae.cache.errors import StoreError
-from hsae.cache.launcher import Share
+from hsae.cache.launcher import ALONE, Share
 
 PREFETCHED = 2
 WINDOW_BYTES = 16 << 30
-ALONE = Share()
 
 
 class ChunkedTokens(Protocol):

@@ -88,20 +88,15 @@ def read_tail(source: Place, count: int) -> bytes:
         return file.read(count)
 
 
-def publish(target: Place, data: bytes) -> None:
-    """Make or replace a file or object with these bytes; it is never seen in part, and lasts once this returns."""
+def publish(target: Place, data: bytes, *, replace: bool = True) -> None:
+    """Make or replace a file or object with these bytes; it is never seen in part, and lasts once this returns.
+
+    Without `replace` an object that another builder was faster to make stays; a file has one builder, see `locked`.
+    """
     if isinstance(target, RemotePath):
-        return target.write_bytes(data)
+        return target.write_bytes(data) if replace else target.create_bytes(data)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomically(target, data)
-
-
-def create_file(target: Place, data: bytes) -> None:
-    """Make a file or object; one on a remote store only if there is none, for another builder may be faster."""
-    if isinstance(target, RemotePath):
-        target.create_bytes(data)
-    else:
-        publish(target, data)
 
 
 def sizes(target: Place) -> dict[str, int]:

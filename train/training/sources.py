@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hsae.cache.building.statistics import MEDIAN_SAMPLE
 from hsae.cache.errors import UserError
-from hsae.cache.launcher import Share
+from hsae.cache.launcher import ALONE, Share
 from hsae.cache.reading.store import ActivationStore
-from hsae.cache.reading.token_stream import ALONE, TokenStream
+from hsae.cache.reading.token_stream import TokenStream
 from hsae.train.config.run_config import StreamConfig
 from hsae.train.training.scaling import Scaling
 

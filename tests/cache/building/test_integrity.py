@@ -21,12 +21,12 @@ from hsae.cache.building.chunk_log import Written
 from hsae.cache.building.copying import copy
 from hsae.cache.building.repair import repair
 from hsae.cache.building.verification import verify
-from hsae.cache.building.writer import encoded_json, seal, write_header, write_list
-from hsae.cache.errors import StoreError
+from hsae.cache.building.writer import seal, write_header, write_list
+from hsae.cache.errors import DamagedFileError, StoreError
 from hsae.cache.files import crc32c, sealed
 from hsae.cache.format.arrays import ITEM_BYTES, ArraySpec
 from hsae.cache.format.bfloat16 import NUMPY_BFLOAT16
-from hsae.cache.format.chunk_codec import DamagedChunkError, decode_chunk
+from hsae.cache.format.chunk_codec import decode_chunk
 from hsae.cache.format.int8 import Int8Codec
 from hsae.cache.format.layout import arrays, documents_digest, every_array, is_sealed, kept_array, read_header
 from hsae.cache.launcher import Share
@@ -336,10 +336,10 @@ def test_a_compact_chunk_that_claims_another_length_is_damaged(make_store, tmp_p
         == spec.chunk_bytes
     )
     body[12:16] = claimed.to_bytes(4, "little")
-    with pytest.raises(DamagedChunkError, match="does not decode to a chunk of this array"):
+    with pytest.raises(DamagedFileError, match="does not decode to a chunk of this array"):
         decode_chunk(root, root / "chunk", bytes(body) + crc32c(body).to_bytes(4, "little"), spec)
     short = bytes(body[:12]) + bytes([13])  # no whole header, and the length that it claims
-    with pytest.raises(DamagedChunkError, match="does not decode to a chunk of this array"):
+    with pytest.raises(DamagedFileError, match="does not decode to a chunk of this array"):
         decode_chunk(root, root / "chunk", short + crc32c(short).to_bytes(4, "little"), spec)
 
 
@@ -358,7 +358,7 @@ def labelled(make_store, tmp_path_factory):
     """A store whose rows are of one document each."""
     root, _ = make_store(tmp_path_factory.mktemp("labelled"))
     header = read_header(root)
-    data = encoded_json([[number // 2, None if number % 3 else "7th"] for number in range(23)])
+    data = json.dumps([[number // 2, None if number % 3 else "7th"] for number in range(23)]).encode()
     (root / "documents.json").write_bytes(data)
     spec = header.spec.model_copy(update={"rows_per_document": 2})
     write_header(root, header.model_copy(update={"spec": spec, "documents_digest": documents_digest(data)}))

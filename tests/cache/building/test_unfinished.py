@@ -34,11 +34,11 @@ def stopped(folder, name, at):
     """The first build of a store in `folder`, stopped at the `at`th call of the writer's function `name`."""
     real, calls = getattr(module.writer, name), []
 
-    def failing(*arguments):
+    def failing(*arguments, **settings):
         calls.append(arguments)
         if len(calls) > at:
             raise OSError(28, "No space left on device")
-        return real(*arguments)
+        return real(*arguments, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.writer, name, failing)
@@ -57,7 +57,7 @@ def stores(tmp_path_factory, model):
         patch.setattr(LanguageModel, "load", lambda *arguments, **settings: model)
         patch.setattr(module.chunk_log, "EVERY", 0.0)
         whole = build([spec()], root / "whole")[0]
-        return whole, stopped(root / "last", "write_metadata", 0), stopped(root / "packing", "write_chunk", 3)
+        return whole, stopped(root / "last", "write_metadata", 1), stopped(root / "packing", "write_chunk", 3)
 
 
 def exchange(first, second):
@@ -181,7 +181,7 @@ def test_what_a_kill_after_the_last_step_leaves_goes_with_the_next_build(stores,
 
 def test_it_is_the_same_on_a_remote_store(stores, model, monkeypatch):
     monkeypatch.setattr(LanguageModel, "load", lambda *arguments, **settings: model)
-    root = stopped("memory://unfinished", "write_metadata", 0)
+    root = stopped("memory://unfinished", "write_metadata", 1)
     first, second = (root / ACTS / f"{number}/0/0" for number in (0, 2))
     data = first.read_bytes()
     first.write_bytes(second.read_bytes())

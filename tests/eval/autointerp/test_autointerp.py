@@ -90,7 +90,7 @@ def write_store(plan, tokenizer):
     target = plan.store_path("autointerp")
     specs = [*arrays(spec, D).values(), *statistics_arrays(spec, D).values()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    writer.create(target, header, specs)
+    writer.write_metadata(target, header)
     for array in specs:
         values = {"tokens": tokens, f"acts/{HOOK}": acts}.get(array.path)
         for index in range(array.count):
@@ -98,7 +98,7 @@ def write_store(plan, tokenizer):
             part = torch.zeros(D, dtype=torch.float64) if values is None else values[index * step : (index + 1) * step]
             writer.write_chunk(target, array, index, part)
     done = {"statistics": {HOOK: HookSummary(mean_square_norm=1.0, tokens=9)}, "complete": True}
-    writer.write_header(target, header.model_copy(update={**done, "checks": writer.seal(target, specs)}))
+    writer.write_metadata(target, header.model_copy(update={**done, "checks": writer.seal(target, specs)}))
 
 
 def an_sae(latents, name="sae"):
