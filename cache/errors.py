@@ -60,7 +60,7 @@ class TooLongError(RemoteError):
         return cls(f"more than {most:,} bytes come, which it can't have")
 
 
-def need(why: str, package: str, extra: str, module: str | None = None) -> None:
-    """Raise UserError naming the extra to install, unless `package` is there; `module` is what it is imported as."""
+def need(why: str, package: str, extra: str, module: str | None = None, *, kind: type[UserError] = UserError) -> None:
+    """Raise an error naming the extra to install, unless `package` is there; `module` is what it is imported as."""
     if find_spec(module or package) is None:
-        raise UserError(f"{why}: this needs the package {package}; run: pip install 'hsae[{extra}]'")
+        raise kind(f"{why}: this needs the package {package}; run: pip install 'hsae[{extra}]'")

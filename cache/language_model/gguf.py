@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from hsae.cache.errors import ModelError
+from hsae.cache.errors import ModelError, need
 from hsae.cache.files import file_sha256, home, partial_name
 from hsae.cache.language_model.loading import quiet
 
@@ -91,8 +91,7 @@ def _sha256(path: Path, size: int, time: int) -> str:
 def _convert(path: Path, done: Path, say: Say) -> Path:
     """Turn a GGUF file into a folder of safetensors; the folder appears whole or not at all."""
     for module in ("gguf", "accelerate"):
-        if importlib.util.find_spec(module) is None:
-            raise ModelError(f"reading {path.name} needs the package {module}; run: pip install 'hsae[gguf]'")
+        need(f"reading {path.name}", module, "gguf", kind=ModelError)
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     done.parent.mkdir(parents=True, exist_ok=True)
@@ -104,14 +103,11 @@ def _convert(path: Path, done: Path, say: Say) -> Path:
         say(f"converting {path.name} to safetensors, once (about a minute)")
         partial = partial_name(done)
         try:
-            source: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            source: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
             with quiet():
-                AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(partial)
-                dense = GgufConfig(dequantize=True)
-                model = AutoModelForCausalLM.from_pretrained(
-                    **source, dtype="bfloat16", quantization_config=dense, trust_remote_code=False
-                )
-                model.save_pretrained(partial)
+                AutoTokenizer.from_pretrained(str(path.parent), **source).save_pretrained(partial)
+                source |= {"dtype": "bfloat16", "quantization_config": GgufConfig(dequantize=True)}
+                AutoModelForCausalLM.from_pretrained(str(path.parent), **source).save_pretrained(partial)
             partial.replace(done)
         except (OSError, ValueError, KeyError, NotImplementedError) as error:
             raise ModelError(f"{path.name} can't be converted: {error}") from None

@@ -11,12 +11,9 @@ from hsae.cache.storage.paths import Place, check_writable, locked
 from hsae.cache.suites.entities import read_entities
 from hsae.cache.suites.probe_store import make_probe_header
 from hsae.cache.suites.ravel_store import make_ravel_header
-from hsae.cache.suites.residual_sets import SetBuilder
+from hsae.cache.suites.residual_sets import Progress, SetBuilder
 from hsae.cache.suites.specs import RavelSpec, SuiteSpec, suites_folder
 from hsae.cache.suites.suite_files import write_header
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being computed (`scr: a task`), how many of its texts are done, and how many there are."""
 
 
 def build_suites(
@@ -35,34 +32,24 @@ def build_suites(
     RAVEL's entities can't be had.
     """
     paths = [spec.path(root) for spec in specs]
-    with contextlib.ExitStack() as locks:
-        held = [locks.enter_context(contextlib.ExitStack()) for _ in paths]  # each is let go when its store is there
-        for spec, path, lock in zip(specs, paths, held, strict=True):
+    with contextlib.ExitStack() as stack:
+        locks = [stack.enter_context(contextlib.ExitStack()) for _ in paths]  # each is released with its own store
+        for spec, path, lock in zip(specs, paths, locks, strict=True):
             check_writable(suites_folder(root) / spec.suite)
             lock.enter_context(locked(path))
         entities = [read_entities(spec.data) if isinstance(spec, RavelSpec) else [] for spec in specs]
-        _sweep_unfinished(root)
+        if isinstance(folder := suites_folder(root), Path):
+            sweep(folder, youngest=JUST_MADE)  # what killed builds left half-written; what others are writing stays
         if model is None:
             say(f"loading {specs[0].model.id}")
             model = LanguageModel.load(pin_commit(specs[0].model, root), device=device, say=say)
-        for spec, path, kinds, lock in zip(specs, paths, entities, held, strict=True):
+        for spec, path, kinds, lock in zip(specs, paths, entities, locks, strict=True):
             model.check_hooks(spec.hooks)
             say(f"reading the texts of {spec.suite}")
-
-            def report(name: str, done: int, total: int, suite: str = spec.suite) -> None:
-                progress(f"{suite}: {name}", done, total)
-
-            builder = SetBuilder(root=root, spec=spec, model=model, report=report)
+            builder = SetBuilder(root=root, spec=spec, model=model, progress=progress)
             if isinstance(spec, RavelSpec):
                 write_header(path, make_ravel_header(spec, kinds, builder))
             else:
                 write_header(path, make_probe_header(spec, builder))
             lock.close()
     return paths
-
-
-def _sweep_unfinished(root: str | Place) -> None:
-    """Delete what killed builds left half-written; what others are writing stays."""
-    folder = suites_folder(root)
-    if isinstance(folder, Path):
-        sweep(folder, youngest=JUST_MADE)

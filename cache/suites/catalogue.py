@@ -79,9 +79,8 @@ def _summarise_suite(home: Place, suite: str, file: Place, lengths: dict[str, di
         return StoreSummary(name=name, problem=str(error).removeprefix(f"{file} "))
     total, problem = 0, None
     for texts, parts in header.parts.items():
-        folder = sets_folder(home) / texts
         if texts not in lengths:
-            lengths[texts] = sizes(folder)
+            lengths[texts] = sizes(sets_folder(home) / texts)
         for number, part in enumerate(parts):
             size = lengths[texts].get(part_name(number))
             total += size or 0

@@ -27,7 +27,7 @@ from hsae.cache.config import Config
 from hsae.cache.errors import CorpusError
 from hsae.cache.files import parse_json
 from hsae.cache.suites.specs import EntitiesConfig
-from hsae.cache.text.data_sets import read_tables, records, resolve_revision
+from hsae.cache.text.data_sets import reaching, read_tables, records, resolve_revision
 
 HUB = "adamkarvonen/ravel_prompts"
 HUB_ATTRIBUTES = {
@@ -73,6 +73,13 @@ class LocalEntities(Config):
 
 def read_entities(config: EntitiesConfig) -> list[EntityType]:
     """The entity types that a plan names. Raises CorpusError if they can't be had."""
+    kinds = _types(config)
+    for kind in kinds:
+        _check(kind)
+    return kinds
+
+
+def _types(config: EntitiesConfig) -> list[EntityType]:
     if config.entities == "saebench":
         return _hub(config.revision)
     if config.entities == "facts":
@@ -86,15 +93,10 @@ def _hub(revision: str | None) -> list[EntityType]:
     from huggingface_hub import hf_hub_download
 
     commit = resolve_revision(HUB, revision, INSTEAD)
-    try:
+    with reaching(HUB, INSTEAD):
         for kind in HUB_ATTRIBUTES:
             for part in PARTS:
                 file = hf_hub_download(HUB, f"ravel_{kind}_{part}.json", repo_type="dataset", revision=commit)
-    except Exception as error:  # the client has no common base for network, access and naming errors
-        first = str(error).splitlines()[0] if str(error) else ""
-        raise CorpusError(
-            f"data set {HUB!r} can't be read ({type(error).__name__}: {first}); check the network, or {INSTEAD}"
-        ) from None
     return _ravel_folder(Path(file).parent, f"{HUB} at {commit}")
 
 
@@ -107,31 +109,23 @@ def _ravel_folder(folder: Path, source: str) -> list[EntityType]:
             continue
         try:
             labels, prompts = (parse_json(file.read_bytes()) for file in files)
-            kinds.append(
-                EntityType(
-                    name=kind,
-                    labels={
-                        entity: {key: str(answers[key]) for key in attributes} for entity, answers in labels.items()
-                    },
-                    prompts={key: tuple(text.replace("%s", MARK) for text in prompts[key]) for key in attributes},
-                    source=source,
-                )
-            )
+            labels = {entity: {key: str(answers[key]) for key in attributes} for entity, answers in labels.items()}
+            prompts = {key: tuple(text.replace("%s", MARK) for text in prompts[key]) for key in attributes}
+            kinds.append(EntityType(name=kind, labels=labels, prompts=prompts, source=source))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorpusError(f"{folder} does not hold RAVEL's files of {kind} ({error!r})") from None
     if not kinds:
         raise CorpusError(f"{folder} holds none of RAVEL's files, such as ravel_city_entity_attributes.json")
-    return [_checked(kind) for kind in kinds]
+    return kinds
 
 
 def _local(path: Path) -> list[EntityType]:
     if not path.is_file():
         raise CorpusError(
             f"ravel.entities {str(path)!r}: no such file; give saebench, facts, a TOML file with [[entity]] tables, "
-            f"or a folder "
-            "with RAVEL's JSON files"
+            "or a folder with RAVEL's JSON files"
         )
-    return [_checked(_of_file(table, path.parent)) for table in read_tables(path, "entity", LocalEntities)]
+    return [_of_file(table, path.parent) for table in read_tables(path, "entity", LocalEntities)]
 
 
 def _of_file(table: LocalEntities, folder: Path) -> EntityType:
@@ -147,7 +141,7 @@ def _of_file(table: LocalEntities, folder: Path) -> EntityType:
     return EntityType(name=table.name, labels=labels, prompts=table.prompts, source=table.file)
 
 
-def _checked(kind: EntityType) -> EntityType:
+def _check(kind: EntityType) -> None:
     for attribute, texts in kind.prompts.items():
         if wrong := [text for text in texts if text.count(MARK) != 1 or text.endswith(MARK)]:
             raise CorpusError(
@@ -155,15 +149,13 @@ def _checked(kind: EntityType) -> EntityType:
             )
         if len({labels[attribute] for labels in kind.labels.values() if attribute in labels}) < 2:
             raise CorpusError(f"entities {kind.name}: all have the same {attribute}, so nothing can be exchanged")
-    return kind
 
 
 def accepted_answers(label: str) -> tuple[str, ...]:
     """What an answer may begin with, in lower case: the label, each part of a list, other names."""
     lower = label.lower().strip()
-    parts = [part.strip() for part in lower.split(",")] if "," in lower else []
     others = [name for words, names in OTHER_NAMES.items() if words in lower for name in names]
-    return tuple(dict.fromkeys(form for form in (lower, *parts, *others) if form))
+    return tuple(dict.fromkeys(form for form in (lower, *map(str.strip, lower.split(",")), *others) if form))
 
 
 def judge_answer(completion: str, label: str, *, final: bool = False) -> bool | None:
@@ -184,20 +176,7 @@ def judge_answer(completion: str, label: str, *, final: bool = False) -> bool | 
     return False
 
 
-def entity_span(text: str, entity: str) -> tuple[str, int]:
-    """A question with the entity put in, and where in it the entity ends (characters)."""
-    return text.replace(MARK, entity), text.index(MARK) + len(entity)
-
-
 def token_at(offsets: Sequence[tuple[int, int]], end: int) -> int | None:
     """The token that holds the character before `end`; None if no token does."""
     places = [place for place, (first, last) in enumerate(offsets) if first < end <= last]
     return places[-1] if places else None
-
-
-def describe_counts(right: dict[str, dict[str, int]], total_counts: dict[str, dict[str, int]]) -> str:
-    """`country: Capital 90 of 168, ...` for people."""
-    return "; ".join(
-        f"{kind}: " + ", ".join(f"{key} {right[kind].get(key, 0)} of {total}" for key, total in totals.items())
-        for kind, totals in total_counts.items()
-    )

@@ -3,24 +3,10 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hsae.cache.errors import CorpusError
 from hsae.cache.suites.specs import SuiteConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class WordTask:
-    """Absorption's words and the prompts that ask for their first letters."""
-
-    train_words: list[str]
-    test_words: list[str]
-    train_prompts: list[str]
-    test_prompts: list[str]
-    """In these two the examples are words of the same split: the ground-truth probe is trained and tested on them."""
-    evaluation_prompts: list[str]
-    """One for each test word, with examples from the whole vocabulary."""
 
 
 def vocabulary(tokenizer: Any) -> list[str]:
@@ -29,8 +15,12 @@ def vocabulary(tokenizer: Any) -> list[str]:
     return sorted(word for word in strings if (bare := word.removeprefix(" ")).isascii() and bare.isalpha())
 
 
-def word_task(tokenizer: Any, config: SuiteConfig) -> WordTask:
-    """Words split four to one, with prompts; all draws from `seed`."""
+def word_prompts(tokenizer: Any, config: SuiteConfig) -> dict[str, list[tuple[str, str]]]:
+    """(word, prompt) pairs: words split four to one, with prompts; all draws from `seed`.
+
+    The ground-truth probe is trained and tested on `train` and `test`, whose examples are words of the same split.
+    `prompts` has one prompt for each test word, with examples from the whole vocabulary.
+    """
     mixed = random.Random(config.seed)
     words = vocabulary(tokenizer)
     mixed.shuffle(words)
@@ -48,13 +38,8 @@ def word_task(tokenizer: Any, config: SuiteConfig) -> WordTask:
         lines = [config.prompt_template.format(word=one) + f" {one.strip()[0].upper()}" for one in examples]
         return "".join(f"\n{line}" for line in [*lines, config.prompt_template.format(word=word)])
 
-    return WordTask(
-        train_words=train,
-        test_words=test,
-        train_prompts=[prompt(word, train) for word in train],
-        test_prompts=[prompt(word, test) for word in test],
-        evaluation_prompts=[prompt(word, words) for word in test],
-    )
+    pools = {"train": (train, train), "test": (test, test), "prompts": (test, words)}
+    return {name: [(word, prompt(word, pool)) for word in asked] for name, (asked, pool) in pools.items()}
 
 
 def after_the_word(tokenizer: Any, config: SuiteConfig) -> int:

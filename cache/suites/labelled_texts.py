@@ -3,8 +3,9 @@
 For SCR the lists are SAEBench's six, made of the four combinations of two attributes.
 """
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -55,8 +56,8 @@ class DataSet:
     """Records by split."""
     source: str
     classes: tuple[str, ...] = ()
-    pairs: tuple[tuple[str, str], ...] = ()
-    pair_names: tuple[str, ...] = ()
+    pairs: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """SCR: pairs of labels by name."""
     attribute_values: tuple[str, str] | None = None
     by_attribute: bool = False
     """Whether a class takes as many texts of each attribute value."""
@@ -76,36 +77,27 @@ def classes(data: DataSet, records: dict[str, list[Record]], config: SuiteConfig
             for group in groups:
                 members = [record.text for record in mine if group is None or record.attribute == group]
                 share = wanted // len(groups)
-                if len(members) < share:
-                    what = name if group is None else f"{name} with {group}"
-                    raise CorpusError(
-                        f"data set {data.name}: {len(members)} {split} texts of class {what}; {share} are needed. "
-                        f"Lower suite.{split}_per_class"
-                    )
+                what = f"class {name}" if group is None else f"class {name} with {group}"
+                _check_enough(data, split, members, what, share, "class")
                 # what pandas' sample(n, random_state=seed) gives
                 chosen += [members[i] for i in np.random.RandomState(config.seed).choice(len(members), share, False)]
             lists[split][name] = [texts.setdefault(text, len(texts)) for text in chosen]
     return TextTask(name=data.name, texts=tuple(texts), train=lists["train"], test=lists["test"], source=data.source)
 
 
-def quadrants(data: DataSet, records: dict[str, list[Record]], index: int, config: SuiteConfig) -> TextTask:
+def quadrants(data: DataSet, records: dict[str, list[Record]], pair_name: str, config: SuiteConfig) -> TextTask:
     """SAEBench's six SCR lists for one pair of labels: first texts in the data's order, mixed by one numpy stream."""
     assert data.attribute_values is not None
-    pair, texts = data.pairs[index], dict[str, int]()
-    name = f"{data.name}_scr_{data.pair_names[index] if data.pair_names else '_'.join(pair)}"
+    pair, texts = data.pairs[pair_name], dict[str, int]()
     lists: dict[str, dict[str, list[int]]] = {}
     for split, wanted in zip(SPLITS, (config.train_per_quadrant, config.test_per_quadrant), strict=True):
-        quarters = {}
-        for corner, (label, attribute) in enumerate((p, g) for p in pair for g in data.attribute_values):
-            quarters[corner] = [r.text for r in records[split] if (r.label, r.attribute) == (label, attribute)]
-            needed = 2 * wanted if corner in (0, 3) else wanted
-            if len(quarters[corner]) < needed:
-                raise CorpusError(
-                    f"data set {data.name}: {len(quarters[corner])} {split} texts of {label} with {attribute}; "
-                    f"{needed} are "
-                    f"needed. Lower suite.{split}_per_quadrant"
-                )
-        pp, pn, qp, qn = (quarters[corner] for corner in range(4))
+        quarters = []
+        needed = (2 * wanted, wanted, wanted, 2 * wanted)
+        for corner, least in zip(itertools.product(pair, data.attribute_values), needed, strict=True):
+            members = [record.text for record in records[split] if (record.label, record.attribute) == corner]
+            _check_enough(data, split, members, " with ".join(corner), least, "quadrant")
+            quarters.append(members)
+        pp, pn, qp, qn = quarters
         six = (
             pp[:wanted] + qp[:wanted],
             pn[:wanted] + qn[:wanted],
@@ -119,6 +111,15 @@ def quadrants(data: DataSet, records: dict[str, list[Record]], index: int, confi
         for key, members in zip(SCR_LISTS, six, strict=True):
             generator.shuffle(members)
             lists[split][key] = [texts.setdefault(text, len(texts)) for text in members]
+    name = f"{data.name}_scr_{pair_name}"
     return TextTask(
         name=name, texts=tuple(texts), train=lists["train"], test=lists["test"], source=data.source, pair=pair
     )
+
+
+def _check_enough(data: DataSet, split: str, texts: list[str], what: str, needed: int, group: str) -> None:
+    if len(texts) < needed:
+        raise CorpusError(
+            f"data set {data.name}: {len(texts)} {split} texts of {what}; {needed} are needed. "
+            f"Lower suite.{split}_per_{group}"
+        )

@@ -8,7 +8,7 @@ part.
 """
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -18,9 +18,9 @@ from hsae.cache.config import Config
 from hsae.cache.errors import CorpusError
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.storage.paths import Place
-from hsae.cache.suites.first_letters import after_the_word, word_task
+from hsae.cache.suites.first_letters import after_the_word, word_prompts
 from hsae.cache.suites.residual_sets import ResidualSet, SetBuilder, TokenSet, sets_folder
-from hsae.cache.suites.specs import ProbeSpec
+from hsae.cache.suites.specs import ProbeSpec, SuiteConfig
 from hsae.cache.suites.suite_files import Part, SuiteHeader, SuiteStore
 from hsae.cache.suites.text_tasks import text_tasks
 
@@ -56,54 +56,46 @@ class ProbeHeader(SuiteHeader):
 
 def make_probe_header(spec: ProbeSpec, builder: SetBuilder) -> ProbeHeader:
     """Compute the sets of a suite's tasks and describe them. Raises UserError if they can't be made; parts stay."""
-    model = builder.model
-    described, token_sets, position = _described(spec, model)
+    if spec.suite == "absorption":
+        position = -after_the_word(builder.model.tokenizer, spec.tasks) - 1
+        described = list(_words(spec.tasks, builder.model.tokenizer, position))
+    else:
+        position = None
+        described = list(_texts(spec, builder.model))
     entries: list[TaskEntry] = []
     parts: dict[str, list[Part]] = {}
-    for entry, tokens in zip(described, token_sets, strict=True):
-        key, set_parts = builder.build(tokens, entry.name)
+    for fields, tokens in described:
+        key, set_parts = builder.build(tokens, fields["name"])
         parts[key] = set_parts
-        entries.append(entry.model_copy(update={"texts": key}))
+        entries.append(TaskEntry(texts=key, count=len(tokens.ids), **fields))
     return ProbeHeader(
         spec=spec,
         **builder.made_with(),
         parts=parts,
         tasks=entries,
         prompt_token_pos=position,
-        passes=sum(len(tokens.ids) for tokens in token_sets),
+        passes=sum(entry.count for entry in entries),
     )
 
 
-def _described(spec: ProbeSpec, model: LanguageModel) -> tuple[list[TaskEntry], list[TokenSet], int | None]:
-    config, tokenizer = spec.tasks, model.tokenizer
-    if spec.suite == "absorption":
-        words = word_task(tokenizer, config)
-        after = after_the_word(tokenizer, config)
-        letters = {
-            name: [ord(word.strip()[0].lower()) - ord("a") for word in split]
-            for name, split in (("train", words.train_words), ("test", words.test_words), ("prompts", words.test_words))
-        }
-        prompts = {"train": words.train_prompts, "test": words.test_prompts, "prompts": words.evaluation_prompts}
-        entries, sets = [], []
-        for name, texts in prompts.items():
-            ids = [list(row) for row in tokenizer(texts, verbose=False).input_ids]
-            sets.append(TokenSet(ids=ids, positions=[[len(row) - after - 1] for row in ids]))
-            entries.append(_entry(name, "the tokenizer's vocabulary", len(texts), {name: {"letters": letters[name]}}))
-        return entries, sets, -after - 1
-    entries, sets = [], []
-    for task in text_tasks(spec.suite, config):
-        rows = tokenizer(list(task.texts), truncation=True, max_length=config.context, verbose=False).input_ids
-        positions = [[at for at, token in enumerate(row) if token not in model.special_ids] for row in rows]
+def _words(config: SuiteConfig, tokenizer: Any, position: int) -> Iterator[tuple[dict[str, Any], TokenSet]]:
+    for name, pairs in word_prompts(tokenizer, config).items():
+        letters = [ord(word.strip()[0].lower()) - ord("a") for word, _ in pairs]
+        ids = [list(row) for row in tokenizer([prompt for _, prompt in pairs], verbose=False).input_ids]
+        fields = {"name": name, "source": "the tokenizer's vocabulary", "lists": {name: {"letters": letters}}}
+        yield fields, TokenSet(ids=ids, positions=[[len(row) + position] for row in ids])
+
+
+def _texts(spec: ProbeSpec, model: LanguageModel) -> Iterator[tuple[dict[str, Any], TokenSet]]:
+    for task in text_tasks(spec.suite, spec.tasks):
+        coded = model.tokenizer(list(task.texts), truncation=True, max_length=spec.tasks.context, verbose=False)
+        ids = [list(row) for row in coded.input_ids]
+        positions = [[at for at, token in enumerate(row) if token not in model.special_ids] for row in ids]
         if empty := [index for index, ordinary in enumerate(positions) if not ordinary]:
             raise CorpusError(f"task {task.name}: text {task.texts[empty[0]][:40]!r} has no token but special ones")
-        sets.append(TokenSet(ids=[list(row) for row in rows], positions=positions))
-        entry = _entry(task.name, task.source, len(rows), {"train": task.train, "test": task.test})
-        entries.append(entry.model_copy(update={"pair": task.pair}))
-    return entries, sets, None
-
-
-def _entry(name: str, source: str, count: int, lists: dict[str, dict[str, list[int]]]) -> TaskEntry:
-    return TaskEntry(name=name, source=source, texts="", count=count, lists=lists)
+        lists = {"train": task.train, "test": task.test}
+        fields = {"name": task.name, "source": task.source, "pair": task.pair, "lists": lists}
+        yield fields, TokenSet(ids=ids, positions=positions)
 
 
 # ---- reading ---------------------------------------------------------------------

@@ -9,8 +9,10 @@ import importlib
 import random
 import re
 import sysconfig
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from hsae.cache.errors import CorpusError
 from hsae.cache.suites.labelled_texts import SPLITS, DataSet, Record
@@ -18,7 +20,7 @@ from hsae.cache.suites.specs import SuiteConfig
 from hsae.cache.text.python_text import library_files, read_module
 
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")
-PAIRS = (("asyncio", "email"), ("unittest", "xml"))
+PAIRS = {"asyncio_email": ("asyncio", "email"), "unittest_xml": ("unittest", "xml")}
 KINDS = ("code", "docstring", "comment", "reference")
 STYLES = ("imperative", "third person", "noun phrase", "example")
 IMPERATIVES = """
@@ -27,45 +29,41 @@ print format test compare build load compute determine initialize execute given 
 handle insert join list register replace wait yield display define expand extract fetch import install split update
 use wrap append apply
 """
-NOUNS = "a an the this these class base simple abstract internal helper"
+NOUNS = {"a", "an", "the", "this", "these", "class", "base", "simple", "abstract", "internal", "helper"}
 PIECE, SHORTEST = 400, 60  # characters
 
-Piece = tuple[str, str]
-"""A file's name and a piece of its text."""
+Pieces = dict[tuple[str, str], list[tuple[str, str]]]
+"""(Label, attribute) -> (a file's name, a piece of its text)."""
 
 
 def python_sets(config: SuiteConfig) -> list[DataSet]:
     """Packages, with pairs for SCR; code, docstring, comment or reference; how a docstring is written."""
     source = f"the standard library of Python {sysconfig.get_python_version()}"
 
-    def one(name: str, pieces: Callable[[], dict[tuple[str, str], list[Piece]]], labels: tuple[str, ...]) -> DataSet:
-        return DataSet(name=name, read=lambda: _split(pieces(), config, scr=False), source=source, classes=labels)
+    def one(name: str, pieces: Callable[[], Pieces], labels: tuple[str, ...], **scr: Any) -> DataSet:
+        def read() -> dict[str, list[Record]]:
+            return _split(pieces(), config, scr=bool(scr))
+
+        return DataSet(name=name, read=read, source=source, classes=labels, **scr)
 
     return [
-        DataSet(
-            name="python/package",
-            read=lambda: _split(_packages(), config, scr=True),
-            source=source,
-            classes=PACKAGES,
-            pairs=PAIRS,
-            attribute_values=("code", "docstring"),
-        ),
+        one("python/package", _packages, PACKAGES, pairs=PAIRS, attribute_values=("code", "docstring")),
         one("python/kind", _kinds, KINDS),
         one("python/docstring-style", _styles, STYLES),
     ]
 
 
-def _split(pieces: dict[tuple[str, str], list[Piece]], config: SuiteConfig, scr: bool) -> dict[str, list[Record]]:
+def _split(pieces: Pieces, config: SuiteConfig, scr: bool) -> dict[str, list[Record]]:
     """Records of both splits: whole files go to the test split, in an order mixed by the seed, until it has enough."""
-    homes: dict[str, set[str]] = {}
+    homes = defaultdict[str, set[str]](set)
     for file, text in (piece for members in pieces.values() for piece in members):
-        homes.setdefault(text, set()).add(file)
+        homes[text].add(file)
     needed = max(config.test_per_class, 2 * config.test_per_quadrant if scr else 0)
     records: dict[str, list[Record]] = {split: [] for split in SPLITS}
     for (label, attribute), members in sorted(pieces.items()):
-        by_file: dict[str, list[str]] = {}
+        by_file = defaultdict[str, list[str]](list)
         for file, text in dict.fromkeys(piece for piece in members if len(homes[piece[1]]) == 1):
-            by_file.setdefault(file, []).append(text)
+            by_file[file].append(text)
         files = sorted(by_file)
         random.Random(f"{config.seed} {label} {attribute}").shuffle(files)
         count, share = 0, max(1, len(members) // 3)
@@ -81,18 +79,17 @@ def _split(pieces: dict[tuple[str, str], list[Piece]], config: SuiteConfig, scr:
     return records
 
 
-def _packages() -> dict[tuple[str, str], list[Piece]]:
-    pieces: dict[tuple[str, str], list[Piece]] = {}
+def _packages() -> Pieces:
+    pieces: Pieces = defaultdict(list)
     for package in PACKAGES:
         for file, name in _files(package):
-            code, docstrings, _ = _parts(file)
-            pieces.setdefault((package, "code"), []).extend((name, text) for text in code)
-            pieces.setdefault((package, "docstring"), []).extend((name, text) for text in docstrings)
+            for kind, texts in zip(KINDS[:2], _parts(file), strict=False):
+                pieces[package, kind] += [(name, text) for text in texts]
     return pieces
 
 
-def _kinds() -> dict[tuple[str, str], list[Piece]]:
-    pieces: dict[tuple[str, str], list[Piece]] = {(kind, ""): [] for kind in KINDS}
+def _kinds() -> Pieces:
+    pieces: Pieces = defaultdict(list)
     for file, name in _files():
         for kind, texts in zip(KINDS[:3], _parts(file), strict=True):
             pieces[kind, ""] += [(name, text) for text in texts]
@@ -101,8 +98,8 @@ def _kinds() -> dict[tuple[str, str], list[Piece]]:
     return pieces
 
 
-def _styles() -> dict[tuple[str, str], list[Piece]]:
-    pieces: dict[tuple[str, str], list[Piece]] = {(style, ""): [] for style in STYLES}
+def _styles() -> Pieces:
+    pieces: Pieces = defaultdict(list)
     for file, name in _files():
         for text in _parts(file)[1]:
             if (style := style_of(text)) is not None:
@@ -116,12 +113,12 @@ def style_of(docstring: str) -> str | None:
         return "example"
     first = re.match(r"[A-Za-z]+", docstring)
     word = first[0].lower() if first else ""
-    imperatives = IMPERATIVES.split()
+    imperatives = set(IMPERATIVES.split())
     if word in imperatives:
         return "imperative"
-    if word in NOUNS.split():
+    if word in NOUNS:
         return "noun phrase"
-    return "third person" if {word.removesuffix("s"), word.removesuffix("es")} & set(imperatives) else None
+    return "third person" if {word.removesuffix("s"), word.removesuffix("es")} & imperatives else None
 
 
 def _files(package: str = "") -> Iterator[tuple[Path, str]]:

@@ -21,7 +21,7 @@ from hsae.cache.config import Config
 from hsae.cache.errors import CorpusError
 from hsae.cache.language_model.generation import PassCounts, PendingPrompt, complete
 from hsae.cache.storage.paths import Place, publish
-from hsae.cache.suites.entities import EntityType, describe_counts, entity_span, judge_answer, token_at
+from hsae.cache.suites.entities import MARK, EntityType, judge_answer, token_at
 from hsae.cache.suites.residual_sets import ResidualSet, SetBuilder, TextResiduals, TokenSet, sets_folder
 from hsae.cache.suites.specs import EntitiesConfig, RavelSpec, content_key, suites_folder
 from hsae.cache.suites.suite_files import PART_TEXTS, ZEROS, SuiteHeader, SuiteStore, read_whole, seal
@@ -82,21 +82,21 @@ class CandidatePrompt:
 
 def candidate_prompts(kinds: Sequence[EntityType]) -> list[CandidatePrompt]:
     """Every question about every entity that has the attribute."""
-    candidates = []
-    for kind in kinds:
-        for attribute, templates in kind.prompts.items():
-            for template in templates:
-                for entity, labels in kind.labels.items():
-                    if attribute in labels:
-                        text, end = entity_span(template, entity)
-                        fields = {
-                            "kind": kind.name,
-                            "attribute": attribute,
-                            "entity": entity,
-                            "label": labels[attribute],
-                        }
-                        candidates.append(CandidatePrompt(**fields, text=text, end=end))
-    return candidates
+    return [
+        CandidatePrompt(
+            kind=kind.name,
+            attribute=attribute,
+            entity=entity,
+            label=labels[attribute],
+            text=template.replace(MARK, entity),
+            end=template.index(MARK) + len(entity),
+        )
+        for kind in kinds
+        for attribute, templates in kind.prompts.items()
+        for template in templates
+        for entity, labels in kind.labels.items()
+        if attribute in labels
+    ]
 
 
 def make_ravel_header(spec: RavelSpec, kinds: Sequence[EntityType], builder: SetBuilder) -> RavelHeader:
@@ -138,6 +138,14 @@ def count_prompts(items: Sequence[CandidatePrompt] | Sequence[Prompt]) -> dict[s
     return counts
 
 
+def describe_counts(right: dict[str, dict[str, int]], asked: dict[str, dict[str, int]]) -> str:
+    """`country: Capital 90 of 168, ...` for people."""
+    return "; ".join(
+        f"{kind}: " + ", ".join(f"{key} {right.get(kind, {}).get(key, 0)} of {total}" for key, total in totals.items())
+        for kind, totals in asked.items()
+    )
+
+
 def select_prompts(
     right: Sequence[Prompt], candidates: Sequence[CandidatePrompt], config: EntitiesConfig
 ) -> list[Prompt]:
@@ -156,13 +164,11 @@ def select_prompts(
         if len(enough) > 1:
             selected += [prompt for prompt in mine if prompt.attribute in enough]
     if not selected:
-        answered, total = count_prompts(right), count_prompts(candidates)
-        counts = describe_counts({kind: answered.get(kind, {}) for kind in total}, total)
+        counts = describe_counts(count_prompts(right), count_prompts(candidates))
         raise CorpusError(
-            f"the model answers too little right for RAVEL: no type of entity has two attributes with "
-            f"{config.min_prompts} right answers "
-            f"each and more than one label ({counts}); use a stronger model or easier entities, or lower "
-            f"ravel.min_prompts"
+            "the model answers too little right for RAVEL: no type of entity has two attributes with "
+            f"{config.min_prompts} right answers each and more than one label ({counts}); use a stronger model or "
+            "easier entities, or lower ravel.min_prompts"
         )
     return selected
 
@@ -182,10 +188,11 @@ def _answers(
     every: list[tuple[str, int]] = []
     for number, first in enumerate(range(0, len(candidates), PART_TEXTS)):
         rows = range(first, min(first + PART_TEXTS, len(candidates)))
-        name = f"part-{number:05}.json"
-        file = suites_folder(builder.root) / "answers" / key / name
-        answers = _read_answers(read_whole(file, f"{key}/{name}"), len(rows))
-        if answers is None:
+        name = f"{key}/part-{number:05}.json"
+        file = suites_folder(builder.root) / "answers" / name
+        data = read_whole(file, name)
+        answers = [(str(answer), int(token)) for answer, token in json.loads(data)["answers"]] if data else []
+        if len(answers) != len(rows):
             pending = [
                 PendingPrompt(ids=ids[row], resid_TD=residuals.of(row, hook), is_decided=is_decided(labels[row]))
                 for row in rows
@@ -193,18 +200,10 @@ def _answers(
             written = complete(builder.model, hook, pending, new_tokens, spec.batch_rows, PassCounts())
             answers = [(answer, item.written[0]) for answer, item in zip(written, pending, strict=True)]
             text = json.dumps({"crc32c": ZEROS, "answers": answers}, separators=(",", ":"))
-            publish(file, seal(text.encode(), f"{key}/{name}"))
+            publish(file, seal(text.encode(), name))
         every += answers
         builder.report("answers", rows.stop, len(candidates))
     return every
-
-
-def _read_answers(data: bytes | None, count: int) -> list[tuple[str, int]] | None:
-    """The answers in a part, if it is there and has so many."""
-    if data is None:
-        return None
-    answers = [(str(answer), int(token)) for answer, token in json.loads(data)["answers"]]
-    return answers if len(answers) == count else None
 
 
 def is_decided(label: str) -> Callable[[str], bool]:

@@ -38,6 +38,8 @@ from hsae.cache.suites.suite_files import PART_TEXTS, ZEROS, Part, is_whole, rea
 LIBRARIES = ("torch", "transformers", "tokenizers")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 MAPPED_PARTS = 64  # most parts that stay mapped
+Progress = Callable[[str, int, int], None]
+"""Called with what is being computed (`scr: a task`), how many of its texts are done, and how many there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +57,11 @@ class SetBuilder:
     root: str | Place
     spec: SuiteSpec
     model: LanguageModel
-    report: Callable[[str, int, int], None]
-    """Called with the name of what is being computed, how many of its texts are done, and how many there are."""
+    progress: Progress
+
+    def report(self, name: str, done: int, total: int) -> None:
+        """Tell `progress` how many texts of a task of the suite are done."""
+        self.progress(f"{self.spec.suite}: {name}", done, total)
 
     def build(self, tokens: TokenSet, name: str) -> tuple[str, list[Part]]:
         """Compute the parts that are missing or damaged, in batches within parts; returns the set's key and parts."""
@@ -64,9 +69,9 @@ class SetBuilder:
         total, parts = len(tokens.ids), []
         for number, first in enumerate(range(0, total, PART_TEXTS)):
             last = min(first + PART_TEXTS, total)
-            file, inner = sets_folder(self.root) / key / part_name(number), f"{key}/{part_name(number)}"
-            data = read_whole(file, inner)
-            if data is None:
+            inner = f"{key}/{part_name(number)}"
+            file = sets_folder(self.root) / inner
+            if (data := read_whole(file, inner)) is None:
                 tensors = self._residuals(tokens, range(first, last), lambda done: self.report(name, done, total))
                 tensors["lengths"] = torch.tensor([len(positions) for positions in tokens.positions[first:last]])
                 data = part_bytes(tensors, inner)
@@ -77,9 +82,8 @@ class SetBuilder:
 
     def made_with(self) -> dict[str, Any]:
         """What a store's header says of the model and the libraries."""
-        model = self.model
-        digests = {"model_digest": model.model_digest, "tokenizer_digest": model.tokenizer_digest}
-        return {"d_model": model.d_model, **digests, "versions": self._versions()}
+        names = ("d_model", "model_digest", "tokenizer_digest")
+        return {name: getattr(self.model, name) for name in names} | {"versions": self._versions()}
 
     def _residuals(self, tokens: TokenSet, rows: range, report: Callable[[int], None]) -> dict[str, Tensor]:
         """Each hook's [N, D] of some texts."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -11,7 +11,7 @@ from hsae.cache.storage.paths import Place, place
 
 PROBE_FORMAT = 2
 Suite = Literal["sparse-probing", "scr", "tpp", "absorption"]
-SUITES: tuple[Suite, ...] = ("sparse-probing", "scr", "tpp", "absorption")
+SUITES: tuple[Suite, ...] = get_args(Suite)
 
 
 class SuiteConfig(Config):
@@ -91,14 +91,10 @@ class EntitiesConfig(Config):
 class RavelSpec(StoredConfig):
     """What determines RAVEL's store."""
 
+    suite: ClassVar[Literal["ravel"]] = "ravel"
     model: ModelConfig
     hooks: Annotated[tuple[str, ...], Field(strict=False)]
     data: EntitiesConfig
-
-    @property
-    def suite(self) -> Literal["ravel"]:
-        """As `--suite` names it."""
-        return "ravel"
 
     @property
     def batch_rows(self) -> int:

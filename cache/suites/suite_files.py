@@ -9,7 +9,7 @@ when a part is first opened.
 
 from typing import ClassVar, Generic, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from hsae.cache.config import Config
 from hsae.cache.errors import StoreError
@@ -149,7 +149,7 @@ def read_header(path: Place, kind: type[HeaderT], suite: str) -> HeaderT:
             return kind(**content)
         except StoreError:
             raise
-        except (ValidationError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             detail = str(error).splitlines()[0]
             raise StoreError(f"{path} is damaged ({detail}); make it again with: {build}") from None
 

@@ -1,6 +1,7 @@
 """The tasks of a suite: of SAEBench's data sets on the hub, of local files, or of what ships with Python."""
 
 import functools
+import itertools
 import random
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from hsae.cache.errors import CorpusError
 from hsae.cache.suites.labelled_texts import SPLITS, DataSet, Record, TextTask, classes, quadrants
 from hsae.cache.suites.python_tasks import python_sets
 from hsae.cache.suites.specs import Suite, SuiteConfig
-from hsae.cache.text.data_sets import open_data_set, read_tables, records, resolve_revision
+from hsae.cache.text.data_sets import open_data_set, read_tables, records, resolve_revision, stream_rows
 
 BIOS, AMAZON = "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5"
 NEWS, EUROPARL = "fancyzhx/ag_news", "Helsinki-NLP/europarl"
@@ -33,6 +34,7 @@ AMAZON_PAIRS = {
 }
 LANGUAGES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
 EUROPARL_READ = 2501
+Pair = Annotated[tuple[str, str], Field(strict=False)]
 
 
 class LocalTask(Config):
@@ -48,25 +50,23 @@ class LocalTask(Config):
     """Labels to use, in order; none named uses all."""
     attribute: str | None = None
     """A second column, for SCR."""
-    attribute_values: Annotated[tuple[str, ...], Field(strict=False, min_length=2, max_length=2)] | None = None
+    attribute_values: Pair | None = None
     """Its two values; the first plays the part of SAEBench's "male"."""
-    pairs: Annotated[tuple[Annotated[tuple[str, str], Field(strict=False)], ...], Field(strict=False)] = ()
+    pairs: Annotated[tuple[Pair, ...], Field(strict=False)] = ()
     """Pairs of labels for SCR."""
 
 
 def text_tasks(suite: Suite, config: SuiteConfig) -> list[TextTask]:
     """The tasks of a suite. Raises CorpusError if a data set can't be had or is too small."""
-    sets = _sets(config)
+    sets = {"saebench": saebench_sets, "python": python_sets}.get(config.tasks, _local_sets)(config)
     if suite == "scr":
         tasks = [
-            quadrants(data, data.read(), index, config)
-            for data in sets
-            if data.attribute_values
-            for index in range(len(data.pairs))
+            quadrants(data, data.read(), name, config) for data in sets if data.attribute_values for name in data.pairs
         ]
     else:
-        wanted = sets if suite == "sparse-probing" else [data for data in sets if suite_has_tpp(data, config)]
-        tasks = [classes(data, data.read(), config) for data in wanted]
+        if suite == "tpp":
+            sets = [data for data in sets if _has_tpp(data, config)]
+        tasks = [classes(data, data.read(), config) for data in sets]
     if not tasks:
         raise CorpusError(
             f"suite.tasks {config.tasks!r} has no data for {suite}; SCR needs two attributes and pairs of labels"
@@ -74,20 +74,13 @@ def text_tasks(suite: Suite, config: SuiteConfig) -> list[TextTask]:
     return tasks
 
 
-def suite_has_tpp(data: DataSet, config: SuiteConfig) -> bool:
+def _has_tpp(data: DataSet, config: SuiteConfig) -> bool:
     """SAEBench takes two of its data sets for TPP; elsewhere every data set of at least three classes serves."""
     return data.name in TPP_NAMES if config.tasks == "saebench" else len(data.classes) != 2
 
 
-def _sets(config: SuiteConfig) -> list[DataSet]:
-    if config.tasks == "saebench":
-        return saebench_sets(config)
-    if config.tasks == "python":
-        return python_sets(config)
-    return _local(Path(config.tasks).expanduser())
-
-
-def _local(path: Path) -> list[DataSet]:
+def _local_sets(config: SuiteConfig) -> list[DataSet]:
+    path = Path(config.tasks).expanduser()
     if not path.is_file():
         raise CorpusError(
             f"suite.tasks {str(path)!r}: no such file; give saebench, python, or a TOML file with [[task]] tables"
@@ -98,16 +91,12 @@ def _local(path: Path) -> list[DataSet]:
 def _local_set(task: LocalTask, folder: Path) -> DataSet:
     def read() -> dict[str, list[Record]]:
         columns = [task.text, task.label, *([task.attribute] if task.attribute else [])]
-        rows = {
-            split: [
-                Record(*map(str, values))
-                for values in records(folder / file, columns)
-                if None not in values and str(values[0]).strip()
-            ]
-            for split, file in zip(SPLITS, (task.train, task.test), strict=True)
-        }
-        texts = [{record.text for record in rows[split]} for split in SPLITS]
-        if texts[1] and texts[1] <= texts[0]:
+        rows = {}
+        for split, file in zip(SPLITS, (task.train, task.test), strict=True):
+            cells = (values for values in records(folder / file, columns) if None not in values)
+            rows[split] = [Record(*map(str, values)) for values in cells if str(values[0]).strip()]
+        train, test = ({record.text for record in rows[split]} for split in SPLITS)
+        if test and test <= train:
             raise CorpusError(
                 f"task {task.name}: every test text is a training text; give {task.test} texts of its own"
             )
@@ -120,10 +109,8 @@ def _local_set(task: LocalTask, folder: Path) -> DataSet:
         read=read,
         source=f"{task.train}, {task.test}",
         classes=task.classes,
-        pairs=task.pairs,
-        attribute_values=None
-        if task.attribute_values is None
-        else (task.attribute_values[0], task.attribute_values[1]),
+        pairs={"_".join(pair): pair for pair in task.pairs},
+        attribute_values=task.attribute_values,
     )
 
 
@@ -146,10 +133,10 @@ def saebench_sets(config: SuiteConfig) -> list[DataSet]:
     genders: dict[str, Any] = {"by_attribute": True, "attribute_values": ("0", "1")}
     ratings: dict[str, Any] = {"by_attribute": True, "attribute_values": ("1.0", "5.0")}
     return [
-        one(BIOS, bios, BIOS_SETS[0], "_class_set1", **genders, **_pairs(BIOS_PAIRS)),
+        one(BIOS, bios, BIOS_SETS[0], "_class_set1", **genders, pairs=BIOS_PAIRS),
         one(BIOS, bios, BIOS_SETS[1], "_class_set2", **genders),
         one(BIOS, bios, BIOS_SETS[2], "_class_set3", **genders),
-        one(AMAZON, amazon, ("1", "2", "3", "5", "6"), **ratings, **_pairs(AMAZON_PAIRS)),
+        one(AMAZON, amazon, ("1", "2", "3", "5", "6"), **ratings, pairs=AMAZON_PAIRS),
         one(AMAZON, ("text", "rating"), ("1.0", "5.0"), "_sentiment"),
         one(NEWS, ("text", "label"), ("0", "1", "2", "3")),
         DataSet(
@@ -161,14 +148,11 @@ def saebench_sets(config: SuiteConfig) -> list[DataSet]:
     ]
 
 
-def _pairs(pairs: dict[str, tuple[str, str]]) -> dict[str, Any]:
-    return {"pairs": tuple(pairs.values()), "pair_names": tuple(pairs)}
-
-
 def _hub(revision: str, name: str, split: str, text: str, label: str, attribute: str | None = None) -> list[Record]:
+    rows = stream_rows(open_data_set(name, revision, None, split), name)
     return [
         Record(str(row[text]), str(row[label]), "" if attribute is None else str(row[attribute]))
-        for row in open_data_set(name, revision, None, split)
+        for row in rows
         if str(row[text]).strip()
     ]
 
@@ -177,11 +161,8 @@ def _europarl(config: SuiteConfig, revision: str) -> dict[str, list[Record]]:
     mixed = random.Random(config.seed)
     records: dict[str, list[Record]] = {split: [] for split in SPLITS}
     for language, subset in LANGUAGES.items():
-        sentences = []
-        for row in open_data_set(EUROPARL, revision, subset, "train"):
-            sentences.append(row["translation"][language])
-            if len(sentences) == EUROPARL_READ:
-                break
+        rows = stream_rows(open_data_set(EUROPARL, revision, subset, "train"), EUROPARL)
+        sentences = [row["translation"][language] for row in itertools.islice(rows, EUROPARL_READ)]
         mixed.shuffle(sentences)
         parts = sentences[: config.train_per_class], sentences[config.train_per_class :]
         for split, part in zip(SPLITS, parts, strict=True):

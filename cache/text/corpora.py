@@ -156,12 +156,12 @@ def _walk(path: Path) -> Iterator[Path]:
     entered = set()
     for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
-        folders[:] = (
-            [] if real in entered else sorted(name for name in folders if not name.startswith((".", "_delta_log")))
-        )
-        if real not in entered:
-            yield from (Path(folder) / name for name in names)
+        if real in entered:
+            folders.clear()
+            continue
         entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_delta_log")))
+        yield from (Path(folder) / name for name in names)
 
 
 def _has(file: Path, column: str) -> bool:

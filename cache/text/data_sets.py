@@ -10,7 +10,6 @@ import codecs
 import contextlib
 import csv
 import gzip
-import importlib.util
 import io
 import lzma
 import re
@@ -22,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 from pydantic import ValidationError
 
 from hsae.cache.config import Config
-from hsae.cache.errors import CorpusError, UnreachableError
+from hsae.cache.errors import CorpusError, UnreachableError, need
 from hsae.cache.files import parse_json, parse_toml
 
 TableT = TypeVar("TableT", bound=Config)
@@ -85,7 +84,7 @@ def open_decompressed(file: Path) -> BinaryIO:
     """A file's bytes, decompressed if its name says so."""
     suffix = file.suffix.lower()
     if suffix == ".zst":
-        need("pyarrow", f"reading {file.name}")
+        need(f"reading {file.name}", "pyarrow", "hub", kind=CorpusError)
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
@@ -165,7 +164,7 @@ def _csv(file: Path, columns: Sequence[str]) -> Rows:
 
 
 def _parquet(file: Path, columns: Sequence[str]) -> Rows:
-    need("pyarrow", f"reading {file.name}")
+    need(f"reading {file.name}", "pyarrow", "hub", kind=CorpusError)
     import pyarrow
     from pyarrow import parquet
 
@@ -189,12 +188,6 @@ def _parquet(file: Path, columns: Sequence[str]) -> Rows:
 READERS = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
 
 
-def need(module: str, why: str) -> None:
-    """Raise CorpusError unless a package of the extra `hub` is there."""
-    if importlib.util.find_spec(module) is None:
-        raise CorpusError(f"{why} needs the package {module}; run: pip install 'hsae[hub]'")
-
-
 INSTEAD = (
     "use texts that ship with Python with --set suite.tasks=python, or local files with --set suite.tasks=FILE.toml"
 )
@@ -203,7 +196,7 @@ INSTEAD = (
 
 def open_data_set(name: str, revision: str | None, subset: str | None, split: str, instead: str = INSTEAD) -> Any:
     """A hub data set's split, streamed. Raises CorpusError, with what to do instead."""
-    need("datasets", f"data set {name!r} on the hub")
+    need(f"data set {name!r} on the hub", "datasets", "hub", kind=CorpusError)
     from datasets import load_dataset
     from datasets.utils.logging import set_verbosity_error
 
@@ -220,7 +213,7 @@ def stream_rows(data: Any, name: str, instead: str = INSTEAD) -> Iterator[Any]:
 
 def resolve_revision(name: str, revision: str | None, instead: str = INSTEAD) -> str:
     """The commit of a hub data set's revision now. Raises CorpusError, with what to do instead."""
-    need("datasets", f"data set {name!r} on the hub")
+    need(f"data set {name!r} on the hub", "datasets", "hub", kind=CorpusError)
     from huggingface_hub import HfApi
 
     with reaching(name, instead):

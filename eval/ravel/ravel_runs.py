@@ -18,8 +18,7 @@ from hsae.cache.language_model.generation import PassCounts
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.provenance import check_model, pin_commit
 from hsae.cache.storage.paths import size_of
-from hsae.cache.suites.entities import describe_counts
-from hsae.cache.suites.ravel_store import RavelStore
+from hsae.cache.suites.ravel_store import RavelStore, describe_counts
 from hsae.eval.harness.estimates import mean_over_seeds
 from hsae.eval.harness.evaluation import Result, cached_method
 from hsae.eval.harness.options import DrawOptions
@@ -292,6 +291,5 @@ def passes_of(blocks: Sequence[dict[str, Any]]) -> dict[str, int]:
 def describe_store(store: RavelStore) -> str:
     """What was asked and what of it was answered right, for people."""
     header = store.header
-    right = {kind: header.right.get(kind, {}) for kind in header.asked}
     used = sum(len(held) for prompts in store.prompts.values() for held in prompts.values())
-    return f"answered right and kept: {describe_counts(right, header.asked)}; {used} prompts used"
+    return f"answered right and kept: {describe_counts(header.right, header.asked)}; {used} prompts used"

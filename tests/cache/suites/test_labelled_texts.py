@@ -8,7 +8,7 @@ import pytest
 
 from hsae.cache.errors import CorpusError
 from hsae.cache.suites import python_tasks
-from hsae.cache.suites.first_letters import vocabulary, word_task
+from hsae.cache.suites.first_letters import vocabulary, word_prompts
 from hsae.cache.suites.labelled_texts import SCR_LISTS, DataSet, Record, classes, quadrants
 from hsae.cache.suites.specs import SuiteConfig
 from hsae.cache.suites.text_tasks import text_tasks
@@ -31,7 +31,13 @@ def held(counts=(23, 19)):
 
 
 def a_set(**changes):
-    given = {"name": "made", "read": held, "source": "here", "pairs": (("p", "q"),), "attribute_values": ("m", "f")}
+    given = {
+        "name": "made",
+        "read": held,
+        "source": "here",
+        "pairs": {"p_q": ("p", "q")},
+        "attribute_values": ("m", "f"),
+    }
     return DataSet(**(given | changes))
 
 
@@ -48,7 +54,7 @@ def test_texts_are_drawn_as_pandas_draws_them():
 
 
 def test_scr_lists_are_made_of_quadrants_in_the_datas_order():
-    task = quadrants(a_set(), held(), 0, CONFIG)
+    task = quadrants(a_set(), held(), "p_q", CONFIG)
     assert task.name == "made_scr_p_q" and tuple(task.train) == tuple(task.test) == SCR_LISTS
     chosen = {name: [task.texts[row] for row in rows] for name, rows in task.train.items()}
     three = {corner: [f"train {corner} {n}" for n in range(3)] for corner in ("p m", "p f", "q m", "q f")}
@@ -66,7 +72,7 @@ def test_too_few_texts_are_said():
         classes(a_set(classes=("p", "z")), held(), CONFIG)
     assert str(raised.value) == ("data set made: 0 train texts of class z; 6 are needed. Lower suite.train_per_class")
     with pytest.raises(CorpusError) as raised:
-        quadrants(a_set(), held((5, 9)), 0, CONFIG)
+        quadrants(a_set(), held((5, 9)), "p_q", CONFIG)
     assert str(raised.value) == (
         "data set made: 5 train texts of p with m; 6 are needed. Lower suite.train_per_quadrant"
     )
@@ -149,7 +155,7 @@ def test_pythons_packages_are_told_by_enough_texts():
     task = classes(packages, records, config)
     assert list(task.train) == list(python_tasks.PACKAGES)
     assert {len(rows) for rows in task.train.values()} == {80} and {len(rows) for rows in task.test.values()} == {40}
-    assert len(quadrants(packages, records, 0, config).texts) > 100
+    assert len(quadrants(packages, records, "asyncio_email", config).texts) > 100
 
 
 @pytest.mark.parametrize(
@@ -195,10 +201,10 @@ def test_words_are_sorted_and_prompts_are_the_seeds():
     words = vocabulary(Speller())
     assert words == sorted(words) and " beta" in words and "Gamma" in words and " a1" not in words
     config = SuiteConfig(icl_examples=2, seed=3)
-    task = word_task(Speller(), config)
-    assert len(task.train_words) == 9 and len(task.test_words) == 3  # four to one, rounded down
-    assert word_task(Speller(), config) == task != word_task(Speller(), SuiteConfig(icl_examples=2, seed=4))
-    for word, prompt in zip(task.test_words, task.evaluation_prompts, strict=True):
+    task = word_prompts(Speller(), config)
+    assert len(task["train"]) == 9 and len(task["test"]) == len(task["prompts"]) == 3  # four to one, rounded down
+    assert word_prompts(Speller(), config) == task != word_prompts(Speller(), SuiteConfig(icl_examples=2, seed=4))
+    for word, prompt in task["prompts"]:
         lines = prompt.split("\n")
         assert lines[0] == "" and len(lines) == 4
         assert lines[-1] == f"{word} starts with the letter:"
