@@ -41,16 +41,6 @@ class Setting:
     """Static if None; else clamping is limited to rows beyond this quantile of the retain rows' firing rates."""
 
 
-def settings_of(config: UnlearningConfig) -> list[Setting]:
-    """The whole sweep."""
-    return [
-        Setting(latents=count, multiplier=multiplier, quantile=quantile)
-        for count in config.latents
-        for quantile in (None, *config.quantiles)
-        for multiplier in config.multipliers
-    ]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """A way of choosing latents, with its choice for each number asked for."""
@@ -67,36 +57,28 @@ class Arm:
         """Every latent that any setting clamps."""
         return tuple(dict.fromkeys(latent for latents in self.chosen.values() for latent in latents))
 
-    def means(self, latents: Sequence[int]) -> list[float]:
-        """Mean active values of some latents."""
-        return [float(self.profile.mean_F[latent]) for latent in latents]
-
-
-def level_maps(model: HierarchicalSAE) -> list[Tensor]:
-    """The [C, G] contributions between neighbouring levels, coarsest first; empty unless every level has its map."""
-    maps = [part.contributions.float().cpu() for part in sorted(model.compositions, key=lambda part: -part.level)]
-    return maps if len(maps) == len(model.levels) - 1 else []
-
 
 def sae_arms(model: HierarchicalSAE, dictionary: Dictionary, profile: Profile, config: UnlearningConfig) -> list[Arm]:
     """The arms of one trained model, controls last, each after the arm it is a control of."""
     levels = len(dictionary.widths)
     cap, counts = config.retain_cap, config.latents
 
-    def ranked(numbers: Sequence[int]) -> list[int]:
+    def ranked(*numbers: int) -> list[int]:
         among = [latent for number in numbers for latent in dictionary.level(number)]
         return selection.ranking(profile.forget_F, profile.retain_F, cap, among)
 
+    def first(latents: list[int]) -> dict[int, list[int]]:
+        return {count: latents[:count] for count in counts}
+
     picks: dict[str, dict[int, list[int]]] = {}
     if model.is_nested:
-        best = ranked(range(1, levels + 1))
-        picks["sae"] = {count: best[:count] for count in counts}
-    for number in range(1, levels + 1) if levels > 1 else ():
-        best = ranked([number])
-        picks[f"level{number}"] = {count: best[:count] for count in counts}
+        picks["sae"] = first(ranked(*range(1, levels + 1)))
+    if levels > 1:
+        picks |= {f"level{number}": first(ranked(number)) for number in range(1, levels + 1)}
     controls: dict[str, str] = {}
-    if levels > 1 and (maps := level_maps(model)):
-        coarse, fine, leaning_F = ranked([levels]), ranked([1]), profile.leaning_F
+    maps = [part.contributions.float().cpu() for part in sorted(model.compositions, key=lambda part: -part.level)]
+    if levels > 1 and len(maps) == levels - 1:
+        coarse, fine, leaning_F = ranked(levels), ranked(1), profile.leaning_F
 
         def descended(through: Sequence[Tensor]) -> dict[int, list[int]]:
             return {count: selection.descend(dictionary, through, coarse, leaning_F, count) for count in counts}

@@ -6,15 +6,14 @@ chosen fires, x stays as it is to the last bit. Position 0 is never touched.
 Shapes: R rows, T context, D residual width, F latents, A chosen latents.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from hsae.train.model.hierarchical_sae import HierarchicalSAE
-from hsae.train.model.views import View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +44,6 @@ def of_model(model: HierarchicalSAE, device: str) -> Dictionary:
     )
 
 
-def of_view(view: View) -> Dictionary:
-    """One SAE, in its own type."""
-    return Dictionary(encode=view.encode, directions_FD=view.W_dec, widths=(view.d_sae,))
-
-
 def of_means(forget_D: Tensor, retain_D: Tensor) -> Dictionary:
     """One latent along the difference of two means, active beyond the retain mean: clamping it to 0 ablates it."""
     unit_1D = normalize(forget_D.float() - retain_D.float(), dim=0)[None]
@@ -66,10 +60,6 @@ class Intervention:
     """What each chosen latent is set to where it is active."""
     rate: float | None = None
     """Only in rows where a larger share of kept tokens has a chosen latent active; None: in all rows (static)."""
-
-    def scaled(self, values: Sequence[float]) -> "Intervention":
-        """The same with other values."""
-        return replace(self, values=tuple(values))
 
     def fired(self, acts_RTA: Tensor, kept_RT: Tensor) -> Tensor:
         """[R, T, A] where a chosen latent is changed."""

@@ -128,17 +128,17 @@ class LossMeter:
             final_BTD = self.model.suffix(self.rows.hook, changed(x_BTD, delta_BTD, fired_BTA)).cpu()
             self.passes.run += len(places)
             first_B = fired_BTA.any(-1).int().argmax(1).tolist()
-            later = [self.positions[place] >= first for place, first in zip(places, first_B, strict=True)]
-            of_rows = list(zip(places, later, strict=True))
+            later = [(row, self.positions[row] >= first) for row, first in zip(places, first_B, strict=True)]
             finals = [
-                final_TD[self.positions[row][late]] for final_TD, (row, late) in zip(final_BTD, of_rows, strict=True)
+                final_TD[self.positions[row][is_later]]
+                for final_TD, (row, is_later) in zip(final_BTD, later, strict=True)
             ]
-            targets_N = torch.cat([self.targets[row][late] for row, late in of_rows])
-            clean_ND = torch.cat([self.clean_finals[row][late] for row, late in of_rows]) if kl else None
+            targets_N = torch.cat([self.targets[row][is_later] for row, is_later in later])
+            clean_ND = torch.cat([self.clean_finals[row][is_later] for row, is_later in later]) if kl else None
             loss_N, kl_N = self._losses(torch.cat(finals), targets_N, clean_ND)
             sizes = [len(final) for final in finals]
-            for (row, late), part in zip(of_rows, torch.split(loss_N, sizes), strict=True):
-                loss_R[row] = (part.double() - clean_losses[row][late].double()).sum().item()
+            for (row, is_later), part in zip(later, torch.split(loss_N, sizes), strict=True):
+                loss_R[row] = (part.double() - clean_losses[row][is_later].double()).sum().item()
             if kl_N is not None:
                 for row, part in zip(places, torch.split(kl_N, sizes), strict=True):
                     kl_R[row] = part.double().sum().item()

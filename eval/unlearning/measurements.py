@@ -1,6 +1,7 @@
 """Meters on the parts of both texts, and the changes measured so far, which an interrupted sweep goes on from."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,16 @@ from hsae.eval.unlearning.rows import Rows, split_rows
 
 
 class MeasuredChanges:
-    """Changes of the loss by what was measured; kept in a file as long as the inputs are the same."""
+    """Changes of the loss by what was measured; a file holds them as long as the inputs are the same."""
 
     def __init__(self, path: Path, inputs: dict[str, Any]) -> None:
         self.path, self.inputs = path, inputs
         self.changes: dict[str, dict[str, Any]] = {}
         if path.is_file():
-            try:
+            with suppress(ValueError, KeyError, TypeError):  # damaged: measured again
                 content = read_result(path, "hsae eval unlearning")
                 if content["inputs"] == inputs:
                     self.changes = content["pieces"]
-            except (ValueError, KeyError, TypeError):
-                pass  # damaged: measured again
         self.read = len(self.changes)
         """How many were in the file."""
 

@@ -38,24 +38,19 @@ class DocumentBootstrap:
 
 def choose(retain: Sequence[float], forget: Sequence[float | None], budget: float) -> int | None:
     """The setting within the budget on retain with the largest loss on forget; None if none beats doing nothing."""
-    best, place = 0.0, None
-    for index, (harm, gain) in enumerate(zip(retain, forget, strict=True)):
-        if gain is not None and harm <= budget and gain > best:
-            best, place = gain, index
-    return place
+    settings = enumerate(zip(retain, forget, strict=True))
+    within = [(gain, -index) for index, (harm, gain) in settings if gain is not None and harm <= budget and gain > 0]
+    return -max(within)[1] if within else None
 
 
 def frontier(retain: Sequence[float], forget: Sequence[float | None]) -> list[int]:
     """Settings that no other beats: less harm and more forgetting, and more forgetting than doing nothing; by harm."""
-    order = sorted(
-        (index for index, gain in enumerate(forget) if gain is not None), key=lambda i: (retain[i], -(forget[i] or 0))
-    )
+    settings = enumerate(zip(retain, forget, strict=True))
     unbeaten, best = [], 0.0
-    for index in order:
-        gain = forget[index]
-        if gain is not None and gain > best:
+    for _, loss, index in sorted((harm, -gain, index) for index, (harm, gain) in settings if gain is not None):
+        if -loss > best:
             unbeaten.append(index)
-            best = gain
+            best = -loss
     return unbeaten
 
 

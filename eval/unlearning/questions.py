@@ -83,25 +83,18 @@ def _lines(text: str, where: str, subject: str) -> list[Question]:
 
 
 def _question(record: Any, where: str, subject: str) -> Question:
-    fields = record if isinstance(record, dict) else {}
-    text, choices, answer = fields.get("question"), fields.get("choices"), fields.get("answer")
-    if isinstance(answer, str) and len(answer) == 1 and answer.upper() in LETTERS:
-        answer = LETTERS.index(answer.upper())
-    if (
-        isinstance(text, str)
-        and isinstance(choices, list)
-        and 2 <= len(choices) <= len(LETTERS)
-        and all(isinstance(choice, str) for choice in choices)
-        and isinstance(answer, int)
-        and 0 <= answer < len(choices)
-    ):
-        subject = str(fields.get("subject", subject))
-        return Question(
-            text=replace_surrogates(text.strip()),
-            choices=tuple(map(replace_surrogates, choices)),
-            answer=answer,
-            subject=replace_surrogates(subject),
-        )
+    match record:
+        case {"question": str(text), "choices": list(choices), "answer": int() | str() as answer}:
+            if isinstance(answer, str):
+                answer = LETTERS.find(answer.upper()) if len(answer) == 1 else -1
+            is_choice = all(isinstance(choice, str) for choice in choices)
+            if is_choice and 2 <= len(choices) <= len(LETTERS) and 0 <= answer < len(choices):
+                return Question(
+                    text=replace_surrogates(text.strip()),
+                    choices=tuple(map(replace_surrogates, choices)),
+                    answer=answer,
+                    subject=replace_surrogates(str(record.get("subject", subject))),
+                )
     raise UserError(
         f"{where} is not a question; write "
         '{"question": "...", "choices": ["...", "..."], "answer": 0}, with the answer\'s number or letter'

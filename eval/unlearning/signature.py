@@ -73,7 +73,9 @@ def _carry_over(sweep: Sweep, everything: Rows, own: str, sibling: str) -> dict[
         latents = arm.chosen[setting.latents]
         if (arm.control_of is not None and arm.name != "descend-permuted") or not latents:
             continue
-        clamp = Intervention(latents=latents, values=tuple(-multiplier * mean for mean in arm.means(latents)))
+        clamp = Intervention(
+            latents=latents, values=tuple(-multiplier * mean for mean in arm.profile.mean_F[list(latents)].tolist())
+        )
         means = {}
         for name, meter in meters.items():
             key = f"signature/{digest_of([own, sibling, name, clamp.latents, clamp.values])}"

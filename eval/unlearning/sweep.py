@@ -7,16 +7,17 @@ Shapes: R rows, T context, A chosen latents, S the data and its resamples.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from hsae.eval.harness.estimates import estimate_of
 from hsae.eval.unlearning import pareto, selection
-from hsae.eval.unlearning.arms import Arm, Setting, measure_shift, rate_threshold, sae_arms, settings_of, shared_arms
+from hsae.eval.unlearning.arms import Arm, Setting, measure_shift, rate_threshold, sae_arms, shared_arms
 from hsae.eval.unlearning.config import SIDES, Side, UnlearningConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention
 from hsae.eval.unlearning.loss_meter import Change
@@ -45,8 +46,10 @@ class PreparedArm:
 
     @property
     def settings(self) -> list[Setting]:
-        """The settings for which the arm has latents."""
-        return [setting for setting in settings_of(self.texts.config) if self.arm.chosen.get(setting.latents)]
+        """The settings of the sweep for which the arm has latents."""
+        config = self.texts.config
+        every = itertools.product(config.latents, (None, *config.quantiles), config.multipliers)
+        return [Setting(latents=n, multiplier=m, quantile=q) for n, q, m in every if self.arm.chosen.get(n)]
 
     def activations(self, side: Side, part: str, latents: Sequence[int]) -> Tensor:
         """[R, T, A]"""
@@ -60,7 +63,7 @@ class PreparedArm:
         kept = {side: self.texts.rows[side]["select"].kept() for side in SIDES}
         for setting in self.settings:
             latents = self.arm.chosen[setting.latents]
-            means = self.arm.means(latents)
+            means = self.arm.profile.mean_F[list(latents)].tolist()
             acts = {side: self.activations(side, "select", latents) for side in SIDES}
             rate = rate_threshold(acts["retain"], kept["retain"], setting.quantile)
             still = Intervention(latents=latents, values=(0.0,) * len(latents), rate=rate)
@@ -70,7 +73,7 @@ class PreparedArm:
             if reference is not None:
                 solved = shift["retain"].multiplier(reference.described[setting]["dx_retain"])
                 multiplier, matched = setting.multiplier if solved is None else solved, {"matched": solved is not None}
-            self.interventions[setting] = still.scaled([-multiplier * mean for mean in means])
+            self.interventions[setting] = replace(still, values=tuple(-multiplier * mean for mean in means))
             self.described[setting] = {
                 "clamped": len(latents),
                 "multiplier_used": multiplier,
@@ -116,7 +119,10 @@ class Sweep:
         config = self.texts.config
         forget, retain = (self.texts.rows[side]["select"] for side in SIDES)
         profile = selection.profile(self.dictionary, forget.batches(), retain.batches())
-        results: dict[str, Any] = {"none": _do_nothing(config)}
+        at_retain = {f"{budget:g}": NOTHING for budget in config.budgets}
+        results: dict[str, Any] = {
+            "none": {"at_retain": at_retain, "pareto": [], "area": {**ZERO, "up_to": max(config.budgets)}}
+        }
         prepared: dict[str, PreparedArm] = {}
         for arm in (*shared_arms(forget, retain, config), *sae_arms(self.model, self.dictionary, profile, config)):
             prepared[arm.name] = PreparedArm(arm=arm, texts=self.texts)
@@ -146,7 +152,9 @@ class Sweep:
                 "setting": {**asdict(setting), **arm.described[setting]},
                 "tune": {"retain_dce": retain[place], "forget_dce": forget[place]},
                 "frontier": place in frontier,
-                "test": _intervals(tested[place]) if place in tested else None,
+                "test": {name: estimate_of(values_S).to_dict() for name, values_S in tested[place].items()}
+                if place in tested
+                else None,
             }
             for place, setting in enumerate(every)
         ]
@@ -181,15 +189,6 @@ class Sweep:
 def digest_of(content: Any) -> str:
     """A short digest of JSON-ready content."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
-
-
-def _intervals(values: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: estimate_of(values_S).to_dict() for name, values_S in values.items()}
-
-
-def _do_nothing(config: UnlearningConfig) -> dict[str, Any]:
-    at_retain = {f"{budget:g}": NOTHING for budget in config.budgets}
-    return {"at_retain": at_retain, "pareto": [], "area": {**ZERO, "up_to": max(config.budgets)}}
 
 
 def _describe(profile: selection.Profile, config: UnlearningConfig) -> dict[str, Any]:

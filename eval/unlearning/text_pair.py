@@ -36,27 +36,6 @@ class UnlearningOptions(Options):
     )
 
 
-def open_texts(plan: Plan) -> Stores:
-    """The forget and the retain store.
-
-    Raises StoreError with what to run if one is missing or they don't belong together, NotApplicable if none was begun.
-    """
-    if missing := [side for side in SIDES if not plan.store_path(side).is_dir()]:
-        kind = StoreError if any(exists(plan.store_path(side)) for side in SIDES) else NotApplicable
-        named = plan.source.removeprefix("packaged plan ")
-        raise kind(
-            f"no {missing[0]} store at {plan.store_path(missing[0])}; "
-            f"make it with: hsae cache build --plan {named} --suite unlearning"
-        )
-    stores: Stores = {side: ActivationStore.of(plan.store(side), plan.cache.dir) for side in SIDES}
-    if len({(store.header.model_digest, store.header.tokenizer_digest) for store in stores.values()}) > 1:
-        raise StoreError(
-            f"{stores['forget'].url} and {stores['retain'].url} were made with different weights or tokenizers; "
-            "move them away and build them again"
-        )
-    return stores
-
-
 class TextPairEvaluation(RunEvaluation[Stores]):
     """An evaluation of runs on text to be forgotten and text to be kept."""
 
@@ -66,8 +45,25 @@ class TextPairEvaluation(RunEvaluation[Stores]):
 
     @classmethod
     def open_store(cls, plan: Plan) -> Stores:
-        """The forget and the retain store."""
-        return open_texts(plan)
+        """The forget and the retain store.
+
+        Raises StoreError with what to run if one is missing or they don't belong together, NotApplicable if none was
+        begun.
+        """
+        if missing := [side for side in SIDES if not plan.store_path(side).is_dir()]:
+            kind = StoreError if any(exists(plan.store_path(side)) for side in SIDES) else NotApplicable
+            named = plan.source.removeprefix("packaged plan ")
+            raise kind(
+                f"no {missing[0]} store at {plan.store_path(missing[0])}; "
+                f"make it with: hsae cache build --plan {named} --suite unlearning"
+            )
+        stores: Stores = {side: ActivationStore.of(plan.store(side), plan.cache.dir) for side in SIDES}
+        if len({(store.header.model_digest, store.header.tokenizer_digest) for store in stores.values()}) > 1:
+            raise StoreError(
+                f"{stores['forget'].url} and {stores['retain'].url} were made with different weights or tokenizers; "
+                "move them away and build them again"
+            )
+        return stores
 
     def check(self, target: RunTarget) -> None:
         """Refuse a run of another model than the stores'. Raises UserError."""

@@ -5,6 +5,7 @@ FIX E: every size and setting of the reference data comes from its params.json.
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,13 +27,12 @@ from hsae.eval.harness.result_files import read_result, write_result
 from hsae.eval.harness.targets import RunTarget
 from hsae.eval.unlearning import arms, pareto, qa, selection
 from hsae.eval.unlearning.config import UnlearningConfig
-from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed, of_means, of_model, of_view
+from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed, of_means, of_model
 from hsae.eval.unlearning.loss_meter import LossMeter
 from hsae.eval.unlearning.measurements import Texts
 from hsae.eval.unlearning.questions import Question
 from hsae.eval.unlearning.questions_evaluation import UnlearningQuestions
 from hsae.eval.unlearning.rows import Rows, split_rows
-from hsae.eval.unlearning.text_pair import open_texts
 from hsae.eval.unlearning.unlearning_evaluation import Unlearning
 from hsae.train import run_record
 from hsae.train.config.plan import load_plan
@@ -64,7 +64,8 @@ def golden():
         resid = load_file(GOLDEN / "unlearning" / f"resid_{dtype}.safetensors")
         view = load(GOLDEN / PARAMS["saes_folder"] / name).to(getattr(torch, dtype))
         kept = {side: ~torch.isin(tokens[side], torch.tensor(PARAMS["ignored_token_ids"])) for side in resid}
-        return of_view(view), resid, kept
+        dictionary = Dictionary(encode=view.encode, directions_FD=view.W_dec, widths=(view.d_sae,))
+        return dictionary, resid, kept
 
     return get
 
@@ -177,12 +178,12 @@ def a_model(structure="additive"):
 
 
 def texts_of(plan, language):
-    rows = {side: Rows.all_of(store, HOOK) for side, store in open_texts(plan).items()}
+    rows = {side: Rows.all_of(store, HOOK) for side, store in Unlearning.open_store(plan).items()}
     return Texts(rows, language, plan.table(UnlearningConfig))
 
 
 def test_a_row_holds_one_document_and_splits_hold_whole_ones(plan):
-    rows = Rows.all_of(open_texts(plan)["forget"], HOOK)
+    rows = Rows.all_of(Unlearning.open_store(plan)["forget"], HOOK)
     tokens = rows.tokens()
     assert (tokens[:, 0] == rows.store.header.bos_id).all() and not rows.store.special_mask(tokens[:, 1:]).any()
     assert max(rows.documents.count(document) for document in rows.documents) == 3
@@ -343,7 +344,7 @@ def test_how_far_residuals_move_is_a_quadratic_that_can_be_solved():
     means, still = [0.7, 1.1, 0.2], Intervention(latents=(6, 0, 2), values=(0.0, 0.0, 0.0))
     moved = arms.measure_shift(still, means, acts, kept, directions)
     for multiplier in (0.0, 1.0, 2.5):
-        clamp = still.scaled([-multiplier * mean for mean in means])
+        clamp = replace(still, values=tuple(-multiplier * mean for mean in means))
         delta = clamp.delta(acts, clamp.fired(acts, kept), directions)
         kept_only = delta[:, 1:][kept[:, 1:]].double()
         assert moved.rms(multiplier) == pytest.approx(kept_only.pow(2).sum(1).mean().sqrt().item(), rel=1e-5)
@@ -417,7 +418,7 @@ def trained(plan, number, model):
 
 def unlearn(plan, targets, language=None, *, kind=Unlearning, sets=None, force=False, listener=None):
     """Results of an evaluation to which the language model is given; without one, nothing can be computed."""
-    evaluation = kind(open_texts(plan), None, plan.table(UnlearningConfig), listener=listener or Listener())
+    evaluation = kind(Unlearning.open_store(plan), None, plan.table(UnlearningConfig), listener=listener or Listener())
     evaluation.sets, evaluation.language = sets, language
     return evaluate_targets(evaluation, targets, force=force)
 
@@ -538,7 +539,7 @@ def test_what_is_missing_is_said_with_what_to_run(plan, overrides, tmp_path, mon
     elsewhere = load_plan("tiny", [*overrides, f"cache.dir={str(tmp_path / 'none')!r}"])
     path = elsewhere.store_path("forget")
     with pytest.raises(NotApplicable) as error:
-        open_texts(elsewhere)
+        Unlearning.open_store(elsewhere)
     assert str(error.value) == (
         f"no forget store at {path}; make it with: hsae cache build --plan tiny --suite unlearning"
     )
