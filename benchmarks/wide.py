@@ -18,7 +18,7 @@ import torch
 from hsae.cache.launcher import share
 from hsae.train.config.run_config import CompositionConfig, RunConfig, Stage
 from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
-from hsae.train.parallel.workers import ALONE, Workers, joined
+from hsae.train.parallel.workers import ALONE, Workers, worker_group
 from hsae.train.training.scaling import Scaling
 from hsae.train.training.training_run import TrainingRun
 
@@ -70,9 +70,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--divide", choices=["batch", "latents"], default="latents")
     options = parser.parse_args()
-    with joined(share(), "cpu") as workers:
+    with worker_group(share(), "cpu") as workers:
         found = measure(options, workers)
-        if workers.leads:
+        if workers.is_first:
             print(
                 f"{workers.world} worker(s) dividing {options.divide}: "
                 f"{found['weights_and_moments_bytes'] / 2**20:,.0f} MiB of weights and moments, "

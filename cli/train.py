@@ -52,11 +52,11 @@ def train(
     from hsae.cache.errors import UserError
     from hsae.cache.launcher import share
     from hsae.train.config.plan import load_plan
-    from hsae.train.parallel.workers import joined
+    from hsae.train.parallel.workers import worker_group
 
     if (run is None) == (not all_runs):
         raise UserError("say which runs to train: --run 3, --run 0-5, --run baseline, or --all")
-    with joined(share(), device) as workers:  # so that of several workers one tells what is wrong with the plan
+    with worker_group(share(), device) as workers:  # so that of several workers one tells what is wrong with the plan
         loaded = load_plan(plan, overrides or ())
         selected = list(loaded.runs.values()) if run is None else loaded.select(run)
         options = {"resume": resume, "restart": restart, "divide": divide, "dry_run": dry_run, "workers": workers}

@@ -35,7 +35,7 @@ from many_workers import SETTINGS
 from hsae.cache.launcher import share
 from hsae.train.config.plan import load_plan
 from hsae.train.runs.planned_runs import train_runs
-from hsae.train.parallel.workers import joined
+from hsae.train.parallel.workers import worker_group
 
 places = sys.argv[3:]
 def plan(folder, *more):
@@ -90,7 +90,7 @@ class Threads(Workers):
 
     def collect(self, part):
         parts = self.gather(part[None])
-        return list(parts) if self.leads else []
+        return list(parts) if self.is_first else []
 
     def average_gradients(self, parameters):
         for parameter in parameters:

@@ -17,7 +17,7 @@ from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
 from hsae.train.parallel.workers import ALONE, Workers
 
 THRESHOLD_DECAY = 0.99
-GUESS = 0.7  # of the average threshold: most batches keep nothing below it
+BOUND_SHARE = 0.7  # of the average threshold: most batches keep nothing below it
 
 
 class LevelOutput(NamedTuple):
@@ -128,7 +128,7 @@ class Level(nn.Module):
 
     def guess(self) -> Tensor | None:
         """A value likely below the smallest that the next batch keeps; None where it saves nothing."""
-        return GUESS * self.threshold if self.threshold.device.type == "cpu" and self.threshold > 0 else None
+        return BOUND_SHARE * self.threshold if self.threshold.device.type == "cpu" and self.threshold > 0 else None
 
     @torch.no_grad()
     def track_threshold(self, smallest: Tensor) -> None:

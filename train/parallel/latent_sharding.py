@@ -104,7 +104,7 @@ class Latents:
         for name, tensor in tensors.items():
             dimension = self.along(name)
             parts = [tensor.cpu()] if dimension is None else self.workers.collect(tensor.cpu())
-            if self.workers.leads:
+            if self.workers.is_first:
                 whole[name] = torch.cat(parts, dimension) if dimension is not None else parts[0]
         return whole
 

@@ -27,7 +27,7 @@ from hsae.cache.device import pick_device
 from hsae.cache.errors import UserError
 from hsae.cache.launcher import Share
 
-PATIENCE = timedelta(minutes=15)  # for a worker that comes late or is silent
+TIMEOUT = timedelta(minutes=15)  # for a worker that comes late or is silent
 
 
 class WorkerLost(OSError):
@@ -41,8 +41,8 @@ class Workers:
         self.share, self.rank, self.world, self.store = share, share.rank, share.world, store
 
     @property
-    def leads(self) -> bool:
-        """Whether this is the worker that writes and prints."""
+    def is_first(self) -> bool:
+        """Whether this is worker 0, which writes and prints."""
         return self.rank == 0
 
     def total(self, part: Tensor) -> Tensor:
@@ -100,15 +100,14 @@ class Workers:
         """Whether any worker says so."""
         return wish if self.world == 1 else bool(self.either(torch.tensor([wish]))[0])
 
-    def lead(self, make: Callable[[], Any]) -> Any:
+    def from_first(self, make: Callable[[], Any]) -> Any:
         """What worker 0 made, JSON-ready, for all; the others wait for it."""
         if self.world == 1:
             return make()
-        text = json.dumps(make()).encode() if self.leads else b""
+        text = json.dumps(make()).encode() if self.is_first else b""
         length = torch.tensor([len(text)])
         _done(lambda: dist.broadcast(length, 0))
-        data = torch.frombuffer(bytearray(text), dtype=torch.uint8) if self.leads else torch.empty(0, dtype=torch.uint8)
-        data = data if self.leads else data.new_empty(int(length))
+        data = torch.tensor(list(text) or [0] * int(length), dtype=torch.uint8)
         _done(lambda: dist.broadcast(data, 0))
         return json.loads(bytes(data.tolist()))
 
@@ -120,18 +119,17 @@ class Workers:
             return dict(tensors)
         described = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
         copied = {}
-        for name, (dtype, *shape) in self.lead(lambda: described).items():
+        for name, (dtype, *shape) in self.from_first(lambda: described).items():
             dimension = along(name)
             if dimension is not None:
                 shape[dimension] //= self.world
             mine = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
             if dimension is not None:
-                parts = (
-                    [part.contiguous() for part in tensors[name].chunk(self.world, dimension)] if self.leads else None
-                )
+                chunks = tensors[name].chunk(self.world, dimension) if self.is_first else ()
+                parts = [part.contiguous() for part in chunks] or None
                 _done(functools.partial(dist.scatter, mine, parts, 0))
             else:
-                mine = tensors[name].cpu().contiguous() if self.leads else mine
+                mine = tensors[name].cpu().contiguous() if self.is_first else mine
                 _done(functools.partial(dist.broadcast, mine, 0))
             copied[name] = mine
         return copied
@@ -139,7 +137,7 @@ class Workers:
     def collect(self, part: Tensor) -> list[Tensor]:
         """Every worker's part, of equal shapes and on the processor, for worker 0; nothing elsewhere."""
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.world)]
-        parts = parts if self.leads else []
+        parts = parts if self.is_first else []
         _done(lambda: dist.gather(part.contiguous(), parts or None, 0))
         return parts
 
@@ -185,7 +183,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def joined(share: Share, device: str) -> Iterator[Workers]:
+def worker_group(share: Share, device: str) -> Iterator[Workers]:
     """The group of all workers, while it is entered. On cuda each takes a GPU of its own.
 
     Whatever ends one worker ends all: the first to fail tells why, the others end without a word, with status 2.
@@ -201,7 +199,7 @@ def joined(share: Share, device: str) -> Iterator[Workers]:
         )
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store, _, _ = next(rendezvous("env://", share.rank, share.world, timeout=PATIENCE))
+        store, _, _ = next(rendezvous("env://", share.rank, share.world, timeout=TIMEOUT))
     except (RuntimeError, ValueError) as error:
         raise WorkerLost(
             f"worker {share.rank} of {share.world}: no meeting with the others at {where} ({_reason(error)})"
@@ -210,10 +208,10 @@ def joined(share: Share, device: str) -> Iterator[Workers]:
     workers = Workers(share, PrefixStore("hsae", store))
     try:
         backend = _backend(share, pick_device(device))
-        options = {"store": store, "rank": share.rank, "world_size": share.world, "timeout": PATIENCE}
+        options = {"store": store, "rank": share.rank, "world_size": share.world, "timeout": TIMEOUT}
         _done(lambda: dist.init_process_group(backend, **options))
         yield workers
-        workers.lead(lambda: None)  # nobody leaves before worker 0 has written everything
+        workers.from_first(lambda: None)  # nobody leaves before worker 0 has written everything
     except (Exception, KeyboardInterrupt):
         if workers.first_to_end():
             raise

@@ -20,7 +20,7 @@ from hsae.train.config.plan import Plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.hierarchical_sae import STRUCTURES
 from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
-from hsae.train.parallel.workers import ALONE, Workers, joined
+from hsae.train.parallel.workers import ALONE, Workers, worker_group
 from hsae.train.runs import run_directory
 from hsae.train.runs.metrics_log import MetricsLog, damaged_metrics
 from hsae.train.training.checkpoints import FILE as CHECKPOINT
@@ -87,8 +87,8 @@ def train_runs(
         raise UserError("--resume and --restart exclude each other")
     with contextlib.ExitStack() as stack:
         if workers is None:
-            workers = stack.enter_context(joined(share(), device))
-        listener = listener if listener is not None and workers.leads else Listener()
+            workers = stack.enter_context(worker_group(share(), device))
+        listener = listener if listener is not None and workers.is_first else Listener()
         source = check(plan, runs, workers.world, divide)
         device = pick_device(device)
         place = device if workers.world == 1 else f"{workers.world} workers, {device}"
@@ -184,7 +184,7 @@ class _Pass(contextlib.ExitStack):
             options: dict[str, Any] = {"resume": resume, "restart": restart, "world": workers.world, "say": warn}
             return run_directory.prepare(plan, config, self.store, self.device, **options)
 
-        state = workers.lead(prepare)
+        state = workers.from_first(prepare)
         if state == "complete":
             return None
         run = TrainingRun(
@@ -198,12 +198,14 @@ class _Pass(contextlib.ExitStack):
         )
         if state == "unfinished":
             identities = run_directory.identities(plan, config)
-            tensors, rest = load_checkpoint(run_dir, identities) if workers.leads else ({}, {})
-            run.restore(workers.copies(tensors, self.latents.along), workers.lead(lambda: rest))
+            tensors, rest = load_checkpoint(run_dir, identities) if workers.is_first else ({}, {})
+            run.restore(workers.copies(tensors, self.latents.along), workers.from_first(lambda: rest))
         else:
             run.share_state()
-        journal = _RunJournal(plan, config, self.store, MetricsLog(run_dir, run.step_number) if workers.leads else None)
-        for number in damaged_metrics(run_dir) if workers.leads else ():
+        journal = _RunJournal(
+            plan, config, self.store, MetricsLog(run_dir, run.step_number) if workers.is_first else None
+        )
+        for number in damaged_metrics(run_dir) if workers.is_first else ():
             warn(
                 f"line {number} of {run_dir / 'metrics.jsonl'} is damaged; what is left of it stays, as text in a line "
                 "of the kind damaged"
@@ -220,7 +222,7 @@ class _Pass(contextlib.ExitStack):
             detail = f"at step {run.step_number} of {run.steps}; go on with --resume"
             return Result(run=config, status="stopped", detail=detail)
         sample_BD, whole = self.batch_workers.gather(x_BD), run.undivided()
-        if self.workers.leads:
+        if self.workers.is_first:
             provenance = run_directory.provenance(self.plan, config, self.store)
             run_dir = self.plan.run_dir(config)
             run_directory.write_model(fold(whole, self.source.metadata, sample_BD), run_dir, provenance)

@@ -286,7 +286,7 @@ class TrainingRun:
         """Take over the state of worker 0 of those who share batches."""
         if self.workers.world > 1:
             tensors, rest = self.state()
-            self.restore(self.workers.copies(tensors), self.workers.lead(lambda: rest))
+            self.restore(self.workers.copies(tensors), self.workers.from_first(lambda: rest))
 
     def restore(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Put back what `state` gave; the next step is the one an uninterrupted run would take."""
@@ -308,7 +308,7 @@ class TrainingRun:
         if self.latents.world == 1:
             return self
         tensors, rest = self.state(moments=False)
-        if not self.latents.workers.leads:
+        if not self.latents.workers.is_first:
             return self
         whole = TrainingRun(self.config, self.scaling, steps=self.steps, seed=self.seed, device="cpu")
         whole.restore(tensors, rest)

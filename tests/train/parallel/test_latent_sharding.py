@@ -207,7 +207,7 @@ def test_what_cannot_be_divided_is_refused_before_any_compute():
 SCRIPT = (
     SCRIPT_HEAD.replace("SETTINGS", "EVEN")
     + """
-with joined(share(), "cpu") as workers:
+with worker_group(share(), "cpu") as workers:
     options = {"device": "cpu", "workers": workers, "divide": "latents"}
     whole = plan("two")
     assert {result.status for result in train_runs(whole, whole.select("3,12,15"), **options)} == {"trained"}

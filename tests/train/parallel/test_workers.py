@@ -33,7 +33,7 @@ from hsae.train import run_record
 from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.activations import batch_top_k
-from hsae.train.parallel.workers import ALONE, joined
+from hsae.train.parallel.workers import ALONE, worker_group
 from hsae.train.runs.metrics_log import read_metrics
 from hsae.train.runs.planned_runs import check, train_runs
 from hsae.train.training.scaling import Scaling
@@ -150,7 +150,7 @@ def test_what_workers_cannot_do_is_refused_before_any_compute(overrides_in, tmp_
     monkeypatch.setenv("MASTER_PORT", "29500")
     with (
         pytest.raises(UserError, match="2 workers, but MASTER_ADDR not set: give the host of worker 0"),
-        joined(Share(1, 2), "cpu"),
+        worker_group(Share(1, 2), "cpu"),
     ):
         raise AssertionError
     with pytest.raises(UserError, match="device 'cuda:1' for 2 workers: use --device cuda, and each takes a GPU"):
@@ -164,7 +164,7 @@ def test_what_workers_cannot_do_is_refused_before_any_compute(overrides_in, tmp_
 SCRIPT = (
     SCRIPT_HEAD.replace("SETTINGS", "HARD")
     + """
-with joined(share(), "cpu") as workers:
+with worker_group(share(), "cpu") as workers:
     options = {"device": "cpu", "workers": workers}
     whole = plan("two")
     assert {result.status for result in train_runs(whole, whole.select("1,3,12,15"), **options)} == {"trained"}
