@@ -3,6 +3,7 @@
 Shapes: T context length.
 """
 
+import contextlib
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from hsae.cache.building.contents import TokenisedText
 from hsae.cache.config import Codec, CorpusConfig, ModelConfig, Split
 from hsae.cache.errors import CorpusError, ModelError, UserError
 from hsae.cache.format.spec import StoreSpec, default_codec
+from hsae.cache.language_model import in_memory
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.language_model.loading import positions
 from hsae.cache.language_model.sources import MEMORY_URL
@@ -45,8 +47,9 @@ def build_in_memory(
     """Run a model in memory over texts and write the activations at a hook, or several, into a store in `folder`.
 
     `model` is a causal language model of transformers with its `tokenizer`, or a `LanguageModel`. It computes on the
-    device where it is; activations have its dtype. `texts` are documents, packed into rows of `context` tokens one
-    after the other, as SAEBench packs them. They are read until `rows` rows are full, or to their end.
+    device where it is, in evaluation mode, and is left as it was; activations have its dtype. `texts` are documents,
+    packed into rows of `context` tokens one after the other, as SAEBench packs them. They are read until `rows` rows
+    are full, or to their end.
 
     An evaluation store (split="eval") also has the clean model's losses for its first `clean_rows` rows, by default
     an eleventh of all. The store's name has a fingerprint of the weights, the tokenizer, the texts and all settings:
@@ -61,38 +64,56 @@ def build_in_memory(
         raise UserError(
             f"context={context}, batch_rows={batch_rows}, rows={rows}: give a context of 2 or more, others of 1"
         )
-    lm = model if isinstance(model, LanguageModel) else LanguageModel.of(model, tokenizer)
-    hooks = (hook,) if isinstance(hook, str) else tuple(hook)
-    lm.check_hooks(hooks)
-    if (longest := positions(lm.config)) is not None and context > longest:
-        raise ModelError(f"context={context}, but the model has positions for {longest}: lower context")
-    check_writable(place(folder), trial=False)
-    text, full = _tokenised(texts, lm, context, lm.bos_id if prepend_bos else None, rows)
-    if clean_rows is None:
-        clean_rows = max(1, full // CLEAN_SHARE // batch_rows) * batch_rows if split == "eval" else 0
-    if not 0 <= clean_rows < full:
-        raise CorpusError(
-            f"{clean_rows} of {full} rows can't be clean rows; lower clean_rows or batch_rows, or give more texts"
+    with _borrowed(model, tokenizer) as lm:
+        hooks = (hook,) if isinstance(hook, str) else tuple(hook)
+        lm.check_hooks(hooks)
+        if (longest := positions(lm.config)) is not None and context > longest:
+            raise ModelError(f"context={context}, but the model has positions for {longest}: lower context")
+        check_writable(place(folder), trial=False)
+        text, full = _tokenised(texts, lm, context, lm.bos_id if prepend_bos else None, rows)
+        if clean_rows is None:
+            clean_rows = max(1, full // CLEAN_SHARE // batch_rows) * batch_rows if split == "eval" else 0
+        if not 0 <= clean_rows < full:
+            raise CorpusError(
+                f"{clean_rows} of {full} rows can't be clean rows; lower clean_rows or batch_rows, or give more texts"
+            )
+        identity = hashlib.sha256(f"{lm.model_digest}{lm.tokenizer_digest}".encode()).hexdigest()[:16]
+        spec = StoreSpec(
+            split=split,
+            model=ModelConfig.model_validate(
+                {"id": f"{MEMORY_URL}{identity}/{lm.config.model_type}", "dtype": str(lm.dtype).removeprefix("torch.")}
+            ),
+            hooks=hooks,
+            corpus=CorpusConfig(corpus=f"{MEMORY_URL}{text.digest[:16]}"),
+            context=context,
+            prepend_bos=prepend_bos,
+            batch_rows=batch_rows,
+            chunk_mib=float(chunk_mib),
+            codec=codec or default_codec(folder),
+            rows=full,
+            clean_rows=clean_rows,
         )
-    identity = hashlib.sha256(f"{lm.model_digest}{lm.tokenizer_digest}".encode()).hexdigest()[:16]
-    spec = StoreSpec(
-        split=split,
-        model=ModelConfig.model_validate(
-            {"id": f"{MEMORY_URL}{identity}/{lm.config.model_type}", "dtype": str(lm.dtype).removeprefix("torch.")}
-        ),
-        hooks=hooks,
-        corpus=CorpusConfig(corpus=f"{MEMORY_URL}{text.digest[:16]}"),
-        context=context,
-        prepend_bos=prepend_bos,
-        batch_rows=batch_rows,
-        chunk_mib=float(chunk_mib),
-        codec=codec or default_codec(folder),
-        rows=full,
-        clean_rows=clean_rows,
-    )
-    with shown(progress) as report:
-        (path,) = build([spec], folder, model=lm, text=text, progress=report)
-    return ActivationStore.open(path)
+        with shown(progress) as report:
+            (path,) = build([spec], folder, model=lm, text=text, progress=report)
+        return ActivationStore.open(path)
+
+
+@contextlib.contextmanager
+def _borrowed(model: Any, tokenizer: Any) -> Iterator[LanguageModel]:
+    """The language model, and after it the caller's model as it was: what trains, and what takes gradients."""
+    if isinstance(model, LanguageModel):
+        yield model
+        return
+    in_memory.check_in_memory(model, tokenizer)
+    training = [module for module in model.modules() if module.training]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield LanguageModel.of(model, tokenizer)
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in learning:
+            parameter.requires_grad = True
 
 
 def _tokenised(

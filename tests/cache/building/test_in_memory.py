@@ -34,7 +34,10 @@ def made(model, tokenizer, folder, **changes):
 
 def test_what_is_stored_is_what_the_model_computes(model, tokenizer, tmp_path):
     steps = []
+    model.train()
     store = made(model, tokenizer, tmp_path, split="eval", progress=steps.append)
+    assert all(module.training for module in model.modules()) and all(part.requires_grad for part in model.parameters())
+    model.eval()
     tokens = store.tokens(0, store.rows)
     expected = model(tokens[:7].long(), output_hidden_states=True).hidden_states[3]
     torch.testing.assert_close(store.acts(HOOK, 0, 7), expected.detach(), rtol=1e-4, atol=1e-4)
