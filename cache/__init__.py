@@ -23,25 +23,4 @@ if TYPE_CHECKING:
     from hsae.cache.storage.server import serve as serve
     from hsae.cache.suites.catalogue import list_stores as list_stores
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            "ActivationStore": "hsae.cache.reading.store",
-            "CorpusError": "hsae.cache.errors",
-            "HookStatistics": "hsae.cache.reading.store",
-            "LanguageModel": "hsae.cache.language_model.lm",
-            "ModelError": "hsae.cache.errors",
-            "NotApplicable": "hsae.cache.errors",
-            "Step": "hsae.cache.progress",
-            "StoreError": "hsae.cache.errors",
-            "StoreSpec": "hsae.cache.format.spec",
-            "TokenStream": "hsae.cache.reading.token_stream",
-            "UserError": "hsae.cache.errors",
-            "build_in_memory": "hsae.cache.building.in_memory",
-            "copy": "hsae.cache.building.copying",
-            "list_stores": "hsae.cache.suites.catalogue",
-            "repair": "hsae.cache.building.repair",
-            "serve": "hsae.cache.storage.server",
-            "verify": "hsae.cache.building.verification",
-        },
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

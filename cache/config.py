@@ -46,12 +46,10 @@ class HookConfig(Config):
     @field_validator("names")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        start = "blocks.<layer>.hook_resid_"
         for name in names:
             if not HOOK_PATTERN.fullmatch(name):
-                raise ValueError(
-                    f"{name!r} is not a hook hsae knows; use blocks.<layer>.hook_resid_post or "
-                    f"blocks.<layer>.hook_resid_pre"
-                )
+                raise ValueError(f"{name!r} is not a hook hsae knows; use {start}post or {start}pre")
         if len(set(names)) != len(names):
             raise ValueError("a hook is named twice")
         return names
@@ -81,11 +79,9 @@ class CorpusConfig(Config):
 
     @model_validator(mode="after")
     def _some(self) -> "CorpusConfig":
-        if self.last_document is not None and self.last_document <= self.first_document:
-            raise ValueError(
-                f"last_document = {self.last_document} leaves nothing: it must be above first_document = "
-                f"{self.first_document}"
-            )
+        first, last = self.first_document, self.last_document
+        if last is not None and last <= first:
+            raise ValueError(f"last_document = {last} leaves nothing: it must be above first_document = {first}")
         return self
 
 

@@ -11,13 +11,9 @@ def pick_device(device: str) -> str:
     """`auto` is cuda where there is a GPU, else cpu. Raises UserError for a device that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"device {device!r}: use auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        seen = torch.cuda.device_count()
-        raise UserError(
-            f"device {device!r}: this torch ({torch.__version__}) sees {seen or 'no'} GPU{'s' if seen > 1 else ''}; "
-            f"use --device cpu"
-        )
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= (seen := torch.cuda.device_count()):
+        gpus = f"{seen or 'no'} GPU{'s' if seen > 1 else ''}"
+        raise UserError(f"device {device!r}: this torch ({torch.__version__}) sees {gpus}; use --device cpu")
     return device

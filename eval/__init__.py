@@ -19,21 +19,4 @@ if TYPE_CHECKING:
     from hsae.eval.report.page import write_report as write_report
     from hsae.eval.synthetic.synthetic_evaluation import evaluate_synthetic as evaluate_synthetic
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            "CoreOptions": "hsae.eval.core.core",
-            "CoreResult": "hsae.eval.core.core_result",
-            "Evaluation": "hsae.eval.harness.evaluation",
-            "Options": "hsae.eval.harness.options",
-            "Result": "hsae.eval.harness.evaluation",
-            "Selection": "hsae.eval.harness.targets",
-            "evaluate": "hsae.eval.harness.evaluation",
-            "evaluate_all": "hsae.eval.harness.evaluate_all",
-            "evaluate_plan": "hsae.eval.harness.evaluation",
-            "evaluate_synthetic": "hsae.eval.synthetic.synthetic_evaluation",
-            "run_ablations": "hsae.eval.ablation.ablations",
-            "run_quickstart": "hsae.eval.quickstart",
-            "write_report": "hsae.eval.report.page",
-        },
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -33,23 +33,4 @@ if TYPE_CHECKING:
     from hsae.train.model.model_files import load as load
     from hsae.train.stores import build as build
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            "ActivationStore": "hsae.cache.reading.store",
-            "HierarchicalSAE": "hsae.train.model.hierarchical_sae",
-            "LanguageModel": "hsae.cache.language_model.lm",
-            "Plan": "hsae.train.config.plan",
-            "UserError": "hsae.cache.errors",
-            "build": "hsae.train.stores",
-            "cache": "hsae.cache",
-            "eval": "hsae.eval",
-            "fit": "hsae.train.fit",
-            "evaluate": "hsae.eval.harness.evaluation",
-            "load": "hsae.train.model.model_files",
-            "load_plan": "hsae.train.config.plan",
-            "logit_effects": "hsae.eval.logit_effects",
-            "top_contexts": "hsae.eval.contexts",
-            "train": "hsae.train",
-        },
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -55,6 +55,8 @@ def made(folder, *, rows=23, context=7, width=10, codec="mappable", clean=9, see
     )  # fmt: skip
     target = place(folder) / spec.name
     specs = [*arrays(spec, width).values(), *statistics_arrays(spec, width).values()]
+    done = {"statistics": {HOOK: HookSummary(mean_square_norm=float(width), tokens=99)}, "complete": True}
+    header = header.model_copy(update=done)
     writer.write_metadata(target, header)
     generator, values = torch.Generator().manual_seed(seed), {}
     for array in specs:
@@ -65,8 +67,7 @@ def made(folder, *, rows=23, context=7, width=10, codec="mappable", clean=9, see
         for index in range(array.count):
             step = array.chunks[0]
             writer.write_chunk(target, array, index, values[array.path][index * step : (index + 1) * step])
-    done = {"statistics": {HOOK: HookSummary(mean_square_norm=float(width), tokens=99)}, "complete": True}
-    writer.write_metadata(target, header.model_copy(update={**done, "checks": writer.seal(target, specs)}))
+    writer.write_header(target, header.model_copy(update={"checks": writer.seal(target, specs)}))
     return target, values
 
 

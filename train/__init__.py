@@ -21,23 +21,4 @@ if TYPE_CHECKING:
     from hsae.train.training.listener import ProgressBars as ProgressBars
     from hsae.train.training.listener import Result as Result
 else:
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {
-            "Plan": "hsae.train.config.plan",
-            "PlanError": "hsae.train.config.checked",
-            "Listener": "hsae.train.training.listener",
-            "ProgressBars": "hsae.train.training.listener",
-            "Result": "hsae.train.training.listener",
-            "RunConfig": "hsae.train.config.run_config",
-            "HierarchicalSAE": "hsae.train.model.hierarchical_sae",
-            "SAE": "hsae.train.model.sae",
-            "View": "hsae.train.model.views",
-            "fit": "hsae.train.fit",
-            "load": "hsae.train.model.model_files",
-            "load_plan": "hsae.train.config.plan",
-            "packaged_plans": "hsae.train.config.plan",
-            "stop_on_signals": "hsae.train.runs.planned_runs",
-            "train_runs": "hsae.train.runs.planned_runs",
-        },
-    )
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

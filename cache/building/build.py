@@ -27,6 +27,8 @@ from hsae.cache.text.corpora import Corpus
 from hsae.cache.text.packing import TOKENISED_AT_ONCE
 from hsae.cache.text.python_text import CORPORA
 
+Stores = list[tuple[StoreSpec, Place]]
+
 
 def build(
     specs: Sequence[StoreSpec],
@@ -48,7 +50,7 @@ def build(
     """
     folder = place(root)
     targets: list[Place] = [folder / spec.name for spec in specs]
-    finished, missing = _divided(specs, targets)
+    finished, missing = _divided(specs, folder)
     for spec, target in finished if share.rank == 0 else ():
         if model is None:
             check_current(target, spec, text is not None, say)
@@ -67,11 +69,9 @@ def build(
         if share.world > 1 and share.rank == 0:
             locks.enter_context(signs_of_life([target for _, target in missing]))
         headers = [begun(target) for _, target in missing]
-        texts: list[Corpus | TokenisedText] = []
-        for (spec, _), header in zip(missing, headers, strict=True):
-            texts.append(text or text_of(spec, header, anew=True))
-            if share.rank == 0:
-                check_text(texts[-1])
+        texts = [text or text_of(spec, header, anew=True) for (spec, _), header in zip(missing, headers, strict=True)]
+        for one in texts if share.rank == 0 else ():
+            check_text(one)
         if share.world > 1 and device == "cuda":
             torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
         if model is None:
@@ -94,7 +94,7 @@ def build(
 def check(specs: Sequence[StoreSpec], root: str | Place, say: Callable[[str], None] = lambda text: None) -> None:
     """Raise UserError for what `build` refuses before it loads the model; packaged text is not looked at."""
     folder = place(root)
-    finished, missing = _divided(specs, [folder / spec.name for spec in specs])
+    finished, missing = _divided(specs, folder)
     for spec, target in finished:
         check_current(target, spec, spec.corpus.corpus in CORPORA, say)
     if missing:
@@ -112,16 +112,14 @@ def check_text(text: Corpus | TokenisedText) -> None:
             pass
 
 
-def _divided(
-    specs: Sequence[StoreSpec], targets: Sequence[Place]
-) -> tuple[list[tuple[StoreSpec, Place]], list[tuple[StoreSpec, Place]]]:
+def _divided(specs: Sequence[StoreSpec], folder: Place) -> tuple[Stores, Stores]:
     """The stores that are finished, and the others."""
-    every = list(zip(specs, targets, strict=True))
+    every: Stores = [(spec, folder / spec.name) for spec in specs]
     missing = [(spec, target) for spec, target in every if not is_finished(target, spec)]
     return [one for one in every if one not in missing], missing
 
 
-def _check_makeable(missing: Sequence[tuple[StoreSpec, Place]], model: ModelConfig) -> None:
+def _check_makeable(missing: Stores, model: ModelConfig) -> None:
     """Raise UserError for a codec that no build makes, and for weights on this machine that can't be loaded."""
     if any(spec.codec == "int8" for spec, _ in missing):
         raise StoreError(
@@ -143,11 +141,13 @@ def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[st
     with contextlib.suppress(ModelError, OSError):
         folder = sources.folder_here(at_commit(spec.model, header.model_commit))
     now: dict[str, Callable[[], bool]] = {}
-    if folder is not None:
+    not_compared = {}
+    if folder is None:
+        not_compared["model"] = f"{spec.model.id} is not on this machine"
+    else:
         now |= {what: partial(is_made_of, what, header, folder) for what in DIGESTS}
     if not given:
         now["corpus"] = partial(_is_text, header)
-    not_compared = {} if folder is not None else {"model": f"{spec.model.id} is not on this machine"}
     for what, is_same in now.items():
         try:
             same = is_same()

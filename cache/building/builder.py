@@ -46,7 +46,7 @@ def clear(target: Place) -> None:
     (target / PACKING).unlink(missing_ok=True)
     sign_of_life(target).unlink(missing_ok=True)
     for folder in UNFINISHED:
-        chunk_log.clear(target, folder)
+        remove(target / folder, ignore_errors=True)  # another worker may be adding to it, and deletes that then
 
 
 class Builder:
@@ -81,16 +81,15 @@ class Builder:
         self.written = chunk_log.Written(self.target, content_digest(kind), self.specs.values())
         if self.share.rank:
             wait_for(self.target, self._is_begun)
-            return self.contents.check_same(self.target, layout.read_header(self.target))
-        try:
-            self.contents.check_same(self.target, layout.read_header(self.target))
-        except layout.LostHeaderError:
+        elif not self._is_begun():
             keep_what_is_right(self.contents, self.target, self.written)
             writer.write_metadata(self.target, header, replace=exists(self.target))
-            self.contents.check_same(self.target, layout.read_header(self.target))
+        self.contents.check_same(self.target, layout.read_header(self.target))
+        if self.share.rank:
+            return
         if isinstance(self.target, Path) and self.share.world == 1:  # locks of files may not reach other machines
             sweep(self.target)
-        chunk_log.clear(self.target, sealing.FOLDER)
+        remove(self.target / sealing.FOLDER, ignore_errors=True)
         if self._finished():
             return
         try:
@@ -249,8 +248,7 @@ class Builder:
 
     def finish(self) -> None:
         """Note this worker's share of the checksums; worker 0 then writes statistics, lists and, last, `complete`."""
-        tally = self._tallied()
-        if tally is not None and self.share.rank == 0:
+        if (tally := self._tallied()) is not None:
             counts, checks = tally
             update = {
                 "statistics": self.write_statistics(checks),
@@ -273,7 +271,7 @@ class Builder:
 
         None if there is nothing left to do.
         """
-        specs, wrong = list(self.specs.values()), []
+        specs, report, wrong = list(self.specs.values()), partial(self.report, "activations"), []
         for attempt in range(4):
             if self._finished():
                 return None
@@ -292,7 +290,6 @@ class Builder:
             by_index: dict[int, list[ArraySpec]] = {}
             for array, index in wrong:
                 by_index.setdefault(index, []).append(array)
-            report = partial(self.report, "activations")
             recomputed = (
                 self.contents.compute(index, arrays, self.tokens(index), report)
                 for index, arrays in sorted(by_index.items())

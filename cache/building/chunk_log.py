@@ -9,11 +9,9 @@ is, is made again: the same bytes. The folder goes when the store is complete.
 import contextlib
 import json
 import secrets
-import shutil
 import threading
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,12 +93,3 @@ class Written:
         self._waiting, self._told = False, time.monotonic()
         if sum(map(len, self._chunks.values())) >= PER_FILE:
             self._begin()
-
-
-def clear(target: Place, folder: str = FOLDER) -> None:
-    """Delete a folder of a store's that is needed only while the store is unfinished."""
-    place = target / folder
-    if isinstance(place, Path):
-        shutil.rmtree(place, ignore_errors=True)  # another worker may be adding to it, and deletes that then
-    else:
-        place.remove()

@@ -187,11 +187,7 @@ class StoreContents:
     # --- activations --------------------------------------------------------------------------------------------
 
     def compute(
-        self,
-        index: int,
-        wanted: Sequence[ArraySpec],
-        tokens: Tensor,
-        report: Callable[[int], None] = lambda rows: None,
+        self, index: int, wanted: Sequence[ArraySpec], tokens: Tensor, report: Callable[[int], None] = lambda rows: None
     ) -> Iterator[tuple[ArraySpec, int, Tensor]]:
         """Chunk `index` of some arrays, of its `tokens`; `report` is called with the number of the last row done."""
         start = index * self.step

@@ -13,7 +13,7 @@ from hsae.cache.language_model import sources
 from hsae.cache.language_model.hooks import parse_hook
 from hsae.cache.language_model.loading import check_dtype, positions, read_description
 from hsae.cache.reading.provenance import pin_commit
-from hsae.cache.storage.paths import Place, exists, place, sizes
+from hsae.cache.storage.paths import Place, existing_folder, exists, place, sizes
 
 CPU_FLOPS, GPU_FLOPS = 1e11, 1e14  # sustained, per machine: only for the estimate before the first batch is timed
 SPARE_BYTES = 256 << 20
@@ -66,16 +66,10 @@ def estimate(spec: StoreSpec, root: str | Place, device: str) -> Estimate:
         state=state,
         path=path,
         bytes=total_bytes(spec, d_model),
-        free_bytes=_free(path),
+        free_bytes=shutil.disk_usage(existing_folder(path)).free if isinstance(path, Path) else None,
         model_bytes=model_bytes,
         seconds=_seconds(spec, config, device),
     )
-
-
-def _free(path: Place) -> int | None:
-    if isinstance(path, Path):
-        return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
-    return None
 
 
 def _seconds(spec: StoreSpec, config: Any, device: str) -> float:

@@ -24,22 +24,13 @@ from zarr.registry import register_codec as register_zarr_codec
 NAME = "hsae.int8"
 
 
-def encoded_bytes(vectors: int, width: int) -> int:
-    """Bytes of so many vectors."""
-    return 4 + 4 * width + vectors * (4 + width)
-
-
 def quantise(values: NDArray[Any], mean: NDArray[Any]) -> bytes:
     """Vectors [.., D] as bytes, with a mean [D]."""
     centred = values.reshape(-1, mean.shape[0]).astype(np.float32) - mean.astype(np.float32)
     scale = np.abs(centred).max(1, initial=0) / np.float32(127)
     quotient = np.divide(centred, scale[:, None], out=np.zeros_like(centred), where=scale[:, None] > 0)
-    parts = (
-        np.array([mean.shape[0]], "<u4"),
-        mean.astype("<f4"),
-        scale.astype("<f4"),
-        np.rint(quotient).astype(np.int8),
-    )
+    width = np.array([mean.shape[0]], "<u4")
+    parts = (width, mean.astype("<f4"), scale.astype("<f4"), np.rint(quotient).astype(np.int8))
     return b"".join(part.tobytes() for part in parts)
 
 
@@ -49,9 +40,8 @@ def dequantise(data: bytes | memoryview, width: int | None = None) -> NDArray[np
     stored = int.from_bytes(view[:4], "little")
     vectors, rest = divmod(len(view) - 4 - 4 * stored, 4 + stored)
     if len(view) < 4 or stored == 0 or vectors < 0 or rest or (width is not None and stored != width):
-        raise ValueError(
-            f"{len(view)} bytes that name width {stored} are no int8 chunk" + (f" of width {width}" if width else "")
-        )
+        of_width = f" of width {width}" if width else ""
+        raise ValueError(f"{len(view)} bytes that name width {stored} are no int8 chunk{of_width}")
     mean = np.frombuffer(view, "<f4", stored, 4)
     scale = np.frombuffer(view, "<f4", vectors, 4 + 4 * stored)
     numbers = np.frombuffer(view, np.int8, vectors * stored, 4 + 4 * stored + 4 * vectors).reshape(vectors, stored)
@@ -104,7 +94,8 @@ class Int8Codec(ArrayBytesCodec):
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: Any) -> int:
         """Bytes of a chunk."""
-        return encoded_bytes(math.prod(chunk_spec.shape[:-1]), chunk_spec.shape[-1])
+        vectors, width = int(math.prod(chunk_spec.shape[:-1])), int(chunk_spec.shape[-1])
+        return 4 + 4 * width + vectors * (4 + width)
 
 
 register_codec(Int8)

@@ -44,7 +44,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from hsae.cache.config import HOOK_PATTERN, Codec, Config
 from hsae.cache.errors import DamagedFileError, StoreError, missing_is_damage
@@ -58,6 +58,9 @@ LARGEST = 1 << 40  # rows, widths or vocabularies beyond this are a damaged head
 METADATA, DOCUMENTS = "zarr.json", "documents.json"
 SUITES = {"forget": "unlearning", "retain": "unlearning", "autointerp": "autointerp"}
 """What `hsae cache build --suite` is given for a store of another split than train and eval."""
+
+
+DOCUMENT_ROWS = TypeAdapter(list[tuple[int, str | None]])
 
 
 class LostHeaderError(StoreError):
@@ -300,15 +303,13 @@ def read_documents(root: Place, header: Header) -> list[tuple[int, str | None]]:
         data = path.read_bytes()
         if header.documents_digest not in (None, documents_digest(data)):
             raise ValueError("it fails its checksum")
-        return [(number, topic) for number, topic in parse_json(data)]
+        return DOCUMENT_ROWS.validate_json(data, strict=True)
 
     with missing_is_damage(root, path):
         try:
-            rows = read_again(path, read, (ValueError, TypeError))
-        except (ValueError, TypeError) as error:
-            raise DamagedFileError(root, path, f"is damaged ({error})") from None
-    if not all(type(number) is int and (topic is None or isinstance(topic, str)) for number, topic in rows):
-        raise DamagedFileError(root, path, "is damaged (a row has no number of a document and topic)")
+            rows = read_again(path, read, ValueError)
+        except ValueError as error:
+            raise DamagedFileError(root, path, f"is damaged ({' '.join(str(error).splitlines()[:3])})") from None
     if len(rows) != header.spec.rows:
         raise DamagedFileError(root, path, f"tells of {len(rows)} rows, the store has {header.spec.rows}")
     return rows

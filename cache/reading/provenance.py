@@ -2,11 +2,11 @@
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from hsae.cache.config import ModelConfig, at_commit
 from hsae.cache.errors import StoreError
-from hsae.cache.format.layout import build_command, read_header
+from hsae.cache.format.layout import Header, build_command, read_header
 from hsae.cache.language_model.in_memory import IN_MEMORY, tokenizer_state_digest
 from hsae.cache.language_model.model_files import tokenizer_digest, weights_digest
 from hsae.cache.language_model.sources import on_hub
@@ -14,24 +14,9 @@ from hsae.cache.storage.paths import Place, children, place
 
 if TYPE_CHECKING:
     from hsae.cache.language_model.lm import LanguageModel
+    from hsae.cache.suites.suite_files import SuiteHeader
 
 DIGESTS = {"model": weights_digest, "tokenizer": tokenizer_digest}
-
-
-class Made(Protocol):
-    """What the header of a store says of the model that it was made with."""
-
-    @property
-    def model_digest(self) -> str:
-        """Digest of the weights."""
-
-    @property
-    def tokenizer_digest(self) -> str:
-        """Digest of the tokenizer."""
-
-    @property
-    def older(self) -> bool:
-        """Whether the digests may be by the rules of an older hsae."""
 
 
 def pin_commit(model: ModelConfig, root: str | Place) -> ModelConfig:
@@ -46,7 +31,7 @@ def pin_commit(model: ModelConfig, root: str | Place) -> ModelConfig:
     return model
 
 
-def check_model(store: Place, made: Made, model: "LanguageModel", suite: str | None = None) -> None:
+def check_model(store: Place, made: "Header | SuiteHeader", model: "LanguageModel", suite: str | None = None) -> None:
     """Raise StoreError unless a store was made with the weights and the tokenizer of a model that was loaded for it."""
     nouns: dict[Literal["model", "tokenizer"], str] = {"model": "weights", "tokenizer": "tokenizer files"}
     for part, noun in nouns.items():
@@ -54,14 +39,14 @@ def check_model(store: Place, made: Made, model: "LanguageModel", suite: str | N
             raise _other(store, noun, suite)
 
 
-def check_tokenizer(store: Place, made: Made, tokenizer: Any) -> None:
+def check_tokenizer(store: Place, made: "Header | SuiteHeader", tokenizer: Any) -> None:
     """Raise StoreError unless a store was made with a tokenizer that was loaded for it."""
     digest = tokenizer_state_digest(tokenizer) if made.tokenizer_digest.startswith(IN_MEMORY) else None
     if not is_made_of("tokenizer", made, Path(tokenizer.name_or_path), digest):
         raise _other(store, "tokenizer files")
 
 
-def is_made_of(part: str, made: Made, folder: Path | None, digest: str | None = None) -> bool:
+def is_made_of(part: str, made: "Header | SuiteHeader", folder: Path | None, digest: str | None = None) -> bool:
     """Whether a store was made with the `model` or the `tokenizer` of a folder; an older one by the rule of its time.
 
     `digest` is that of the folder, where it is known; a model that was given in memory has a digest, and no folder.

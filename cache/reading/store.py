@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.format import layout
-from hsae.cache.format.arrays import ITEM_BYTES, ArraySpec
+from hsae.cache.format.arrays import ITEM_BYTES
 from hsae.cache.format.spec import StoreSpec
 from hsae.cache.progress import format_bytes
 from hsae.cache.reading.mapped_chunks import MappedArray, count_kept, read_checks
@@ -56,17 +56,17 @@ class ActivationStore:
         self.spec = self.header.spec
         if require_complete and not self.header.complete:
             raise StoreError(f"{root} is not finished; go on with `{layout.build_command(root)}`")
-        self._specs: dict[str, ArraySpec] = {spec.path: spec for spec in layout.every_array(self.header)}
-        lists = [] if self.header.checks is None else [layout.checks_array(list(self._specs.values()))]
-        for _ in map_parallel(lambda spec: layout.check_array(root, spec), [*self._specs.values(), *lists]):
+        specs = layout.every_array(self.header)
+        lists = [] if self.header.checks is None else [layout.checks_array(specs)]
+        for _ in map_parallel(partial(layout.check_array, root), [*specs, *lists]):
             pass
         checks = read_checks(root, self.header)
-        self._arrays = {path: MappedArray(root, spec, checks.get(path)) for path, spec in self._specs.items()}
+        self._arrays = {spec.path: MappedArray(root, spec, checks.get(spec.path)) for spec in specs}
         self._prefetcher = Prefetcher()
         self.hooks, self.d_model = self.spec.hooks, self.header.d_model
         self.rows, self.context, self.clean_rows = self.spec.rows, self.spec.context, self.spec.clean_rows
         self.chunk_rows = layout.chunk_rows(self.spec, self.d_model)
-        self.chunks = self._specs["tokens"].count
+        self.chunks = self._arrays["tokens"].spec.count
         self.token_bytes = self.d_model * ITEM_BYTES[self.spec.model.dtype]
 
     def __len__(self) -> int:
@@ -168,10 +168,8 @@ class ActivationStore:
             return count_kept(self.root, tokens.spec, self.header.special_ids, tokens.checks)
         counts = self._arrays["stats/kept"].chunk(0).numpy().astype(np.int64)
         if counts.sum() != self.header.kept_tokens:
-            raise StoreError(
-                f"{self.url}: the header tells of {self.header.kept_tokens} kept tokens, the chunks of {counts.sum()}; "
-                "build it again"
-            )
+            told = f"the header tells of {self.header.kept_tokens} kept tokens, the chunks of {counts.sum()}"
+            raise StoreError(f"{self.url}: {told}; build it again")
         return counts
 
     def prefetch(self, wanted: Iterable[tuple[str, int]]) -> None:
@@ -192,9 +190,8 @@ class ActivationStore:
         """Mean, mean square norm and geometric median of the residual at a hook."""
         self._acts(hook)
         if (summary := self.header.statistics.get(hook)) is None:
-            raise StoreError(
-                f"{self.url} has no statistics of {hook}; finish it with `{layout.build_command(self.root)}`"
-            )
+            command = layout.build_command(self.root)
+            raise StoreError(f"{self.url} has no statistics of {hook}; finish it with `{command}`")
         return HookStatistics(
             mean_D=self._arrays[f"stats/{hook}/mean"].chunk(0).clone(),
             mean_square_norm=summary.mean_square_norm,

@@ -18,7 +18,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,37 +28,11 @@ from torch import Tensor
 from hsae.cache.errors import StoreError
 from hsae.cache.launcher import ALONE, Share
 
+if TYPE_CHECKING:
+    from hsae.cache.reading.store import ActivationStore
+
 PREFETCHED = 2
 WINDOW_BYTES = 16 << 30
-
-
-class ChunkedTokens(Protocol):
-    """What a stream reads from: an `ActivationStore`, or what has the same of it."""
-
-    url: str
-    rows: int
-    context: int
-    chunk_rows: int
-    token_bytes: int
-
-    @property
-    def tokens_per_chunk(self) -> NDArray[np.int64]:
-        """Non-special tokens of each chunk."""
-
-    def tokens(self, start: int, stop: int) -> Tensor:
-        """Token ids [stop - start, T]."""
-
-    def special_mask(self, tokens: Tensor) -> Tensor:
-        """True where a token is left out."""
-
-    def acts_chunk(self, hook: str, index: int) -> Tensor:
-        """Residuals of a chunk, [rows, T, D]."""
-
-    def mapped_in_place(self, hook: str) -> bool:
-        """Whether chunks are read where they lie."""
-
-    def prefetch(self, wanted: Iterable[tuple[str, int]]) -> None:
-        """Fetch these chunks, (array, number), in the background."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +41,6 @@ class _Window:
     index: int
     start: int
     """Position of its first token within the epoch."""
-    chunks: NDArray[np.int64]
     order: NDArray[np.int64]
     """Shuffled token addresses: chunk * chunk_rows * T + position within the chunk."""
 
@@ -77,7 +50,7 @@ class TokenStream:
 
     def __init__(
         self,
-        store: ChunkedTokens,
+        store: "ActivationStore",
         hook: str,
         *,
         batch_tokens: int,
@@ -87,9 +60,8 @@ class TokenStream:
     ) -> None:
         self.store, self.hook, self.batch_tokens, self.seed = store, hook, batch_tokens, seed
         self.share_tokens, self.share_first = batch_tokens // share.world, batch_tokens // share.world * share.rank
-        self.window_tokens = window_tokens
-        if not store.mapped_in_place(hook):
-            self.window_tokens = min(window_tokens, max(1, WINDOW_BYTES // store.token_bytes))
+        fetched = not store.mapped_in_place(hook)
+        self.window_tokens = min(window_tokens, max(1, WINDOW_BYTES // store.token_bytes)) if fetched else window_tokens
         self._counts = store.tokens_per_chunk
         self.tokens_per_epoch = int(self._counts.sum())
         if self.tokens_per_epoch == 0:
@@ -176,13 +148,12 @@ class TokenStream:
         if self._window is None or (self._window.epoch, self._window.index) != (epoch, index):
             self.store.prefetch(self._needed(epoch, index))
             self._window = None  # let the old order go before the new one is made
-            order = np.concatenate(
-                [self._positions(int(chunk)) + int(chunk) * self._chunk_tokens for chunk in groups[index]]
-            )
+            chunks = groups[index].tolist()
+            order = np.concatenate([self._positions(chunk) + chunk * self._chunk_tokens for chunk in chunks])
             if len(order) != self._counts[groups[index]].sum():
                 raise StoreError(f"{self.store.url} has other tokens than it says; run `hsae cache verify`")
             np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 32) + index + 1])).shuffle(order)
-            self._window = _Window(epoch, index, int(starts[index]), groups[index], order)
+            self._window = _Window(epoch, index, int(starts[index]), order)
         return self._window
 
     def _needed(self, epoch: int, index: int) -> list[tuple[str, int]]:

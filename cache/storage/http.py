@@ -31,10 +31,8 @@ class WebFileSystem(HTTPFileSystem):  # type: ignore[misc]
 
     async def _info(self, url: str, **kwargs: Any) -> dict[str, Any]:
         """One HEAD. Raises FileNotFoundError for 404 only; fsspec's own raises it for whatever goes wrong."""
-        session = await self.set_session()
-        async with session.head(
-            self.encode_url(url), headers=_headers(self.encode_url(url)), allow_redirects=True
-        ) as answer:
+        session, address = await self.set_session(), self.encode_url(url)
+        async with session.head(address, headers=_headers(address), allow_redirects=True) as answer:
             self._raise_not_found_for_status(answer, url)
             if answer.content_length is None:
                 raise OSError(errno.EINVAL, "the server does not tell the lengths of files")
@@ -49,8 +47,8 @@ class WebFileSystem(HTTPFileSystem):  # type: ignore[misc]
         answer, data = await self._got(url, most, wanted)
         return data if not wanted or answer.status == 206 else data[start:end]
 
-    async def _ls_real(self, url: str, detail: bool = True, **kwargs: Any) -> list[Any]:
-        """What a folder's page links to that lies directly in it."""
+    async def _ls_real(self, url: str, detail: bool = False, **kwargs: Any) -> list[str]:
+        """What a folder's page links to that lies directly in it, by name; hsae wants no more `detail`."""
         folder = url.rstrip("/") + "/"
         answer, page = await self._got(url, MOST_BYTES, {})
         links = LINK.findall(page) if answer.content_type == "text/html" else []
@@ -60,12 +58,7 @@ class WebFileSystem(HTTPFileSystem):  # type: ignore[misc]
             path = path.removeprefix(URL(folder).raw_path) if path.startswith("/") else path
             if re.fullmatch(r"[^/?#:]+/?", path) and path.rstrip("/") not in (".", ".."):
                 names.add(folder + path)
-        entries = sorted(names)
-        return (
-            [{"name": name, "size": None, "type": "directory" if name.endswith("/") else "file"} for name in entries]
-            if detail
-            else entries
-        )
+        return sorted(names)
 
     async def _got(self, url: str, most: int, wanted: dict[str, str]) -> tuple[aiohttp.ClientResponse, bytes]:
         session, address = await self.set_session(), self.encode_url(url)
@@ -121,7 +114,7 @@ class WebBackend(Backend):
 def _headers(address: URL) -> dict[str, str]:
     """Those of a request; aiohttp takes the token out when another server is redirected to."""
     headers = {"Accept-Encoding": "identity"}
-    if (token := os.environ.get(TOKEN)) and takes_secrets(address, TOKEN_HOST):
+    if (token := os.environ.get(TOKEN)) and takes_token(address):
         headers["Authorization"] = f"Bearer {token}"
     return headers
 
@@ -134,19 +127,16 @@ def is_here(host: str) -> bool:
         return False
 
 
-def takes_secrets(address: URL, variable: str) -> bool:
-    """Whether a secret may be sent there: to this machine, or to what the environment variable names."""
-    return is_here(address.host or "") or (address.scheme, address.host, address.port) in named(variable)
-
-
-def named(variable: str) -> set[tuple[str, str | None, int | None]]:
-    """(scheme, host, port) of each address in an environment variable. Raises UserError."""
-    words = os.environ.get(variable, "").replace(",", " ").split()
+def takes_token(address: URL) -> bool:
+    """Whether the token may be sent there: to this machine, or to what HSAE_TOKEN_HOST names. Raises UserError."""
+    if is_here(address.host or ""):
+        return True
+    words = os.environ.get(TOKEN_HOST, "").replace(",", " ").split()
     try:
         urls = [URL(word if "://" in word else f"https://{word}") for word in words]
-        return {(url.scheme, url.host, url.port) for url in urls}
+        return (address.scheme, address.host, address.port) in {(url.scheme, url.host, url.port) for url in urls}
     except ValueError:
-        raise UserError(f"{variable} must be an address such as server:8420 or http://server:8420") from None
+        raise UserError(f"{TOKEN_HOST} must be an address such as server:8420 or http://server:8420") from None
 
 
 def refusal(error: aiohttp.ClientResponseError) -> str:
@@ -159,7 +149,7 @@ def refusal(error: aiohttp.ClientResponseError) -> str:
         return (
             f"the server redirects to {at}, which wants a token and gets none; if that is right, give its own address"
         )
-    there = "" if takes_secrets(at, TOKEN_HOST) else f" and {TOKEN_HOST}={at}"
+    there = "" if takes_token(at) else f" and {TOKEN_HOST}={at}"
     if not os.environ.get(TOKEN):
         return f"the server wants a token; set {TOKEN} to the one that it was started with{there}"
     if there:

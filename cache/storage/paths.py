@@ -61,10 +61,8 @@ def _check_web_address(protocol: str, rest: str) -> None:
     except ValueError:
         plain = None
     if not plain or "@" in parts.netloc or set("?#") & set(rest):
-        raise StoreError(
-            f"{protocol}://…: write a store's address as {protocol}://host:port/folder, and put the token into "
-            f"HSAE_TOKEN"
-        )
+        wanted = f"{protocol}://host:port/folder"
+        raise StoreError(f"{protocol}://…: write a store's address as {wanted}, and put the token into HSAE_TOKEN")
 
 
 def at_once(target: Place) -> int:
@@ -82,7 +80,7 @@ def read_again(
 def read_tail(source: Place, count: int) -> bytes:
     """The last `count` bytes of a file or object. Raises FileNotFoundError if there is none."""
     if isinstance(source, RemotePath):
-        return source.read_tail(count)
+        return bytes(source.request(lambda filesystem, path: filesystem.cat_file(path, start=-count)))
     with source.open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - count))
         return file.read(count)
@@ -134,9 +132,8 @@ def size_of(target: Place) -> int | None:
 
 def children(target: Place) -> list[Place]:
     """What lies directly in a folder, sorted. Raises FileNotFoundError if there is no such folder."""
-    if isinstance(target, RemotePath):
-        return list[Place](target.iterdir())
-    return list[Place](sorted(target.iterdir()))
+    inner: Iterable[Place] = target.iterdir()
+    return sorted(inner, key=lambda child: child.name)
 
 
 def exists(target: Place) -> bool:
@@ -174,7 +171,7 @@ def check_writable(folder: Place, *, trial: bool = True) -> None:
             publish(file, b"")
             file.unlink(missing_ok=True)
         elif isinstance(folder, Path):
-            there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+            there = existing_folder(folder)
             if not there.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             if not os.access(there, os.W_OK | os.X_OK):
@@ -182,9 +179,13 @@ def check_writable(folder: Place, *, trial: bool = True) -> None:
     except RemoteError:
         raise
     except OSError as error:
-        raise StoreError(
-            f"nothing can be written in {folder} ({error.strerror or error}); use another folder"
-        ) from None
+        reason = error.strerror or error
+        raise StoreError(f"nothing can be written in {folder} ({reason}); use another folder") from None
+
+
+def existing_folder(path: Path) -> Path:
+    """The path itself or the nearest folder above it that is there."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
 def _refuse_read_only(target: Place) -> None:
@@ -193,12 +194,12 @@ def _refuse_read_only(target: Place) -> None:
         raise StoreError(f"{target}: stores at {target.protocol}:// can only be read; write where they lie")
 
 
-def remove(target: Place) -> None:
-    """Delete everything below."""
-    if isinstance(target, RemotePath):
-        target.remove()
-    else:
-        shutil.rmtree(target)
+def remove(target: Place, *, ignore_errors: bool = False) -> None:
+    """Delete everything below, of a remote place with one request for many objects where the driver can."""
+    if isinstance(target, Path):
+        return shutil.rmtree(target, ignore_errors=ignore_errors)
+    with contextlib.suppress(FileNotFoundError):
+        target.request(lambda filesystem, path: filesystem.rm(path, recursive=True))
 
 
 def map_parallel(

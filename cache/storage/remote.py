@@ -99,9 +99,8 @@ class RemotePath:
         except ImportError:
             raise self._nothing_reads_it() from None
         except ValueError as error:
-            raise StoreError(
-                f"{self}: {self.hidden(str(error))}; use a folder, or a URL such as s3://bucket/prefix"
-            ) from None
+            problem = self.hidden(str(error))
+            raise StoreError(f"{self}: {problem}; use a folder, or a URL such as s3://bucket/prefix") from None
 
     def _nothing_reads_it(self) -> StoreError:
         extra = f"pip install '{EXTRAS[self.protocol]}'" if self.protocol in EXTRAS else "pip install its fsspec driver"
@@ -155,10 +154,6 @@ class RemotePath:
         """The whole object. Raises FileNotFoundError if there is none, TooLongError if more bytes than `most` come."""
         return self.request(lambda filesystem, path: self._backend.read(filesystem, path, most))
 
-    def read_tail(self, count: int) -> bytes:
-        """The last `count` bytes of the object. Raises FileNotFoundError if there is none."""
-        return bytes(self.request(lambda filesystem, path: filesystem.cat_file(path, start=-count)))
-
     def write_bytes(self, data: bytes) -> None:
         """Make or replace the object; readers see the old one or all of the new one."""
         self.request(lambda filesystem, path: filesystem.pipe_file(path, data))
@@ -197,9 +192,9 @@ class RemotePath:
             return False
 
     def iterdir(self) -> list["RemotePath"]:
-        """What lies directly below, sorted."""
+        """What lies directly below."""
         names = self.request(lambda filesystem, path: filesystem.ls(path, detail=False))
-        return [self / name for name in sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in names})]
+        return [self / name for name in {str(name).rstrip("/").rsplit("/", 1)[-1] for name in names}]
 
     @property
     def lists_by_prefix(self) -> bool:
@@ -217,11 +212,6 @@ class RemotePath:
         except FileNotFoundError:
             if not missing_ok:
                 raise
-
-    def remove(self) -> None:
-        """Delete every object below, many with one request where the driver can."""
-        with contextlib.suppress(FileNotFoundError):
-            self.request(lambda filesystem, path: filesystem.rm(path, recursive=True))
 
     def request(self, do: Callable[[Any, str], ResultT]) -> ResultT:
         """`do(file system, path)`, see `retry_request`. Raises StoreError if there is no such bucket."""

@@ -93,6 +93,6 @@ def is_transient(error: Exception) -> bool:
         return False
     if isinstance(status := getattr(error, "status", None), int):
         return status >= 500 or status in TRANSIENT_STATUSES
-    if isinstance(error, OSError | TimeoutError | EOFError):
-        return error.errno not in LASTING if isinstance(error, OSError) else True
-    return type(error).__module__.split(".")[0] in CLIENTS
+    if isinstance(error, OSError):
+        return error.errno not in LASTING
+    return isinstance(error, EOFError) or type(error).__module__.split(".")[0] in CLIENTS

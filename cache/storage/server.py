@@ -45,7 +45,7 @@ def checked_token(token: str | None) -> str:
     if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise UserError(
             f"HSAE_TOKEN must be {SHORTEST_TOKEN} or more ASCII characters without spaces, for example the output of "
-            f"openssl rand -hex 32"
+            "openssl rand -hex 32"
         )
     return token
 
@@ -64,15 +64,11 @@ def find(root: Path, only: str | None, name: str) -> Path | None:
     real = target.relative_to(root).parts
     if any(part.startswith(".") for part in real):
         return None
-    if real and not ((root / real[0]).is_dir() and only in (None, real[0]) and _is_of_a_store(real, target)):
-        return None
+    if real:
+        is_probe = real[0] == PROBE and (target.is_dir() or target.name.endswith(PROBE_FILES))
+        if not (is_probe or real[0].endswith(SUFFIX)) or only not in (None, real[0]) or not (root / real[0]).is_dir():
+            return None
     return target if target.is_file() or target.is_dir() else None
-
-
-def _is_of_a_store(real: tuple[str, ...], target: Path) -> bool:
-    if real[0] == PROBE:
-        return target.is_dir() or target.name.endswith(PROBE_FILES)
-    return real[0].endswith(SUFFIX)
 
 
 def application(root: Path, only: str | None, token: str) -> "ASGIApp":
@@ -107,10 +103,8 @@ def application(root: Path, only: str | None, token: str) -> "ASGIApp":
         links = (f'<a href="{quote(entry)}">{escape(entry)}</a><br>' for entry in names)
         return HTMLResponse(f"<!doctype html>{''.join(links)}")
 
-    return Starlette(
-        routes=[Route("/{name:path}", answer, methods=["GET"])],
-        middleware=[Middleware(Bearer, token=token)],
-    )
+    routes = [Route("/{name:path}", answer, methods=["GET"])]
+    return Starlette(routes=routes, middleware=[Middleware(Bearer, token=token)])
 
 
 class Bearer:
@@ -170,7 +164,5 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"can't listen at {host}, port {port} ({error.strerror if isinstance(error, OSError) else error}); give "
-            f"another --host or --port"
-        ) from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"can't listen at {host}, port {port} ({reason}); give another --host or --port") from None

@@ -35,7 +35,7 @@ def test_names_resolve_and_are_typed(face):
         for node in typed.body
         for alias in node.names
     }  # fmt: skip
-    assert sorted(imported) == face.__all__, "the names under TYPE_CHECKING are those of the table"
+    assert sorted(imported) == face.__all__, "only public names are imported there"
     for name, value in public(face).items():
         assert value.__module__ == imported[name], f"{name} is defined in {value.__module__}"
     with pytest.raises(AttributeError, match="no attribute 'missing'"):

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numcodecs
 import numpy as np
 import pytest
@@ -10,13 +12,17 @@ from hypothesis.extra.numpy import arrays
 from hsae.cache.building.copying import copy
 from hsae.cache.building.verification import verify
 from hsae.cache.errors import StoreError
-from hsae.cache.format.int8 import dequantise, encoded_bytes, quantise
+from hsae.cache.format.int8 import Int8Codec, dequantise, quantise
 from hsae.cache.format.layout import read_header
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import sizes
 
 HOOK = "blocks.3.hook_resid_post"
 NUMBERS = st.floats(-1e5, 1e5, width=32)
+
+
+def encoded_bytes(vectors, width):
+    return Int8Codec().compute_encoded_size(0, SimpleNamespace(shape=(vectors, width)))
 
 
 @given(
