@@ -76,15 +76,15 @@ def _print(table: "AblationTable") -> None:
         columns = [column for column in table.columns if column.kind == kind]
         if not columns:
             continue
-        drawn = Table(title=kind, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        drawn.add_column("run", no_wrap=True)
+        shown = Table(title=kind, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        shown.add_column("run", no_wrap=True)
         for column in columns:
-            drawn.add_column(column.title, justify="right")
+            shown.add_column(column.title, justify="right")
         for row in table.rows:
             cells = [row.cells[column.key].text(column) for column in columns]
             if any(cells):
-                drawn.add_row(row.label, *cells)
-        get_console().print(drawn)
+                shown.add_row(row.label, *cells)
+        get_console().print(shown)
     get_console().print(
         f"mean ± standard deviation over {table.seeds} seeds, [the same of a map without structure], "
         "* of a map fitted to the codes\n"

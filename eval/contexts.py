@@ -76,11 +76,11 @@ def top_contexts(
     for level in dict.fromkeys(level for level, _ in latents):
         view = model.view(model.level_name(level)).copy_to("cpu", torch.float32)
         numbers = [number for at, number in latents if at == level]
-        found = find_contexts(view, store, hook, tokenizer, survey(view, store, hook), numbers, count)
+        best = find_contexts(view, store, hook, tokenizer, survey(view, store, hook), numbers, count)
         norms_F = getattr(view, "norms", torch.ones(view.d_sae))  # a view of a stack scales the model's code by these
         for number in numbers:
             norm = float(norms_F[number])
-            contexts[level, number] = [replace(one, activation=one.activation / norm) for one in found[number]]
+            contexts[level, number] = [replace(one, activation=one.activation / norm) for one in best[number]]
     return contexts
 
 
@@ -106,16 +106,16 @@ def documents(tokens_RT: Tensor, bos_id: int) -> list[tuple[int, int, bool]]:
     A BOS inside a row begins a document; the one at a row's front stands in every row. Rows packed without BOS count as
     documents.
     """
-    found: list[tuple[int, int, bool]] = []
+    stretches: list[tuple[int, int, bool]] = []
     for row, tokens in enumerate(tokens_RT.tolist()):
         front, continued = row * len(tokens), tokens[0] == bos_id
         starts = [0, *(place for place, token in enumerate(tokens) if place and token == bos_id)]
         for begin, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
-            if begin == 0 and continued and found:
-                found[-1] = (found[-1][0], front + end, found[-1][2])
+            if begin == 0 and continued and stretches:
+                stretches[-1] = (stretches[-1][0], front + end, stretches[-1][2])
             else:
-                found.append((front + begin, front + end, begin == 0 and continued))
-    return found
+                stretches.append((front + begin, front + end, begin == 0 and continued))
+    return stretches
 
 
 @torch.no_grad()
@@ -124,8 +124,7 @@ def survey(view: View, store: ActivationStore, hook: str) -> Survey:
     width, rows, context = view.d_sae, min(store.rows, MOST_ROWS), store.context
     fired_F, mass_F = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
     peaks = _Peaks(width)
-    batch = _batch_rows(view, store)
-    tokens_read, document = 0, -1
+    batch, tokens_read = _batch_rows(view, store), 0
     for start in range(0, rows, batch):
         stop = min(start + batch, rows)
         tokens_RT = store.tokens(start, stop)
@@ -134,9 +133,9 @@ def survey(view: View, store: ActivationStore, hook: str) -> Survey:
         mass_F += acts_NF.sum(0, dtype=torch.float64)
         tokens_read += int((~store.special_mask(tokens_RT)).sum())
         for begin, end, continued in documents(tokens_RT, store.header.bos_id):
-            document += not continued or document < 0
             values_F, offsets_F = acts_NF[begin:end].max(0)
-            peaks.take(values_F, offsets_F + (start * context + begin), document)
+            peaks.add(values_F, offsets_F + (start * context + begin), continued)
+    peaks.end_document()
     counted = max(1, tokens_read)
     return Survey(fired_F / counted, mass_F / counted, peaks.values_PF, peaks.places_PF, rows)
 
@@ -147,25 +146,25 @@ class _Peaks:
     def __init__(self, width: int) -> None:
         self.values_PF = torch.zeros(PEAKS_KEPT, width)
         self.places_PF = torch.zeros(PEAKS_KEPT, width, dtype=torch.long)
-        self.documents_PF = torch.full((PEAKS_KEPT, width), -1)
+        self.value_F, self.place_F = torch.zeros(width), torch.zeros(width, dtype=torch.long)  # of this document so far
 
-    def take(self, values_F: Tensor, places_F: Tensor, document: int) -> None:
-        """Take in the peaks of (a further part of) a document."""
-        better = (values_F > self.values_PF[-1]).nonzero().squeeze(1)
-        if not len(better):
-            return
-        known = self.documents_PF[:, better] == document
-        kept = self.values_PF[:, better]
-        lower = known & (values_F[better] > kept)  # replaced by the new peak of the same document
-        offered = torch.where(known.any(0) & ~lower.any(0), 0.0, values_F[better])
-        values = torch.cat([torch.where(lower, 0.0, kept), offered[None]])
+    def add(self, value_F: Tensor, place_F: Tensor, continued: bool) -> None:
+        """Take in the peaks of a document, or of a further part of the one before."""
+        if not continued:
+            self.end_document()
+        higher_F = value_F > self.value_F
+        self.value_F = torch.where(higher_F, value_F, self.value_F)
+        self.place_F = torch.where(higher_F, place_F, self.place_F)
+
+    def end_document(self) -> None:
+        """Put the document's peaks among the P highest, behind equal ones of earlier documents."""
+        better = (self.value_F > self.values_PF[-1]).nonzero().squeeze(1)
+        values = torch.cat([self.values_PF[:, better], self.value_F[None, better]])
+        places = torch.cat([self.places_PF[:, better], self.place_F[None, better]])
         order = torch.sort(values, dim=0, descending=True, stable=True).indices[:PEAKS_KEPT]
-        places = torch.cat([self.places_PF[:, better], places_F[better][None]])
-        held = self.documents_PF[:, better].masked_fill(lower, -1)
-        numbers = torch.cat([held, torch.full((1, len(better)), document)])
         self.values_PF[:, better] = values.gather(0, order)
         self.places_PF[:, better] = places.gather(0, order)
-        self.documents_PF[:, better] = numbers.gather(0, order)
+        self.value_F = torch.zeros_like(self.value_F)
 
 
 def _batch_rows(view: View, store: ActivationStore) -> int:
@@ -174,8 +173,8 @@ def _batch_rows(view: View, store: ActivationStore) -> int:
 
 def _masked(view: View, store: ActivationStore, hook: str, start: int, stop: int) -> Tensor:
     """Activations [R, T, F] of some rows, zero on special tokens."""
-    kept_RT = ~store.special_mask(store.tokens(start, stop))
-    return view.encode(store.acts(hook, start, stop).float()).mul_(kept_RT[..., None])
+    mask_RT = ~store.special_mask(store.tokens(start, stop))
+    return view.encode(store.acts(hook, start, stop).float()).mul_(mask_RT[..., None])
 
 
 def _rows_encoded(
@@ -206,7 +205,7 @@ def find_contexts(
     wanted = {latent: seen.places_PF[seen.peaks_PF[:, latent] > 0, latent].tolist() for latent in latents}
     rows = sorted({place // store.context for places in wanted.values() for place in places})
     encoded = _rows_encoded(view, store, hook, rows, latents)
-    found: dict[int, list[Context]] = {}
+    contexts: dict[int, list[Context]] = {}
     for column, (latent, places) in enumerate(wanted.items()):
         texts: dict[tuple[str, ...], Context] = {}
         for place in places:
@@ -215,8 +214,8 @@ def find_contexts(
             texts.setdefault(tuple(piece.text for piece in context.pieces), context)
             if len(texts) == count:
                 break
-        found[latent] = list(texts.values())
-    return found
+        contexts[latent] = list(texts.values())
+    return contexts
 
 
 def _context(store: ActivationStore, tokenizer: Any, row: int, peak: int, acts_T: Tensor) -> Context:

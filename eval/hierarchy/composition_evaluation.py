@@ -18,12 +18,11 @@ from hsae.eval.harness.estimates import Estimate
 from hsae.eval.harness.evaluation import Result, cached_method, check_target, store_inputs
 from hsae.eval.harness.options import Options
 from hsae.eval.harness.run_evaluation import RunEvaluation
-from hsae.eval.harness.tables import Table
+from hsae.eval.harness.tables import Cell, Table, interval_cell, spread_cell
 from hsae.eval.harness.targets import RunTarget
 from hsae.eval.hierarchy.composition import SETTINGS, evaluate_composition
 from hsae.eval.hierarchy.composition_file import FILE, FORMAT, maps_digest, read_composition, read_maps, write_maps
-from hsae.eval.hierarchy.composition_result import CompositionResult
-from hsae.eval.hierarchy.composition_tables import composition_tables
+from hsae.eval.hierarchy.composition_result import CompositionResult, Measured, PairResult
 from hsae.eval.hierarchy.failures import find_failures
 from hsae.train.config.plan import Plan
 from hsae.train.model.hierarchical_sae import STRUCTURES
@@ -199,23 +198,68 @@ class Composition(RunEvaluation[Sources]):
     # --- what people see ---------------------------------------------------------------------------------------------
 
     def tables(self, results: Sequence[Result[RunTarget]]) -> list[Table]:
-        """Of each run a table of its levels, and one of each map."""
-        return [table for result in results for table in self._tables(result)]
-
-    def _tables(self, result: Result[RunTarget]) -> list[Table]:
-        content = result.content
-        tables = composition_tables(result.label, CompositionResult.model_validate(content["result"]))
-        below = tables[-1].notes
-        if result.target.config.levels == 1:
-            below.append("one level: there is nothing to compose")
-            return tables
-        if not content["failures"]:
-            below.append("no known failure")
-        for reason in dict.fromkeys(content["unchecked"].values()):
-            names = [name for name, why in content["unchecked"].items() if why == reason]
-            below.append(f"not looked for: {', '.join(names)} ({reason})")
-        return tables
+        """Of each run a table of its levels, and one of each map beside its nulls."""
+        return [table for result in results for table in _tables(result.label, result.content)]
 
     def warnings(self, results: Sequence[Result[RunTarget]]) -> list[str]:
         """The known failures."""
         return [f"run {item.label}: {failure['text']}" for item in results for failure in item.content["failures"]]
+
+
+def _tables(label: str, content: dict[str, Any]) -> list[Table]:
+    """The tables of one run; below the last one the failures that were not looked for."""
+    result = CompositionResult.model_validate(content["result"])
+    maps = [_pair_table(label, pair, name) for pair in result.pairs for name in pair.readings]
+    tables = [_level_table(label, result), *maps]
+    below = tables[-1].notes
+    if len(result.levels) == 1:
+        below.append("one level: there is nothing to compose")
+        return tables
+    if not content["failures"]:
+        below.append("no known failure")
+    for reason in dict.fromkeys(content["unchecked"].values()):
+        names = [name for name, why in content["unchecked"].items() if why == reason]
+        below.append(f"not looked for: {', '.join(names)} ({reason})")
+    return tables
+
+
+def _level_table(label: str, result: CompositionResult) -> Table:
+    worth = "this level and all coarser ones" if STRUCTURES[result.structure].is_nested else "decoded from this level"
+    columns = ("level", "latents", "L0", "silent", "EV", "CE score")
+    table = Table(f"run {label}: levels; EV and CE score: {worth}", columns)
+    for level in reversed(result.levels):
+        ce = "no result" if level.ce_loss_score.value is None else _cell(level.ce_loss_score)
+        table.add(
+            str(level.level),
+            str(level.latents),
+            _cell(level.l0),
+            f"{level.silent:.1%}",
+            _cell(level.explained_variance),
+            ce,
+        )
+    for pair in result.pairs:
+        table.notes.extend(f"{name} map of level {pair.level}: none, {why}" for name, why in pair.reasons.items())
+    return table
+
+
+def _pair_table(label: str, pair: PairResult, name: str) -> Table:
+    levels = f"level {pair.level} ({pair.coarse}) of level {pair.level - 1} ({pair.alive_fine} of {pair.fine} alive)"
+    columns = ("measure", "value", "permuted", "z", "random", "z")
+    table = Table(f"run {label}: {levels}, {name} map", columns)
+    for key, entry in pair.readings[name].measures.items():
+        measure = key.replace("_", " ")
+        table.add(measure, _cell(entry), *_null_cells(entry, "permuted"), *_null_cells(entry, "random"))
+        if entry.reason is not None:
+            table.notes.append(f"{measure} is undefined: {entry.reason}")
+    return table
+
+
+def _cell(estimate: Estimate | Measured) -> Cell:
+    return interval_cell(estimate.value, estimate.low, estimate.high, digits=None)
+
+
+def _null_cells(entry: Measured, name: str) -> tuple[Cell, Cell]:
+    """Mean and standard deviation of a null's draws, and z."""
+    if (null := entry.nulls.get(name)) is None:
+        return "", ""
+    return spread_cell(null.mean, null.sd), "" if null.z is None else f"{null.z:+.1f}"

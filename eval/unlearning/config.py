@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
 
@@ -18,6 +18,9 @@ from hsae.cache.config import (
 )
 from hsae.cache.format.spec import StoreSpec, spec_of
 
+ItemT = TypeVar("ItemT")
+NonEmpty = Annotated[tuple[ItemT, ...], Field(strict=False, min_length=1)]
+Count = Annotated[int, Field(ge=1)]
 Side = Literal["forget", "retain"]
 SIDES: tuple[Side, Side] = ("forget", "retain")
 FIRST_KEPT = 325
@@ -27,9 +30,9 @@ FIRST_KEPT = 325
 class QAConfig(Config):
     """The `[unlearning.qa]` table: SAEBench's form, on multiple-choice questions and an instruction-tuned model."""
 
-    forget: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = ("cais/wmdp:wmdp-bio",)
+    forget: NonEmpty[str] = ("cais/wmdp:wmdp-bio",)
     """Question sets to be unlearned: `owner/name:subset` on the hub, jsonl files, or packaged sets."""
-    retain: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = (
+    retain: NonEmpty[str] = (
         "cais/mmlu:high_school_us_history",
         "cais/mmlu:college_computer_science",
         "cais/mmlu:high_school_geography",
@@ -38,11 +41,11 @@ class QAConfig(Config):
     """Question sets to be kept; their accuracies are pooled."""
     revisions: dict[str, str] = Field(default_factory=dict)
     """Hub data set -> revision; what is not named is taken as it is now."""
-    retain_thresholds: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (0.001, 0.01)
+    retain_thresholds: NonEmpty[Positive] = (0.001, 0.01)
     """Latents that fire on at least this share of retain tokens are left alone."""
-    n_features: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] = (10, 20)
+    n_features: NonEmpty[Count] = (10, 20)
     """Numbers of clamped latents."""
-    multipliers: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (25.0, 50.0, 100.0, 200.0)
+    multipliers: NonEmpty[Positive] = (25.0, 50.0, 100.0, 200.0)
     """An active latent is set to minus this (in the SAE's own units)."""
     permutations: int = Field(default=24, ge=1, le=24)
     """A question counts if it is answered correctly under so many orders of its choices (SAEBench: all 24)."""
@@ -73,15 +76,15 @@ class UnlearningConfig(Config):
     """Rows of each on which they are reported; whole documents. What is left over selects latents."""
     positions_per_row: int = Field(default=12, ge=1)
     """Positions of a row, drawn once with `seed`, at which the loss is taken: unembedding is the dearest part."""
-    latents: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)] = (32,)
+    latents: NonEmpty[Count] = (32,)
     """Numbers of clamped latents, n."""
-    multipliers: Annotated[tuple[NonNegative, ...], Field(strict=False, min_length=1)] = (0.0, 1.0, 3.0)
+    multipliers: NonEmpty[NonNegative] = (0.0, 1.0, 3.0)
     """An active latent is set to -m times its mean active value; 0 is ablation."""
     quantiles: Annotated[tuple[ProperFraction, ...], Field(strict=False)] = (0.95,)
     """Conditional clamping, beside static: only in rows whose firing rate exceeds this quantile of the retain rows'."""
     retain_cap: ProperFraction = 0.02
     """Latents that fire on at least this share of retain tokens are left alone."""
-    budgets: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (0.005, 0.01, 0.02, 0.05)
+    budgets: NonEmpty[Positive] = (0.005, 0.01, 0.02, 0.05)
     """Losses on retain, in nats a token, at which the loss on forget is reported."""
     topics: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Two topics of the forget text for the signature test; the two with the most documents unless given."""

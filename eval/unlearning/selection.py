@@ -155,10 +155,10 @@ def random_alike(profile: Profile, latents: Sequence[int], seed: int) -> list[in
     frequency = ((profile.forget_F * forget + profile.retain_F * retain) / (forget + retain)).tolist()
     generator, clamped = random.Random(seed), set(latents)
     free = [latent for latent in range(len(frequency)) if latent not in clamped and frequency[latent] > 0]
-    drawn = []
+    controls = []
     for latent in latents:
         near = sorted(free, key=lambda other: (abs(math.log(frequency[other] / frequency[latent])), other))[:NEIGHBOURS]
         if near:
-            drawn.append(generator.choice(near))
-            free.remove(drawn[-1])
-    return drawn
+            controls.append(generator.choice(near))
+            free.remove(controls[-1])
+    return controls

@@ -20,8 +20,7 @@ from hsae.eval.unlearning import pareto, selection
 from hsae.eval.unlearning.arms import Arm, Setting, measure_shift, rate_threshold, sae_arms, shared_arms
 from hsae.eval.unlearning.config import SIDES, Side, UnlearningConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention
-from hsae.eval.unlearning.loss_meter import Change
-from hsae.eval.unlearning.measurements import MeasuredChanges, Texts
+from hsae.eval.unlearning.loss_meter import Change, MeasuredChanges, Texts
 from hsae.train.model.hierarchical_sae import HierarchicalSAE
 
 HARM_LIMIT = 2.0
@@ -60,15 +59,15 @@ class PreparedArm:
 
     def prepare(self, reference: "PreparedArm | None") -> None:
         """Thresholds, values and strengths of every setting; a control is matched to `reference`."""
-        kept = {side: self.texts.rows[side]["select"].kept() for side in SIDES}
+        masks = {side: self.texts.rows[side]["select"].kept() for side in SIDES}
         for setting in self.settings:
             latents = self.arm.chosen[setting.latents]
             means = self.arm.profile.mean_F[list(latents)].tolist()
             acts = {side: self.activations(side, "select", latents) for side in SIDES}
-            rate = rate_threshold(acts["retain"], kept["retain"], setting.quantile)
+            rate = rate_threshold(acts["retain"], masks["retain"], setting.quantile)
             still = Intervention(latents=latents, values=(0.0,) * len(latents), rate=rate)
             directions_FD = self.arm.dictionary.directions_FD
-            shift = {side: measure_shift(still, means, acts[side], kept[side], directions_FD) for side in SIDES}
+            shift = {side: measure_shift(still, means, acts[side], masks[side], directions_FD) for side in SIDES}
             multiplier, matched = setting.multiplier, dict[str, bool]()
             if reference is not None:
                 solved = shift["retain"].multiplier(reference.described[setting]["dx_retain"])

@@ -17,7 +17,7 @@ from hsae.eval.harness.tables import Cell, Table, interval_cell
 from hsae.eval.harness.targets import RunTarget
 from hsae.eval.unlearning import pareto
 from hsae.eval.unlearning.intervention import of_model
-from hsae.eval.unlearning.measurements import MeasuredChanges, Texts
+from hsae.eval.unlearning.loss_meter import MeasuredChanges, Texts
 from hsae.eval.unlearning.questions_evaluation import UnlearningQuestions
 from hsae.eval.unlearning.signature import evaluate_signature
 from hsae.eval.unlearning.sweep import Sweep
@@ -58,13 +58,13 @@ class Unlearning(TextPairEvaluation):
         return self.result("hsae_unlearning", target, content)
 
     def write(self, path: Path, content: dict[str, Any]) -> Path:
-        """Write the result; what was kept of the sweep goes."""
+        """Write the result, and remove what was measured on the way."""
         super().write(path, content)
         (path.parent / PARTIAL).unlink(missing_ok=True)
         return path
 
     def discard(self, target: RunTarget) -> None:
-        """Throw away what was kept of a sweep that was interrupted."""
+        """Throw away what an interrupted sweep measured."""
         (target.folder / PARTIAL).unlink(missing_ok=True)
 
     def complete(self, target: RunTarget, content: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Unlearning(TextPairEvaluation):
         path, title, most = target.folder / FIGURE, f"unlearning, run {target.label}", max(self.config.budgets)
         with suppress(UserError):
             if not path.is_file():
-                publish(path, lambda drawn: pareto.draw(drawn, content["arms"], most, title))
+                publish(path, lambda partial: pareto.draw(partial, content["arms"], most, title))
         return content
 
     def tables(self, results: Sequence[Result[RunTarget]]) -> list[Table]:

@@ -28,8 +28,7 @@ from hsae.eval.harness.targets import RunTarget
 from hsae.eval.unlearning import arms, pareto, qa, selection
 from hsae.eval.unlearning.config import UnlearningConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed, of_means, of_model
-from hsae.eval.unlearning.loss_meter import LossMeter
-from hsae.eval.unlearning.measurements import Texts
+from hsae.eval.unlearning.loss_meter import LossMeter, Texts
 from hsae.eval.unlearning.questions import Question
 from hsae.eval.unlearning.questions_evaluation import UnlearningQuestions
 from hsae.eval.unlearning.rows import Rows, split_rows
