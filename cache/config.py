@@ -5,12 +5,24 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from hsae.cache.errors import ModelError
+
 Split = Literal["train", "eval", "forget", "retain", "autointerp"]
 Codec = Literal["mappable", "compact", "int8"]
 Positive = Annotated[float, Field(gt=0, strict=False)]
 NonNegative = Annotated[float, Field(ge=0, strict=False)]
 ProperFraction = Annotated[float, Field(gt=0, lt=1, strict=False)]
 HOOK_PATTERN = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+
+
+def parse_hook(hook: str) -> tuple[int, str]:
+    """(layer, `pre` or `post`) of a hook name. Raises ModelError for a name hsae doesn't know."""
+    match = HOOK_PATTERN.fullmatch(hook)
+    if match is None:
+        raise ModelError(
+            f"{hook!r} is not a hook hsae knows; use blocks.<layer>.hook_resid_post or blocks.<layer>.hook_resid_pre"
+        )
+    return int(match[1]), match[2]
 
 
 class Config(BaseModel):
@@ -46,10 +58,8 @@ class HookConfig(Config):
     @field_validator("names")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        start = "blocks.<layer>.hook_resid_"
         for name in names:
-            if not HOOK_PATTERN.fullmatch(name):
-                raise ValueError(f"{name!r} is not a hook hsae knows; use {start}post or {start}pre")
+            parse_hook(name)
         if len(set(names)) != len(names):
             raise ValueError("a hook is named twice")
         return names

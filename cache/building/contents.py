@@ -6,11 +6,9 @@ Shapes: R rows, T context length, D residual width, V vocabulary.
 import contextlib
 import itertools
 import json
-import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -29,7 +27,6 @@ from hsae.cache.text.corpora import TEXT_TABLES, Corpus, open_corpus
 from hsae.cache.text.packing import Packer, tokenise
 
 SLICE_TOKENS = 128  # tokens unembedded at once: 64 MiB of bfloat16 logits at V = 262,144
-LIBRARIES = ("torch", "transformers", "tokenizers", "zarr")
 
 
 @dataclass(frozen=True)
@@ -95,11 +92,7 @@ class StoreContents:
             model_commit=model.commit,
             corpus_digest=self.text.digest,
             corpus_commit=self.text.commit,
-            versions={
-                "python": platform.python_version(),
-                "device": torch.device(model.device).type,
-                **{name: version(name) for name in LIBRARIES},
-            },
+            versions=model.versions("zarr"),
             older=self.older,
         )
 

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsae.cache.config import ModelConfig
+from hsae.cache.config import ModelConfig, parse_hook
 from hsae.cache.errors import ModelError, StoreError
 from hsae.cache.format.layout import is_finished, total_bytes
 from hsae.cache.format.spec import StoreSpec
 from hsae.cache.language_model import sources
-from hsae.cache.language_model.hooks import parse_hook
 from hsae.cache.language_model.loading import check_dtype, positions, read_description
 from hsae.cache.reading.provenance import pin_commit
 from hsae.cache.storage.paths import Place, existing_folder, exists, place, sizes

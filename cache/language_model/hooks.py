@@ -11,21 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hsae.cache.config import HOOK_PATTERN
+from hsae.cache.config import parse_hook
 from hsae.cache.errors import ModelError
 
 Edit = Tensor | Callable[[Tensor], Tensor]
 """A tensor to add (it broadcasts to [B, T, D]), or a function from the residual to the one in its place."""
-
-
-def parse_hook(hook: str) -> tuple[int, str]:
-    """(layer, `pre` or `post`) of a hook name. Raises ModelError for a name hsae doesn't know."""
-    match = HOOK_PATTERN.fullmatch(hook)
-    if match is None:
-        raise ModelError(
-            f"{hook!r} is not a hook hsae knows; use blocks.<layer>.hook_resid_post or blocks.<layer>.hook_resid_pre"
-        )
-    return int(match[1]), match[2]
 
 
 def layers_before(hook: str) -> int:

@@ -5,8 +5,10 @@ Shapes: B rows of a batch, T context length, D residual width, V vocabulary. Hoo
 """
 
 import contextlib
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from hsae.cache.language_model.hooks import decoder_layers, final_norm, hook_mod
 from hsae.cache.language_model.matmul import WidenedProducts, bfloat16_is_slow
 from hsae.cache.language_model.model_files import one_line, tokenizer_digest, weights_digest
 
+LIBRARIES = ("torch", "transformers", "tokenizers")
 CHECKED_TOKENS = 12
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """Relative error of a token's vector up to which the cut agrees with the model's own pass.
@@ -80,9 +83,8 @@ class LanguageModel:
         loading.special_tokens(tokenizer)
         folder = sources.model_folder(at_commit(config, commit), say)
         attention = loading.pick_attention(described) if config.attention == "auto" else config.attention
-        model = loading.load_causal(
-            config.id, folder, dtype=in_memory.DTYPES[config.dtype], attn_implementation=attention
-        )
+        dtype = in_memory.DTYPES[config.dtype]
+        model = loading.load_causal(config.id, folder, dtype=dtype, attn_implementation=attention)
         language = cls(
             model.to(device).eval().requires_grad_(False),
             tokenizer,
@@ -116,6 +118,11 @@ class LanguageModel:
             digest = in_memory.tokenizer_state_digest
             return in_memory.state_digest(self.model) if what == "model" else digest(self.tokenizer)
         return self.model_digest if what == "model" else self.tokenizer_digest
+
+    def versions(self, *more: str) -> dict[str, str]:
+        """What its numbers are computed with: Python, the kind of device, and libraries, of which `more` are added."""
+        libraries = {name: version(name) for name in (*LIBRARIES, *more)}
+        return {"python": platform.python_version(), "device": torch.device(self.device).type, **libraries}
 
     def generate(self, prompt: str, *, max_new_tokens: int = 40, **options: Any) -> str:
         """The text written after a prompt (BOS before it), greedily unless transformers' `options` say otherwise."""

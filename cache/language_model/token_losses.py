@@ -50,20 +50,20 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return losses
 
 
-def _filled(out: Distribution | None, logits_NV: Tensor, dtype: torch.dtype) -> Distribution:
-    if out is not None and out.probs.shape[0] >= logits_NV.shape[0] and out.probs.shape[1:] == logits_NV.shape[1:]:
-        return Distribution(out.probs[: logits_NV.shape[0]], out.log_probs[: logits_NV.shape[0]])
-    first = torch.empty(logits_NV.shape, dtype=dtype, device=logits_NV.device)
-    return Distribution(first, torch.empty_like(first))
+def _memory(logits_NV: Tensor, dtype: torch.dtype, out: Distribution | None) -> Distribution:
+    rows = len(logits_NV)
+    if out is None or len(out.probs) < rows or out.probs.shape[1:] != logits_NV.shape[1:]:
+        out = Distribution(*(torch.empty(logits_NV.shape, dtype=dtype, device=logits_NV.device) for _ in range(2)))
+    return Distribution(out.probs[:rows], out.log_probs[:rows])
 
 
 def distribution(logits_NV: Tensor, out: Distribution | None = None) -> Distribution:
     """p0 = softmax(logits) and log(p0), both in the logits' type (SAEBench core); `out` is memory to use again."""
-    probs, log_probs = filled = _filled(out, logits_NV, logits_NV.dtype)
+    probs, log_probs = result = _memory(logits_NV, logits_NV.dtype, out)
     for part in _row_slices(logits_NV):
         torch.softmax(logits_NV[part], -1, out=probs[part])
         torch.log(probs[part], out=log_probs[part])
-    return filled
+    return result
 
 
 def kl_divergence(clean_probs: Tensor, clean_log_probs: Tensor, logits_NV: Tensor) -> Tensor:
@@ -81,11 +81,11 @@ def kl_divergence(clean_probs: Tensor, clean_log_probs: Tensor, logits_NV: Tenso
 
 def stable_distribution(logits_NV: Tensor, out: Distribution | None = None) -> Distribution:
     """Softmax and log-softmax of the clean logits in float32, without log(0); `out` is memory to use again."""
-    probs, log_probs = filled = _filled(out, logits_NV, torch.float32)
+    probs, log_probs = result = _memory(logits_NV, torch.float32, out)
     for part in _row_slices(logits_NV):
         torch.log_softmax(logits_NV[part].float(), -1, out=log_probs[part])
         torch.exp(log_probs[part], out=probs[part])
-    return filled
+    return result
 
 
 def stable_losses(clean: Distribution, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:

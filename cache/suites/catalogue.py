@@ -1,6 +1,7 @@
 """What lies in a folder or at a URL of stores: activation stores, and the stores of evaluation suites."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from hsae.cache.errors import StoreError
@@ -44,7 +45,7 @@ def list_stores(folder: str | Place) -> Iterator[StoreSummary]:
     for path in children(home):
         if path.name.endswith(".zarr"):
             yield _summarise_activations(path)
-    lengths: dict[str, dict[str, int]] = {}
+    lengths = functools.cache(lambda texts: sizes(sets_folder(home) / texts))  # suites share sets
     for suite in sorted(HEADERS):
         try:
             files = children(suites_folder(home) / suite)
@@ -70,8 +71,8 @@ def _summarise_activations(path: Place) -> StoreSummary:
     )
 
 
-def _summarise_suite(home: Place, suite: str, file: Place, lengths: dict[str, dict[str, int]]) -> StoreSummary:
-    """A suite's store; `lengths` are those of the parts of the sets that were looked at."""
+def _summarise_suite(home: Place, suite: str, file: Place, lengths: Callable[[str], dict[str, int]]) -> StoreSummary:
+    """A suite's store; `lengths` gives those of a set's parts."""
     name = f"{suites_folder(home).name}/{suite}/{file.name}"
     try:
         header = read_header(file, HEADERS[suite], suite)
@@ -79,10 +80,8 @@ def _summarise_suite(home: Place, suite: str, file: Place, lengths: dict[str, di
         return StoreSummary(name=name, problem=str(error).removeprefix(f"{file} "))
     total, problem = 0, None
     for texts, parts in header.parts.items():
-        if texts not in lengths:
-            lengths[texts] = sizes(sets_folder(home) / texts)
         for number, part in enumerate(parts):
-            size = lengths[texts].get(part_name(number))
+            size = lengths(texts).get(part_name(number))
             total += size or 0
             if size != part.bytes and problem is None:
                 wrong = "is missing" if size is None else f"is {size} bytes long, not {part.bytes}"

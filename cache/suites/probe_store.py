@@ -7,7 +7,9 @@ The suite's file is written after its sets of residuals (see `residual_sets`). S
 part.
 """
 
-from collections.abc import Iterator
+import math
+import random
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -18,7 +20,6 @@ from hsae.cache.config import Config
 from hsae.cache.errors import CorpusError
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.storage.paths import Place
-from hsae.cache.suites.first_letters import after_the_word, word_prompts
 from hsae.cache.suites.residual_sets import ResidualSet, SetBuilder, TokenSet, sets_folder
 from hsae.cache.suites.specs import ProbeSpec, SuiteConfig
 from hsae.cache.suites.suite_files import Part, SuiteHeader, SuiteStore
@@ -98,7 +99,53 @@ def _texts(spec: ProbeSpec, model: LanguageModel) -> Iterator[tuple[dict[str, An
         yield fields, TokenSet(ids=ids, positions=positions)
 
 
-# ---- reading ---------------------------------------------------------------------
+# ---- first letters of words ----------------------------------------------------------------------------------------
+
+
+def vocabulary(tokenizer: Any) -> list[str]:
+    """Every token that is ASCII letters after at most one leading space, sorted."""
+    strings = {tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab()}
+    return sorted(word for word in strings if (bare := word.removeprefix(" ")).isascii() and bare.isalpha())
+
+
+def word_prompts(tokenizer: Any, config: SuiteConfig) -> dict[str, list[tuple[str, str]]]:
+    """(word, prompt) pairs: words split four to one, with prompts; all draws from `seed`.
+
+    The ground-truth probe is trained and tested on `train` and `test`, whose examples are words of the same split.
+    `prompts` has one prompt for each test word, with examples from the whole vocabulary.
+    """
+    mixed = random.Random(config.seed)
+    words = vocabulary(tokenizer)
+    mixed.shuffle(words)
+    words = words[: config.words]
+    if len(words) < config.icl_examples + 2:
+        raise CorpusError(f"the tokenizer's vocabulary has {len(words)} words of plain letters; absorption needs more")
+    cut = math.floor(0.8 * len(words))
+    train, test = words[:cut], words[cut:]
+
+    def prompt(word: str, pool: Sequence[str]) -> str:
+        shown = min(config.icl_examples, len(pool) - 1)
+        examples = mixed.sample(pool, shown)
+        while word in examples:
+            examples = mixed.sample(pool, shown)
+        lines = [config.prompt_template.format(word=one) + f" {one.strip()[0].upper()}" for one in examples]
+        return "".join(f"\n{line}" for line in [*lines, config.prompt_template.format(word=word)])
+
+    pools = {"train": (train, train), "test": (test, test), "prompts": (test, words)}
+    return {name: [(word, prompt(word, pool)) for word in asked] for name, (asked, pool) in pools.items()}
+
+
+def after_the_word(tokenizer: Any, config: SuiteConfig) -> int:
+    """Tokens of a prompt that follow its word."""
+    before, mark, after = config.prompt_template.partition("{word}")
+    if not mark or not after.strip() or before:
+        raise CorpusError(
+            f"suite.prompt_template {config.prompt_template!r}: it must begin with {{word}} and go on after it"
+        )
+    return len(tokenizer(after, add_special_tokens=False).input_ids)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 class ProbeStore(SuiteStore[ProbeHeader]):

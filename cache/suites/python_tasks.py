@@ -5,7 +5,6 @@ No file gives texts to both the training and the test split of a class, so that 
 """
 
 import functools
-import importlib
 import random
 import re
 import sysconfig
@@ -17,7 +16,7 @@ from typing import Any
 from hsae.cache.errors import CorpusError
 from hsae.cache.suites.labelled_texts import SPLITS, DataSet, Record
 from hsae.cache.suites.specs import SuiteConfig
-from hsae.cache.text.python_text import library_files, read_module
+from hsae.cache.text.python_text import language_topics, library_files, read_module
 
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")
 PAIRS = {"asyncio_email": ("asyncio", "email"), "unittest_xml": ("unittest", "xml")}
@@ -93,8 +92,8 @@ def _kinds() -> Pieces:
     for file, name in _files():
         for kind, texts in zip(KINDS[:3], _parts(file), strict=True):
             pieces[kind, ""] += [(name, text) for text in texts]
-    topics = importlib.import_module("pydoc_data.topics").topics
-    pieces["reference", ""] = [(topic, text) for topic, whole in topics.items() for text in pieces_of(whole)]
+    topics = language_topics().items()
+    pieces["reference", ""] = [(topic, text) for topic, whole in topics for text in pieces_of(whole)]
     return pieces
 
 
@@ -135,8 +134,7 @@ def _files(package: str = "") -> Iterator[tuple[Path, str]]:
 @functools.cache
 def _parts(file: Path) -> tuple[list[str], list[str], list[str]]:
     """Pieces of a file's code without docstrings and comments, its docstrings, and its blocks of comment lines."""
-    if (module := read_module(file)) is None:
-        return [], [], []
+    module = read_module(file)
     docstrings = [text[:PIECE] for text, _, _ in module.docstrings if len(text) >= SHORTEST]
     gone = {line for docstring in module.docstrings for line in docstring.lines}
     code, comments, block = [], [], list[str]()

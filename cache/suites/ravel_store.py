@@ -22,7 +22,7 @@ from hsae.cache.errors import CorpusError
 from hsae.cache.language_model.generation import PassCounts, PendingPrompt, complete
 from hsae.cache.storage.paths import Place, publish
 from hsae.cache.suites.entities import MARK, EntityType, judge_answer, token_at
-from hsae.cache.suites.residual_sets import ResidualSet, SetBuilder, TextResiduals, TokenSet, sets_folder
+from hsae.cache.suites.residual_sets import ResidualSet, SetBuilder, TokenSet, sets_folder
 from hsae.cache.suites.specs import EntitiesConfig, RavelSpec, content_key, suites_folder
 from hsae.cache.suites.suite_files import PART_TEXTS, ZEROS, SuiteHeader, SuiteStore, read_whole, seal
 
@@ -106,7 +106,7 @@ def make_ravel_header(spec: RavelSpec, kinds: Sequence[EntityType], builder: Set
     ids = [list(row) for row in coded.input_ids]
     ends = [token_at(list(offsets), one.end) for offsets, one in zip(coded.offset_mapping, candidates, strict=True)]
     texts, parts = builder.build(TokenSet(ids=ids, positions=[list(range(len(row))) for row in ids]), "residuals")
-    residuals = TextResiduals(ResidualSet(sets_folder(builder.root) / texts, parts, spec.suite))
+    residuals = ResidualSet(sets_folder(builder.root) / texts, parts, spec.suite)
     answers = _answers(spec, texts, candidates, ids, residuals, builder)
     right = [
         Prompt(
@@ -178,7 +178,7 @@ def _answers(
     texts: str,
     candidates: Sequence[CandidatePrompt],
     ids: list[list[int]],
-    residuals: TextResiduals,
+    residuals: ResidualSet,
     builder: SetBuilder,
 ) -> list[tuple[str, int]]:
     """What the model writes after each prompt until it is decided, and its first token."""
@@ -194,7 +194,7 @@ def _answers(
         answers = [(str(answer), int(token)) for answer, token in json.loads(data)["answers"]] if data else []
         if len(answers) != len(rows):
             pending = [
-                PendingPrompt(ids=ids[row], resid_TD=residuals.of(row, hook), is_decided=is_decided(labels[row]))
+                PendingPrompt(ids=ids[row], resid_TD=residuals.of_text(row, hook), is_decided=is_decided(labels[row]))
                 for row in rows
             ]
             written = complete(builder.model, hook, pending, new_tokens, spec.batch_rows, PassCounts())
@@ -222,7 +222,7 @@ class RavelStore(SuiteStore[RavelHeader]):
     def __init__(self, spec: RavelSpec, root: str | Place) -> None:
         super().__init__(spec, root)
         self.spec, texts = spec, self.header.texts
-        self._residuals = TextResiduals(ResidualSet(sets_folder(root) / texts, self.header.parts[texts], "ravel"))
+        self._residuals = ResidualSet(sets_folder(root) / texts, self.header.parts[texts], spec.suite)
 
     @property
     def prompts(self) -> dict[str, dict[str, list[Prompt]]]:
@@ -235,7 +235,7 @@ class RavelStore(SuiteStore[RavelHeader]):
     def resid(self, prompt: Prompt, hook: str) -> Tensor:
         """[T, D] residuals of a prompt's tokens."""
         self.check_hook(hook)
-        return self._residuals.of(prompt.row, hook)
+        return self._residuals.of_text(prompt.row, hook)
 
     def entity(self, prompts: Sequence[Prompt], hook: str) -> Tensor:
         """[prompts, D] residuals at the entities' last tokens."""

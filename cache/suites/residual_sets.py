@@ -13,11 +13,9 @@ Shapes: T tokens of a text, N tokens of a part, D residual width.
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,6 @@ from hsae.cache.storage.paths import Place, publish, read_again, sizes
 from hsae.cache.suites.specs import PROBE_FORMAT, SuiteSpec, content_key, suites_folder
 from hsae.cache.suites.suite_files import PART_TEXTS, ZEROS, Part, is_whole, read_whole, seal
 
-LIBRARIES = ("torch", "transformers", "tokenizers")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 MAPPED_PARTS = 64  # most parts that stay mapped
 Progress = Callable[[str, int, int], None]
@@ -83,7 +80,7 @@ class SetBuilder:
     def made_with(self) -> dict[str, Any]:
         """What a store's header says of the model and the libraries."""
         names = ("d_model", "model_digest", "tokenizer_digest")
-        return {name: getattr(self.model, name) for name in names} | {"versions": self._versions()}
+        return {name: getattr(self.model, name) for name in names} | {"versions": self.model.versions()}
 
     def _residuals(self, tokens: TokenSet, rows: range, report: Callable[[int], None]) -> dict[str, Tensor]:
         """Each hook's [N, D] of some texts."""
@@ -109,13 +106,8 @@ class SetBuilder:
         digest = hashlib.sha256(json.dumps([tokens.ids, tokens.positions]).encode()).hexdigest()
         model = self.spec.model.model_dump(mode="json", include={"dtype", "attention"})
         content = {"format": PROBE_FORMAT, "model": self.model.model_digest, **model, "hooks": self.spec.hooks}
-        content |= {"batch": self.spec.batch_rows, "tokens": digest, "versions": self._versions()}
+        content |= {"batch": self.spec.batch_rows, "tokens": digest, "versions": self.model.versions()}
         return content_key(content)
-
-    def _versions(self) -> dict[str, str]:
-        """What residuals are computed with."""
-        libraries = {name: version(name) for name in LIBRARIES}
-        return {"python": platform.python_version(), "device": torch.device(self.model.device).type, **libraries}
 
 
 def sets_folder(root: str | Place) -> Place:
@@ -143,13 +135,24 @@ class ResidualSet:
         self.folder, self.parts, self.build = folder, parts, f"hsae cache build --suite {suite}"
         self._checked: set[int] = set()
         """Local parts whose checksums were tested."""
+        self._recent = lru_cache(MAPPED_PARTS)(self._with_ends)
         lengths = sizes(folder)
         for number, part in enumerate(parts):
             if (size := lengths.get(part_name(number))) != part.bytes:
-                raise self._missing(number) if size is None else self._damaged(number, self._length(number, size))
+                raise self._wrong_size(number, size)
 
     def __len__(self) -> int:
         return len(self.parts)
+
+    def of_text(self, row: int, hook: str) -> Tensor:
+        """[T, D] of one text."""
+        part, place = divmod(row, PART_TEXTS)
+        tensors, ends = self._recent(part)
+        return tensors[hook][ends[place - 1] if place else 0 : ends[place]].clone()
+
+    def _with_ends(self, number: int) -> tuple[dict[str, Tensor], list[int]]:
+        tensors = self.open(number)
+        return tensors, tensors["lengths"].cumsum(0).tolist()
 
     def open(self, number: int) -> dict[str, Tensor]:
         """Each hook's [N, D] and `lengths` [texts], over mapped pages. Writing to them changes no file."""
@@ -159,23 +162,22 @@ class ResidualSet:
             try:
                 pages = mapped_pages(file, part.bytes)
             except (FileNotFoundError, NotADirectoryError):
-                raise self._missing(number) from None
+                raise self._wrong_size(number, None) from None
             except ValueError:
-                raise self._damaged(number, self._length(number, file.stat().st_size)) from None
+                raise self._wrong_size(number, file.stat().st_size) from None
             if number not in self._checked:
                 self._check(number, pages.numpy().data)
                 self._checked.add(number)
         else:
             key = f"{file}|{part.bytes}|{part.crc32c}"
-            pages, _ = scratch_pages(
-                partial(scratch().fetch, key, part.bytes, partial(self._fetched, number)), part.bytes
-            )
+            fetch = partial(scratch().fetch, key, part.bytes, partial(self._fetch, number))
+            pages, _ = scratch_pages(fetch, part.bytes)
         try:
             return _tensors(pages)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             raise self._damaged(number, "is no safetensors file of residuals") from None
 
-    def _fetched(self, number: int) -> bytes:
+    def _fetch(self, number: int) -> bytes:
         file, size = self.folder / part_name(number), self.parts[number].bytes
         assert not isinstance(file, Path)
 
@@ -185,14 +187,14 @@ class ResidualSet:
             except TooLongError:
                 raise self._damaged(number, f"is more than {size} bytes long") from None
             if len(data) != size:
-                raise self._damaged(number, self._length(number, len(data)))
+                raise self._wrong_size(number, len(data))
             self._check(number, data)
             return data
 
         try:
             return read_again(file, read, StoreError)
         except (FileNotFoundError, NotADirectoryError):
-            raise self._missing(number) from None
+            raise self._wrong_size(number, None) from None
 
     def _check(self, number: int, data: bytes | memoryview) -> None:
         checksum, name = crc32c(data), part_name(number)
@@ -206,11 +208,10 @@ class ResidualSet:
             problem = "fails its checksum"
         raise self._damaged(number, problem)
 
-    def _length(self, number: int, size: int) -> str:
-        return f"is {size} bytes long, not {self.parts[number].bytes}"
-
-    def _missing(self, number: int) -> StoreError:
-        return StoreError(f"{self.folder / part_name(number)} is missing; go on with: {self.build}")
+    def _wrong_size(self, number: int, size: int | None) -> StoreError:
+        if size is None:
+            return StoreError(f"{self.folder / part_name(number)} is missing; go on with: {self.build}")
+        return self._damaged(number, f"is {size} bytes long, not {self.parts[number].bytes}")
 
     def _damaged(self, number: int, problem: str) -> StoreError:
         return StoreError(f"{self.folder / part_name(number)} {problem}; mend the store with: {self.build}")
@@ -227,21 +228,3 @@ def _tensors(pages: Tensor) -> dict[str, Tensor]:
             count = (last - first) // dtype.itemsize
             tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start + first).view(entry["shape"])
     return tensors
-
-
-class TextResiduals:
-    """The residuals of a set, text by text."""
-
-    def __init__(self, parts: ResidualSet) -> None:
-        self._parts = parts
-        self._opened = lru_cache(MAPPED_PARTS)(self._open)
-
-    def of(self, row: int, hook: str) -> Tensor:
-        """[T, D] of one text."""
-        part, place = divmod(row, PART_TEXTS)
-        tensors, ends = self._opened(part)
-        return tensors[hook][ends[place - 1] if place else 0 : ends[place]].clone()
-
-    def _open(self, part: int) -> tuple[dict[str, Tensor], list[int]]:
-        tensors = self._parts.open(part)
-        return tensors, tensors["lengths"].cumsum(0).tolist()

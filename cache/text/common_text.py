@@ -83,7 +83,7 @@ def _in_both_files(one: CorpusConfig, other: CorpusConfig, mine: list[Path], oth
     for place, twin in twins:
         if whole:  # its documents need not be counted
             return f"both read {str(mine[place])!r}"
-        starts = (_documents(mine[:place], one.column), _documents(others[:twin], one.column))
+        starts = (_documents(mine[:place], one.column), _documents(others[:twin], other.column))
         if shared := _in_both(one, other, repr(str(mine[place])), starts, _documents([mine[place]], one.column)):
             return shared
     return None

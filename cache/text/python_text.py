@@ -75,17 +75,14 @@ def _modules() -> list[tuple[Path, str]]:
 @functools.cache
 def python_docs() -> tuple[Document, ...]:
     """Topics of the language reference, and each module's docstrings under their signatures."""
-    texts = [(text, "language") for text in _language()]
-    texts += [("\n\n".join(_docstrings(file, signatures=True)), topic) for file, topic in _modules()]
-    return _arranged(Document(text, topic) for text, topic in texts)
+    return _arranged(_reference_and_modules(lambda file: _docstrings(file, signatures=True)))
 
 
 @functools.cache
 def python_prose() -> tuple[Document, ...]:
     """Prose paragraphs of the language reference's topics, and of each module's docstrings and comments."""
-    texts = [(text, "language") for text in _language()]
-    texts += [("\n\n".join([*_docstrings(file), *_comments(file)]), topic) for file, topic in _modules()]
-    return _arranged(Document(prose(text), topic) for text, topic in texts)
+    documents = _reference_and_modules(lambda file: [*_docstrings(file), *_comments(file)])
+    return _arranged(replace(document, text=prose(document.text)) for document in documents)
 
 
 @functools.cache
@@ -149,8 +146,8 @@ class Module:
 
 
 @functools.cache
-def read_module(file: Path) -> Module | None:
-    """A module; None if it is no Python that this Python parses.
+def read_module(file: Path) -> Module:
+    """A module; an empty one if it is no Python that this Python parses.
 
     Syntax trees are not kept: those of the whole library fill a gigabyte and make the garbage collector slow.
     """
@@ -158,7 +155,7 @@ def read_module(file: Path) -> Module | None:
         text = file.read_text(encoding="utf-8")
         tree = ast.parse(text)
     except (SyntaxError, UnicodeDecodeError, ValueError):
-        return None
+        return Module("", [], [])
     docstrings, bare = [], []
     for node in _statements(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -180,9 +177,15 @@ def _signature(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunc
     return f"class {node.name}" if isinstance(node, ast.ClassDef) else f"{node.name}({ast.unparse(node.args)})"
 
 
-def _language() -> list[str]:
+def language_topics() -> dict[str, str]:
+    """The texts of the language reference by topic, as `help` shows them."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    return list(topics.values())
+    return topics
+
+
+def _reference_and_modules(parts: Callable[[Path], list[str]]) -> Iterator[Document]:
+    yield from (Document(text, "language") for text in language_topics().values())
+    yield from (Document("\n\n".join(parts(file)), topic) for file, topic in _modules())
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
@@ -196,22 +199,20 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
 
 def _docstrings(file: Path, *, signatures: bool = False) -> list[str]:
     """A module's docstring and those of its classes and functions, each under its signature if asked for."""
-    module = read_module(file)
     return [
         f"{signature}\n{text}" if signatures and signature else text
-        for text, signature, _ in (module.docstrings if module else ())
+        for text, signature, _ in read_module(file).docstrings
     ]
 
 
 def _comments(file: Path) -> list[str]:
     """Blocks of comment lines that have nothing else on them and follow each other, without their signs."""
-    if (read := read_module(file)) is None:
-        return []
+    text = read_module(file).text
     blocks: list[list[str]] = []
     end = -1
-    for match in STRING_OR_COMMENT.finditer(read.text):
-        start = read.text.rfind("\n", 0, match.start()) + 1
-        if match[0].startswith("#") and not read.text[start : match.start()].strip():
+    for match in STRING_OR_COMMENT.finditer(text):
+        start = text.rfind("\n", 0, match.start()) + 1
+        if match[0].startswith("#") and not text[start : match.start()].strip():
             if end != start:
                 blocks.append([])
             blocks[-1].append(match[0].lstrip("#!:").removeprefix(" "))
@@ -221,10 +222,9 @@ def _comments(file: Path) -> list[str]:
 
 def _code(file: Path) -> str:
     """A module's source without comments, docstrings and double empty lines."""
-    if (read := read_module(file)) is None:
-        return ""
-    text = STRING_OR_COMMENT.sub(lambda match: "" if match[0].startswith("#") else match[0], read.text)
+    module = read_module(file)
+    text = STRING_OR_COMMENT.sub(lambda match: "" if match[0].startswith("#") else match[0], module.text)
     lines = text.split("\n")
-    for bare in read.bare_strings:
+    for bare in module.bare_strings:
         lines[bare.start : bare.stop] = [""] * len(bare)
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)[ \t\f]+$", "", "\n".join(lines))).strip() + "\n"

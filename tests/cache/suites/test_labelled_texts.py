@@ -8,8 +8,8 @@ import pytest
 
 from hsae.cache.errors import CorpusError
 from hsae.cache.suites import python_tasks
-from hsae.cache.suites.first_letters import vocabulary, word_prompts
 from hsae.cache.suites.labelled_texts import SCR_LISTS, DataSet, Record, classes, quadrants
+from hsae.cache.suites.probe_store import vocabulary, word_prompts
 from hsae.cache.suites.specs import SuiteConfig
 from hsae.cache.suites.text_tasks import text_tasks
 from hsae.cache.text.data_sets import records
