@@ -249,28 +249,26 @@ def draw(table: ResultTable) -> Table:
 
 def summarise(names: Sequence[str], outcomes: "Iterable[Outcome]") -> int:
     """Show what each evaluation gave, then how each ended and how long it took; returns how many failed."""
-    rows = dict.fromkeys(names, ("not begun", 0.0))
-    waiting = iter(names)
+    ended: dict[str, tuple[str, float]] = {}
     try:
-        rows[next(waiting)] = "interrupted", 0.0
         for outcome in outcomes:
             error = outcome.error
             try:
                 show(list(outcome.results))
             except Exception as wrong:  # the others go on
                 error = error or wrong
-            rows[outcome.name] = _state(error), outcome.seconds
-            if (following := next(waiting, None)) is not None:
-                rows[following] = "interrupted", 0.0
+            ended[outcome.name] = _state(error), outcome.seconds
     finally:
         table = Table(title="summary", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("evaluation", no_wrap=True)
         table.add_column("time", justify="right", no_wrap=True)
         table.add_column("outcome", overflow="fold")
-        for name, (state, seconds) in rows.items():
+        under_way = iter(["interrupted"])  # the first that has not ended; those behind it were not begun
+        for name in names:
+            state, seconds = ended.get(name) or (next(under_way, "not begun"), 0.0)
             table.add_row(name, f"{seconds:.0f} s", state, style=_style(state))
         get_console().print(table)
-    return sum(_style(state) == "red" for state, _ in rows.values())
+    return sum(_style(state) == "red" for state, _ in ended.values())
 
 
 def _state(error: Exception | None) -> str:

@@ -12,7 +12,6 @@ Shapes: T tokens of a prompt, D residual width, F latents, A chosen latents, V v
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,56 +25,36 @@ from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed
 from hsae.eval.unlearning.questions import Question
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answered:
-    """A question the model answers as it is: its residuals at the hook."""
-
-    question: Question
-    resid_TD: Tensor
-
-
-@dataclass(kw_only=True)
 class Exam:
-    """Both sets of questions, put once to the unchanged model."""
+    """Both sets of questions, put once to the unchanged model; what it answers right under every tried order is asked
+    again. Raises UserError if that is nothing.
+    """
 
-    language: LanguageModel
-    hook: str
-    answered: dict[Side, list[Answered]]
-    totals: dict[Side, int]
-    letters: list[list[int]]
-    passes: int = 0
-    spared: int = 0
-
-    @classmethod
-    def set(
-        cls,
+    def __init__(
+        self,
         language: LanguageModel,
         hook: str,
         sets: dict[Side, list[Question]],
         config: QAConfig,
         progress: Callable[[str, int, int], None],
-    ) -> "Exam":
-        """Ask under every tried order and keep what is answered right each time. Raises UserError if nothing is."""
-        exam = cls(
-            language=language,
-            hook=hook,
-            answered={side: [] for side in SIDES},
-            totals={side: len(sets[side]) for side in SIDES},
-            letters=questions.letter_tokens(language.tokenizer),
-        )
-        for side in SIDES:
+    ) -> None:
+        self.language, self.hook, self.passes, self.spared = language, hook, 0, 0
+        self.letters = questions.letter_tokens(language.tokenizer)
+        self.totals = {side: len(sets[side]) for side in SIDES}
+        self.answered: dict[Side, list[tuple[Question, Tensor]]] = {side: [] for side in SIDES}
+        """The questions with their residuals at the hook, [T, D]."""
+        for side, total in self.totals.items():
             for done, question in enumerate(sets[side]):
-                progress(f"asking {side} questions", done, len(sets[side]))
-                if (resid_TD := exam._answers(question, config.permutations)) is not None:
-                    exam.answered[side].append(Answered(question=question, resid_TD=resid_TD))
-            progress(f"asking {side} questions", len(sets[side]), len(sets[side]))
-            if not exam.answered[side]:
+                progress(f"asking {side} questions", done, total)
+                if (resid_TD := self._answers(question, config.permutations)) is not None:
+                    self.answered[side].append((question, resid_TD))
+            progress(f"asking {side} questions", total, total)
+            if not self.answered[side]:
                 raise UserError(
-                    f"the model answers none of the {len(sets[side])} {side} questions under all {config.permutations} "
+                    f"the model answers none of the {total} {side} questions under all {config.permutations} "
                     "orders of their choices, so there is nothing to measure; use a stronger model or easier questions"
                     ", or lower the demand with --set unlearning.qa.permutations=1"
                 )
-        return exam
 
     def _answers(self, question: Question, most: int) -> Tensor | None:
         """The residuals of the question as given if the model is right under every order, else None."""
@@ -98,8 +77,8 @@ class Exam:
     def accuracy(self, side: Side, dictionary: Dictionary, intervention: Intervention) -> float:
         """Share of the questions that are still answered right."""
         right = 0
-        for item in self.answered[side]:
-            x_1TD = item.resid_TD[None]
+        for question, resid_TD in self.answered[side]:
+            x_1TD = resid_TD[None]
             acts_1TA = dictionary.encode(x_1TD)[..., list(intervention.latents)]
             fired_1TA = intervention.fired(acts_1TA, torch.ones(x_1TD.shape[:2], dtype=torch.bool))
             if not fired_1TA.any():
@@ -108,7 +87,7 @@ class Exam:
                 continue
             after_1TD = changed(x_1TD, intervention.delta(acts_1TA, fired_1TA, dictionary.directions_FD), fired_1TA)
             self.passes += 1
-            right += self.answer(item.question, after_1TD[0]) == item.question.answer
+            right += self.answer(question, after_1TD[0]) == question.answer
         return right / len(self.answered[side])
 
 

@@ -46,7 +46,7 @@ class UnlearningQuestions(TextPairEvaluation):
     @cached_method
     def exam(self, hook: str) -> qa.Exam:
         """The questions that the model answers as it is."""
-        return qa.Exam.set(self.language, hook, self.sets, self.config.qa, self.listener.progress)
+        return qa.Exam(self.language, hook, self.sets, self.config.qa, self.listener.progress)
 
     def measure(self, target: RunTarget) -> dict[str, Any]:
         """The score of every level, and of all levels together."""

@@ -176,7 +176,7 @@ def test_only_configurations_that_keep_retain_count():
 @pytest.fixture(scope="module")
 def exam(language):
     sets = {"forget": some_questions(11, "forgetting", 0), "retain": some_questions(7, "keeping", 1)}
-    return qa.Exam.set(language, HOOK, sets, QAConfig(permutations=1), lambda what, done, total: None)
+    return qa.Exam(language, HOOK, sets, QAConfig(permutations=1), lambda what, done, total: None)
 
 
 def test_the_exam_keeps_what_is_answered_right_and_clamping_agrees_with_a_hooked_forward_pass(language, exam):
@@ -205,9 +205,9 @@ def test_the_exam_keeps_what_is_answered_right_and_clamping_agrees_with_a_hooked
             handle.remove()
         return questions.predicted(logits, exam.letters, 3)
 
-    for side, asked in exam.answered.items():
+    for side, answered in exam.answered.items():
         right = [q for q in everything[side] if answer(q, False) == q.answer]
-        assert [item.question for item in asked] == right and 0 < len(right) < len(everything[side])
+        assert [question for question, _ in answered] == right and 0 < len(right) < len(everything[side])
         expected = sum(answer(q, True) == q.answer for q in right) / len(right)
         assert exam.accuracy(side, dictionary, clamp) == expected
     before = exam.passes
@@ -243,7 +243,7 @@ def test_questions_that_are_all_too_hard_are_said(language):
     assert len(too_hard) > 3
     sets = {"forget": too_hard, "retain": too_hard}
     with pytest.raises(UserError) as error:
-        qa.Exam.set(language, HOOK, sets, QAConfig(permutations=6), lambda what, done, total: None)
+        qa.Exam(language, HOOK, sets, QAConfig(permutations=6), lambda what, done, total: None)
     assert str(error.value) == (
         f"the model answers none of the {len(too_hard)} forget questions under all 6 orders of their choices, so there "
         "is nothing to measure; use a stronger model or easier questions, or lower the demand with "
