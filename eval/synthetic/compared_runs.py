@@ -15,7 +15,7 @@ from typing import Any
 
 from hsae.cache.errors import UserError
 from hsae.cache.files import parse_toml
-from hsae.eval.synthetic.worlds import Tier, tier_named
+from hsae.eval.synthetic.worlds import TIERS, Tier
 from hsae.train.config.plan import DEFAULT_PLAN, apply_override, checked_runs, read_tables, select_runs
 from hsae.train.config.run_config import RunConfig, StreamConfig
 
@@ -48,19 +48,22 @@ def load_arms(tier: str, overrides: Sequence[str] = (), *, tokens: int | None = 
         if any(value.strip().startswith("train.tokens") for value in overrides):
             raise UserError("--tokens and --set train.tokens exclude each other")
         overrides = [*overrides, f"train.tokens={tokens}"]
-    world = tier_named(tier)
-    tables: dict[str, Any] = parse_toml(resources.files("hsae.eval.synthetic").joinpath("synthetic.toml").read_bytes())
-    train = tables["train"] | tables["tiers"].get(tier, {})
-    plan = read_tables(DEFAULT_PLAN)[1]["runs"]
-    given = {number: plan[number] for number in map(str, NUMBERS)}
-    for run in given.values():
+    if tier not in TIERS:
+        raise UserError(f"no tier {tier!r}; there are {', '.join(TIERS)}")
+    latents = TIERS[tier].latents
+    packaged = parse_toml(resources.files("hsae.eval.synthetic").joinpath("synthetic.toml").read_bytes())
+    planned = read_tables(DEFAULT_PLAN)[1]["runs"]
+    tables: dict[str, Any] = {
+        "train": packaged["train"] | packaged["tiers"].get(tier, {}),
+        "runs": {str(number): planned[str(number)] for number in NUMBERS},
+    }
+    for run in tables["runs"].values():
         levels = 1 if run["structure"] == "flat" else LEVELS
-        run |= {"widths": split_widths(world.latents, levels), "l0": [ACTIVE * world.latents / levels] * levels}
-    tables = {"train": train, "runs": given}
+        run |= {"widths": split_widths(latents, levels), "l0": [ACTIVE * latents / levels] * levels}
     for override in overrides:
         apply_override(tables, override, tables)
     stream, runs = checked_runs(SOURCE, tables["train"], tables["runs"])
-    return Arms(tier=world, train=stream, runs=runs)
+    return Arms(tier=TIERS[tier], train=stream, runs=runs)
 
 
 def split_widths(latents: int, levels: int) -> list[int]:

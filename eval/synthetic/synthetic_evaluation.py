@@ -34,8 +34,6 @@ RESULTS = Path("eval_results") / "synthetic"
 FORMAT = 1
 VECTORS = 65_536
 """Held-out vectors that scores are taken on."""
-
-
 COLUMNS = {
     "features": {
         "parent F1": "parent_f1",
@@ -118,11 +116,11 @@ def evaluate_synthetic(
 ) -> SyntheticResult:
     """Train runs (default: all arms) on every seed of a tier, and score them against the tier's truth.
 
-    A (run, seed) that the tier's results file has is left alone unless `force`. Runs that the file holds besides are
-    kept. Raises UserError if the file is damaged, belongs to other settings (tokens, batch, sample, or a run's
-    configuration), or is being written.
+    A (run, seed) that the tier's results file has is left alone unless `force`; so is every other run in it. Raises
+    UserError if the file is damaged, belongs to other settings (tokens, batch, sample, or a run's configuration), or is
+    being written.
     """
-    tier, stream, place = arms.tier, arms.train, pick_device(device)
+    tier, stream, device = arms.tier, arms.train, pick_device(device)
     runs = list(arms.runs.values()) if runs is None else runs
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{tier.name}.json"
@@ -131,36 +129,36 @@ def evaluate_synthetic(
     except Timeout:
         raise UserError(f"another process is writing {path}; wait for it, or stop it") from None
     with lock:
-        content = _begun(path, tier, runs, stream, vectors, force)
+        content = _open_results(path, arms, runs, vectors, force)
         for index, seed in enumerate(seeds):
             world = World(tier, seed)
             for run in runs:
                 progress = _Progress(listener, index * stream.steps, len(seeds) * stream.steps)
                 entry = content["arms"][run.name]
                 if seed not in (row["seed"] for row in entry["seeds"]):
-                    row = train_and_score(run, world, stream, vectors, place, progress)
+                    row = train_and_score(run, world, stream, vectors, device, progress)
                     entry["seeds"] = sorted([*entry["seeds"], row], key=lambda row: int(row["seed"]))
-                    entry |= _summary(entry["seeds"])
+                    entry |= _summarise(entry["seeds"])
                     write_result(path, content, indent=2)
-                progress.tell(run, stream.steps)
+                progress.show(run, stream.steps)
     return SyntheticResult(tier=tier, runs=runs, content=content, path=path)
 
 
 @dataclass(frozen=True)
 class _Progress(TrainingListener):
-    """Tells an evaluation's listener how far a run is: one phase a run, over all its seeds."""
+    """Shows how far a run is: one phase a run, over all its seeds."""
 
     listener: Listener
     first: int
     total: int
 
-    def tell(self, run: RunConfig, step: int) -> None:
-        """A run has taken `step` steps on this seed."""
+    def show(self, run: RunConfig, step: int) -> None:
+        """The run has taken `step` steps on this seed."""
         self.listener.progress(f"{run.number} {run.name}", self.first + step, self.total)
 
     def metrics(self, run: RunConfig, metrics: dict[str, Any]) -> None:
         """A line of metrics was made."""
-        self.tell(run, metrics["step"])
+        self.show(run, metrics["step"])
 
 
 def train_and_score(
@@ -168,7 +166,7 @@ def train_and_score(
 ) -> dict[str, Any]:
     """A run on one seed: its scores, or why it failed."""
     run = TrainingRun(config, world.scaling(), steps=stream.steps, seed=world.seed, device=device)
-    progress.tell(config, 0)
+    progress.show(config, 0)
     batches = (batch.x for batch in islice(world.batches(stream.batch_tokens), stream.steps))
     x_BD = run_steps([Trainee(run)], batches, stream, progress)
     if run.failure is not None:
@@ -177,63 +175,56 @@ def train_and_score(
     return {"seed": world.seed, **scores.score(model, world, vectors=vectors)}
 
 
-def _settings(tier: Tier, stream: StreamConfig, vectors: int) -> dict[str, Any]:
-    return {
-        "tokens": stream.tokens,
-        "batch_tokens": stream.batch_tokens,
-        "held_out_vectors": vectors,
-        "mapped_f1": scores.MAPPED_F1,
-        "edge_cut": [scores.RELATIVE_CUT, scores.ABSOLUTE_CUT],
-        "firing_edge_cut": [scores.FIRING_CUT, scores.FIRING_LIFT],
-        "world": json.loads(json.dumps(asdict(tier))),
-    }
-
-
 def fingerprint(arm: RunConfig, settings: dict[str, Any]) -> str:
     """Sixteen hex digits over all that determines an arm's scores, the seed apart."""
     text = json.dumps([FORMAT, settings, arm.model_dump(mode="json")], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _begun(
-    path: Path, tier: Tier, arms: Sequence[RunConfig], stream: StreamConfig, vectors: int, force: bool
-) -> dict[str, Any]:
-    """The file's content with a place for every arm; rows to compute anew are taken out."""
-    settings = _settings(tier, stream, vectors)
+def _open_results(path: Path, arms: Arms, runs: Sequence[RunConfig], vectors: int, force: bool) -> dict[str, Any]:
+    """The file's content with a place for every run; rows to compute anew are taken out."""
+    settings = {
+        "tokens": arms.train.tokens,
+        "batch_tokens": arms.train.batch_tokens,
+        "held_out_vectors": vectors,
+        "mapped_f1": scores.MAPPED_F1,
+        "edge_cut": [scores.RELATIVE_CUT, scores.ABSOLUTE_CUT],
+        "firing_edge_cut": [scores.FIRING_CUT, scores.FIRING_LIFT],
+        "world": json.loads(json.dumps(asdict(arms.tier))),
+    }
     content = read_results(path) if path.exists() else None
     if content is None or (force and content["settings"] != settings):
-        content = {"format": FORMAT, "tier": tier.name, "settings": settings, "versions": _versions(), "arms": {}}
-    if content["settings"] != settings:
-        names = [name for name, value in settings.items() if content["settings"].get(name) != value]
-        held = ", ".join(f"{name} {content['settings'].get(name)!r}, now {settings[name]!r}" for name in names)
-        raise UserError(f"{path} holds results of other settings ({held}); --force replaces them, --out keeps both")
-    for arm in arms:
-        mark = fingerprint(arm, settings)
-        held = content["arms"].get(arm.name)
-        if held is not None and held["fingerprint"] != mark and not force:
-            raise UserError(
-                f"{path} holds results of another configuration of {arm.name}; --force replaces them, --out keeps both"
-            )
-        if held is None or force:
-            content["arms"][arm.name] = {"fingerprint": mark, "config": arm.model_dump(mode="json"), "seeds": []}
+        versions = {"hsae": hsae_version(), "torch": torch.__version__, "python": platform.python_version()}
+        content = {
+            "format": FORMAT, "tier": arms.tier.name, "settings": settings, "versions": versions, "arms": {},
+        }  # fmt: skip
+    other = "--force replaces them, --out keeps both"
+    if (earlier := content["settings"]) != settings:
+        names = [name for name, value in settings.items() if earlier.get(name) != value]
+        changes = ", ".join(f"{name} {earlier.get(name)!r}, now {settings[name]!r}" for name in names)
+        raise UserError(f"{path} holds results of other settings ({changes}); {other}")
+    for run in runs:
+        mark = fingerprint(run, settings)
+        if run.name not in content["arms"] or force:
+            content["arms"][run.name] = {"fingerprint": mark, "config": run.model_dump(mode="json"), "seeds": []}
+        elif content["arms"][run.name]["fingerprint"] != mark:
+            raise UserError(f"{path} holds results of another configuration of {run.name}; {other}")
     return content
 
 
 def read_results(path: Path) -> dict[str, Any]:
     """A results file. Raises UserError if it is damaged."""
+    content = read_result(path, "hsae eval synthetic (remove the file first, or give another folder with --out)")
     try:
-        content = read_result(path, "hsae eval synthetic (remove the file first, or give another folder with --out)")
         if content["format"] != FORMAT:
             raise UserError(f"{path}: format {content['format']!r}; this hsae reads format {FORMAT}")
         content["settings"], [(arm["fingerprint"], arm["seeds"]) for arm in content["arms"].values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}); remove it, or give another folder with --out") from None
-    return dict(content)
+    return content
 
 
-def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation (n - 1; null for one seed) of every score over the seeds that didn't fail."""
     done = [row for row in rows if "failure" not in row]
     means: dict[str, Any] = {}
@@ -241,13 +232,12 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for name in done[0] if done else ():
         values = [row[name] for row in done]
         if name == "l0":
-            means[name] = [mean(level) for level in zip(*values, strict=True)]
-            spreads[name] = [stdev(level) if len(done) > 1 else None for level in zip(*values, strict=True)]
+            levels = list(zip(*values, strict=True))
+            means[name], spreads[name] = [mean(level) for level in levels], [_spread(level) for level in levels]
         elif name != "seed" and all(isinstance(value, (int, float)) for value in values):
-            means[name] = mean(values)
-            spreads[name] = stdev(values) if len(done) > 1 else None
+            means[name], spreads[name] = mean(values), _spread(values)
     return {"mean": means, "sd": spreads}
 
 
-def _versions() -> dict[str, str]:
-    return {"hsae": hsae_version(), "torch": torch.__version__, "python": platform.python_version()}
+def _spread(values: Sequence[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None

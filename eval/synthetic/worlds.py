@@ -15,6 +15,7 @@ Shapes: B vectors of a batch, D width, N features, S vectors of a sample.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -22,12 +23,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hsae.cache.building.statistics import geometric_median
-from hsae.cache.errors import UserError
 from hsae.train.model.trainable_sae import seed_of
 from hsae.train.training.scaling import Scaling
 
 HELD_OUT = 2**40
 """First step of the batches that training never sees."""
+HELD_OUT_BATCH = 4096
 SCALING_SAMPLE = 8192
 ORTHOGONALISE_CHUNK = 1024
 
@@ -47,7 +48,7 @@ class Tier:
     singles: int
     """Features outside any tree."""
     directions: str
-    """`orthogonal`, `random` unit vectors, or `repelled`: random, then 100 steps of Adam on their squared cosines."""
+    """`orthogonal`, `random` unit vectors, or `repelled`: random, then pushed apart."""
     scaled_children: bool
     """Multiply a child's activation by its parent's, in units of the parent's mean."""
     latents: int
@@ -88,13 +89,6 @@ TIERS = {
 """
 
 
-def tier_named(name: str) -> Tier:
-    """The tier of that name. Raises UserError."""
-    if name not in TIERS:
-        raise UserError(f"no tier {name!r}; there are {', '.join(TIERS)}")
-    return TIERS[name]
-
-
 class Batch(NamedTuple):
     """Vectors and what they are made of."""
 
@@ -127,24 +121,18 @@ class World:
     def batch(self, step: int, size: int) -> Batch:
         """Batch number `step` of `size` vectors."""
         generator = torch.Generator().manual_seed(seed_of(*self._key, 1, step))
-        features = (
-            self._zipf_features(size, generator)
-            if self.tier.frequencies is None
-            else self._set_features(size, generator)
-        )
+        draw = self._zipf_features if self.tier.frequencies is None else self._set_features
+        features = draw(size, generator)
         return Batch(features @ self.directions + self.bias, features)
 
-    def batches(self, size: int, first: int = 0) -> Iterator[Batch]:
-        """Batches `first`, `first` + 1, ... without end."""
-        step = first
-        while True:
-            yield self.batch(step, size)
-            step += 1
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Batches 0, 1, ... without end."""
+        return (self.batch(step, size) for step in count())
 
-    def held_out(self, vectors: int, size: int = 4096) -> Iterator[Batch]:
-        """About `vectors` vectors that training doesn't see, in batches of `size`."""
-        for index in range(max(1, round(vectors / size))):
-            yield self.batch(HELD_OUT + index, min(size, vectors))
+    def held_out(self, vectors: int) -> Iterator[Batch]:
+        """About `vectors` vectors that training doesn't see."""
+        for index in range(max(1, round(vectors / HELD_OUT_BATCH))):
+            yield self.batch(HELD_OUT + index, min(HELD_OUT_BATCH, vectors))
 
     def scaling(self) -> Scaling:
         """What a training run needs to know, estimated from a held-out sample."""
@@ -164,11 +152,11 @@ class World:
         features[:, singles] *= torch.rand(size, self.tier.singles, generator=generator) < single
         for children in self._generations:
             above = features[:, self.parents[children[:, 0]]]
-            drawn = torch.rand(size, len(children), generator=generator)[..., None]
+            uniform = torch.rand(size, len(children), generator=generator)[..., None]
             place = torch.arange(children.shape[1])
-            chosen = (drawn >= place * child) & (drawn < (place + 1) * child) & (above > 0)[..., None]
+            fires = (uniform >= place * child) & (uniform < (place + 1) * child) & (above > 0)[..., None]
             gain = above[..., None] if self.tier.scaled_children else 1.0
-            features[:, children] *= chosen * gain
+            features[:, children] *= fires * gain
         return features
 
     def _zipf_features(self, size: int, generator: torch.Generator) -> Tensor:
@@ -202,14 +190,14 @@ def _directions(tier: Tier, generator: torch.Generator) -> Tensor:
         orthonormal: Tensor = torch.linalg.qr(rows.T.double()).Q
         return orthonormal.T.float().contiguous()
     rows = normalize(rows, dim=1)
-    return _repelled(rows) if tier.directions == "repelled" else rows
+    return _repel(rows) if tier.directions == "repelled" else rows
 
 
-def _repelled(rows: Tensor, steps: int = 100, rate: float = 3e-4) -> Tensor:
-    """SynthSAEBench's way to spread directions: Adam on the squared cosines, in chunks to save memory."""
+def _repel(rows: Tensor) -> Tensor:
+    """SynthSAEBench's way to spread directions: 100 steps of Adam on the squared cosines, in chunks to save memory."""
     rows = rows.clone().requires_grad_(True)
-    optimiser = torch.optim.Adam([rows], lr=rate)
-    for _ in range(steps):
+    optimiser = torch.optim.Adam([rows], lr=3e-4)
+    for _ in range(100):
         optimiser.zero_grad()
         for first in range(0, len(rows), ORTHOGONALISE_CHUNK):
             chunk = rows[first : first + ORTHOGONALISE_CHUNK]
@@ -229,9 +217,8 @@ class _Zipf:
         count = tier.features
         falling = torch.arange(1, count + 1, dtype=torch.float64) ** -self.EXPONENT
         span = (falling - falling[-1]) / (falling[0] - falling[-1])
-        wanted = self.LEAST + span * (self.MOST - self.LEAST)
-        raised = _raised(wanted, parents)
-        self.thresholds = (math.sqrt(2) * torch.erfinv(1 - 2 * raised)).float()
+        target = self.LEAST + span * (self.MOST - self.LEAST)
+        self.thresholds = (math.sqrt(2) * torch.erfinv(1 - 2 * _raise(target, parents))).float()
         self.means = torch.linspace(5.0, 4.0, count)
         self.deviations = (0.5 + 0.5 * torch.randn(count, generator=generator)).abs()
         factor = self.CORRELATION * torch.randn(count, self.RANK, generator=generator)
@@ -248,11 +235,11 @@ class _Zipf:
         return features
 
 
-def _raised(wanted_N: Tensor, parents_N: Tensor) -> Tensor:
-    """Probabilities before gating and exclusion that leave about `wanted`: by the parent's, times 1 + siblings'."""
+def _raise(target_N: Tensor, parents_N: Tensor) -> Tensor:
+    """Probabilities before gating and exclusion that leave about `target`: by the parent's, times 1 + siblings'."""
     child = parents_N >= 0
-    above = wanted_N[parents_N[child]]
-    brood = torch.zeros_like(wanted_N).index_add(0, parents_N[child], wanted_N[child])[parents_N[child]]
-    raised = wanted_N.clone()
-    raised[child] = wanted_N[child] / above * (1 + (brood - wanted_N[child]) / above)
+    above = target_N[parents_N[child]]
+    brood = torch.zeros_like(target_N).index_add(0, parents_N[child], target_N[child])[parents_N[child]]
+    raised = target_N.clone()
+    raised[child] = target_N[child] / above * (1 + (brood - target_N[child]) / above)
     return raised.clamp(max=1 - 1e-9)

@@ -17,7 +17,7 @@ from hsae.eval.harness.listener import Listener
 from hsae.eval.synthetic import scores, synthetic_evaluation
 from hsae.eval.synthetic.compared_runs import load_arms, split_widths
 from hsae.eval.synthetic.synthetic_evaluation import evaluate_synthetic, fingerprint, read_results
-from hsae.eval.synthetic.worlds import HELD_OUT, TIERS, World, _raised, tier_named
+from hsae.eval.synthetic.worlds import HELD_OUT, TIERS, World, _raise
 from hsae.train.model.hierarchical_sae import AdditiveSAE, CompositionMap
 from hsae.train.model.sae import SAE
 
@@ -100,7 +100,7 @@ def test_directions_are_orthogonal_random_or_repelled():
     assert cosines["repelled"] < 0.98 * cosines["random"]
 
 
-def test_zipf_probabilities_are_raised_for_gating_and_siblings():
+def test_zipf_probabilities_are_raise_for_gating_and_siblings():
     wanted = torch.tensor([0.4, 0.1, 0.05, 0.02, 0.3])
     parents = torch.tensor([-1, 0, 0, 0, -1])
     expected = []
@@ -111,15 +111,15 @@ def test_zipf_probabilities_are_raised_for_gating_and_siblings():
         siblings = sum(wanted[other].item() for other in range(5) if parents[other] == parent and other != feature)
         above = wanted[parent].item()
         expected.append(wanted[feature].item() / above * (1 + siblings / above))
-    torch.testing.assert_close(_raised(wanted, parents), torch.tensor(expected))
+    torch.testing.assert_close(_raise(wanted, parents), torch.tensor(expected))
 
 
 def test_t3_full_has_the_size_of_its_recipe():
-    tier = tier_named("T3-full")
+    tier = TIERS["T3-full"]
     assert (tier.features, tier.width, tier.roots, tier.branching, tier.depth) == (16_384, 768, 128, 4, 3)
     assert tier.features - tier.singles == 128 * (1 + 4 + 16 + 64)
     with pytest.raises(UserError, match=r"^no tier 'T4'; there are T1, T2, T3, T3-full$"):
-        tier_named("T4")
+        load_arms("T4")
 
 
 def test_scaling_is_that_of_the_vectors():
@@ -257,10 +257,10 @@ def test_an_unmapped_or_misplaced_edge_counts_as_wrong_and_a_doubled_one_not_twi
     parents = torch.tensor([-1, -1, 0, 0, 1])
     mapped = torch.tensor([0, 1, 2, 2, 3, 4, -1])
     edges = torch.tensor([[0, 2], [0, 3], [0, 6], [1, 4], [1, 5]])
-    precision, recall, f1 = scores.edge_scores(edges, mapped, parents)
-    assert (precision, recall) == pytest.approx((3 / 5, 2 / 3))
-    assert f1 == pytest.approx(2 * 0.6 * (2 / 3) / (0.6 + 2 / 3))
-    assert scores.edge_scores(torch.empty(0, 2, dtype=torch.int64), mapped, parents) == (0.0, 0.0, 0.0)
+    f1 = 2 * 0.6 * (2 / 3) / (0.6 + 2 / 3)
+    assert scores.edge_scores(edges, mapped, parents) == pytest.approx({"precision": 3 / 5, "recall": 2 / 3, "f1": f1})
+    nothing = scores.edge_scores(torch.empty(0, 2, dtype=torch.int64), mapped, parents)
+    assert nothing == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
 
 
 def test_speck_of_noise_is_no_edge():
