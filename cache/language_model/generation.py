@@ -65,12 +65,9 @@ def complete(
             tokens = model.unembed(final_BTD[range(len(batch)), ends]).argmax(-1).tolist()
             for item, token in zip(batch, tokens, strict=True):
                 item.written.append(token)
-        pending = [item for item in pending if not _has_ended(model, item)]
+        end = model.tokenizer.eos_token_id
+        pending = [item for item in pending if item.written[-1] != end and not item.is_decided(_text(model, item))]
     return [_text(model, item) for item in prompts]
-
-
-def _has_ended(model: LanguageModel, item: PendingPrompt) -> bool:
-    return item.written[-1] == model.tokenizer.eos_token_id or item.is_decided(_text(model, item))
 
 
 def _text(model: LanguageModel, item: PendingPrompt) -> str:

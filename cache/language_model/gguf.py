@@ -98,8 +98,8 @@ def _convert(path: Path, done: Path, say: Say) -> Path:
     with FileLock(done.parent / f".{done.name}.lock"):
         if done.is_dir():  # another process was faster
             return done
-        for left in done.parent.glob(f".{done.name}.*.partial"):  # of a process that was killed
-            shutil.rmtree(left)
+        for partial in done.parent.glob(f".{done.name}.*.partial"):  # of a process that was killed
+            shutil.rmtree(partial)
         say(f"converting {path.name} to safetensors, once (about a minute)")
         partial = partial_name(done)
         try:

@@ -77,12 +77,12 @@ class LanguageModel:
         """Load a model for inference. Raises ModelError before reading weights if it can't be used as asked."""
         tokenizer_folder = sources.tokenizer_folder(config)
         commit = sources.commit_of(config, tokenizer_folder)
-        described = loading.read_description(config.id, tokenizer_folder)
-        loading.check_dtype(config.dtype, described.get_text_config().model_type)
+        description = loading.read_description(config.id, tokenizer_folder)
+        loading.check_dtype(config.dtype, description.get_text_config().model_type)
         tokenizer = loading.read_tokenizer(config.id, tokenizer_folder)
         loading.special_tokens(tokenizer)
         folder = sources.model_folder(at_commit(config, commit), say)
-        attention = loading.pick_attention(described) if config.attention == "auto" else config.attention
+        attention = loading.pick_attention(description) if config.attention == "auto" else config.attention
         dtype = in_memory.DTYPES[config.dtype]
         model = loading.load_causal(config.id, folder, dtype=dtype, attn_implementation=attention)
         language = cls(

@@ -113,13 +113,13 @@ def _refuse_other_keys(name: str, info: dict[str, Any]) -> None:
     )
     unexpected = [key for key in unexpected if not OTHER_PARTS.search(key)]
     mismatched = [f"{key} {tuple(shape)} for {tuple(wanted)}" for key, shape, wanted in sorted(info["mismatched_keys"])]
-    problems = {"missing": missing, "that the model has no place for": unexpected, "of another shape": mismatched}
-    described = [
+    kinds = {"missing": missing, "that the model has no place for": unexpected, "of another shape": mismatched}
+    problems = [
         f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
-        for what, keys in problems.items()
+        for what, keys in kinds.items()
         if keys
     ]
-    if not described and not info["error_msgs"]:
+    if not problems and not info["error_msgs"]:
         return
     hint = "it would run with random numbers: give the folder that save_pretrained of the whole language model wrote"
     for prefix, who in WRAPPINGS.items():
@@ -130,7 +130,7 @@ def _refuse_other_keys(name: str, info: dict[str, Any]) -> None:
     if missing and all(key.split(".")[0] in ("lm_head", "embed_out", "output") for key in missing):
         hint = "it has no output layer, as AutoModel saves it: save it from AutoModelForCausalLM"
     raise ModelError(
-        f"the weights of {name} don't fit its config.json: tensors {', '.join(described or info['error_msgs'][:1])}; "
+        f"the weights of {name} don't fit its config.json: tensors {', '.join(problems or info['error_msgs'][:1])}; "
         f"{hint}"
     )
 

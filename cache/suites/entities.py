@@ -164,14 +164,14 @@ def judge_answer(completion: str, label: str, *, final: bool = False) -> bool | 
     What follows a quotation mark doesn't count. None as long as more text could decide; with `final` there is no more.
     """
     text, quote, _ = completion.rstrip("\ufffd").partition('"')
-    said = text.strip().lower()
+    answer = text.strip().lower()
     ended = final or bool(quote)
-    if not said:
+    if not answer:
         return False if ended else None
-    wanted = accepted_answers(label)
-    if any(said.startswith(form) for form in wanted):
+    accepted = accepted_answers(label)
+    if any(answer.startswith(form) for form in accepted):
         return True
-    if any(form.startswith(said) for form in wanted):
+    if any(form.startswith(answer) for form in accepted):
         return True if ended else None
     return False
 

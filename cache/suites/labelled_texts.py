@@ -73,15 +73,15 @@ def classes(data: DataSet, records: dict[str, list[Record]], config: SuiteConfig
         for name in names:
             mine = [record for record in records[split] if record.label == name]
             groups = sorted({record.attribute for record in mine}) if data.by_attribute else [None]
-            chosen = []
+            sample = []
             for group in groups:
                 members = [record.text for record in mine if group is None or record.attribute == group]
                 share = wanted // len(groups)
                 what = f"class {name}" if group is None else f"class {name} with {group}"
                 _check_enough(data, split, members, what, share, "class")
                 # what pandas' sample(n, random_state=seed) gives
-                chosen += [members[i] for i in np.random.RandomState(config.seed).choice(len(members), share, False)]
-            lists[split][name] = [texts.setdefault(text, len(texts)) for text in chosen]
+                sample += [members[i] for i in np.random.RandomState(config.seed).choice(len(members), share, False)]
+            lists[split][name] = [texts.setdefault(text, len(texts)) for text in sample]
     return TextTask(name=data.name, texts=tuple(texts), train=lists["train"], test=lists["test"], source=data.source)
 
 

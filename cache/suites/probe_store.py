@@ -59,13 +59,13 @@ def make_probe_header(spec: ProbeSpec, builder: SetBuilder) -> ProbeHeader:
     """Compute the sets of a suite's tasks and describe them. Raises UserError if they can't be made; parts stay."""
     if spec.suite == "absorption":
         position = -after_the_word(builder.model.tokenizer, spec.tasks) - 1
-        described = list(_words(spec.tasks, builder.model.tokenizer, position))
+        tasks = list(_words(spec.tasks, builder.model.tokenizer, position))
     else:
         position = None
-        described = list(_texts(spec, builder.model))
+        tasks = list(_texts(spec, builder.model))
     entries: list[TaskEntry] = []
     parts: dict[str, list[Part]] = {}
-    for fields, tokens in described:
+    for fields, tokens in tasks:
         key, set_parts = builder.build(tokens, fields["name"])
         parts[key] = set_parts
         entries.append(TaskEntry(texts=key, count=len(tokens.ids), **fields))
@@ -89,8 +89,8 @@ def _words(config: SuiteConfig, tokenizer: Any, position: int) -> Iterator[tuple
 
 def _texts(spec: ProbeSpec, model: LanguageModel) -> Iterator[tuple[dict[str, Any], TokenSet]]:
     for task in text_tasks(spec.suite, spec.tasks):
-        coded = model.tokenizer(list(task.texts), truncation=True, max_length=spec.tasks.context, verbose=False)
-        ids = [list(row) for row in coded.input_ids]
+        encoded = model.tokenizer(list(task.texts), truncation=True, max_length=spec.tasks.context, verbose=False)
+        ids = [list(row) for row in encoded.input_ids]
         positions = [[at for at, token in enumerate(row) if token not in model.special_ids] for row in ids]
         if empty := [index for index, ordinary in enumerate(positions) if not ordinary]:
             raise CorpusError(f"task {task.name}: text {task.texts[empty[0]][:40]!r} has no token but special ones")
@@ -114,9 +114,9 @@ def word_prompts(tokenizer: Any, config: SuiteConfig) -> dict[str, list[tuple[st
     The ground-truth probe is trained and tested on `train` and `test`, whose examples are words of the same split.
     `prompts` has one prompt for each test word, with examples from the whole vocabulary.
     """
-    mixed = random.Random(config.seed)
+    generator = random.Random(config.seed)
     words = vocabulary(tokenizer)
-    mixed.shuffle(words)
+    generator.shuffle(words)
     words = words[: config.words]
     if len(words) < config.icl_examples + 2:
         raise CorpusError(f"the tokenizer's vocabulary has {len(words)} words of plain letters; absorption needs more")
@@ -124,15 +124,15 @@ def word_prompts(tokenizer: Any, config: SuiteConfig) -> dict[str, list[tuple[st
     train, test = words[:cut], words[cut:]
 
     def prompt(word: str, pool: Sequence[str]) -> str:
-        shown = min(config.icl_examples, len(pool) - 1)
-        examples = mixed.sample(pool, shown)
+        count = min(config.icl_examples, len(pool) - 1)
+        examples = generator.sample(pool, count)
         while word in examples:
-            examples = mixed.sample(pool, shown)
+            examples = generator.sample(pool, count)
         lines = [config.prompt_template.format(word=one) + f" {one.strip()[0].upper()}" for one in examples]
         return "".join(f"\n{line}" for line in [*lines, config.prompt_template.format(word=word)])
 
     pools = {"train": (train, train), "test": (test, test), "prompts": (test, words)}
-    return {name: [(word, prompt(word, pool)) for word in asked] for name, (asked, pool) in pools.items()}
+    return {name: [(word, prompt(word, pool)) for word in split] for name, (split, pool) in pools.items()}
 
 
 def after_the_word(tokenizer: Any, config: SuiteConfig) -> int:

@@ -136,7 +136,7 @@ def _parts(file: Path) -> tuple[list[str], list[str], list[str]]:
     """Pieces of a file's code without docstrings and comments, its docstrings, and its blocks of comment lines."""
     module = read_module(file)
     docstrings = [text[:PIECE] for text, _, _ in module.docstrings if len(text) >= SHORTEST]
-    gone = {line for docstring in module.docstrings for line in docstring.lines}
+    documented = {line for docstring in module.docstrings for line in docstring.lines}
     code, comments, block = [], [], list[str]()
     for number, line in enumerate([*module.text.splitlines(), ""]):
         bare = line.strip()
@@ -146,7 +146,7 @@ def _parts(file: Path) -> tuple[list[str], list[str], list[str]]:
         if block and len(text := "\n".join(block)) >= SHORTEST:
             comments += pieces_of(text)
         block = []
-        if bare and number not in gone:
+        if bare and number not in documented:
             code.append(line)
     return pieces_of("\n".join(code)), docstrings, comments
 

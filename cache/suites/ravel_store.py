@@ -102,9 +102,9 @@ def candidate_prompts(kinds: Sequence[EntityType]) -> list[CandidatePrompt]:
 def make_ravel_header(spec: RavelSpec, kinds: Sequence[EntityType], builder: SetBuilder) -> RavelHeader:
     """Ask everything and keep what is answered right. Raises CorpusError for too little; parts stay."""
     model, candidates = builder.model, candidate_prompts(kinds)
-    coded = model.tokenizer([one.text for one in candidates], return_offsets_mapping=True, verbose=False)
-    ids = [list(row) for row in coded.input_ids]
-    ends = [token_at(list(offsets), one.end) for offsets, one in zip(coded.offset_mapping, candidates, strict=True)]
+    encoded = model.tokenizer([one.text for one in candidates], return_offsets_mapping=True, verbose=False)
+    ids = [list(row) for row in encoded.input_ids]
+    ends = [token_at(list(offsets), one.end) for offsets, one in zip(encoded.offset_mapping, candidates, strict=True)]
     texts, parts = builder.build(TokenSet(ids=ids, positions=[list(range(len(row))) for row in ids]), "residuals")
     residuals = ResidualSet(sets_folder(builder.root) / texts, parts, spec.suite)
     answers = _answers(spec, texts, candidates, ids, residuals, builder)
@@ -185,25 +185,25 @@ def _answers(
     hook, new_tokens = spec.hooks[-1], spec.data.new_tokens
     labels = [one.label for one in candidates]
     key = content_key({"texts": texts, "hook": hook, "labels": labels, "tokens": new_tokens, "rows": spec.batch_rows})
-    every: list[tuple[str, int]] = []
+    answers: list[tuple[str, int]] = []
     for number, first in enumerate(range(0, len(candidates), PART_TEXTS)):
         rows = range(first, min(first + PART_TEXTS, len(candidates)))
         name = f"{key}/part-{number:05}.json"
         file = suites_folder(builder.root) / "answers" / name
         data = read_whole(file, name)
-        answers = [(str(answer), int(token)) for answer, token in json.loads(data)["answers"]] if data else []
-        if len(answers) != len(rows):
+        part = [(str(answer), int(token)) for answer, token in json.loads(data)["answers"]] if data else []
+        if len(part) != len(rows):
             pending = [
                 PendingPrompt(ids=ids[row], resid_TD=residuals.of_text(row, hook), is_decided=is_decided(labels[row]))
                 for row in rows
             ]
             written = complete(builder.model, hook, pending, new_tokens, spec.batch_rows, PassCounts())
-            answers = [(answer, item.written[0]) for answer, item in zip(written, pending, strict=True)]
-            text = json.dumps({"crc32c": ZEROS, "answers": answers}, separators=(",", ":"))
+            part = [(answer, item.written[0]) for answer, item in zip(written, pending, strict=True)]
+            text = json.dumps({"crc32c": ZEROS, "answers": part}, separators=(",", ":"))
             publish(file, seal(text.encode(), name))
-        every += answers
+        answers += part
         builder.report("answers", rows.stop, len(candidates))
-    return every
+    return answers
 
 
 def is_decided(label: str) -> Callable[[str], bool]:

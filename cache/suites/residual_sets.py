@@ -69,7 +69,7 @@ class SetBuilder:
             inner = f"{key}/{part_name(number)}"
             file = sets_folder(self.root) / inner
             if (data := read_whole(file, inner)) is None:
-                tensors = self._residuals(tokens, range(first, last), lambda done: self.report(name, done, total))
+                tensors = self._residuals(tokens, range(first, last), name)
                 tensors["lengths"] = torch.tensor([len(positions) for positions in tokens.positions[first:last]])
                 data = part_bytes(tensors, inner)
                 publish(file, data)
@@ -82,7 +82,7 @@ class SetBuilder:
         names = ("d_model", "model_digest", "tokenizer_digest")
         return {name: getattr(self.model, name) for name in names} | {"versions": self.model.versions()}
 
-    def _residuals(self, tokens: TokenSet, rows: range, report: Callable[[int], None]) -> dict[str, Tensor]:
+    def _residuals(self, tokens: TokenSet, rows: range, name: str) -> dict[str, Tensor]:
         """Each hook's [N, D] of some texts."""
         spec = self.spec
         vectors: dict[str, list[Tensor]] = {hook: [] for hook in spec.hooks}
@@ -92,7 +92,7 @@ class SetBuilder:
             for hook, batch in resid.items():
                 texts = enumerate(tokens.positions[start:stop])
                 vectors[hook].append(torch.cat([batch[row, positions].cpu() for row, positions in texts]))
-            report(stop)
+            self.report(name, stop, len(tokens.ids))
         tensors = {hook: torch.cat(batches).contiguous() for hook, batches in vectors.items()}
         for hook, tensor in tensors.items():
             if not torch.isfinite(tensor).all():

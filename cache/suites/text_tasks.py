@@ -158,12 +158,12 @@ def _hub(revision: str, name: str, split: str, text: str, label: str, attribute:
 
 
 def _europarl(config: SuiteConfig, revision: str) -> dict[str, list[Record]]:
-    mixed = random.Random(config.seed)
+    generator = random.Random(config.seed)
     records: dict[str, list[Record]] = {split: [] for split in SPLITS}
     for language, subset in LANGUAGES.items():
         rows = stream_rows(open_data_set(EUROPARL, revision, subset, "train"), EUROPARL)
         sentences = [row["translation"][language] for row in itertools.islice(rows, EUROPARL_READ)]
-        mixed.shuffle(sentences)
+        generator.shuffle(sentences)
         parts = sentences[: config.train_per_class], sentences[config.train_per_class :]
         for split, part in zip(SPLITS, parts, strict=True):
             records[split] += [Record(sentence, language) for sentence in part if sentence.strip()]

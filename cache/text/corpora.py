@@ -55,15 +55,14 @@ def open_corpus(config: CorpusConfig, split: Split = "train", *, anew: bool = Fa
     notes: list[str] = []
     commit = None
     if name in CORPORA:
-        packaged = CORPORA[name]()
-        digest = _digest(hashlib.sha256(document.text.encode()).hexdigest() for document in packaged)
-        every: Callable[[], Iterator[Document]] = lambda: iter(packaged)  # noqa: E731
+        read: Callable[[], Iterable[Document]] = CORPORA[name]
+        digest = _digest(hashlib.sha256(document.text.encode()).hexdigest() for document in read())
     elif path.exists():
         files, notes = _older_files(path) if older else corpus_files(path, config.column)
         digest = files_digest(files, anew=anew)
-        every = lambda: (document for file in files for document in _read(file, path, config.column, table))  # noqa: E731
+        read = lambda: (document for file in files for document in _read(file, path, config.column, table))  # noqa: E731
     elif name.count("/") <= 1 and not name.startswith((".", "~")) and data_sets.file_kind(path) not in KINDS:
-        digest, every, commit = _hub(config, table)
+        digest, read, commit = _hub(config, table)
     else:
         raise CorpusError(
             f"corpus {name!r}: there is no such file or folder; a data set on the hub is written owner/name, and the "
@@ -72,7 +71,7 @@ def open_corpus(config: CorpusConfig, split: Split = "train", *, anew: bool = Fa
 
     def documents() -> Iterator[Document]:
         index = -1
-        for index, document in enumerate(every()):
+        for index, document in enumerate(read()):
             if config.last_document is not None and index >= config.last_document:
                 return
             if index >= config.first_document:
@@ -104,38 +103,38 @@ def corpus_path(config: CorpusConfig) -> Path:
 
 def corpus_files(path: Path, column: str) -> tuple[list[Path], list[str]]:
     """(files of a corpus in order, what to tell of others); links are followed, each file is read once."""
-    listed = f"{', '.join(KINDS)} (all but .parquet also as {', '.join(data_sets.COMPRESSED)})"
     if not path.is_dir():
         if not path.is_file() or data_sets.file_kind(path) not in KINDS:
-            raise CorpusError(f"corpus {str(path)!r} can't be read; what can be read are files of the kinds {listed}")
+            kinds = f"{', '.join(KINDS)} (all but .parquet also as {', '.join(data_sets.COMPRESSED)})"
+            raise CorpusError(f"corpus {str(path)!r} can't be read; what can be read are files of the kinds {kinds}")
         return [path], []
     files: list[Path] = []
     seen: set[Path] = set()
-    left = Counter[str]()
+    ignored = Counter[str]()
     for file in sorted(_walk(path)):
         kind = data_sets.file_kind(file)
         if not file.is_file():
-            left["broken link" if file.is_symlink() else "no plain file"] += kind in KINDS
+            ignored["broken link" if file.is_symlink() else "no plain file"] += kind in KINDS
         elif file.name.startswith("."):
-            left["hidden"] += kind in KINDS
+            ignored["hidden"] += kind in KINDS
         elif kind not in KINDS or (kind == ".parquet" and file.suffix.lower() != kind):
-            left[file.suffix or "without suffix"] += not file.name.startswith("_")
+            ignored[file.suffix or "without suffix"] += not file.name.startswith("_")
         elif kind in (".csv", ".tsv") and not _has(file, column):
-            left[f"{kind} without a column {column!r}"] += 1
+            ignored[f"{kind} without a column {column!r}"] += 1
         elif file.name != data_sets.replace_surrogates(file.name):
             raise CorpusError(f"corpus {str(path)!r}: the name of the file {file.name!r} is not UTF-8; rename it")
         elif (real := file.resolve()) in seen:
-            left["the same file again"] += 1
+            ignored["the same file again"] += 1
         else:
             seen.add(real)
             files.append(file)
-    left_out = ", ".join(f"{count} {what}" for what, count in sorted(left.items()) if count)
+    others = ", ".join(f"{count} {what}" for what, count in sorted(ignored.items()) if count)
     if not files:
         raise CorpusError(
             f"corpus {str(path)!r}: no {', '.join(KINDS)} file there; those are what can be read"
-            + (f" (there is: {left_out})" if left_out else "")
+            + (f" (there is: {others})" if others else "")
         )
-    return files, [f"corpus {str(path)!r}: files read: {len(files)}; not read: {left_out}"] if left_out else []
+    return files, [f"corpus {str(path)!r}: files read: {len(files)}; not read: {others}"] if others else []
 
 
 def _older_files(path: Path) -> tuple[list[Path], list[str]]:
@@ -148,18 +147,18 @@ def _older_files(path: Path) -> tuple[list[Path], list[str]]:
 
 
 def _walk(path: Path) -> Iterator[Path]:
-    """Every entry below a folder that is no folder, but for those in hidden ones; no folder is entered twice."""
+    """Every entry below a folder that is no folder, but for those in hidden ones; no folder is visited twice."""
 
     def refuse(error: OSError) -> None:
         raise CorpusError(f"corpus {str(path)!r} can't be read: {error}") from None
 
-    entered = set()
+    visited = set()
     for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
-        if real in entered:
+        if real in visited:
             folders.clear()
             continue
-        entered.add(real)
+        visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_delta_log")))
         yield from (Path(folder) / name for name in names)
 
@@ -174,10 +173,10 @@ def _has(file: Path, column: str) -> bool:
 
 
 def _read(file: Path, root: Path, column: str, table: str) -> Iterator[Document]:
-    inside = [folder for folder in (*reversed(file.parents), file) if folder == root or root in folder.parents]
+    paths = (path for path in (*reversed(file.parents), file) if path == root or root in path.parents)
     # the parts of a folder x.parquet are of x
-    named = next(folder for folder in inside if data_sets.file_kind(folder) in KINDS)
-    topic = named.stem if named.suffix.lower() not in data_sets.COMPRESSED else Path(named.stem).stem
+    source = next(path for path in paths if data_sets.file_kind(path) in KINDS)
+    topic = source.stem if source.suffix.lower() not in data_sets.COMPRESSED else Path(source.stem).stem
     if data_sets.file_kind(file) != ".txt":
         rows = data_sets.records_with_places(file, [column])
         yield from (Document(text, topic) for text in _texts(rows, column, table))
