@@ -20,7 +20,7 @@ def quickstart(
     Example: hsae quickstart
     """
     from hsae.cli.pipeline import ShownPipeline
-    from hsae.eval.quickstart import run_quickstart
+    from hsae.eval.pipeline import run_quickstart
 
     check_folder(out)
     seconds = run_quickstart(out, overrides or (), ShownPipeline())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hsae.eval.harness.evaluation import evaluate_plan as evaluate_plan
     from hsae.eval.harness.options import Options as Options
     from hsae.eval.harness.targets import Selection as Selection
-    from hsae.eval.quickstart import run_quickstart as run_quickstart
+    from hsae.eval.pipeline import run_quickstart as run_quickstart
     from hsae.eval.report.page import write_report as write_report
     from hsae.eval.synthetic.synthetic_evaluation import evaluate_synthetic as evaluate_synthetic
 else:

@@ -44,7 +44,7 @@ class Core(Evaluation[ActivationStore, Target]):
         return {**target.inputs, **store_inputs(self.store), **settings}
 
     @property
-    def apart(self) -> tuple[str, ...]:
+    def variant(self) -> tuple[str, ...]:
         """What tells the file names of results with these options from those of the standard ones."""
         return (ALL_TOKENS,) if self.options.all_tokens else ()
 

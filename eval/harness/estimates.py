@@ -15,8 +15,7 @@ from torch import Tensor
 RESAMPLES = 1000
 SEED = 0
 LEVEL = 0.95
-DRAWN_AT_ONCE = 1 << 22
-"""Units that are drawn at once while they are resampled."""
+MOST_INDICES = 1 << 22  # of resampled units at a time
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,6 @@ class Estimate:
     """What was resampled or repeated: rows, documents, latents, seeds, ..."""
     draws: tuple[float | None, ...] = ()
     """The value under each seed, where seeds are what the interval is over."""
-
-    @property
-    def half(self) -> float | None:
-        """The larger distance from the value to an end of its interval."""
-        if self.value is None or self.low is None or self.high is None:
-            return None
-        return max(self.high - self.value, self.value - self.low)
 
     def to_dict(self) -> dict[str, Any]:
         """As result files have it."""
@@ -108,14 +100,14 @@ class UnitMean:
         if units < 2 or value is None:
             return Estimate(value)
         generator = torch.Generator().manual_seed(SEED)
-        step = max(1, DRAWN_AT_ONCE // units)
-        drawn_S2 = torch.cat(
+        step = max(1, MOST_INDICES // units)
+        resampled_S2 = torch.cat(
             [
                 sums_U2[torch.randint(units, (min(step, RESAMPLES - start), units), generator=generator)].sum(1)
                 for start in range(0, RESAMPLES, step)
             ]
         )
-        values_S = torch.cat([torch.tensor([value], dtype=torch.float64), drawn_S2[:, 0] / drawn_S2[:, 1]])
+        values_S = torch.cat([torch.tensor([value], dtype=torch.float64), resampled_S2[:, 0] / resampled_S2[:, 1]])
         return estimate_of(values_S, self.over)
 
 

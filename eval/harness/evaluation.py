@@ -206,14 +206,14 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         return LanguageModel.load(at_commit(store.spec.model, store.header.model_commit), device=self.device)
 
     @property
-    def apart(self) -> tuple[str, ...]:
+    def variant(self) -> tuple[str, ...]:
         """What tells the file names of results with these options from those of the standard ones."""
         return ()
 
     def find(self, target: TargetT) -> ResultPlace:
         """Where the target's result belongs, and whether it is there."""
         one: Any = target
-        return find_result(one, self.inputs(target), self.read, *self.apart)
+        return find_result(one, self.inputs(target), self.read, *self.variant)
 
     def read(self, path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
         """A result file's content, and what it was made of. Raises UserError if it is missing or damaged."""

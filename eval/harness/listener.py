@@ -1,5 +1,10 @@
 """How an evaluation tells what it does: the command line shows it, a notebook may leave it silent."""
 
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase, how many of its steps are done, and how many there are."""
+
 
 class Listener:
     """Hears how an evaluation goes; this one is silent. Subclasses show what they like."""

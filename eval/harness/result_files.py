@@ -59,13 +59,13 @@ def write_result(path: Path, content: Mapping[str, Any], *, indent: int = 1, all
     return path
 
 
-def read_result(path: Path, again: str) -> dict[str, Any]:
-    """The content of a result file without its checksum. Raises UserError if there is none whole: make it `again`."""
-    content = read_json(path, again)
+def read_result(path: Path, command: str) -> dict[str, Any]:
+    """The content of a result file without its checksum. Raises UserError with the `command` that makes it."""
+    content = read_json(path, command)
     try:
         check_seal(content, required=False)
     except ValueError as error:
-        raise damaged(path, again, error) from None
+        raise damaged(path, command, error) from None
     return {key: value for key, value in content.items() if key != CHECKSUM}
 
 
@@ -92,19 +92,19 @@ def run_option(path: Path) -> str:
     return f" {run_options(run)}" if run is not None and run.name.isdecimal() else ""
 
 
-def read_json(path: Path, again: str, kind: str = "a result file") -> Any:
+def read_json(path: Path, command: str, kind: str = "a result file") -> Any:
     """The content of a JSON file; an object, unless `kind` is "JSON". Raises UserError as `read_result` does."""
     try:
         content = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path} is not {kind}: {error}; make it again with: {again}") from None
+        raise UserError(f"{path} is not {kind}: {error}; make it again with: {command}") from None
     if kind != "JSON" and not isinstance(content, dict):
-        raise damaged(path, again, "not a JSON object")
+        raise damaged(path, command, "not a JSON object")
     return content
 
 
-def damaged(path: Path, again: str, problem: object) -> UserError:
+def damaged(path: Path, command: str, problem: object) -> UserError:
     """What to raise of a damaged file."""
-    return UserError(f"{path} is damaged ({problem}); make it again with: {again}")
+    return UserError(f"{path} is damaged ({problem}); make it again with: {command}")

@@ -102,9 +102,9 @@ def envelope(
     }
 
 
-def file_name(release: str, sae_id: str, *apart: str) -> str:
-    """SAEBench's name for a result file; `apart` is what tells it from the standard result, such as `all-tokens`."""
-    return f"{'_'.join((release, sae_id, *apart))}_eval_results.json".replace("/", "_")
+def file_name(release: str, sae_id: str, *variant: str) -> str:
+    """SAEBench's name for a result file; `variant` is what tells it from the standard result, such as `all-tokens`."""
+    return f"{'_'.join((release, sae_id, *variant))}_eval_results.json".replace("/", "_")
 
 
 def envelope_text(content: Mapping[str, Any]) -> str:
@@ -123,20 +123,20 @@ def write_envelope(path: Path, content: Mapping[str, Any]) -> Path:
     return path
 
 
-def read_envelope(path: Path, again: str) -> Any:
+def read_envelope(path: Path, command: str) -> Any:
     """The content of a file, hsae's or not, without its checksum.
 
-    Raises UserError, which says to make it `again`, if it is missing or damaged.
+    Raises UserError with the `command` that makes it if it is missing or damaged.
     """
-    content = read_json(path, again, "JSON")
+    content = read_json(path, command, "JSON")
     hsae = content.get("hsae") if isinstance(content, dict) else None
     if isinstance(hsae, dict) and CHECKSUM in hsae:
         plain = {**content, "hsae": {key: value for key, value in hsae.items() if key != CHECKSUM}}
         if hsae[CHECKSUM] != content_digest(plain):
-            raise damaged(path, again, "it fails its checksum")
+            raise damaged(path, command, "it fails its checksum")
         return plain
     if isinstance(content, dict) and "hsae" not in content and str(content.get(WRITER)).startswith("hsae "):
-        raise damaged(path, again, "its block hsae is missing")
+        raise damaged(path, command, "its block hsae is missing")
     return content
 
 

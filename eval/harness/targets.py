@@ -44,9 +44,9 @@ class Target:
     run_dir: Path | None = None
     """The run that the SAE belongs to, if it is one of hsae's."""
 
-    def path(self, *apart: str) -> Path:
-        """The result file; `apart` is what tells it from the standard result."""
-        return self.folder / file_name(self.release, self.sae_id, *apart)
+    def path(self, *variant: str) -> Path:
+        """The result file; `variant` is what tells it from the standard result."""
+        return self.folder / file_name(self.release, self.sae_id, *variant)
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def find_result(
     target: Target,
     inputs: Mapping[str, Any],
     read: Callable[[Path], tuple[dict[str, Any], Mapping[str, Any]]],
-    *apart: str,
+    *variant: str,
 ) -> ResultPlace:
     """Look for a result made of these inputs under SAEBench's name, then under one with its store's name in it.
 
@@ -120,7 +120,7 @@ def find_result(
     that hsae did not make, keeps the first name if it has it; what is damaged, or of an earlier state of the same store
     and SAE, gives way.
     """
-    first, own = target.path(*apart), target.path(*apart, str(inputs["store"]))
+    first, own = target.path(*variant), target.path(*variant, str(inputs["store"]))
     path, changed = first, {}
     for place in (first, own):
         try:

@@ -23,9 +23,10 @@ from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core.corrected_measures import InputMoments, ReconstructionMoments
 from hsae.eval.core.saebench_metrics import VarianceBatch
 from hsae.eval.harness.estimates import Resampler
+from hsae.eval.harness.listener import SILENT, Progress
 from hsae.eval.hierarchy.composition_result import CompositionResult, LevelResult, Measured, Null, PairResult, Reading
 from hsae.eval.hierarchy.fitted import FIT_L1
-from hsae.eval.hierarchy.map_reading import FIT_TOKENS, MapReading, Progress, Text
+from hsae.eval.hierarchy.map_reading import FIT_TOKENS, MapReading, Text
 from hsae.eval.hierarchy.maps import (
     EDGE_SHARE,
     INVARIANT,
@@ -88,7 +89,7 @@ def evaluate_composition(
     *,
     fit_store: ActivationStore | None = None,
     device: str = "cpu",
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = SILENT.progress,
 ) -> tuple[CompositionResult, dict[str, Tensor]]:
     """Measure a model's hierarchy on the evaluation store.
 

@@ -3,13 +3,13 @@
 Shapes: B rows of a batch, T context, N kept tokens of a batch, D residual width, G fine latents.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hsae.cache.reading.store import ActivationStore
+from hsae.eval.harness.listener import Progress
 from hsae.eval.hierarchy.fitted import CodeMoments
 from hsae.eval.hierarchy.maps import LevelMap
 from hsae.eval.hierarchy.probes import TOKENS as PROBE_TOKENS
@@ -18,8 +18,6 @@ from hsae.train.model.hierarchical_sae import HierarchicalSAE
 
 BATCH_TOKENS = 4096
 FIT_TOKENS = 1 << 17  # most tokens on which maps are read
-Progress = Callable[[str, int, int], None]
-"""Called with a pass, the batches done, and all batches."""
 
 
 @dataclass(frozen=True)

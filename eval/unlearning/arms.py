@@ -116,9 +116,9 @@ def shared_arms(forget: Rows, retain: Rows, config: UnlearningConfig) -> list[Ar
 
 def _mean(rows: Rows) -> Tensor:
     total_D, tokens = torch.zeros(rows.store.header.d_model, dtype=torch.float64), 0
-    for x_RTD, kept_RT in rows.batches():
-        total_D += x_RTD[kept_RT].double().sum(0)
-        tokens += int(kept_RT.sum())
+    for x_RTD, mask_RT in rows.batches():
+        total_D += x_RTD[mask_RT].double().sum(0)
+        tokens += int(mask_RT.sum())
     return total_D / max(1, tokens)
 
 
@@ -144,13 +144,13 @@ class Shift:
 
 
 def measure_shift(
-    intervention: Intervention, means: Sequence[float], acts_RTA: Tensor, kept_RT: Tensor, directions_FD: Tensor
+    intervention: Intervention, means: Sequence[float], acts_RTA: Tensor, mask_RT: Tensor, directions_FD: Tensor
 ) -> Shift:
     """How far an intervention that sets latents to -m times their means moves the kept tokens' residuals."""
     if not intervention.latents:
         return Shift(square=0.0, cross=0.0, constant=0.0)
-    fired_RTA = intervention.fired(acts_RTA, kept_RT) & kept_RT[..., None]
-    tokens = max(1, int(kept_RT[:, 1:].sum()))
+    fired_RTA = intervention.fired(acts_RTA, mask_RT) & mask_RT[..., None]
+    tokens = max(1, int(mask_RT[:, 1:].sum()))
     fired_NA = fired_RTA[fired_RTA.any(-1)]
     acts_NA = acts_RTA[fired_RTA.any(-1)].double() * fired_NA
     means_NA = fired_NA * torch.tensor(means, dtype=torch.float64)
@@ -163,8 +163,8 @@ def measure_shift(
     )
 
 
-def rate_threshold(acts_RTA: Tensor, kept_RT: Tensor, quantile: float | None) -> float | None:
+def rate_threshold(acts_RTA: Tensor, mask_RT: Tensor, quantile: float | None) -> float | None:
     """The firing rate that `quantile` of these rows don't exceed; None for a static intervention."""
     if quantile is None or acts_RTA.shape[-1] == 0:
         return None
-    return float(torch.quantile(firing_rates(acts_RTA, kept_RT), quantile))
+    return float(torch.quantile(firing_rates(acts_RTA, mask_RT), quantile))

@@ -61,12 +61,12 @@ class Intervention:
     rate: float | None = None
     """Only in rows where a larger share of kept tokens has a chosen latent active; None: in all rows (static)."""
 
-    def fired(self, acts_RTA: Tensor, kept_RT: Tensor) -> Tensor:
+    def fired(self, acts_RTA: Tensor, mask_RT: Tensor) -> Tensor:
         """[R, T, A] where a chosen latent is changed."""
         fired_RTA = acts_RTA > 0
         fired_RTA[:, 0] = False
         if self.rate is not None:
-            fired_RTA &= (firing_rates(acts_RTA, kept_RT) > self.rate)[:, None, None]
+            fired_RTA &= (firing_rates(acts_RTA, mask_RT) > self.rate)[:, None, None]
         return fired_RTA
 
     def delta(self, acts_RTA: Tensor, fired_RTA: Tensor, directions_FD: Tensor) -> Tensor:
@@ -76,9 +76,9 @@ class Intervention:
         return change_RTA @ directions_FD[list(self.latents)].float()
 
 
-def firing_rates(acts_RTA: Tensor, kept_RT: Tensor) -> Tensor:
+def firing_rates(acts_RTA: Tensor, mask_RT: Tensor) -> Tensor:
     """[R] share of a row's kept tokens at which any of the latents is active; position 0 doesn't count."""
-    counted_RT = kept_RT.clone()
+    counted_RT = mask_RT.clone()
     counted_RT[:, 0] = False
     active_RT = (acts_RTA > 0).any(-1) & counted_RT
     return active_RT.sum(1).double() / counted_RT.sum(1).clamp_min(1)

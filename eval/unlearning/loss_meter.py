@@ -64,13 +64,13 @@ class LossMeter:
 
     def __post_init__(self) -> None:
         self.tokens_RT = self.rows.tokens().long()
-        self.kept_RT = self.rows.kept(self.tokens_RT)
+        self.mask_RT = self.rows.mask(self.tokens_RT)
         self.positions = [self._draw_positions(place) for place in range(len(self.rows.numbers))]
         self.targets = [tokens_T[places + 1] for tokens_T, places in zip(self.tokens_RT, self.positions, strict=True)]
 
     def _draw_positions(self, place: int) -> Tensor:
         """The row's positions, in order: not special, with a next token."""
-        usable = self.kept_RT[place].clone()
+        usable = self.mask_RT[place].clone()
         usable[-1] = False
         candidates = usable.nonzero()[:, 0]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.rows.numbers[place])
@@ -123,7 +123,7 @@ class LossMeter:
     ) -> Change:
         """What an intervention on latents with these activations does to each row."""
         clean_losses, rows = self.clean_losses, len(self.positions)
-        fired_RTA = intervention.fired(acts_RTA, self.kept_RT)
+        fired_RTA = intervention.fired(acts_RTA, self.mask_RT)
         touched = fired_RTA.any(-1).any(1).nonzero()[:, 0].tolist()
         loss_R, kl_R = [0.0] * rows, [0.0] * rows
         self.passes.spared += rows - len(touched)

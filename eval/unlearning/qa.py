@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hsae.cache.errors import UserError
 from hsae.cache.language_model.lm import LanguageModel
+from hsae.eval.harness.listener import Progress
 from hsae.eval.unlearning import questions, selection
 from hsae.eval.unlearning.config import SIDES, QAConfig, Side
 from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed
@@ -36,7 +37,7 @@ class Exam:
         hook: str,
         sets: dict[Side, list[Question]],
         config: QAConfig,
-        progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> None:
         self.language, self.hook, self.passes, self.spared = language, hook, 0, 0
         self.letters = questions.letter_tokens(language.tokenizer)

@@ -47,7 +47,7 @@ class Rows:
         """[R, T]"""
         return torch.stack([self.store.tokens(row, row + 1)[0] for row in self.numbers])
 
-    def kept(self, tokens_RT: Tensor | None = None) -> Tensor:
+    def mask(self, tokens_RT: Tensor | None = None) -> Tensor:
         """[R, T] True where a token is not special."""
         return ~self.store.special_mask(self.tokens() if tokens_RT is None else tokens_RT)
 
@@ -57,11 +57,11 @@ class Rows:
         return torch.stack([self.store.acts(self.hook, row, row + 1)[0] for row in numbers])
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Residuals and masks of kept tokens, batch by batch."""
-        kept_RT = self.kept()
+        """Residuals and masks, batch by batch."""
+        mask_RT = self.mask()
         starts = range(0, len(self.numbers), BATCH_ROWS)
         places = [range(start, min(start + BATCH_ROWS, len(self.numbers))) for start in starts]
-        return [(self.residuals(part), kept_RT[part.start : part.stop]) for part in places]
+        return [(self.residuals(part), mask_RT[part.start : part.stop]) for part in places]
 
     def activations(self, dictionary: Dictionary, latents: Sequence[int]) -> Tensor:
         """[R, T, A] float32 activations of some latents."""

@@ -46,8 +46,8 @@ def densities(dictionary: Dictionary, batches: Iterable[tuple[Tensor, Tensor]]) 
     """([F] share of kept tokens at which a latent is active, [F] mean activation where it is, kept tokens)."""
     width = sum(dictionary.widths)
     fired_F, total_F, tokens = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64), 0
-    for x_RTD, kept_RT in batches:
-        acts_NF = dictionary.encode(x_RTD)[kept_RT]
+    for x_RTD, mask_RT in batches:
+        acts_NF = dictionary.encode(x_RTD)[mask_RT]
         fired_F += (acts_NF > 0).sum(0).double().cpu()
         total_F += acts_NF.double().clamp_min(0).sum(0).cpu()
         tokens += len(acts_NF)

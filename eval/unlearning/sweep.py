@@ -9,13 +9,14 @@ Shapes: R rows, T context, A chosen latents, S the data and its resamples.
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from hsae.eval.harness.estimates import estimate_of
+from hsae.eval.harness.listener import SILENT, Progress
 from hsae.eval.unlearning import pareto, selection
 from hsae.eval.unlearning.arms import Arm, Setting, measure_shift, rate_threshold, sae_arms, shared_arms
 from hsae.eval.unlearning.config import SIDES, Side, UnlearningConfig
@@ -28,8 +29,6 @@ HARM_LIMIT = 2.0
 ZERO: dict[str, float | None] = {"value": 0.0, "low": 0.0, "high": 0.0}
 NOTHING: dict[str, Any] = {"forget_dce": 0.0, "low": 0.0, "high": 0.0, "retain_dce": ZERO, "setting": None}
 """What doing nothing gives."""
-Progress = Callable[[str, int, int], None]
-"""Called with the arm, how many settings are done, and how many there are."""
 
 
 @dataclass(kw_only=True)
@@ -59,7 +58,7 @@ class PreparedArm:
 
     def prepare(self, reference: "PreparedArm | None") -> None:
         """Thresholds, values and strengths of every setting; a control is matched to `reference`."""
-        masks = {side: self.texts.rows[side]["select"].kept() for side in SIDES}
+        masks = {side: self.texts.rows[side]["select"].mask() for side in SIDES}
         for setting in self.settings:
             latents = self.arm.chosen[setting.latents]
             means = self.arm.profile.mean_F[list(latents)].tolist()
@@ -102,7 +101,8 @@ class Sweep:
     dictionary: Dictionary
     texts: Texts
     changes: MeasuredChanges
-    progress: Progress = lambda arm, done, total: None
+    progress: Progress = SILENT.progress
+    """Called with an arm, how many of its settings are done, and how many there are."""
 
     def __post_init__(self) -> None:
         config = self.texts.config

@@ -211,7 +211,7 @@ def test_losses_and_kl_agree_with_whole_forward_passes_through_hooks(plan, langu
     )
     values = tuple(-1.0 - 0.5 * place for place in range(len(latents)))
     acts = rows.activations(dictionary, latents)
-    rates = arms.firing_rates(acts, rows.kept())
+    rates = arms.firing_rates(acts, rows.mask())
     cut = None if rate is None else rates.median().item()
     clamp = Intervention(latents=latents, values=values, rate=cut)
     meter = LossMeter(model=language, rows=rows, positions_per_row=11, seed=0)
