@@ -17,7 +17,7 @@ from hsae.eval.ablation.table import COLUMNS, AblationTable, Cell, Column, Kind,
 from hsae.eval.ablation.verdicts import COMPONENTS, judge
 from hsae.eval.core.current import DIGESTS, Current, core_results, same_bits
 from hsae.eval.harness.result_files import read_result
-from hsae.eval.harness.targets import model_digest, need_trained
+from hsae.eval.harness.targets import RunTarget
 from hsae.eval.hierarchy.composition_file import read_composition
 from hsae.eval.unlearning.config import SIDES, UnlearningConfig
 from hsae.train.config.plan import Plan
@@ -29,6 +29,7 @@ BUDGET = "0.01"
 UNLEARNING_FILE = Path("eval") / "unlearning.json"
 UNLEARNING_INPUTS = ("model", "tokenizer", "hook", "config", *(f"{side}_corpus" for side in SIDES))
 """Inputs that all results of unlearning share."""
+MODELS = "models or evaluation texts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +72,14 @@ class _Reader:
         self.missing: list[str] = []
         self.inputs: dict[str, dict[str, tuple[Kind, str]]] = {}
         """Sort of inputs -> their values -> a result that was made of those: its evaluation and its run."""
-        self.numbers_of: dict[Kind, dict[int, None]] = {}
-        """The runs that have results of an evaluation."""
+        self.runs_with: dict[Kind, dict[int, None]] = {}
+        """The numbers of the runs that have results of an evaluation."""
 
     def row(self, config: RunConfig, synthetic: Mapping[str, Any] | None) -> Row:
         """A run's row."""
-        numbers: dict[int, list[Number]] = {}
-        for plan in (self.plan.seeded(index) for index in range(self.seeds)):
-            numbers[plan.seed_index] = [*self._numbers(plan, config)]
+        numbers = {
+            seed: list(self._numbers(RunTarget.of(self.plan.seeded(seed), config))) for seed in range(self.seeds)
+        }
         for seed, number in _synthetic(synthetic, config.name):
             numbers.setdefault(seed, []).append(number)
         return Row(
@@ -88,48 +89,46 @@ class _Reader:
             compared={column.key: _cell(numbers, column, ("", "fitted")) for column in COLUMNS},
         )
 
-    def _numbers(self, plan: Plan, config: RunConfig) -> Iterator[Number]:
+    def _numbers(self, target: RunTarget) -> Iterator[Number]:
         """All numbers of a run of one seed."""
-        need_trained(plan, config)
-        run_dir, label = plan.run_dir(config), plan.label(config)
-        weights = model_digest(run_dir / "model")
-        results: dict[Kind, list[Number] | None] = {
-            "core": self._core(plan, config, weights),
-            "composition": self._composition(plan, config, weights) if config.levels > 1 else [],
-            "unlearning": self._unlearning(plan, config, weights),
+        weights = target.inputs["sae"]
+        results = {
+            "core": self._core(target, weights),
+            "composition": self._composition(target, weights) if target.config.levels > 1 else [],
+            "unlearning": self._unlearning(target, weights),
         }
         for kind, numbers in results.items():
             if numbers is not None:
                 yield from numbers
-            elif kind != "unlearning" or (run_dir / UNLEARNING_FILE).is_file():  # which is measured on some runs only
-                self.missing.append(f"{kind} of {label}")
+            elif kind != "unlearning" or (target.run_dir / UNLEARNING_FILE).is_file():  # it is measured on some runs
+                self.missing.append(f"{kind} of {target.label}")
 
-    def _core(self, plan: Plan, config: RunConfig, weights: str) -> list[Number] | None:
-        result = core_results(plan.run_dir(config), weights, self.current).get(STRUCTURES[config.structure].whole_view)
+    def _core(self, target: RunTarget, weights: str) -> list[Number] | None:
+        view = STRUCTURES[target.config.structure].whole_view
+        result = core_results(target.run_dir, weights, self.current).get(view)
         if result is None:
             return None
-        self._made_of("core", plan, config, "models or evaluation texts", *map(result.inputs.get, DIGESTS))
-        measures = {column.key: result.measure(column.key) for column in _columns("core")}
+        self._made_of("core", target, MODELS, *map(result.inputs.get, DIGESTS))
+        measures = ((column.key, result.measure(column.key)) for column in _columns("core"))
         return [
             Number(column=key, value=measure.value)
-            for key, measure in measures.items()
+            for key, measure in measures
             if measure is not None and measure.value is not None
         ]
 
-    def _composition(self, plan: Plan, config: RunConfig, weights: str) -> list[Number] | None:
+    def _composition(self, target: RunTarget, weights: str) -> list[Number] | None:
         """Hierarchy numbers of the two coarsest levels."""
-        content = read_composition(plan.run_dir(config))
-        if content is None or content.inputs.get("sae") != weights:
+        content = read_composition(target.run_dir)
+        if content is None:
             return None
         inputs = content.inputs
-        if self.current.why_not(inputs) is not None:
+        if inputs.get("sae") != weights or self.current.why_not(inputs) is not None:
             return None
-        self._made_of("composition", plan, config, "models or evaluation texts", *map(inputs.get, DIGESTS))
+        self._made_of("composition", target, MODELS, *map(inputs.get, DIGESTS))
         read_from = inputs.get("read_from")
-        read_from = "training store" if read_from in same_bits(plan.requested("train")) else read_from
-        self._made_of(
-            "composition", plan, config, "texts to read maps on, or settings", read_from, inputs.get("settings")
-        )
+        if read_from in same_bits(target.plan.requested("train")):
+            read_from = "training store"
+        self._made_of("composition", target, "texts to read maps on, or settings", read_from, inputs.get("settings"))
         numbers = []
         for column in _columns("composition"):
             for name, reading in content.result.pairs[-1].readings.items():
@@ -140,37 +139,38 @@ class _Reader:
                     numbers.append(Number(column=column.key, value=measure.value, null=mean, map=name))
         return numbers
 
-    def _unlearning(self, plan: Plan, config: RunConfig, weights: str) -> list[Number] | None:
+    def _unlearning(self, target: RunTarget, weights: str) -> list[Number] | None:
         """Loss on forget text at BUDGET, of the main arm; None unless of the plan's very texts, with its settings."""
+        plan = target.plan
         try:
-            content = read_result(plan.run_dir(config) / UNLEARNING_FILE, "hsae eval unlearning")
+            content = read_result(target.run_dir / UNLEARNING_FILE, "hsae eval unlearning")
             inputs, arms = content["inputs"], content["arms"]
             if inputs["sae"] != weights or inputs["config"] != plan.table(UnlearningConfig).digest:
                 return None
             if any(inputs[f"{side}_store"] not in same_bits(plan.requested(side)) for side in SIDES):
                 return None
-            main = next(name for name in ("descend", "sae", "level1") if name in arms)
-            value = arms[main]["at_retain"][BUDGET]["forget_dce"]
+            main = next(arms[name] for name in ("descend", "sae", "level1") if name in arms)
+            value = main["at_retain"][BUDGET]["forget_dce"]
             made_of = [inputs[key] for key in UNLEARNING_INPUTS]
             numbers = [] if value is None else [Number(column="forget_dce", value=float(value))]
-        except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        except (ValueError, KeyError, TypeError, StopIteration):
             return None
-        self._made_of("unlearning", plan, config, "texts to forget and retain, or settings", *made_of)
+        self._made_of("unlearning", target, "texts to forget and retain, or settings", *made_of)
         return numbers
 
-    def _made_of(self, kind: Kind, plan: Plan, config: RunConfig, sort: str, *values: object) -> None:
+    def _made_of(self, kind: Kind, target: RunTarget, sort: str, *values: object) -> None:
         """Remember a result's inputs of one sort; inputs that it says nothing of are not compared."""
-        self.numbers_of.setdefault(kind, {})[config.number] = None
+        self.runs_with.setdefault(kind, {})[target.config.number] = None
         if any(value is not None for value in values):
-            self.inputs.setdefault(sort, {}).setdefault(str(values), (kind, plan.label(config)))
+            self.inputs.setdefault(sort, {}).setdefault(str(values), (kind, target.label))
 
     def check_inputs(self) -> None:
         """Raise UserError if two results were made of different inputs."""
         for sort, results in self.inputs.items():
             if len(results) > 1:
-                (kind, label), (other_kind, other_label) = list(results.values())[:2]
+                (kind, label), (other_kind, other_label), *_ = results.values()
                 commands = (
-                    f"hsae eval {each} --run {','.join(map(str, self.numbers_of[each]))} --seeds {self.seeds} --force"
+                    f"hsae eval {each} --run {','.join(map(str, self.runs_with[each]))} --seeds {self.seeds} --force"
                     for each in dict.fromkeys((kind, other_kind))
                 )
                 raise UserError(
@@ -195,10 +195,10 @@ def _synthetic(content: Mapping[str, Any] | None, name: str) -> Iterator[tuple[i
 def _cell(numbers: Mapping[int, Sequence[Number]], column: Column, maps: Sequence[str]) -> Cell:
     """A column's numbers over seeds, each of the first of `maps` that has one."""
     chosen: dict[int, Number] = {}
-    for seed, of_seed in numbers.items():
-        by_map = {number.map: number for number in of_seed if number.column == column.key}
-        if number := next((by_map[name] for name in maps if name in by_map), None):
-            chosen[seed] = number
+    for seed, every in numbers.items():
+        candidates = [number for number in every if number.column == column.key and number.map in maps]
+        if candidates:
+            chosen[seed] = min(candidates, key=lambda number: maps.index(number.map))
     return Cell(
         values=tuple(number.value for number in chosen.values()),
         seeds=tuple(chosen),

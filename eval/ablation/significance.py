@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, variance
 from typing import TypeVar
 
@@ -65,11 +65,10 @@ def compare(pairs: Mapping[Key, tuple[Sample, Sample]]) -> dict[Key, Comparison]
 
 
 def _welch(one: Sequence[float], other: Sequence[float]) -> TTest | None:
-    if min(len(one), len(other)) < MIN_SEEDS:
+    n, m = len(one), len(other)
+    if min(n, m) < MIN_SEEDS:
         return None
-    return _test(
-        fmean(one) - fmean(other), variance(one) / len(one), variance(other) / len(other), len(one), len(other)
-    )
+    return _test(fmean(one) - fmean(other), variance(one) / n, variance(other) / m, n, m)
 
 
 def _paired(one: Sample, other: Sample) -> TTest | None:
@@ -86,8 +85,7 @@ def _test(difference: float, one: float, other: float, n_one: int, n_other: int)
     error = math.sqrt(one + other)
     if not error > ROUNDING * abs(difference):
         return None
-    score = difference / error
-    df = _df(one, other, n_one, n_other)
+    score, df = difference / error, _df(one, other, n_one, n_other)
     return TTest(t=score, df=df, p=float(2 * t.sf(abs(score), df)))
 
 
@@ -103,23 +101,22 @@ def _corrected(tests: Mapping[Key, TTest | None]) -> dict[Key, TTest | None]:
     corrected, p = dict(tests), 0.0
     for rank, (key, test) in enumerate(made):
         p = max(p, min(1.0, (len(made) - rank) * test.p))
-        corrected[key] = TTest(t=test.t, df=test.df, p=p)
+        corrected[key] = replace(test, p=p)
     return corrected
 
 
 def _needs(one: Sequence[float], other: Sequence[float], level: float) -> int | None:
-    """Seeds a run at which Welch's test finds the seen difference at `level` with a chance of POWER.
-
-    The variances that were seen are taken for the true ones.
+    """Seeds a run at which Welch's test finds a difference such as this at `level` with a chance of POWER, if the
+    variances are the true ones.
     """
     from scipy.stats import t
 
     difference, spread = fmean(one) - fmean(other), (variance(one), variance(other))
 
-    def found(n: int) -> bool:
+    def is_enough(n: int) -> bool:
         df = _df(spread[0] / n, spread[1] / n, n, n)
         return bool(abs(difference) >= (t.isf(level / 2, df) + t.ppf(POWER, df)) * math.sqrt(sum(spread) / n))
 
     counts = range(MIN_SEEDS, MANY + 1)
-    first = bisect_left(counts, True, key=found)
+    first = bisect_left(counts, True, key=is_enough)
     return counts[first] if first < len(counts) else None

@@ -4,6 +4,7 @@ A component helps or hurts a number if Welch's t test of the two runs' means ove
 comparisons of the table. Below three seeds there is no verdict.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from hsae.eval.ablation.significance import LEVEL, MANY, MIN_SEEDS, Comparison, TTest, compare
@@ -55,14 +56,13 @@ def _judgement(component: Component, rows: Mapping[str, Row], comparisons: Compa
         if comparison is None:
             continue
         verdict = _verdict(comparison, column)
-        unproven: tuple[str, ...] = ()
-        if verdict == "helps":
-            controls = (name for name in component.controls if name in rows)
-            unproven = tuple(
-                name
-                for name in controls
-                if _verdict(comparisons.get((component.present, name, column.key)), column) != "helps"
-            )
+        unproven = tuple(
+            name
+            for name in component.controls
+            if verdict == "helps"
+            and name in rows
+            and _verdict(comparisons.get((component.present, name, column.key)), column) != "helps"
+        )
         verdict = "no evidence" if unproven else verdict
         effects.append(Effect(column=column.key, comparison=comparison, verdict=verdict, unproven=unproven))
     sentence = _sentence(component, rows[component.present], rows[component.absent], effects)
@@ -86,33 +86,27 @@ def _sentence(component: Component, present: Row, absent: Row, effects: Sequence
     for verdict in ("helps", "hurts"):
         if numbers := [_number(effect) for effect in effects if effect.verdict == verdict]:
             clauses.append(f"{verdict} {', '.join(numbers)}")
+    unclear, untested = [], defaultdict(list)
     for effect in effects:
+        title = BY_KEY[effect.column].title
         if effect.unproven:
             controls = " and ".join(effect.unproven)
-            clauses.append(f"is no better than {controls} on {_title(effect)}, so nothing is claimed there")
-    open_effects = [effect for effect in effects if effect.verdict == "no evidence" and not effect.unproven]
-    if open_effects:
-        titles = (f"{_title(effect)} (needs {_needed_seeds(effect.comparison)})" for effect in open_effects)
-        clauses.append(f"no evidence on {', '.join(titles)}")
-    untested: dict[str, list[str]] = {}
-    for effect in effects:
-        if effect.verdict == "no verdict":
-            untested.setdefault(_why_untested(effect.comparison), []).append(_title(effect))
+            clauses.append(f"is no better than {controls} on {title}, so nothing is claimed there")
+        elif effect.verdict == "no evidence":
+            unclear.append(f"{title} (needs {_needed_seeds(effect.comparison)})")
+        elif effect.verdict == "no verdict":
+            untested[_why_untested(effect.comparison)].append(title)
+    if unclear:
+        clauses.append(f"no evidence on {', '.join(unclear)}")
     clauses += [f"no verdict on {', '.join(titles)} ({reason})" for reason, titles in untested.items()]
     return f"{start}: {'; '.join(clauses)}."
 
 
-def _title(effect: Effect) -> str:
-    return BY_KEY[effect.column].title
-
-
 def _number(effect: Effect) -> str:
-    comparison = effect.comparison
+    comparison, column = effect.comparison, BY_KEY[effect.column]
     assert comparison.welch is not None
-    text = f"{comparison.difference:+.{BY_KEY[effect.column].digits}f}, {_test(comparison.welch, 1)}"
-    if comparison.paired is not None:
-        text += f"; paired {_test(comparison.paired, 0)}"
-    return f"{_title(effect)} ({text})"
+    paired = "" if comparison.paired is None else f"; paired {_test(comparison.paired, 0)}"
+    return f"{column.title} ({comparison.difference:+.{column.digits}f}, {_test(comparison.welch, 1)}{paired})"
 
 
 def _test(test: TTest, digits: int) -> str:
