@@ -45,7 +45,7 @@ class Core(Evaluation[ActivationStore, Target]):
 
     @property
     def variant(self) -> tuple[str, ...]:
-        """What tells the file names of results with these options from those of the standard ones."""
+        """A part of the file name with `all_tokens`."""
         return (ALL_TOKENS,) if self.options.all_tokens else ()
 
     def read(self, path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:

@@ -16,7 +16,7 @@ DIGESTS = {"model": "weights", "tokenizer": "tokenizer", "corpus": "text"}
 
 @dataclass(frozen=True, kw_only=True)
 class Current:
-    """What results are made of now."""
+    """The evaluation store that results must be made of to stand in one table."""
 
     name: str
     """The store's."""

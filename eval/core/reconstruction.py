@@ -4,7 +4,7 @@ Batches are the outer loop and SAEs the inner one: clean logits (one matrix prod
 the clean distribution are made once for all SAEs, a slice of tokens at a time, so that no [tokens, V] matrix of a whole
 batch exists.
 
-Shapes: B rows of a batch, T context, D residual width, N = B * T tokens of a batch, V vocabulary.
+Shapes: B rows of a batch, T context, D residual width, N = B * T tokens of a batch, V vocabulary, S SAEs.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,49 +72,48 @@ class ReconstructionPhase:
     def _losses(
         self, start: int, stop: int, tokens_BT: Tensor, mask_BT: Tensor, finals: list[Tensor], zero_logits_1V: Tensor
     ) -> None:
-        rows, context = tokens_BT.shape
         final_ND = self.store.clean("final", start, stop).to(self.device).flatten(0, 1)
         targets_N = tokens_BT.roll(-1, dims=1).flatten()
-        stable = {
-            name: torch.empty(rows * context, device=self.device) for name in ("clean", "ablation", "kl_ablation")
-        }
-        faithful = [torch.empty(2, rows * context, dtype=self.dtype, device=self.device) for _ in finals]
-        own = [torch.empty(2, rows * context, device=self.device) for _ in finals]
+        shape = (len(finals), 2, len(targets_N))  # of loss and KL of each SAE
+        rounded_S2N = torch.empty(shape, dtype=self.dtype, device=self.device)
+        exact_S2N = torch.empty(shape, device=self.device)
+        clean_N, ablated_N, ablated_kl_N = torch.empty(3, len(targets_N), device=self.device)
         row_bytes = self.model.vocab_size * final_ND.element_size()
-        for part in token_losses.slices(rows * context, row_bytes, SLICE_BYTES[torch.device(self.device).type]):
+        for part in token_losses.slices(len(targets_N), row_bytes, SLICE_BYTES[torch.device(self.device).type]):
             targets = targets_N[part]
             logits_NV = self.model.unembed(final_ND[part])
             rounded = token_losses.distribution(logits_NV, self.memory[0])
             exact = token_losses.stable_distribution(logits_NV, self.memory[1])
             if self.memory[0] is None or len(rounded.probs) > len(self.memory[0].probs):
                 self.memory = (rounded, exact)
-            stable["clean"][part] = -exact.log_probs.gather(-1, targets.long()[:, None])[:, 0]
-            ablated_NV = zero_logits_1V.expand(len(targets), -1)
-            stable["ablation"][part], stable["kl_ablation"][part] = token_losses.stable_losses(
-                exact, ablated_NV, targets
-            )
+            clean_N[part] = -exact.log_probs.gather(-1, targets.long()[:, None])[:, 0]
+            zero_logits_NV = zero_logits_1V.expand(len(targets), -1)
+            ablated_N[part], ablated_kl_N[part] = token_losses.stable_losses(exact, zero_logits_NV, targets)
             for index, sae_final_BTD in enumerate(finals):
                 logits_NV = self.model.unembed(sae_final_BTD.flatten(0, 1)[part])
-                faithful[index][0, part] = token_losses.cross_entropy(logits_NV, targets)
-                faithful[index][1, part] = token_losses.kl_divergence(*rounded, logits_NV)
-                own[index][0, part], own[index][1, part] = token_losses.stable_losses(exact, logits_NV, targets)
+                rounded_S2N[index, 0, part] = token_losses.cross_entropy(logits_NV, targets)
+                rounded_S2N[index, 1, part] = token_losses.kl_divergence(*rounded, logits_NV)
+                exact_S2N[index, 0, part], exact_S2N[index, 1, part] = token_losses.stable_losses(
+                    exact, logits_NV, targets
+                )
         loss_mask_BT = mask_BT.clone()
         loss_mask_BT[:, -1] = False
         stored = {
-            "ce_clean": self.store.clean("loss", start, stop),
-            "ce_ablation": self.store.ablation(self.hook, "loss", start, stop),
-            "kl_ablation": self.store.ablation(self.hook, "kl", start, stop),
+            "ce_clean": (self.store.clean("loss", start, stop), loss_mask_BT),
+            "ce_ablation": (self.store.ablation(self.hook, "loss", start, stop), loss_mask_BT),
+            "kl_ablation": (self.store.ablation(self.hook, "kl", start, stop), mask_BT),
         }
-        for name, values_BT in stored.items():
-            selected = mask_BT if name == "kl_ablation" else loss_mask_BT
-            self.shared_means[name].add(values_BT.to(self.device)[selected])
+        for name, (values_BT, selected_BT) in stored.items():
+            self.shared_means[name].add(values_BT.to(self.device)[selected_BT])
         ce, kl = _RowSums(loss_mask_BT), _RowSums(mask_BT)
-        columns = [ce.count, ce(stable["clean"]), ce(stable["ablation"]), kl.count, kl(stable["kl_ablation"])]
+        columns = [ce.count, ce(clean_N), ce(ablated_N), kl.count, kl(ablated_kl_N)]
         self.shared_sums.add(start, torch.stack(columns, 1))
-        for index in range(len(finals)):
-            self.sae_means[index]["ce"].add(faithful[index][0].view(rows, context)[loss_mask_BT])
-            self.sae_means[index]["kl"].add(faithful[index][1].view(rows, context)[mask_BT])
-            self.sae_sums[index].add(start, torch.stack([ce(own[index][0]), kl(own[index][1])], 1))
+        for means, sums, rounded_2N, exact_2N in zip(
+            self.sae_means, self.sae_sums, rounded_S2N, exact_S2N, strict=True
+        ):
+            means["ce"].add(rounded_2N[0].view_as(mask_BT)[loss_mask_BT])
+            means["kl"].add(rounded_2N[1].view_as(mask_BT)[mask_BT])
+            sums.add(start, torch.stack([ce(exact_2N[0]), kl(exact_2N[1])], 1))
 
 
 class _RowSums:

@@ -62,9 +62,9 @@ class Result(Generic[TargetT]):
     content: dict[str, Any]
     """The result file as JSON."""
     path: Path
-    """Where it lies, or would lie if it was not written."""
+    """Its file, written or not."""
     is_reused: bool = False
-    """Whether it had been there, made of the same inputs."""
+    """Whether an earlier result of the same inputs was read back."""
     evaluation: "Evaluation[Any, Any]"
 
     @property
@@ -195,7 +195,7 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         """Throw away what an interrupted measurement left; done with `force`."""
 
     def complete(self, target: TargetT, content: dict[str, Any]) -> dict[str, Any]:
-        """A result with what it says of other results, as they are once all are measured; of those reused, too."""
+        """Add to a result what it says of other results; called once all are there, for reused ones too."""
         return content
 
     def load_language_model(self) -> LanguageModel:
@@ -207,7 +207,7 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
 
     @property
     def variant(self) -> tuple[str, ...]:
-        """What tells the file names of results with these options from those of the standard ones."""
+        """Parts of a result's file name that the options call for; none for the standard ones."""
         return ()
 
     def find(self, target: TargetT) -> ResultPlace:
@@ -254,7 +254,7 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         return []
 
     def finish(self, results: Sequence[Result[TargetT]]) -> None:
-        """What is left to do once all results are there."""
+        """Called last, with all results."""
 
 
 def check_target(target: Target | RunTarget, store: Any) -> None:

@@ -43,17 +43,9 @@ class Table:
 
     def __str__(self) -> str:
         lines = [self.columns, *(tuple(map(str, row.cells)) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
-        text = [
-            "  ".join(
-                [
-                    line[0].ljust(widths[0]),
-                    *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-                ]
-            )
-            for line in lines
-        ]
-        return "\n".join([self.title, *(line.rstrip() for line in text), *self.notes])
+        first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+        text = ("  ".join([name.ljust(first), *map(str.rjust, cells, others)]).rstrip() for name, *cells in lines)
+        return "\n".join([self.title, *text, *self.notes])
 
 
 def interval_cell(value: float | None, low: float | None, high: float | None, digits: int | None = 3) -> Cell:
