@@ -12,8 +12,7 @@ import numpy as np
 from hsae.cache.errors import CorpusError
 from hsae.cache.suites.specs import SuiteConfig
 
-Splits = tuple[str, str]
-SPLITS: Splits = ("train", "test")
+SPLITS = ("train", "test")
 SCR_LISTS = (
     "male / female",
     "female_data_only",

@@ -2,14 +2,14 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 from hsae.cache.config import CorpusConfig
 from hsae.cache.text.corpora import corpus_files, corpus_path
 from hsae.cache.text.data_sets import file_kind, records_with_places
-from hsae.cache.text.python_text import CORPORA, MOST_CHARACTERS_MIXED, Document
+from hsae.cache.text.python_text import CORPORA, MOST_CHARACTERS_MIXED
 
 COMPARED_BYTES = 1 << 20
 
@@ -26,13 +26,14 @@ def common_text(one: CorpusConfig, other: CorpusConfig) -> str | None:
             return _in_both(one, other, repr(one.corpus))
         if "python-docs" in names and "python-source" not in names:
             return f"{' and '.join(sorted(names))} are made of the same docstrings"
-        texts = [{document.text[:MOST_CHARACTERS_MIXED] for document in _packaged(each)} for each in (one, other)]
-        count = len(texts[0] & texts[1])
+        windows = (islice(CORPORA[each.corpus](), each.first_document, each.last_document) for each in (one, other))
+        mine, others = ({document.text[:MOST_CHARACTERS_MIXED] for document in window} for window in windows)
+        count = len(mine & others)
         return f"{' and '.join(sorted(names))} have {count} of these documents in common" if count else None
     if names & CORPORA.keys():
         return None
     if all(path.exists() for path in local):
-        return _in_both_files(one, other, *(corpus_files(path, one.column)[0] for path in local))
+        return _in_both_files(one, other, *(corpus_files(corpus_path(each), each.column)[0] for each in (one, other)))
     if any(path.exists() for path in local) or one.corpus.lower() != other.corpus.lower():
         return None
     subset = (one.subset or "default") == (other.subset or "default")
@@ -42,10 +43,6 @@ def common_text(one: CorpusConfig, other: CorpusConfig) -> str | None:
         return _in_both(one, other, repr(one.corpus))
     how = "but not in the same order, so that first_document and last_document do not part them"
     return f"both read {one.corpus!r}, {how}"
-
-
-def _packaged(config: CorpusConfig) -> Iterator[Document]:
-    return islice(CORPORA[config.corpus](), config.first_document, config.last_document)
 
 
 def _in_both(

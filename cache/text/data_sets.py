@@ -130,12 +130,12 @@ def _check(row: Any, columns: Sequence[str], where: str) -> None:
             raise MissingColumn(f"{where}: no column {column!r} (there is: {there})")
 
 
-def _lines(file: Path, *, ends: bool = False) -> Iterator[str]:
-    """Lines of text, however they end, with their ends if asked for."""
+def _lines(file: Path) -> Iterator[str]:
+    """Lines of text with their ends, whichever they have."""
     with open_decompressed(file) as blocks:
         for number, block in enumerate(blocks):
             block = block if number else block.removeprefix(codecs.BOM_UTF8)
-            yield from (line.decode("utf-8", "surrogatepass") for line in block.splitlines(ends))
+            yield from (line.decode("utf-8", "surrogatepass") for line in block.splitlines(keepends=True))
 
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -146,14 +146,14 @@ def _jsonl(file: Path, columns: Sequence[str]) -> Rows:
     for number, line in enumerate(_lines(file), 1):
         if line.strip():
             try:
-                yield f"line {number}", parse_json(line)
+                yield f"line {number}", parse_json(line.rstrip("\r\n"))
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
 
 
 def _csv(file: Path, columns: Sequence[str]) -> Rows:
     csv.field_size_limit(LONGEST_FIELD)
-    rows = csv.DictReader(_lines(file, ends=True), strict=True, delimiter="\t" if file_kind(file) == ".tsv" else ",")
+    rows = csv.DictReader(_lines(file), strict=True, delimiter="\t" if file_kind(file) == ".tsv" else ",")
     _check(dict.fromkeys(rows.fieldnames or ()), columns, str(file))
     for number, row in enumerate(rows, 1):
         if None in row:

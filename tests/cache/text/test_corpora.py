@@ -437,6 +437,17 @@ def test_packaged_corpora_that_share_documents_are_told():
     assert common("python-prose", "python-docs") == "python-docs and python-prose are made of the same docstrings"
 
 
+def test_each_corpus_is_read_by_its_own_column(tmp_path):
+    for name, column in (("one", "text"), ("other", "body")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.csv").write_text(f"{column}\n{name}\nmore\n")
+    assert common(tmp_path / "one", tmp_path / "other", column2="body") is None
+    for name in ("one", "other"):
+        (tmp_path / name / "b.txt").write_text("the same")
+    shared = common(tmp_path / "one", tmp_path / "other", column2="body", first1=1)
+    assert shared == f"both read {str(tmp_path / 'one/b.txt')!r}, documents 0 to 0 of it"
+
+
 def test_one_file_under_several_names_is_one_text(tmp_path, monkeypatch):
     lines = [json.dumps({"text": f"words {n}", "body": f"other {n}"}) + "\n" for n in range(20)]
     (tmp_path / "texts").mkdir()
