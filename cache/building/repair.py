@@ -5,7 +5,8 @@ again from the model and the corpus. Nothing is deleted, and nothing is replaced
 checksums names.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,12 @@ from torch import Tensor
 from hsae.cache.building.statistics import summarise
 from hsae.cache.building.verification import Damage, verify
 from hsae.cache.building.writer import read_trailers, write_documents, write_header, write_list
-from hsae.cache.config import Codec, at_commit
+from hsae.cache.config import at_commit
 from hsae.cache.errors import DamagedFileError, StoreError
 from hsae.cache.files import crc32c, sweep
 from hsae.cache.format import layout
 from hsae.cache.format.arrays import CRC_BYTES, ArraySpec
-from hsae.cache.format.chunk_codec import encode_chunk, read_tensor
+from hsae.cache.format.chunk_codec import encode_chunk, listed_checksum, read_tensor
 from hsae.cache.reading.mapped_chunks import count_kept, read_checks
 from hsae.cache.storage.paths import Place, exists, locked, place, publish
 
@@ -47,7 +48,7 @@ def repair(
         documents = layout.metadata(header).items()
         write_documents(root, {name: document for name, document in documents if str(root / name) in paths})
         if any(one.array not in LISTS and one.path.name != layout.METADATA for one in damages):
-            _Repair(root, header, damages, device, say).run()
+            _compute_again(root, header, damages, device, say)
         if "stats/kept" in arrays:
             _write_kept(root, header)
         if header.complete and ("checks" in arrays or header.checks is None or not layout.is_sealed(root)):
@@ -69,9 +70,8 @@ def _refuse_lossy(root: Place, header: layout.Header, damages: Sequence[Damage])
     lost = [one for one in damages if one.array.startswith(("acts/", "stats/blocks"))]
     if header.spec.codec != "int8" or not lost:
         return
-    codecs: tuple[Codec, ...] = ("mappable", "compact")
     folder = root.parent
-    names = [header.spec.model_copy(update={"codec": codec}).name for codec in codecs]
+    names = [header.spec.model_copy(update={"codec": codec}).name for codec in ("mappable", "compact")]
     known = next((str(folder / name) for name in names if exists(folder / name)), None)
     where = "" if known else f", where STORE is the one that it was made from ({' or '.join(names)})"
     raise StoreError(
@@ -80,71 +80,57 @@ def _refuse_lossy(root: Place, header: layout.Header, damages: Sequence[Damage])
     )
 
 
-class _Repair:
-    """Computes damaged files again."""
+def _compute_again(
+    root: Place, header: layout.Header, damages: Sequence[Damage], device: str, say: Callable[[str], None]
+) -> None:
+    """Documents and tokens first, since others follow from them; then other chunks, and statistics."""
+    # which load transformers: to write metadata again takes none
+    from hsae.cache.building.contents import StoreContents, text_of
+    from hsae.cache.language_model.lm import LanguageModel
 
-    def __init__(
-        self, root: Place, header: layout.Header, damages: Sequence[Damage], device: str, say: Callable[[str], None]
-    ) -> None:
-        # which load transformers: to write metadata again takes none
-        from hsae.cache.building.contents import StoreContents, text_of
-        from hsae.cache.language_model.lm import LanguageModel
+    say(f"loading {header.spec.model.id}")
+    model = LanguageModel.load(at_commit(header.spec.model, header.model_commit), device=device, say=say)
+    contents = StoreContents(header.spec, model, text_of(header.spec, header, anew=True), older=header.older)
+    contents.check_same(root, header)
+    specs = {spec.path: spec for spec in layout.every_array(header)}
+    checks: dict[str, NDArray[np.uint32]] = {}
+    with contextlib.suppress(DamagedFileError):  # the list is written again at the end, and compared with the header
+        checks = read_checks(root, header)
 
-        say(f"loading {header.spec.model.id}")
-        model = LanguageModel.load(at_commit(header.spec.model, header.model_commit), device=device, say=say)
-        text = text_of(header.spec, header, anew=True)
-        self.contents = StoreContents(header.spec, model, text, older=header.older)
-        self.contents.check_same(root, header)
-        self.root, self.header, self.say = root, header, say
-        self.damages = damages
-        self.specs = {spec.path: spec for spec in layout.every_array(header)}
-        try:
-            self.checks: Mapping[str, NDArray[np.uint32]] = read_checks(root, header)
-        except DamagedFileError:
-            self.checks = {}  # written again at the end, and compared with the header
+    def replace(path: Place, data: bytes, right: bool) -> None:
+        """Publish a file, if it is the one that the store was finished with."""
+        if not right:
+            raise StoreError(
+                f"{path} comes out with other numbers than those that the store was finished with, and was left as it "
+                f"is; move {root} away and build it again with `hsae cache build`"
+            )
+        publish(path, data)
 
-    def run(self) -> None:
-        """Documents and tokens first, since others follow from them."""
-        if any(one.path.name == layout.DOCUMENTS for one in self.damages):
-            self._documents()
-        if tokens := {one.index for one in self.damages if one.array == "tokens"}:
-            for index, chunk in self.contents.token_chunks():
-                if index in tokens:
-                    self._replace("tokens", index, chunk)
-        by_index: dict[int, list[ArraySpec]] = {}
-        for one in self.damages:
-            if one.array in self.contents.specs and one.array != "tokens":
-                by_index.setdefault(one.index, []).append(self.specs[one.array])
-        for number, (index, wanted) in enumerate(sorted(by_index.items()), 1):
-            row_tokens = read_tensor(self.root, self.specs["tokens"], index)
-            for spec, _, values in self.contents.compute(index, wanted, row_tokens):
-                self._replace(spec.path, index, values)
-            self.say(f"chunk {index} computed again ({number} of {len(by_index)})")
-        lost = {one.array for one in self.damages if one.array.startswith("stats/blocks")}
-        for hook in {path.split("/")[1] for path in lost}:
-            _, moments = summarise(self.root, self.specs, hook, self.header.special_ids, self.checks)
-            for name in lost & {f"stats/{hook}/{name}" for name in moments}:
-                self._replace(name, 0, moments[name.rpartition("/")[2]])
-
-    def _documents(self) -> None:
-        data = self.contents.documents_json
-        if self.header.documents_digest not in (None, layout.documents_digest(data)):
-            raise self._other(self.root / layout.DOCUMENTS)
-        publish(self.root / layout.DOCUMENTS, data)
-
-    def _replace(self, path: str, index: int, values: Tensor) -> None:
-        """Publish a chunk, if it is the one that the store was finished with."""
-        spec = self.specs[path]
+    def replace_chunk(spec: ArraySpec, index: int, values: Tensor) -> None:
         data = encode_chunk(spec, values)
-        if path in self.checks and int.from_bytes(data[-CRC_BYTES:], "little") != int(self.checks[path][index]):
-            raise self._other(spec.chunk_file(self.root, index))
-        publish(spec.chunk_file(self.root, index), data)
+        listed = listed_checksum(checks.get(spec.path), index)
+        replace(spec.chunk_file(root, index), data, listed in (None, int.from_bytes(data[-CRC_BYTES:], "little")))
 
-    def _other(self, path: Place) -> StoreError:
-        return StoreError(
-            f"{path} comes out with other numbers than those that the store was finished with, and was left as it "
-            f"is; move {self.root} away and build it again with `hsae cache build`"
-        )
+    if any(one.path.name == layout.DOCUMENTS for one in damages):
+        data = contents.documents_json
+        replace(root / layout.DOCUMENTS, data, header.documents_digest in (None, layout.documents_digest(data)))
+    if token_chunks := {one.index for one in damages if one.array == "tokens"}:
+        for index, chunk in contents.token_chunks():
+            if index in token_chunks:
+                replace_chunk(specs["tokens"], index, chunk)
+    by_index: dict[int, list[ArraySpec]] = {}
+    for one in damages:
+        if one.array in contents.specs and one.array != "tokens":
+            by_index.setdefault(one.index, []).append(specs[one.array])
+    for number, (index, wanted) in enumerate(sorted(by_index.items()), 1):
+        for spec, _, values in contents.compute(index, wanted, read_tensor(root, specs["tokens"], index)):
+            replace_chunk(spec, index, values)
+        say(f"chunk {index} computed again ({number} of {len(by_index)})")
+    lost = {one.array for one in damages if one.array.startswith("stats/blocks")}
+    for hook in {path.split("/")[1] for path in lost}:
+        _, moments = summarise(root, specs, hook, header.special_ids, checks)
+        for path in lost & {f"stats/{hook}/{name}" for name in moments}:
+            replace_chunk(specs[path], 0, moments[path.rpartition("/")[2]])
 
 
 def _write_kept(root: Place, header: layout.Header) -> None:

@@ -46,8 +46,14 @@ class Scratch:
 
     def fetch(self, key: str, size: int, make: Callable[[], bytes]) -> Path:
         """The file of the chunk known as `key`, made if it isn't there. Raises UserError if it can't be written."""
+        path = self.folder / hashlib.sha256(key.encode()).hexdigest()[:32]
         try:
-            return self._fetch(key, size, make)
+            if self._touch(path, size):
+                return path
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / f"{path.name[:2]}.lock"):
+                if not self._touch(path, size):  # no other process or thread made it meanwhile
+                    self._write(path, make())
         except OSError as error:
             name = error.filename  # utime gives none
             ours = name is None or Path(os.fsdecode(name)).is_relative_to(self.folder.parent)
@@ -57,30 +63,22 @@ class Scratch:
                     "set HSAE_HOME to a folder of your own"
                 ) from None
             raise
-
-    def _fetch(self, key: str, size: int, make: Callable[[], bytes]) -> Path:
-        path = self.folder / hashlib.sha256(key.encode()).hexdigest()[:32]
-        if self._touch(path, size):
-            return path
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / f"{path.name[:2]}.lock"):
-            if self._touch(path, size):  # another process or thread made it meanwhile
-                return path
-            numbers = make()
-            self._make_room(size + CRC_BYTES)
-            partial = path.with_name(path.name + PARTIAL)
-            try:
-                with partial.open("wb") as file:  # not synced, unlike what must last
-                    lock(file)
-                    file.write(numbers)
-                    file.write(named_checksum(crc32c(numbers), path).to_bytes(CRC_BYTES, "little"))
-                    file.flush()
-                    partial.replace(path)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
-            finally:
-                partial.unlink(missing_ok=True)
         return path
+
+    def _write(self, path: Path, numbers: bytes) -> None:
+        self._make_room(len(numbers) + CRC_BYTES)
+        partial = path.with_name(path.name + PARTIAL)
+        try:
+            with partial.open("wb") as file:  # not synced, unlike what must last
+                lock(file)
+                file.write(numbers)
+                file.write(named_checksum(crc32c(numbers), path).to_bytes(CRC_BYTES, "little"))
+                file.flush()
+                partial.replace(path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
+        finally:
+            partial.unlink(missing_ok=True)
 
     @staticmethod
     def _touch(path: Path, size: int) -> bool:

@@ -389,7 +389,7 @@ def test_activations_that_are_not_finite_are_refused_by_row(tmp_path, monkeypatc
 
     def poisoned(self, tokens, hooks):
         found = prefix(self, tokens, hooks)
-        found[HOOK][2, 3, 4] = torch.inf
+        found[HOOK][2:3, 3, 4] = torch.inf  # not of the two rows with which the cut is checked
         return found
 
     monkeypatch.setattr(LanguageModel, "prefix", poisoned)

@@ -390,7 +390,7 @@ def test_no_changed_digit_passes(labelled, name, record_property, monkeypatch):
 
 
 def test_metadata_and_lists_are_written_again_as_they_were_without_the_model(labelled, monkeypatch):
-    monkeypatch.setattr("hsae.cache.building.repair._Repair", None)
+    monkeypatch.setattr("hsae.cache.building.repair._compute_again", None)
     files = [path for path in labelled.rglob("*") if path.name == "zarr.json" and path != labelled / "zarr.json"]
     whole = {path: path.read_bytes() for path in (*files, labelled / "checks/c/0")}
     for number, path in enumerate(whole):
