@@ -104,7 +104,7 @@ def written_down(spec: StoreSpec) -> Written:
 def finish(spec: StoreSpec) -> Measured:
     """Worker 0's last steps: the parts of the tally, the lists, the header."""
     target, specs = place(f"s3://full/{STORE}"), list(arrays(spec, WIDTH).values())
-    told = sealing.collected(target, specs, KEY)
+    told = sealing.collect_parts(target, specs, KEY)
     assert told is not None
     kept, checks = told
     summary = {hook: HookSummary(mean_square_norm=1.0, tokens=1) for hook in spec.hooks}
@@ -157,7 +157,7 @@ def resume(spec: StoreSpec) -> Measured:
 def tally_part(spec: StoreSpec) -> Measured:
     """One part of the last pass: checksums of 1024 chunks of every array, and their tokens counted."""
     specs = list(arrays(spec, WIDTH).values())
-    told, wrong = sealing._tallied(place(f"s3://full/{STORE}"), specs, 0, SPECIAL, written_down(spec))
+    told, wrong = sealing._tally(place(f"s3://full/{STORE}"), specs, 0, SPECIAL, written_down(spec))
     assert len(wrong) < len(told)  # the last rows of the store are others
     return {"chunks": told.size - len(told)}
 

@@ -81,11 +81,10 @@ def _partial_files(path: Path) -> list[Path]:
 
 def lock(file: IO[bytes]) -> bool:
     """Lock a partial file until it is closed; whether that could be done."""
-    try:
+    with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:
@@ -96,7 +95,7 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
 def sync_folder(folder: Path) -> None:
     """Make the renames in a folder last, where the system can: some network file systems refuse to open a folder."""
     with contextlib.suppress(OSError):
-        opened = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(opened)
         finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hsae.cache.building.builder import UNFINISHED, Builder, clear
-from hsae.cache.building.contents import StoreContents, TokenisedText, begun, text_of
+from hsae.cache.building.contents import StoreContents, TokenisedText, existing_header, text_of
 from hsae.cache.building.liveness import sign_of_life, signs_of_life
 from hsae.cache.building.repair import mend_documents
 from hsae.cache.config import ModelConfig, at_commit
@@ -53,7 +53,7 @@ def build(
     finished, missing = _divided(specs, folder)
     for spec, target in finished if share.rank == 0 else ():
         if model is None:
-            check_current(target, spec, text is not None, say)
+            check_current(target, spec, text is None, say)
         _clear_finished(target)
         if spec.rows_per_document is not None:
             mend_documents(target, device=device, say=say)
@@ -68,7 +68,7 @@ def build(
             locks.enter_context(locked(target, f".rank{share.rank}" if share.rank else ""))
         if share.world > 1 and share.rank == 0:
             locks.enter_context(signs_of_life([target for _, target in missing]))
-        headers = [begun(target) for _, target in missing]
+        headers = [existing_header(target) for _, target in missing]
         texts = [text or text_of(spec, header, anew=True) for (spec, _), header in zip(missing, headers, strict=True)]
         for one in texts if share.rank == 0 else ():
             check_text(one)
@@ -96,13 +96,13 @@ def check(specs: Sequence[StoreSpec], root: str | Place, say: Callable[[str], No
     folder = place(root)
     finished, missing = _divided(specs, folder)
     for spec, target in finished:
-        check_current(target, spec, spec.corpus.corpus in CORPORA, say)
+        check_current(target, spec, spec.corpus.corpus not in CORPORA, say)
     if missing:
         _check_makeable(missing, pin_commit(specs[0].model, folder))
         check_writable(folder, trial=False)
     for spec, target in missing:
         if spec.corpus.corpus not in CORPORA:
-            check_text(text_of(spec, begun(target)))
+            check_text(text_of(spec, existing_header(target)))
 
 
 def check_text(text: Corpus | TokenisedText) -> None:
@@ -130,11 +130,11 @@ def _check_makeable(missing: Stores, model: ModelConfig) -> None:
         check_weights(there)  # what can't be loaded leaves no folder behind
 
 
-def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[str], None]) -> None:
+def check_current(target: Place, spec: StoreSpec, compare_text: bool, say: Callable[[str], None]) -> None:
     """Raise StoreError if the model, the tokenizer or the text are no longer those that a finished store was made from.
 
     The model is not loaded, nor downloaded or converted: what can't be had on this machine is not compared, and that
-    is said. Of a store of token ids that were `given` there is no text.
+    is said.
     """
     header = read_header(target)
     folder = None
@@ -146,7 +146,7 @@ def check_current(target: Place, spec: StoreSpec, given: bool, say: Callable[[st
         not_compared["model"] = f"{spec.model.id} is not on this machine"
     else:
         now |= {what: partial(is_made_of, what, header, folder) for what in DIGESTS}
-    if not given:
+    if compare_text:
         now["corpus"] = partial(_is_text, header)
     for what, is_same in now.items():
         try:

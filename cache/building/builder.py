@@ -248,7 +248,7 @@ class Builder:
 
     def finish(self) -> None:
         """Note this worker's share of the checksums; worker 0 then writes statistics, lists and, last, `complete`."""
-        if (tally := self._tallied()) is not None:
+        if (tally := self._tally()) is not None:
             counts, checks = tally
             update = {
                 "statistics": self.write_statistics(checks),
@@ -265,7 +265,7 @@ class Builder:
         if layout.read_header(self.target).complete:
             clear(self.target)
 
-    def _tallied(self) -> tuple[NDArray[np.uint32], dict[str, NDArray[np.uint32]]] | None:
+    def _tally(self) -> tuple[NDArray[np.uint32], dict[str, NDArray[np.uint32]]] | None:
         """Write this worker's parts of the tally, and compute again what is not as it was written down; for worker 0
         what all parts tell.
 
@@ -279,7 +279,7 @@ class Builder:
             if not wrong:
                 if self.share.rank:
                     return None
-                if (tally := sealing.collected(self.target, specs, self.written.key)) is not None:
+                if (tally := sealing.collect_parts(self.target, specs, self.written.key)) is not None:
                     return tally
                 continue
             if self._shared and attempt == 0:  # they may have been written and not been written down yet

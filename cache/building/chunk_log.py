@@ -32,10 +32,10 @@ class Written:
     def __init__(self, target: Place, key: str, specs: Iterable[ArraySpec]) -> None:
         self.folder, self.key = target / FOLDER, key
         self._checksums = {spec.path: np.full(spec.count, -1, np.int64) for spec in specs}
-        self._taken: dict[str, int] = {}
+        self._loaded: dict[str, int] = {}
         self._lock = threading.Lock()
         self._begin()
-        self._waiting, self._told = False, time.monotonic()
+        self._is_dirty, self._flushed_at = False, time.monotonic()
 
     def _begin(self) -> None:
         self._name = secrets.token_hex(8)
@@ -50,18 +50,18 @@ class Written:
         with self._lock:
             new: dict[str, int] = {}
             with contextlib.suppress(FileNotFoundError):  # the store was finished meanwhile
-                new = {name: size for name, size in sizes(self.folder).items() if self._taken.get(name) != size}
+                new = {name: size for name, size in sizes(self.folder).items() if self._loaded.get(name) != size}
             for name, data in zip(new, map_parallel(self._read, new), strict=True):
                 with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError):
-                    self._take(parse_json(data))
-                    self._taken[name] = new[name]
+                    self._load_file(parse_json(data))
+                    self._loaded[name] = new[name]
 
     def _read(self, name: str) -> bytes:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return (self.folder / name).read_bytes()
         return b""
 
-    def _take(self, content: dict[str, Any]) -> None:
+    def _load_file(self, content: dict[str, Any]) -> None:
         check_seal(content)
         if content["store"] != self.key:
             return
@@ -75,21 +75,21 @@ class Written:
         with self._lock:
             self._checksums[path][index] = checksum
             self._chunks.setdefault(path, []).append([index, checksum])
-            self._waiting = True
-            if time.monotonic() - self._told >= EVERY:
+            self._is_dirty = True
+            if time.monotonic() - self._flushed_at >= EVERY:
                 self._write()
 
     def flush(self) -> None:
         """Write down all that was added."""
         with self._lock:
-            if self._waiting:
+            if self._is_dirty:
                 self._write()
 
     def _write(self) -> None:
         content = json.dumps(sealed({"store": self.key, "chunks": self._chunks})).encode()
         with contextlib.suppress(FileNotFoundError):  # another worker has just finished the store
             publish(self.folder / self._name, content)
-        self._taken[self._name] = len(content)
-        self._waiting, self._told = False, time.monotonic()
+        self._loaded[self._name] = len(content)
+        self._is_dirty, self._flushed_at = False, time.monotonic()
         if sum(map(len, self._chunks.values())) >= PER_FILE:
             self._begin()

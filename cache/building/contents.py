@@ -40,7 +40,7 @@ class TokenisedText:
     notes: tuple[str, ...] = ()
 
 
-def begun(target: Place) -> Header | None:
+def existing_header(target: Place) -> Header | None:
     """The header of a store that was begun, if it can be read."""
     with contextlib.suppress(StoreError, OSError):
         return read_header(target)

@@ -7,6 +7,7 @@ checksums names.
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hsae.cache.building.statistics import summarise
-from hsae.cache.building.verification import Damage, verify
+from hsae.cache.building.verification import Damage, find_damage, verify
 from hsae.cache.building.writer import read_trailers, write_documents, write_header, write_list
 from hsae.cache.config import at_commit
 from hsae.cache.errors import DamagedFileError, StoreError
@@ -58,11 +59,9 @@ def repair(
 
 def mend_documents(root: Place, *, device: str, say: Callable[[str], None]) -> None:
     """Make `documents.json` of a finished store again if it is missing or damaged."""
-    try:
-        layout.read_documents(root, layout.read_header(root))
-    except DamagedFileError as error:
-        say(f"{error.path} {error.problem}; making it again")
-        repair(root, [Damage(array="", index=0, path=error.path, problem=error.problem)], device=device, say=say)
+    if (damage := find_damage(partial(layout.read_documents, root, layout.read_header(root)))) is not None:
+        say(f"{damage.path} {damage.problem}; making it again")
+        repair(root, [damage], device=device, say=say)
 
 
 def _refuse_lossy(root: Place, header: layout.Header, damages: Sequence[Damage]) -> None:

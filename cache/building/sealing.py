@@ -41,7 +41,7 @@ def write_parts(
     parts, wrong = -(-specs[0].count // TALLIED), []
     for part in (*share.own(parts), *(() if share.rank else share.others(parts))):
         if _read(target, specs, int(part), written.key) is None:
-            tally, harmed = _tallied(target, specs, int(part), special_ids, written)
+            tally, harmed = _tally(target, specs, int(part), special_ids, written)
             wrong += harmed
             if not harmed:
                 data = tally.tobytes()
@@ -50,7 +50,7 @@ def write_parts(
     return wrong
 
 
-def collected(
+def collect_parts(
     target: Place, specs: Sequence[ArraySpec], key: str
 ) -> tuple[NDArray[np.uint32], dict[str, NDArray[np.uint32]]] | None:
     """(non-special tokens of each chunk, checksums of each array's chunks); None if a part is missing or harmed."""
@@ -78,7 +78,7 @@ def _checksum(numbers: bytes, part: int, key: str) -> bytes:
     return crc32c(f"{key}/{part}".encode(), crc32c(numbers)).to_bytes(CRC_BYTES, "little")
 
 
-def _tallied(
+def _tally(
     target: Place, specs: Sequence[ArraySpec], part: int, special_ids: Sequence[int], written: Written
 ) -> tuple[NDArray[np.uint32], list[Chunk]]:
     """(a part's numbers, the chunks that are not what was written down)."""

@@ -44,7 +44,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from hsae.cache.config import HOOK_PATTERN, Codec, Config
 from hsae.cache.errors import DamagedFileError, StoreError, missing_is_damage
@@ -60,6 +60,7 @@ SUITES = {"forget": "unlearning", "retain": "unlearning", "autointerp": "autoint
 """What `hsae cache build --suite` is given for a store of another split than train and eval."""
 
 
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what JSON of another shape leads to
 DOCUMENT_ROWS = TypeAdapter(list[tuple[int, str | None]])
 
 
@@ -197,10 +198,10 @@ def read_header(root: Place, wanted: StoreSpec | None = None) -> Header:
         return Header(**{**content, **older})
 
     try:
-        header = read_again(path, read, (ValueError, KeyError, TypeError, AttributeError))
+        header = read_again(path, read, MALFORMED)
     except (FileNotFoundError, NotADirectoryError):
         raise LostHeaderError(f"no activation store at {root}; make it with `{build_command(root)}`") from None
-    except (ValidationError, ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
+    except (*MALFORMED, IsADirectoryError) as error:
         raise _lost(root, f"is not the header of an hsae store: {' '.join(str(error).splitlines()[:3])}") from None
     spec = header.spec
     if header.format != FORMAT_VERSION:

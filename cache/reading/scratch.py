@@ -30,7 +30,7 @@ from hsae.cache.storage.paths import IN_FLIGHT
 
 DEFAULT_GIB = 64.0
 SPARE_BYTES = 1 << 30  # of the disk, left to others
-KEPT = 0.9  # share of the budget that an eviction leaves, so that it is rare
+EVICTED_TO = 0.9  # share of the budget that an eviction leaves, so that it is rare
 AHEAD = 600.0  # seconds that a file's time may lie ahead of the clock
 OURS = re.compile(rf"[0-9a-f]{{32}}({re.escape(PARTIAL)})?")
 
@@ -40,7 +40,7 @@ class Scratch:
 
     def __init__(self, folder: Path, budget: int) -> None:
         self.folder, self.budget = folder, budget
-        self._held: int | None = None
+        self._used: int | None = None
         """Bytes seen at the last look, and written by this process since."""
         self._lock = threading.Lock()
 
@@ -93,9 +93,9 @@ class Scratch:
 
     def _make_room(self, size: int) -> None:
         with self._lock:
-            if self._held is None or self._held + size > self._limit(self._held):
+            if self._used is None or self._used + size > self._limit(self._used):
                 self._evict(size)
-            self._held = (self._held or 0) + size
+            self._used = (self._used or 0) + size
 
     def _limit(self, used: int) -> int:
         return min(self.budget, used + shutil.disk_usage(self.folder).free - SPARE_BYTES)
@@ -104,24 +104,24 @@ class Scratch:
         """Look at what is there, whoever wrote it, and delete the least recently used files if it is too much."""
         with FileLock(self.folder / "evict.lock"):
             files, now = [], time.time()
-            self._held = 0
+            self._used = 0
             sweep_files(self.folder.glob(f"*{PARTIAL}"), JUST_MADE)
             for entry in os.scandir(self.folder):
                 if OURS.fullmatch(entry.name):
                     with contextlib.suppress(FileNotFoundError):
                         status = entry.stat(follow_symlinks=False)
-                        self._held += status.st_size
+                        self._used += status.st_size
                         if not entry.name.endswith(PARTIAL):
                             ahead = status.st_mtime > now + AHEAD  # set by a wrong clock: as if never used
                             files.append((0 if ahead else status.st_mtime_ns, status.st_size, entry.path))
-            limit = self._limit(self._held)
-            if self._held + size <= limit:
+            limit = self._limit(self._used)
+            if self._used + size <= limit:
                 return
             for _, length, name in sorted(files):
-                if self._held + size <= KEPT * limit:
+                if self._used + size <= EVICTED_TO * limit:
                     break
                 Path(name).unlink(missing_ok=True)
-                self._held -= length
+                self._used -= length
 
 
 def named_checksum(checksum: int, path: Path) -> int:

@@ -9,6 +9,7 @@ those that never showed the token first; if all are being answered, it waits.
 
 import asyncio
 import logging
+import resource
 import socket
 import time
 from contextlib import suppress
@@ -42,9 +43,7 @@ class Limits:
 
 def most_connections(wanted: int) -> int:
     """So many, or as many as there may be descriptors for, with a file each; raises the soft limit."""
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
+    with suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != resource.RLIM_INFINITY:
             files = 2 * wanted + SPARE_FILES

@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -21,7 +22,7 @@ from filelock import FileLock, Timeout
 from hsae.cache.errors import RemoteError, StoreError
 from hsae.cache.files import PARTIAL, write_bytes_atomically
 from hsae.cache.storage.remote import WEB, RemotePath
-from hsae.cache.storage.retry import redact, retry_damaged
+from hsae.cache.storage.retry import TRIES, log_waiting, redact
 
 IN_FLIGHT = 16  # requests at once
 LOCAL_AT_ONCE = 2  # files of this machine that are read or written at once
@@ -73,8 +74,14 @@ def at_once(target: Place) -> int:
 def read_again(
     source: Place, read: Callable[[], ResultT], damaged: type[Exception] | tuple[type[Exception], ...]
 ) -> ResultT:
-    """`read()`; from a remote place a few times more while it raises `damaged`, see `retry_damaged`."""
-    return retry_damaged(read, damaged) if isinstance(source, RemotePath) else read()
+    """`read()`; from a remote place a few times more while it raises `damaged`: a body may be cut on its way."""
+    for number in range(1, TRIES if isinstance(source, RemotePath) else 1):
+        try:
+            return read()
+        except damaged as error:
+            log_waiting(f"{redact(str(error))} Fetching it again.")
+            time.sleep(0.1 * number)
+    return read()
 
 
 def read_tail(source: Place, count: int) -> bytes:

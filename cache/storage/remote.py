@@ -187,7 +187,7 @@ class RemotePath:
     def is_dir(self) -> bool:
         """Whether there is an object below."""
         try:
-            return bool(self.request(lambda filesystem, path: filesystem.ls(path, detail=False)))
+            return bool(self.iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return False
 

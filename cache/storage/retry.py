@@ -60,26 +60,15 @@ def retry_request(name: str, request: Callable[[], ResultT], describe: Callable[
             if waited + pause > PATIENCE:
                 raise RemoteError(f"{name} can't be reached, tried for {PATIENCE:.0f} s ({detail})") from None
             if waited > SILENCE:
-                _log_waiting(f"{name} can't be reached ({detail}); trying again for up to {PATIENCE:.0f} s")
+                log_waiting(f"{name} can't be reached ({detail}); trying again for up to {PATIENCE:.0f} s")
         time.sleep(pause * random.uniform(0.5, 1))  # many readers must not come back in step
         pause = min(pause * 2, LONGEST_PAUSE)
-
-
-def retry_damaged(read: Callable[[], ResultT], damaged: type[Exception] | tuple[type[Exception], ...]) -> ResultT:
-    """`read()`, a few times more while it raises `damaged`: a body may be cut, flipped or another's on its way."""
-    for number in range(1, TRIES):
-        try:
-            return read()
-        except damaged as error:
-            _log_waiting(f"{redact(str(error))} Fetching it again.")
-            time.sleep(FIRST_PAUSE * number)
-    return read()
 
 
 _logged_at = -BETWEEN
 
 
-def _log_waiting(line: str) -> None:
+def log_waiting(line: str) -> None:
     """Log it, unless such a line was logged a moment ago: many requests wait together."""
     global _logged_at
     if (now := time.monotonic()) - _logged_at >= BETWEEN:

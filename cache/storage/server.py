@@ -25,7 +25,7 @@ PIECE_BYTES = 1 << 20  # read and sent at once
 SHORTEST_TOKEN = 16
 
 
-def served(path: Path) -> tuple[Path, str | None, list[str]]:
+def find_stores(path: Path) -> tuple[Path, str | None, list[str]]:
     """(folder, name of the one store served or None, names of all). Raises StoreError."""
     path = path.expanduser().resolve()
     if path.name.endswith(SUFFIX) and (path / "zarr.json").is_file():
@@ -38,7 +38,7 @@ def served(path: Path) -> tuple[Path, str | None, list[str]]:
     return path, None, names
 
 
-def checked_token(token: str | None) -> str:
+def check_token(token: str | None) -> str:
     """The token, if it is one. Raises UserError, without showing it."""
     if not token:
         raise UserError("set HSAE_TOKEN to a secret that readers must know: export HSAE_TOKEN=$(openssl rand -hex 32)")
@@ -145,10 +145,10 @@ def serve(
         from hsae.cache.storage.connections import Limits, most_connections, server
     except ImportError:
         raise UserError("serving stores needs uvicorn and starlette; run: pip install 'hsae[serve]'") from None
-    root, only, names = served(path)
+    root, only, names = find_stores(path)
     if (certificate is None) != (key is None):
         raise UserError("TLS needs both --certificate and --key, or neither")
-    app = application(root, only, checked_token(token))
+    app = application(root, only, check_token(token))
     with _listener(host, port) as listener:
         limits = Limits(connections=most_connections(Limits.connections))
         try:

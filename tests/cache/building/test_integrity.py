@@ -170,12 +170,12 @@ def test_workers_take_down_counts_and_checksums_in_parts(make_store, tmp_path, m
             written.add(spec.path, index, int(checksum))
     assert sealing.write_parts(root, specs, (0,), Share(1, 3), written) == []
     assert [path.name for path in (root / "tally").iterdir()] == ["1"]
-    assert sealing.collected(root, specs, "key") is None
+    assert sealing.collect_parts(root, specs, "key") is None
     assert sealing.write_parts(root, specs, (0,), Share(0, 3), written) == []  # what worker 2 left as well
-    kept, checks = sealing.collected(root, specs, "key")
+    kept, checks = sealing.collect_parts(root, specs, "key")
     assert kept.tolist() == [int((values["tokens"][first : first + 4] != 0).sum()) for first in range(0, 23, 4)]
     assert all(checks[spec.path].tolist() == wanted[spec.path].tolist() for spec in specs)
-    assert sealing.collected(root, specs, "another key") is None
+    assert sealing.collect_parts(root, specs, "another key") is None
     clear(root)
     specs[1].chunk_file(root, 3).unlink()
     written.add("tokens", 0, 7)

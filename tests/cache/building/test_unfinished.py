@@ -120,13 +120,13 @@ def test_a_chunk_exchanged_in_the_last_step_is_computed_again(stores, tmp_path, 
 
 def test_a_chunk_exchanged_after_its_checksum_was_taken_down_is_noticed(stores, tmp_path, monkeypatch):
     _, last, _ = stores
-    root, real = Path(shutil.copytree(last, tmp_path / last.name)), sealing.collected
+    root, real = Path(shutil.copytree(last, tmp_path / last.name)), sealing.collect_parts
 
     def late(*arguments):
         exchange(root / ACTS / "0/0/0", root / ACTS / "2/0/0")
         return real(*arguments)
 
-    monkeypatch.setattr(sealing, "collected", late)
+    monkeypatch.setattr(sealing, "collect_parts", late)
     with pytest.raises(StoreError, match="another chunk, put in this one's place"):
         build([spec()], tmp_path)
     monkeypatch.undo()
