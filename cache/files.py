@@ -104,8 +104,8 @@ def sync_folder(folder: Path) -> None:
 
 def sweep(folder: Path, *, below: bool = True, youngest: float = 0.0) -> int:
     """Delete files that killed writers left half-written in a folder (and `below` it); returns how many."""
-    left = folder.glob("**/.*" if below else ".*")
-    return sweep_files((path for path in left if LEFT.fullmatch(path.name) and path.is_file()), youngest)
+    paths = folder.glob("**/.*" if below else ".*")
+    return sweep_files((path for path in paths if LEFT.fullmatch(path.name) and path.is_file()), youngest)
 
 
 def sweep_files(partial: Iterable[Path], youngest: float = 0.0) -> int:

@@ -45,13 +45,13 @@ def share() -> Share:
     """This process's share, from the launcher's environment. Raises UserError for impossible numbers."""
     for names in LAUNCHERS:
         if os.environ.get(names[0]) and os.environ.get(names[1]):
-            given = {name: os.environ.get(name, "0") for name in names}
+            settings = {name: os.environ.get(name, "0") for name in names}
             try:
-                result = Share(*(int(text) for text in given.values()))
+                result = Share(*(int(text) for text in settings.values()))
             except ValueError:
                 result = Share(-1)
             if not 0 <= result.rank < result.world or result.local_rank < 0:
-                values = ", ".join(f"{name}={text}" for name, text in given.items())
+                values = ", ".join(f"{name}={text}" for name, text in settings.items())
                 raise UserError(
                     f"{values}: {names[0]} must be a number from 0 to {names[1]} - 1; unset them to work alone"
                 )

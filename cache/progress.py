@@ -62,14 +62,14 @@ def bars(console: "Console") -> Iterator[Progress]:
     )
     task_column, count_column, speed_column = (TextColumn(text, markup=False) for text in texts)
     columns = (task_column, BarColumn(), count_column, TimeRemainingColumn(compact=True), speed_column)
-    begun: dict[str, tuple[TaskID, float, int]] = {}
+    tasks: dict[str, tuple[TaskID, float, int]] = {}
     with Bars(*columns, console=console) as display:
 
         def report(step: Step) -> None:
-            if step.task not in begun:
+            if step.task not in tasks:
                 task = display.add_task(step.task, total=step.total, unit=step.unit, speed="")
-                begun[step.task] = (task, time.perf_counter(), step.done)
-            task, since, first = begun[step.task]
+                tasks[step.task] = (task, time.perf_counter(), step.done)
+            task, since, first = tasks[step.task]
             speed = ""
             if step.tokens and step.done > first:
                 rate = (step.done - first) / (time.perf_counter() - since)

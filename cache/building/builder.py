@@ -38,7 +38,7 @@ UNFINISHED = (sealing.FOLDER, chunk_log.FOLDER)  # folders of a store that is no
 PACKED_AT_ONCE = 64  # chunks of tokens between two states of the packing
 SAMPLED_CHUNKS = 64
 MOST_UNKNOWN = 0.1  # of the tokens: of text in its own language a tokenizer misses a few in a thousand
-ASKED_AHEAD = 4  # chunks whose tokens, and whose being there, are asked for ahead
+READ_AHEAD = 4  # chunks whose tokens, and whether they are there, are read ahead
 
 
 def clear(target: Place) -> None:
@@ -207,7 +207,7 @@ class Builder:
         return self.share.world > 1 or not isinstance(self.target, Path)
 
     def _computed(self, indices: NDArray[np.int64]) -> Iterator[tuple[ArraySpec, int, Tensor]]:
-        """What is missing of these chunks, by one listing of each array; what comes next is asked for ahead."""
+        """What is missing of these chunks, by one listing of each array; what comes next is read ahead."""
         there = {path: array.written(self.target) for path, array in self.specs.items() if path != "tokens"}
         present = {path: mask & (self.written[path] >= 0) for path, mask in there.items()}
         unfinished = np.zeros(self.specs["tokens"].count, bool)
@@ -220,7 +220,7 @@ class Builder:
                 missing = [a for a in missing if there[a.path][index] or not a.is_written(self.target, index)]
             return index, missing, self._tokens_if_packed(index)
 
-        for index, missing, tokens in map_parallel(ask, map(int, indices[unfinished[indices]]), ASKED_AHEAD):
+        for index, missing, tokens in map_parallel(ask, map(int, indices[unfinished[indices]]), READ_AHEAD):
             if missing:
                 self.report("activations", index * self.step)
                 if tokens is None:

@@ -1,4 +1,4 @@
-"""What a build will take, told before anything is computed."""
+"""What a build will take, before anything is computed."""
 
 import shutil
 from dataclasses import dataclass

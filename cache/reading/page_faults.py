@@ -17,13 +17,13 @@ WATCHER = r"""
 import os, signal, sys
 for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
     signal.signal(ignored, signal.SIG_IGN)
-told = b""
+received = b""
 while data := os.read(0, 65536):
-    told += bytes(byte for byte in data if byte >= 32)
+    received += bytes(byte for byte in data if byte >= 32)
     if signal.SIGBUS in data:
         try:
             import shlex
-            names = [os.fsdecode(name) for name in told.split(b"\x7f")[:-1]]
+            names = [os.fsdecode(name) for name in received.split(b"\x7f")[:-1]]
             verify = "; ".join("hsae cache verify " + shlex.quote(name) for name in names if name.endswith(".zarr"))
             print("\nError: a file of", " or ".join(names), "was cut, or its disk failed, while it was being read "
                   "(SIGBUS). Checkpoints and results that were written are kept."
@@ -64,7 +64,7 @@ def _start() -> bool:
     before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
     try:
         if before != -1:
-            raise OSError("another part of the process is told of signals")
+            raise OSError("another part of the process handles signals")
         command = [sys.executable, "-I", "-S", "-c", WATCHER, str(os.getpid())]
         quiet = [(os.POSIX_SPAWN_DUP2, reads, 0), (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
         os.posix_spawn(sys.executable, command, os.environ, file_actions=quiet)

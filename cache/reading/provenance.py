@@ -31,32 +31,32 @@ def pin_commit(model: ModelConfig, root: str | Place) -> ModelConfig:
     return model
 
 
-def check_model(store: Place, made: "Header | SuiteHeader", model: "LanguageModel", suite: str | None = None) -> None:
+def check_model(store: Place, header: "Header | SuiteHeader", model: "LanguageModel", suite: str | None = None) -> None:
     """Raise StoreError unless a store was made with the weights and the tokenizer of a model that was loaded for it."""
     nouns: dict[Literal["model", "tokenizer"], str] = {"model": "weights", "tokenizer": "tokenizer files"}
     for part, noun in nouns.items():
-        if not is_made_of(part, made, model.folder, model.digest_like(part, getattr(made, f"{part}_digest"))):
+        if not is_made_of(part, header, model.folder, model.digest_like(part, getattr(header, f"{part}_digest"))):
             raise _other(store, noun, suite)
 
 
-def check_tokenizer(store: Place, made: "Header | SuiteHeader", tokenizer: Any) -> None:
+def check_tokenizer(store: Place, header: "Header | SuiteHeader", tokenizer: Any) -> None:
     """Raise StoreError unless a store was made with a tokenizer that was loaded for it."""
-    digest = tokenizer_state_digest(tokenizer) if made.tokenizer_digest.startswith(IN_MEMORY) else None
-    if not is_made_of("tokenizer", made, Path(tokenizer.name_or_path), digest):
+    digest = tokenizer_state_digest(tokenizer) if header.tokenizer_digest.startswith(IN_MEMORY) else None
+    if not is_made_of("tokenizer", header, Path(tokenizer.name_or_path), digest):
         raise _other(store, "tokenizer files")
 
 
-def is_made_of(part: str, made: "Header | SuiteHeader", folder: Path | None, digest: str | None = None) -> bool:
+def is_made_of(part: str, header: "Header | SuiteHeader", folder: Path | None, digest: str | None = None) -> bool:
     """Whether a store was made with the `model` or the `tokenizer` of a folder; an older one by the rule of its time.
 
     `digest` is that of the folder, where it is known; a model that was given in memory has a digest, and no folder.
     """
-    wanted = getattr(made, f"{part}_digest")
+    wanted = getattr(header, f"{part}_digest")
     if folder is None:
         return bool(wanted == digest)
     if wanted == (DIGESTS[part](folder) if digest is None else digest):
         return True
-    return made.older and wanted == DIGESTS[part](folder, anew=True, older=True)
+    return header.older and wanted == DIGESTS[part](folder, anew=True, older=True)
 
 
 def _other(store: Place, what: str, suite: str | None = None) -> StoreError:

@@ -168,8 +168,8 @@ class ActivationStore:
             return count_kept(self.root, tokens.spec, self.header.special_ids, tokens.checks)
         counts = self._arrays["stats/kept"].chunk(0).numpy().astype(np.int64)
         if counts.sum() != self.header.kept_tokens:
-            told = f"the header tells of {self.header.kept_tokens} kept tokens, the chunks of {counts.sum()}"
-            raise StoreError(f"{self.url}: {told}; build it again")
+            problem = f"the header tells of {self.header.kept_tokens} kept tokens, the chunks of {counts.sum()}"
+            raise StoreError(f"{self.url}: {problem}; build it again")
         return counts
 
     def prefetch(self, wanted: Iterable[tuple[str, int]]) -> None:

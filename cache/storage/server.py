@@ -117,8 +117,8 @@ class Bearer:
         """Answer, or pass on."""
         from starlette.responses import PlainTextResponse
 
-        given = next((value for name, value in scope.get("headers", ()) if name == b"authorization"), b"")
-        scheme, _, token = given.partition(b" ")
+        authorization = next((value for name, value in scope.get("headers", ()) if name == b"authorization"), b"")
+        scheme, _, token = authorization.partition(b" ")
         if hmac.compare_digest(token.strip(), self._token) and scheme.lower() == b"bearer":
             return await self.app(scope, receive, send)
         if scope["type"] == "http":
