@@ -125,9 +125,8 @@ class StoreContents:
         packer = packer or self.packer()
         rows = packer.pack(self.token_documents(packer.documents - 1 if packer.documents else 0))
         for index in range(first, self.specs["tokens"].count):
-            wanted = min(self.step, self.spec.rows - index * self.step)
-            chunk = list(itertools.islice(rows, wanted))
-            if len(chunk) < wanted:
+            chunk = list(itertools.islice(rows, self.specs["tokens"].rows(index)))
+            if len(chunk) < self.specs["tokens"].rows(index):
                 self._too_little_text(index * self.step + len(chunk))
             yield index, torch.tensor(chunk, dtype=torch.int32)
 
@@ -184,10 +183,9 @@ class StoreContents:
     ) -> Iterator[tuple[ArraySpec, int, Tensor]]:
         """Chunk `index` of some arrays, of its `tokens`; `report` is called with the number of the last row done."""
         start = index * self.step
-        stop = min(start + self.step, self.spec.rows)
         paths = {array.path for array in wanted}
         buffers = {array.path: torch.zeros(array.chunks, dtype=TORCH_DTYPES[array.dtype]) for array in wanted}
-        for first in range(0, stop - start, self.spec.batch_rows):
+        for first in range(0, len(tokens), self.spec.batch_rows):
             batch = tokens[first : first + self.spec.batch_rows]
             last = first + len(batch)
             resid = self.model.prefix(batch, self.spec.hooks)

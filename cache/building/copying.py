@@ -111,7 +111,7 @@ def _copy_chunks(
     """Copy the chunks that are missing or damaged, into another codec where `wanted` has one."""
     checks = read_checks(root, header)
     pairs = list(zip(layout.every_array(header), layout.every_array(wanted), strict=True))
-    means, chunks = {}, []
+    means, missing = {}, []
     for spec, other in pairs:
         layout.check_array(root, spec)
         if other.codec == "int8" and spec != other:
@@ -120,7 +120,7 @@ def _copy_chunks(
         there = other.lengths(target)
         whole = there == spec.lengths(root) if spec == other else there >= 0
         whole &= [(other.path, index) not in damaged for index in range(other.count)]
-        chunks += [(spec, other, int(index)) for index in np.flatnonzero(~whole)]
+        missing.append((spec, other, np.flatnonzero(~whole)))
 
     def transfer(chunk: tuple[ArraySpec, ArraySpec, int]) -> None:
         spec, other, index = chunk
@@ -131,6 +131,8 @@ def _copy_chunks(
             data = encode_chunk(other, values, means.get(spec.path))
         publish(other.chunk_file(target, index), data)
 
+    chunks = ((spec, other, int(index)) for spec, other, indices in missing for index in indices)
     total = sum(spec.count for spec, _ in pairs)
-    for done, _ in enumerate(map_parallel(transfer, chunks), total - len(chunks) + 1):
+    done_before = total - sum(len(indices) for *_, indices in missing)
+    for done, _ in enumerate(map_parallel(transfer, chunks), done_before + 1):
         progress(Step(task="copying", done=done, total=total, unit="chunks"))

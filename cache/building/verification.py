@@ -39,7 +39,9 @@ def verify(url: str | Place, progress: Progress = silent) -> list[Damage]:
         files.append(find_damage(partial(layout.read_documents, root, header)))
     files.append(find_damage(lambda: checks.update(read_checks(root, header)), "checks"))
     damages = [damage for damage in files if damage is not None]
-    chunks = [(spec, index) for spec in layout.every_array(header) for index in range(spec.count)]
+    specs = layout.every_array(header)
+    chunks = ((spec, index) for spec in specs for index in range(spec.count))  # of which there may be millions
+    total = sum(spec.count for spec in specs)
 
     def find(chunk: tuple[ArraySpec, int]) -> Damage | None:
         spec, index = chunk
@@ -47,7 +49,7 @@ def verify(url: str | Place, progress: Progress = silent) -> list[Damage]:
 
     for done, damage in enumerate(map_parallel(find, chunks, at_once(root)), 1):
         damages.extend([damage] if damage else [])
-        progress(Step(task="checking", done=done, total=len(chunks), unit="chunks"))
+        progress(Step(task="checking", done=done, total=total, unit="chunks"))
     return damages
 
 

@@ -44,13 +44,13 @@ class WebFileSystem(HTTPFileSystem):  # type: ignore[misc]
     ) -> bytes:
         """A file or a range of it. Raises TooLongError if more than `most` bytes come."""
         wanted = {} if start is end is None else {"Range": await self._process_limits(url, start, end)}
-        answer, data = await self._get(url, most, wanted)
+        answer, data = await self._fetch(url, most, wanted)
         return data if not wanted or answer.status == 206 else data[start:end]
 
     async def _ls_real(self, url: str, detail: bool = False, **kwargs: Any) -> list[str]:
         """What a folder's page links to that lies directly in it, by name; hsae wants no more `detail`."""
         folder = url.rstrip("/") + "/"
-        answer, page = await self._get(url, MOST_BYTES, {})
+        answer, page = await self._fetch(url, MOST_BYTES, {})
         links = LINK.findall(page) if answer.content_type == "text/html" else []
         names = set()
         for link in (unescape(link.decode(errors="replace")) for link in links):
@@ -60,7 +60,7 @@ class WebFileSystem(HTTPFileSystem):  # type: ignore[misc]
                 names.add(folder + path)
         return sorted(names)
 
-    async def _get(self, url: str, most: int, wanted: dict[str, str]) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _fetch(self, url: str, most: int, wanted: dict[str, str]) -> tuple[aiohttp.ClientResponse, bytes]:
         session, address = await self.set_session(), self.encode_url(url)
         async with session.get(address, headers={**_headers(address), **wanted}) as answer:
             self._raise_not_found_for_status(answer, url)
