@@ -21,10 +21,8 @@ from hsae.cache.storage.paths import Place, at_once, map_parallel, place
 class Damage:
     """One file that is missing or is not what was written."""
 
-    array: str
-    """The array whose chunk it is; empty for metadata and `documents.json`."""
-    index: int
-    """Number of the chunk."""
+    array: str  # the array whose chunk it is; empty for metadata and `documents.json`
+    index: int  # number of the chunk
     path: Place
     problem: str
 

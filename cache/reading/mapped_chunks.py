@@ -36,10 +36,8 @@ class MappedArray:
         page_faults.note(str(root))
         self.in_place = spec.codec == "mappable" and isinstance(root, Path)
         self._chunks: OrderedDict[int, Tensor] = OrderedDict()
-        self._files: dict[int, Path] = {}
-        """Scratch files of the chunks in `_chunks`."""
-        self._checked = bytearray(spec.count if self.in_place else 0)
-        """1 for each chunk whose checksums were tested."""
+        self._files: dict[int, Path] = {}  # scratch files of the chunks in `_chunks`
+        self._checked = bytearray(spec.count if self.in_place else 0)  # 1 for each chunk whose checksums were tested
         self._fetched = 0
 
     def chunk(self, index: int) -> Tensor:

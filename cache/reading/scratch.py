@@ -40,8 +40,7 @@ class Scratch:
 
     def __init__(self, folder: Path, budget: int) -> None:
         self.folder, self.budget = folder, budget
-        self._used: int | None = None
-        """Bytes seen at the last look, and written by this process since."""
+        self._used: int | None = None  # bytes seen at the last look, and written by this process since
         self._lock = threading.Lock()
 
     def fetch(self, key: str, size: int, make: Callable[[], bytes]) -> Path:

@@ -39,10 +39,8 @@ WINDOW_BYTES = 16 << 30
 class _Window:
     epoch: int
     index: int
-    start: int
-    """Position of its first token within the epoch."""
-    order: NDArray[np.int64]
-    """Shuffled token addresses: chunk * chunk_rows * T + position within the chunk."""
+    start: int  # position of its first token within the epoch
+    order: NDArray[np.int64]  # shuffled token addresses: chunk * chunk_rows * T + position within the chunk
 
 
 class TokenStream:

@@ -29,16 +29,11 @@ class Limits:
     """How many connections there may be, and what one may take, in seconds."""
 
     connections: int = 1024
-    request: float = 10.0
-    """From the beginning of a connection or request to the end of its head; for a TLS handshake too."""
-    stalled: float = 60.0
-    """Without taking anything of an answer that is ready."""
-    idle: int = 75
-    """From one request to the next."""
-    pause: float = 1.0
-    """After the system had no descriptor or memory for a connection."""
-    log: float = 60.0
-    """From one line of log to the next."""
+    request: float = 10.0  # from the beginning of a connection or request to the end of its head; a TLS handshake too
+    stalled: float = 60.0  # without taking anything of an answer that is ready
+    idle: int = 75  # from one request to the next
+    pause: float = 1.0  # after the system had no descriptor or memory for a connection
+    log: float = 60.0  # from one line of log to the next
 
 
 def most_connections(wanted: int) -> int:
@@ -61,12 +56,9 @@ class Connection(H11Protocol):
         super().__init__(server.config, server.server_state, server.lifespan.state)
         self._limits = server.limits
         self._timer: asyncio.TimerHandle | None = None
-        self.waiting = False
-        """Whether a request was answered, so that its sender has the token, and no byte of another came."""
-        self.known = False
-        """Whether it was ever so."""
-        self.begun = False
-        """Whether a TLS handshake, if there is one, is over."""
+        self.waiting = False  # whether a request was answered, so its sender has the token, and no byte of another came
+        self.known = False  # whether it was ever so
+        self.begun = False  # whether a TLS handshake, if there is one, is over
         self.over: asyncio.Future[None] = self.loop.create_future()
 
     @property
@@ -136,8 +128,7 @@ class Server(uvicorn.Server):
         listener.listen(BACKLOG)
         listener.setblocking(False)
         self.limits, self._listener = limits, listener
-        self.open: dict[Connection, asyncio.Task[None]] = {}
-        """The oldest first."""
+        self.open: dict[Connection, asyncio.Task[None]] = {}  # the oldest first
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept connections."""
