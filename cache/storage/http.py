@@ -6,6 +6,7 @@ address a plan names is not always its reader's choice. An address without http:
 used where that was written.
 """
 
+import contextlib
 import errno
 import os
 import re
@@ -92,11 +93,10 @@ class WebBackend(Backend):
         """By a walk through the folders, whose listings have no sizes, and a HEAD of every file."""
 
         def listed(folder: str) -> list[str]:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 names = (target / folder).request(lambda filesystem, path: filesystem.ls(path, detail=False))
-            except FileNotFoundError:
-                return []
-            return [folder + str(name)[len(f"{target.url}/{folder}") :] for name in names]
+                return [folder + str(name)[len(f"{target.url}/{folder}") :] for name in names]
+            return []
 
         files: list[str] = []
         folders, seen = [""], 0
