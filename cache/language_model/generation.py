@@ -32,10 +32,8 @@ class PendingPrompt:
     """A prompt that is to be completed."""
 
     ids: Sequence[int]
-    resid_TD: Tensor
-    """Residuals at the hook."""
-    is_decided: Callable[[str], bool]
-    """Whether what has been written so far is enough."""
+    resid_TD: Tensor  # residuals at the hook
+    is_decided: Callable[[str], bool]  # whether what has been written so far is enough
     written: list[int] = field(default_factory=list)
 
 

@@ -32,10 +32,8 @@ class GgufModel:
     """A model in a .gguf file, or in parts of one."""
 
     files: list[Path]
-    converted: Path
-    """Folder of its conversion, which may not be there yet."""
-    package: Any = None
-    """What puts the parts together."""
+    converted: Path  # folder of its conversion, which may not be there yet
+    package: Any = None  # what puts the parts together
 
     @property
     def folder_here(self) -> Path | None:

@@ -55,10 +55,8 @@ class EntityType:
     """Entities of one kind."""
 
     name: str
-    labels: dict[str, dict[str, str]]
-    """Entity -> attribute -> label."""
-    prompts: dict[str, tuple[str, ...]]
-    """Attribute -> questions with {entity} in them."""
+    labels: dict[str, dict[str, str]]  # entity -> attribute -> label
+    prompts: dict[str, tuple[str, ...]]  # attribute -> questions with {entity} in them
     source: str
 
 

@@ -40,10 +40,8 @@ class TextTask:
     texts: tuple[str, ...]
     train: dict[str, list[int]]
     test: dict[str, list[int]]
-    source: str
-    """What the texts are, for the record."""
-    pair: tuple[str, str] | None = None
-    """SCR: the two labels."""
+    source: str  # what the texts are, for the record
+    pair: tuple[str, str] | None = None  # SCR: the two labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +49,12 @@ class DataSet:
     """Where a task's records come from and which classes are made of them."""
 
     name: str
-    read: Callable[[], dict[str, list[Record]]]
-    """Records by split."""
+    read: Callable[[], dict[str, list[Record]]]  # records by split
     source: str
     classes: tuple[str, ...] = ()
-    pairs: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """SCR: pairs of labels by name."""
+    pairs: dict[str, tuple[str, str]] = field(default_factory=dict)  # SCR: pairs of labels by name
     attribute_values: tuple[str, str] | None = None
-    by_attribute: bool = False
-    """Whether a class takes as many texts of each attribute value."""
+    by_attribute: bool = False  # whether a class takes as many texts of each attribute value
 
 
 def classes(data: DataSet, records: dict[str, list[Record]], config: SuiteConfig) -> TextTask:

@@ -31,12 +31,9 @@ class TaskEntry(Config):
 
     name: str
     source: str
-    texts: str
-    """Name of the set of residuals."""
-    count: int = Field(ge=1)
-    """Texts in the set."""
-    pair: Annotated[tuple[str, str], Field(strict=False)] | None = None
-    """SCR: the two labels."""
+    texts: str  # name of the set of residuals
+    count: int = Field(ge=1)  # texts in the set
+    pair: Annotated[tuple[str, str], Field(strict=False)] | None = None  # SCR: the two labels
     lists: dict[str, dict[str, list[int]]]
     """Split -> class -> rows of the set; for absorption `letters` -> letter (0-25) of each word."""
 
@@ -46,8 +43,7 @@ class ProbeHeader(SuiteHeader):
 
     spec: ProbeSpec
     tasks: list[TaskEntry]
-    prompt_token_pos: int | None = None
-    """absorption: where the word is, counted from the end of a prompt."""
+    prompt_token_pos: int | None = None  # absorption: where the word is, counted from the end of a prompt
 
     @property
     def sets(self) -> dict[str, int]:

@@ -30,34 +30,25 @@ from hsae.cache.suites.suite_files import PART_TEXTS, ZEROS, SuiteHeader, SuiteS
 class Prompt(Config):
     """A question that the model answers right."""
 
-    row: int = Field(ge=0)
-    """Which text of the set of residuals it is."""
-    kind: str
-    """The entity's type."""
+    row: int = Field(ge=0)  # which text of the set of residuals it is
+    kind: str  # the entity's type
     attribute: str
     entity: str
     label: str
     ids: tuple[int, ...] = Field(strict=False)
-    position: int = Field(ge=0)
-    """The entity's last token."""
-    first_token: int
-    """The first token of the model's answer."""
+    position: int = Field(ge=0)  # the entity's last token
+    first_token: int  # the first token of the model's answer
 
 
 class RavelHeader(SuiteHeader):
     """The store's file."""
 
     spec: RavelSpec
-    sources: dict[str, str]
-    """Entity type -> where it is from."""
-    texts: str
-    """Name of the set of residuals."""
-    count: int = Field(ge=1)
-    """Prompts in the set."""
-    asked: dict[str, dict[str, int]]
-    """Entity type -> attribute -> prompts asked."""
-    right: dict[str, dict[str, int]]
-    """Entity type -> attribute -> prompts answered right."""
+    sources: dict[str, str]  # entity type -> where it is from
+    texts: str  # name of the set of residuals
+    count: int = Field(ge=1)  # prompts in the set
+    asked: dict[str, dict[str, int]]  # entity type -> attribute -> prompts asked
+    right: dict[str, dict[str, int]]  # entity type -> attribute -> prompts answered right
     prompts: list[Prompt]
     """Those answered right that are used: of the attributes with enough of them, and of the entities with the most."""
 
@@ -76,8 +67,7 @@ class CandidatePrompt:
     entity: str
     label: str
     text: str
-    end: int
-    """Where the entity ends, in characters."""
+    end: int  # where the entity ends, in characters
 
 
 def candidate_prompts(kinds: Sequence[EntityType]) -> list[CandidatePrompt]:

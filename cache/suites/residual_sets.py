@@ -133,8 +133,7 @@ class ResidualSet:
 
     def __init__(self, folder: Place, parts: Sequence[Part], suite: str) -> None:
         self.folder, self.parts, self.build = folder, parts, f"hsae cache build --suite {suite}"
-        self._checked: set[int] = set()
-        """Local parts whose checksums were tested."""
+        self._checked: set[int] = set()  # local parts whose checksums were tested
         self._recent = lru_cache(MAPPED_PARTS)(self._with_ends)
         lengths = sizes(folder)
         for number, part in enumerate(parts):

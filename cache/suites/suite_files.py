@@ -48,10 +48,8 @@ class SuiteHeader(Config):
     model_digest: str
     tokenizer_digest: str
     versions: dict[str, str]
-    parts: dict[str, list[Part]]
-    """Set of residuals -> its parts."""
-    passes: int
-    """Prefix passes (texts) that the sets took."""
+    parts: dict[str, list[Part]]  # set of residuals -> its parts
+    passes: int  # prefix passes (texts) that the sets took
     spec: SuiteSpec
     older: ClassVar[bool] = False
     """As an activation store's; these files have always had a checksum, so that it can't be told of them."""

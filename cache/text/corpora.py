@@ -32,12 +32,9 @@ class Corpus:
 
     name: str
     digest: str
-    documents: Callable[[], Iterator[Document]]
-    """Starts over at the first document that is used."""
-    notes: tuple[str, ...] = ()
-    """What people should know: files that are not read."""
-    commit: str | None = None
-    """The commit of a data set on the hub."""
+    documents: Callable[[], Iterator[Document]]  # starts over at the first document that is used
+    notes: tuple[str, ...] = ()  # what people should know: files that are not read
+    commit: str | None = None  # the commit of a data set on the hub
 
     def open(self) -> Iterator[str]:
         """The texts of `documents`."""

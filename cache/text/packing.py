@@ -17,14 +17,10 @@ class Packer:
     """Packs documents into rows of T tokens; its fields are the whole state, so that packing can go on later."""
 
     context: int
-    bos_id: int | None
-    """None packs without BOS."""
-    documents: int = 0
-    """Documents begun."""
-    taken: int = 0
-    """Tokens of the last document that are in finished rows or in `row`."""
-    row: list[int] = field(default_factory=list)
-    """The row being filled."""
+    bos_id: int | None  # None packs without BOS
+    documents: int = 0  # documents begun
+    taken: int = 0  # tokens of the last document that are in finished rows or in `row`
+    row: list[int] = field(default_factory=list)  # the row being filled
 
     def state(self) -> dict[str, Any]:
         """JSON-ready state."""

@@ -46,8 +46,7 @@ class Document:
     """One text of a corpus."""
 
     text: str
-    topic: str | None = None
-    """What it is about, where the corpus knows: documents of one topic belong together."""
+    topic: str | None = None  # what it is about, where the corpus knows: documents of one topic belong together
 
 
 def _arranged(documents: Iterable[Document]) -> tuple[Document, ...]:
