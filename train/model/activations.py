@@ -28,13 +28,13 @@ def top_k(pre_BF: Tensor, k: int, latents: Latents = UNDIVIDED) -> Tensor:
 def batch_top_k(
     pre_BF: Tensor,
     l0: float,
-    guess: Tensor | None = None,
+    bound: Tensor | None = None,
     workers: Workers = ALONE,
     latents: Latents = UNDIVIDED,
 ) -> tuple[Tensor, Tensor]:
     """Keep the batch's round(B * l0) largest positive pre-activations (Bussmann et al. 2024, arXiv 2412.06410).
 
-    Returns the code [B, F] and the smallest value kept, a scalar (0 if nothing is positive). `guess`, a scalar on the
+    Returns the code [B, F] and the smallest value kept, a scalar (0 if nothing is positive). `bound`, a scalar on the
     processor that is likely below the smallest, saves the search among values below it; the result is the same. The
     batch is that of all `workers`, or of all workers' `latents`, who tell each other their largest values: at most 4 *
     count bytes from each.
@@ -42,7 +42,7 @@ def batch_top_k(
     count = round(pre_BF.shape[0] * workers.world * l0)
     others = workers.world * latents.world > 1
     flat = pre_BF.relu().flatten()
-    likely = (flat > guess).nonzero().squeeze(1) if guess is not None else None
+    likely = (flat > bound).nonzero().squeeze(1) if bound is not None else None
     candidates = _every(torch.tensor([len(likely)]), workers, latents) if likely is not None else None
     if likely is not None and candidates is not None and int(candidates.sum()) >= count:
         values, places = torch.topk(flat[likely], min(count, len(likely)), sorted=others)

@@ -126,7 +126,7 @@ class Level(nn.Module):
             acts_BF = pre_BF * (acts_BF > 0)
         return LevelOutput(read_BI, pre_BF, acts_BF, self.latents.sum(acts_BF @ self.W_dec))
 
-    def guess(self) -> Tensor | None:
+    def likely_bound(self) -> Tensor | None:
         """A value likely below the smallest that the next batch keeps; None where it saves nothing."""
         return BOUND_SHARE * self.threshold if self.threshold.device.type == "cpu" and self.threshold > 0 else None
 
@@ -178,7 +178,7 @@ class BatchTopKLevel(Level):
         """The code [B, F]; in training mode the threshold follows what the batch keeps."""
         if not self.training:
             return torch.relu(pre_BF) * (pre_BF > self.threshold)
-        acts_BF, smallest = batch_top_k(pre_BF, self.l0, self.guess(), self.workers, self.latents)
+        acts_BF, smallest = batch_top_k(pre_BF, self.l0, self.likely_bound(), self.workers, self.latents)
         self.track_threshold(smallest)
         return acts_BF
 

@@ -126,7 +126,7 @@ class TrainableSAE(nn.Module):
         l0 = sum(self.level(number).l0 for number in pres)
         coarsest = self.level(max(pres))
         side_by_side = torch.cat(list(pres.values()), 1)
-        code_BF, smallest = batch_top_k(side_by_side, l0, coarsest.guess(), coarsest.workers, self.latents)
+        code_BF, smallest = batch_top_k(side_by_side, l0, coarsest.likely_bound(), coarsest.workers, self.latents)
         for number in pres:
             self.level(number).track_threshold(smallest)
         return dict(zip(pres, torch.split(code_BF, [pre.shape[1] for pre in pres.values()], 1), strict=True))

@@ -98,7 +98,7 @@ class Workers:
 
     def any(self, wish: bool) -> bool:
         """Whether any worker says so."""
-        return wish if self.world == 1 else bool(self.either(torch.tensor([wish]))[0])
+        return bool(self.either(torch.tensor(wish)))
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """What worker 0 made, JSON-ready, for all; the others wait for it."""

@@ -202,9 +202,8 @@ class _Pass(contextlib.ExitStack):
             run.restore(workers.copies(tensors, self.latents.along), workers.from_first(lambda: rest))
         else:
             run.share_state()
-        journal = _RunJournal(
-            plan, config, self.store, MetricsLog(run_dir, run.step_number) if workers.is_first else None
-        )
+        log = MetricsLog(run_dir, run.step_number) if workers.is_first else None
+        journal = _RunJournal(plan, config, self.store, log)
         for number in damaged_metrics(run_dir) if workers.is_first else ():
             warn(
                 f"line {number} of {run_dir / 'metrics.jsonl'} is damaged; what is left of it stays, as text in a line "

@@ -10,18 +10,15 @@ def stages(run: RunConfig) -> tuple[Stage, ...]:
     everything = tuple(range(1, run.levels + 1))
     if isinstance(run.curriculum, tuple):
         return run.curriculum
-    if run.curriculum == "none":
-        return (
-            (
-                Stage(name="joint", until=0.2, levels=everything),
-                Stage(name="joint, composition ramp", until=0.4, levels=everything, composition="ramp"),
-                Stage(name="joint, sparse composition", until=1.0, levels=everything, composition="on", sparsify=True),
-            )
-            if run.composition.mode != "none"
-            else (Stage(name="joint", until=1.0, levels=everything),)
-        )
-    order = everything[::-1] if run.curriculum == "coarse-first" else everything
-    return _progressive(order)
+    if run.curriculum != "none":
+        return _progressive(everything[::-1] if run.curriculum == "coarse-first" else everything)
+    if run.composition.mode == "none":
+        return (Stage(name="joint", until=1.0, levels=everything),)
+    return (
+        Stage(name="joint", until=0.2, levels=everything),
+        Stage(name="joint, composition ramp", until=0.4, levels=everything, composition="ramp"),
+        Stage(name="joint, sparse composition", until=1.0, levels=everything, composition="on", sparsify=True),
+    )
 
 
 def _progressive(order: tuple[int, ...]) -> tuple[Stage, ...]:
@@ -30,24 +27,22 @@ def _progressive(order: tuple[int, ...]) -> tuple[Stage, ...]:
     A joining level warms up alone while those before it stand still; they are freed at 40 %, when composition ramps up
     to 60 %. The proximal step thins W from 60 % on. For two levels this is the schedule 30 / 40 / 60 / 80 / 100.
     """
-    sequence = [Stage(name=f"level {order[0]} alone", until=0.3, levels=order[:1])]
-    joining = len(order) - 1
-    for count in range(1, joining + 1):
-        older = order[:count]
-        sequence.append(
-            Stage(
-                name=f"level {order[count]} joins",
-                until=0.3 + 0.1 * count / joining,
-                levels=order[: count + 1],
-                rates=dict.fromkeys(older, 0.0),
-            )
+    joins = (
+        Stage(
+            name=f"level {order[count]} joins",
+            until=0.3 + 0.1 * count / (len(order) - 1),
+            levels=order[: count + 1],
+            rates=dict.fromkeys(order[:count], 0.0),
         )
-    sequence.append(Stage(name="all levels, composition ramp", until=0.6, levels=order, composition="ramp"))
-    sequence.append(
-        Stage(name="all levels, sparse composition", until=0.8, levels=order, composition="on", sparsify=True)
+        for count in range(1, len(order))
     )
-    sequence.append(Stage(name="decay", until=1.0, levels=order, composition="on", sparsify=True))
-    return tuple(sequence)
+    return (
+        Stage(name=f"level {order[0]} alone", until=0.3, levels=order[:1]),
+        *joins,
+        Stage(name="all levels, composition ramp", until=0.6, levels=order, composition="ramp"),
+        Stage(name="all levels, sparse composition", until=0.8, levels=order, composition="on", sparsify=True),
+        Stage(name="decay", until=1.0, levels=order, composition="on", sparsify=True),
+    )
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Moment:
     """Share of the composition weight that is on, 0 to 1."""
     starts: bool
     """Whether this is the stage's first step."""
-    joined: dict[int, int]
+    warmup_starts: dict[int, int]
     """For each active level the step from which its learning rate warms up: when it joined, or a stage said so last."""
 
 
@@ -78,13 +73,12 @@ class Curriculum:
         index = next((i for i, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
         stage = self.stages[index]
         start = self.ends[index - 1] if index else 0
-        share = {"off": 0.0, "on": 1.0, "ramp": (step + 1 - start) / max(1, self.ends[index] - start)}[
-            stage.composition
-        ]
-        joined = {}
+        ramp = (step + 1 - start) / max(1, self.ends[index] - start)
+        share = {"off": 0.0, "on": 1.0, "ramp": ramp}[stage.composition]
+        warmup_starts = {}
         for level in stage.levels:
             first = next(i for i, earlier in enumerate(self.stages) if level in earlier.levels)
-            warmed = [i for i, earlier in enumerate(self.stages[: index + 1]) if level in earlier.warmup]
-            last = max([first, *warmed])
-            joined[level] = self.ends[last - 1] if last else 0
-        return Moment(stage=stage, index=index, composition=min(1.0, share), starts=step == start, joined=joined)
+            again = [i for i, earlier in enumerate(self.stages[: index + 1]) if level in earlier.warmup]
+            last = max([first, *again])
+            warmup_starts[level] = self.ends[last - 1] if last else 0
+        return Moment(stage, index, min(1.0, share), step == start, warmup_starts)

@@ -14,24 +14,22 @@ SHARED, COMPOSITION = 0, -1  # group names beside the level numbers
 
 def make_optimiser(model: TrainableSAE, compositions: nn.ModuleList, run: RunConfig) -> torch.optim.Adam:
     """Adam (0.9, 0.999) over the levels, the shared bias and the maps W; groups are named by `level`."""
-    groups: dict[int, list[nn.Parameter]] = {
-        number: list(model.level(number).parameters()) for number in range(1, run.levels + 1)
-    }
+    groups = {number: list(model.level(number).parameters()) for number in range(1, run.levels + 1)}
     if model.is_nested:
         groups[SHARED] = [model.bias(1)]
     else:
-        for number in range(1, run.levels + 1):
-            groups[number].append(model.bias(number))
+        for number, parameters in groups.items():
+            parameters.append(model.bias(number))
     if learned := [parameter for parameter in compositions.parameters() if parameter.requires_grad]:
         groups[COMPOSITION] = learned
     named = [{"params": parameters, "level": level} for level, parameters in groups.items()]
     return torch.optim.Adam(named, lr=run.rate, betas=(0.9, 0.999), fused=True)
 
 
-def schedule(run: RunConfig, step: int, steps: int, joined: int = 0) -> float:
-    """Learning-rate factor at `step` for what joined at step `joined`: linear warm-up, flat, linear fall to 0."""
+def schedule(run: RunConfig, step: int, steps: int, warmup_start: int = 0) -> float:
+    """Learning-rate factor at `step`: linear warm-up from step `warmup_start`, flat, linear fall to 0."""
     warmup = max(1, min(run.warmup_steps, steps // 10))
-    rising = min(1.0, (step - joined + 1) / warmup)
+    rising = min(1.0, (step - warmup_start + 1) / warmup)
     decay_steps = run.decay * steps
     falling = min(1.0, (steps - step) / decay_steps) if decay_steps >= 1 else 1.0
     return rising * falling
@@ -44,7 +42,7 @@ def set_rates(optimiser: torch.optim.Adam, run: RunConfig, moment: Moment, step:
         level = group["level"]
         if level > 0:
             factor = moment.stage.rates.get(level, 1.0) if level in moment.stage.levels else 0.0
-            group["lr"] = run.rate * schedule(run, step, steps, moment.joined.get(level, 0)) * factor
+            group["lr"] = run.rate * schedule(run, step, steps, moment.warmup_starts.get(level, 0)) * factor
         else:
             group["lr"] = base if level == SHARED or moment.composition > 0 else 0.0
         for parameter in group["params"]:

@@ -1,5 +1,7 @@
 """A store of a model and texts that are in memory."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from places import GOLDEN_MODEL
@@ -115,6 +117,21 @@ def test_what_can_not_be_built_is_refused_and_leaves_nothing(model, tokenizer, t
     with pytest.raises(error, match=text):
         made(model, tokenizer, **{"folder": tmp_path, **changes})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("texts", [TEXTS, []])
+def test_the_model_keeps_its_modes_and_gradient_flags(model, tokenizer, tmp_path, texts):
+    model.train().model.layers[0].eval()
+    model.lm_head.requires_grad_(False)
+
+    def flags():
+        modes = [module.training for module in model.modules()]
+        return modes, [parameter.requires_grad for parameter in model.parameters()]
+
+    before = flags()
+    with nullcontext() if texts else pytest.raises(CorpusError):
+        made(model, tokenizer, tmp_path, texts=texts)
+    assert flags() == before and model.training and not model.model.layers[0].training
 
 
 def test_a_tokenizer_without_bos_and_a_quantised_model_are_refused(model, tokenizer, tmp_path):

@@ -28,8 +28,8 @@ def test_batch_top_k_keeps_the_batchs_largest_and_says_the_smallest():
     assert sorted(code[code > 0].tolist(), reverse=True) == [value for value in ordered if value > 0]
     assert smallest.item() == pytest.approx(min(value for value in ordered if value > 0))
     assert batch_top_k(-pre.abs(), 2)[1].item() == 0
-    for guess in (0.0, 0.5 * smallest.item(), smallest.item(), 99.0):
-        again, lowest = batch_top_k(pre, 2.5, torch.tensor(guess))
+    for bound in (0.0, 0.5 * smallest.item(), smallest.item(), 99.0):
+        again, lowest = batch_top_k(pre, 2.5, torch.tensor(bound))
         assert torch.equal(again, code) and lowest == smallest
 
 

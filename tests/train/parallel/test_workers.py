@@ -54,9 +54,9 @@ def test_batch_top_k_of_shares_is_that_of_the_batch(world, share, seed, coarse, 
     pre = (pre * 2).round() / 2 if coarse else pre  # many equal values
     l0 = 0.5 + 3 * torch.rand((), generator=generator).item()
     whole, smallest = batch_top_k(pre, l0)
-    for guess in (None, torch.tensor(0.1), torch.tensor(1.5)):
+    for bound in (None, torch.tensor(0.1), torch.tensor(1.5)):
         parts = in_threads(
-            world, lambda workers, guess=guess: batch_top_k(pre.chunk(world)[workers.rank], l0, guess, workers)
+            world, lambda workers, bound=bound: batch_top_k(pre.chunk(world)[workers.rank], l0, bound, workers)
         )
         code = torch.cat([part for part, _ in parts])
         assert [low.item() for _, low in parts] == [smallest.item()] * world

@@ -15,7 +15,7 @@ def test_coarse_first_adds_levels_from_the_coarsest_and_frees_all_at_forty_perce
     assert levels == {0: (3,), 299: (3,), 300: (3, 2), 349: (3, 2), 350: (3, 2, 1), 400: (3, 2, 1)}
     assert curriculum.at(360).stage.rates == {3: 0.0, 2: 0.0}
     assert curriculum.at(400).stage.rates == {}
-    assert curriculum.at(999).joined == {3: 0, 2: 300, 1: 350}
+    assert curriculum.at(999).warmup_starts == {3: 0, 2: 300, 1: 350}
 
 
 def test_fine_first_is_the_reverse_order():
@@ -49,6 +49,6 @@ def test_a_stage_can_warm_a_level_up_again():
         {"name": "c", "until": 1.0, "levels": [1, 2], "warmup": [2]},
     )
     curriculum = Curriculum(run(widths=(7, 3), l0=(2, 1), curriculum=stages), 10)
-    assert [curriculum.at(step).joined.get(2) for step in (0, 5, 6, 7, 9)] == [0, 0, 0, 7, 7]
-    assert [curriculum.at(step).joined.get(1) for step in (0, 5, 9)] == [None, 5, 5]
+    assert [curriculum.at(step).warmup_starts.get(2) for step in (0, 5, 6, 7, 9)] == [0, 0, 0, 7, 7]
+    assert [curriculum.at(step).warmup_starts.get(1) for step in (0, 5, 9)] == [None, 5, 5]
     assert [step for step in range(10) if curriculum.at(step).starts] == [0, 5, 7]
