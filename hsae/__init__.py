@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hsae.eval.logit_effects import logit_effects as logit_effects
     from hsae.train.config.plan import Plan as Plan
     from hsae.train.config.plan import load_plan as load_plan
-    from hsae.train.fit import fit as fit
+    from hsae.train.fitting import fit as fit
     from hsae.train.model.hierarchical_sae import HierarchicalSAE as HierarchicalSAE
     from hsae.train.model.model_files import load as load
     from hsae.train.stores import build as build

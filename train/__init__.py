@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hsae.train.config.plan import load_plan as load_plan
     from hsae.train.config.plan import packaged_plans as packaged_plans
     from hsae.train.config.run_config import RunConfig as RunConfig
-    from hsae.train.fit import fit as fit
+    from hsae.train.fitting import fit as fit
     from hsae.train.model.hierarchical_sae import HierarchicalSAE as HierarchicalSAE
     from hsae.train.model.model_files import load as load
     from hsae.train.model.sae import SAE as SAE

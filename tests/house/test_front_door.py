@@ -28,7 +28,7 @@ def public(face):
 @faces
 def test_names_resolve_and_are_typed(face):
     assert dir(face) == sorted(face.__all__)
-    assert all(hasattr(face, name) for name in face.__all__)
+    assert not [name for name in face.__all__ if inspect.ismodule(getattr(face, name))]
     (typed,) = (node for node in ast.parse(Path(face.__file__).read_text()).body if isinstance(node, ast.If))
     imported = {
         alias.asname: node.module

@@ -11,7 +11,7 @@ from hsae.cache.errors import UserError
 from hsae.cache.reading.store import ActivationStore
 from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import StreamConfig
-from hsae.train.fit import fit
+from hsae.train.fitting import fit
 from hsae.train.model.model_files import load_model
 from hsae.train.runs.metrics_log import read_metrics
 from hsae.train.runs.planned_runs import train_runs
@@ -138,7 +138,7 @@ def test_a_folder_holds_the_model(x, tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_before_a_step(x, change, message, monkeypatch):
-    monkeypatch.setattr("hsae.train.fit.TrainingRun", None)
+    monkeypatch.setattr("hsae.train.fitting.TrainingRun", None)
     with pytest.raises(UserError, match=re.escape(message)):
         fit(**{"x": x, **SHORT, **change})
 
