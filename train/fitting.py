@@ -91,26 +91,22 @@ def fit(
     size = _size(x)
     if steps is None and tokens is None and size is None:
         raise UserError("fit: give steps, or tokens, for an iterable of batches")
-    tokens = steps * batch_tokens if steps is not None else tokens
-    tokens = max(size or 0, LEAST_STEPS * batch_tokens) if tokens is None else tokens
+    if tokens is None:
+        tokens = max(size or 0, LEAST_STEPS * batch_tokens) if steps is None else steps * batch_tokens
     stream_settings = {"tokens": tokens, "batch_tokens": batch_tokens, "seed": seed, "log_steps": log_steps}
     stream = checked("fit", "", StreamConfig, stream_settings)
-    config = checked(
-        "fit",
-        "",
-        RunConfig,
-        {
-            "number": 0,
-            "name": "fit",
-            "structure": structure or ("flat" if len(tuple(widths)) == 1 else "additive"),
-            "widths": tuple(widths),
-            "l0": tuple(l0),
-            "activation": activation,
-            "composition": {"mode": composition} if isinstance(composition, str) else composition,
-            "curriculum": curriculum if isinstance(curriculum, str) else tuple(curriculum),
-            **settings,
-        },
-    )
+    run_settings = {
+        "number": 0,
+        "name": "fit",
+        "structure": structure or ("flat" if len(tuple(widths)) == 1 else "additive"),
+        "widths": tuple(widths),
+        "l0": tuple(l0),
+        "activation": activation,
+        "composition": {"mode": composition} if isinstance(composition, str) else composition,
+        "curriculum": curriculum if isinstance(curriculum, str) else tuple(curriculum),
+        **settings,
+    }
+    config = checked("fit", "", RunConfig, run_settings)
     check_run(config, stream, where="fit", tokens="tokens")
     journal = Journal() if folder is None else _FolderJournal(Path(folder))
     source = _source(x, stream, hook)

@@ -196,9 +196,9 @@ class HierarchicalSAE(View):
         additive: the nested sum. stacked: the cascade of decoders from level `above` down.
         """
 
-    @abstractmethod
     def directions(self, level: int) -> Tensor:
         """[F_l, D] what one unit of each latent of a level adds to the reconstruction; not of unit norm in a stack."""
+        return self.levels[level - 1].directions
 
     def encode(self, x: Tensor, /) -> Tensor:
         """Latent activations [..., F] of all levels side by side, finest first, of residuals [..., D]."""
@@ -369,16 +369,14 @@ class HierarchicalSAE(View):
         write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text))
 
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} of {self.d_in}-dimensional residuals, {placed(self)}{self._origin()}"]
+        about = " at ".join(str(self.metadata[key]) for key in ("model_name", "hook_name") if self.metadata.get(key))
+        origin = f", made for {about}" if about else ""
+        lines = [f"{type(self).__name__} of {self.d_in}-dimensional residuals, {placed(self)}{origin}"]
         maps = {part.level for part in self.compositions}
         for number, level in enumerate(self.levels, 1):
             composed = f", composed of level {number - 1}" if number in maps else ""
             lines.append(f"  level {number}: {level.d_sae} latents, {level.architecture}{composed}")
         return "\n".join(lines)
-
-    def _origin(self) -> str:
-        about = [str(self.metadata[key]) for key in ("model_name", "hook_name") if self.metadata.get(key)]
-        return f", made for {' at '.join(about)}" if about else ""
 
 
 class AdditiveSAE(HierarchicalSAE):
@@ -399,10 +397,6 @@ class AdditiveSAE(HierarchicalSAE):
         """[..., D] from the levels >= `above`: the nested sum."""
         nested = list(zip(codes, self.levels, strict=True))[above - 1 :]
         return sum((product(code, level.W_dec) for code, level in nested), self.b_dec)
-
-    def directions(self, level: int) -> Tensor:
-        """[F_l, D] what one unit of each latent of a level adds to the reconstruction."""
-        return self.levels[level - 1].directions
 
     def _view(self, name: str) -> View:
         levels, gates = self.levels, self.gates
@@ -432,10 +426,6 @@ class FlatSAE(HierarchicalSAE):
         """[..., D] from the code of the only level."""
         return self.levels[0].decode(codes[above - 1])
 
-    def directions(self, level: int) -> Tensor:
-        """[F, D] what one unit of each latent adds to the reconstruction."""
-        return self.levels[level - 1].directions
-
 
 class StackedSAE(HierarchicalSAE):
     """Level 1 reads the residual, each higher level the code below; every level reconstructs the residual by itself."""
@@ -457,24 +447,21 @@ class StackedSAE(HierarchicalSAE):
     def calibrated(cls, levels: Sequence[SAE], x_BD: Tensor, l0: Sequence[float]) -> list[float]:
         """The thresholds at which the linear encoders of levels 2 to L have their `l0` on residuals."""
         thresholds = []
-        for number in range(2, len(levels) + 1):
-            stack = StackedView(levels[:number])
+        for stack, target in zip(_stacks(levels), l0[1:], strict=True):
             pre_BF = x_BD @ (stack.W_enc / stack.norms) + stack.b_enc / stack.norms
-            count = max(1, round(len(x_BD) * l0[number - 1]))
+            count = max(1, round(len(x_BD) * target))
             thresholds.append(max(0.0, torch.topk(pre_BF.flatten(), count).values[-1].item()))
         return thresholds
 
     @property
     def W_enc(self) -> Tensor:
         """[D, F] products of the encoder layers up to each level, finest first: a linear summary."""
-        stacks = [self._stack(number) for number in range(2, len(self.levels) + 1)]
-        return torch.cat([self.levels[0].W_enc, *(stack.W_enc / stack.norms for stack in stacks)], 1)
+        return torch.cat([self.levels[0].W_enc, *(stack.W_enc / stack.norms for stack in _stacks(self.levels))], 1)
 
     @property
     def b_enc(self) -> Tensor:
         """[F] what the products of the encoder layers give at a zero residual."""
-        stacks = [self._stack(number) for number in range(2, len(self.levels) + 1)]
-        return torch.cat([self.levels[0].b_enc, *(stack.b_enc / stack.norms for stack in stacks)])
+        return torch.cat([self.levels[0].b_enc, *(stack.b_enc / stack.norms for stack in _stacks(self.levels))])
 
     @property
     def d_sae(self) -> int:
@@ -504,17 +491,14 @@ class StackedSAE(HierarchicalSAE):
         return rows
 
     def _view(self, name: str) -> View:
-        number = self.view_names.index(name) + 1
-        return self.levels[0] if number == 1 else self._stack(number)
-
-    def _stack(self, number: int) -> StackedView:
-        return StackedView(self.levels[:number])
+        levels = self.levels[: self.view_names.index(name) + 1]
+        return StackedView(levels) if len(levels) > 1 else levels[0]
 
     def one_layer(self) -> dict[str, SAE]:
         """The SAEs written for other tools, by folder name: see `HierarchicalSAE.one_layer`."""
         folders = {level.name: level for level in self.levels}
-        for number, threshold in enumerate(self.effective_thresholds, 2):
-            stack, name = self._stack(number), f"level{number}-effective"
+        for threshold, stack in zip(self.effective_thresholds, _stacks(self.levels), strict=False):
+            name = f"{stack.name}-effective"
             folders[name] = SAE(
                 name=name,
                 architecture="jumprelu",
@@ -530,6 +514,11 @@ class StackedSAE(HierarchicalSAE):
 
 
 STRUCTURES: dict[str, type[HierarchicalSAE]] = {kind.structure: kind for kind in (FlatSAE, AdditiveSAE, StackedSAE)}
+
+
+def _stacks(levels: Sequence[SAE]) -> Iterator[StackedView]:
+    """The views of levels 2 to L of a stack."""
+    return (StackedView(levels[:number]) for number in range(2, len(levels) + 1))
 
 
 def _side_by_side(levels: Sequence[SAE]) -> SAE:

@@ -136,8 +136,8 @@ class Workers:
 
     def collect(self, part: Tensor) -> list[Tensor]:
         """Every worker's part, of equal shapes and on the processor, for worker 0; nothing elsewhere."""
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.world)]
-        parts = parts if self.is_first else []
+        count = self.world if self.is_first else 0
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(count)]
         _done(lambda: dist.gather(part.contiguous(), parts or None, 0))
         return parts
 

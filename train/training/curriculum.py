@@ -50,8 +50,6 @@ class Moment:
     """What holds at one optimiser step."""
 
     stage: Stage
-    index: int
-    """Number of the stage."""
     composition: float
     """Share of the composition weight that is on, 0 to 1."""
     starts: bool
@@ -81,4 +79,4 @@ class Curriculum:
             again = [i for i, earlier in enumerate(self.stages[: index + 1]) if level in earlier.warmup]
             last = max([first, *again])
             warmup_starts[level] = self.ends[last - 1] if last else 0
-        return Moment(stage, index, min(1.0, share), step == start, warmup_starts)
+        return Moment(stage, min(1.0, share), step == start, warmup_starts)

@@ -77,11 +77,12 @@ def run_steps(
             if trainee.run.failure is None and trainee.run.step_number == step:
                 _step(trainee, x_BD, stream, clock, listener)
         clock.computed()
-        if all(trainee.run.failure is not None for trainee in trainees):
+        sound = [trainee for trainee in trainees if trainee.run.failure is None]
+        if not sound:
             break
         if should_stop() and step + 1 < stream.steps:
-            for trainee in trainees:
-                if trainee.run.failure is None and trainee.run.check_weights():
+            for trainee in sound:
+                if trainee.run.check_weights():
                     trainee.journal.save(trainee.run)
             break
     return x_BD
@@ -90,7 +91,7 @@ def run_steps(
 def _step(trainee: Trainee, x_BD: Tensor, stream: StreamConfig, clock: "_Clock", listener: Listener) -> None:
     run = trainee.run
     moment = run.curriculum.at(run.step_number)
-    if run.step_number == 0 or moment.index != run.curriculum.at(run.step_number - 1).index:
+    if moment.starts:
         trainee.journal.write({"kind": "stage", "step": run.step_number, "stage": moment.stage.name})
     losses = run.step(x_BD)
     is_last = run.is_done

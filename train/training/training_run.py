@@ -99,12 +99,10 @@ class TrainingRun:
         self.optimiser.step()
         for level in active:
             level.normalise_decoder()
-        if moment.composition > 0:
-            for number in range(2, config.levels + 1) if len(self.compositions) else ():
-                if {number, number - 1} <= output.levels.keys():
-                    self.composition(number).project(base_rate, moment.stage.sparsify)
-        if config.child_gate and moment.composition == 1:
-            self._set_parents()
+        for number in self._mapped(output) if moment.composition > 0 else ():
+            self.composition(number).project(base_rate, moment.stage.sparsify)
+        for number in range(1, config.levels) if config.child_gate and moment.composition == 1 else ():
+            self.model.get_buffer(f"parents{number}").copy_(self.composition(number + 1).parents())
         self._count(output, moment)
         self.step_number += 1
         self.last_moment = moment
@@ -138,16 +136,18 @@ class TrainingRun:
                 coefficient=self.controllers[number - 1].coefficient,
             )
             parts |= level_losses(step)
-        for number in range(2, config.levels + 1):
-            if config.composition.mode != "none" and {number, number - 1} <= output.levels.keys():
-                fine, coarse = output.levels[number - 1].acts, output.levels[number].acts
-                self.composition(number).track(fine, coarse)
-                if moment.composition > 0:
-                    strength = config.composition.weight * moment.composition
-                    parts[f"composition{number}"] = strength * self.composition(number).loss(
-                        fine, coarse, output.levels[number - 1].active
-                    )
+        for number in self._mapped(output):
+            module, fine, coarse = self.composition(number), output.levels[number - 1], output.levels[number]
+            module.track(fine.acts, coarse.acts)
+            if moment.composition > 0:
+                strength = config.composition.weight * moment.composition
+                parts[f"composition{number}"] = strength * module.loss(fine.acts, coarse.acts, fine.active)
         return parts
+
+    def _mapped(self, output: Output) -> list[int]:
+        """Numbers of the levels in `output` that a map W composes of the level below, which is in it too."""
+        numbers = range(2, len(self.compositions) + 2)
+        return [number for number in numbers if {number, number - 1} <= output.levels.keys()]
 
     @torch.no_grad()
     def _count(self, output: Output, moment: Moment) -> None:
@@ -159,13 +159,6 @@ class TrainingRun:
             counter[self.workers.either(fired.any(0))] = 0
             if self.model.level(number).is_controlled and moment.stage.rates.get(number, 1.0) > 0:
                 self.controllers[number - 1].update(self._mean_l0(level))
-
-    def _set_parents(self) -> None:
-        """Let the maps W say which coarse latent gates each fine one."""
-        for number in range(1, self.config.levels):
-            parents = self.model.parents(number)
-            assert parents is not None
-            parents.copy_(self.composition(number + 1).parents())
 
     def _resample(self, x_BD: Tensor) -> None:
         """Resample the dead latents of every level that learns, until the learning rate falls."""
@@ -191,6 +184,11 @@ class TrainingRun:
         values = {name: part.item() for name, part in parts.items()}
         composition = [value for name, value in values.items() if name.startswith("composition")]
         strength = self.config.composition.weight * moment.composition
+        health = {
+            number: self.composition(number).health(output.levels[number - 1].acts, output.levels[number].acts)
+            for number in (self._mapped(output) if moment.composition > 0 else ())
+        }
+        l0 = {number: self._mean_l0(level) for number, level in output.levels.items()}
         levels = {
             number: explained_variance(x_BD, reconstruction, self.workers).item()
             for number, reconstruction in output.reconstructions.items()
@@ -204,22 +202,12 @@ class TrainingRun:
             "parts": {name: value for name, value in values.items() if name != "loss"},
             "explained_variance": levels[min(levels)],
             "learning_rate": self.config.rate * schedule(self.config, self.step_number - 1, self.steps),
-            "l0": [self._l0(output, number) for number in numbers],
+            "l0": [l0.get(number) for number in numbers],
             "dead": [self.latents.whole(self._is_dead(number)).float().mean().item() for number in numbers],
             "level_explained_variance": [levels.get(number) for number in numbers],
             "composition_loss": sum(composition) / strength if composition and strength else None,
-            "composition": [self._health(output, number) if moment.composition > 0 else None for number in numbers],
+            "composition": [health.get(number) for number in numbers],
         }
-
-    def _health(self, output: Output, number: int) -> dict[str, float] | None:
-        """How the map to level `number` does on the last batch."""
-        if number - 2 not in range(len(self.compositions)) or not {number, number - 1} <= output.levels.keys():
-            return None
-        return self.composition(number).health(output.levels[number - 1].acts, output.levels[number].acts)
-
-    def _l0(self, output: Output, number: int) -> float | None:
-        level = output.levels.get(number)
-        return None if level is None else self._mean_l0(level)
 
     def _mean_l0(self, level: LevelOutput) -> float:
         return self.workers.mean(self.latents.sum((level.acts > 0).sum(1)).float().mean()).item()
@@ -328,17 +316,11 @@ class TrainingRun:
 
 def map_failures(number: int, health: dict[str, float]) -> dict[str, str]:
     """Known ways in which the map W of level `number` fails, by name, from `Composition.health`."""
-    problems = {}
     if health["nonzero"] == 0:
-        problems["W-collapsed"] = f"W-collapsed: the map of level {number} is all zero"
-    elif health["unexplained"] > 0.98:
-        problems["scale-drain"] = (
-            f"scale-drain: W explains nothing of level {number}'s code (relative error {health['unexplained']:.2f}); "
-            "scale has moved out of W, or the codes have nothing to do with each other"
-        )
-    elif health["participation"] < 1.1:
-        problems["copy"] = (
-            f"copy: half of level {number}'s latents copy one latent below "
-            f"(participation {health['participation']:.2f})"
-        )
-    return problems
+        return {"W-collapsed": f"W-collapsed: the map of level {number} is all zero"}
+    if (error := health["unexplained"]) > 0.98:
+        text = f"scale-drain: W explains nothing of level {number}'s code (relative error {error:.2f}); "
+        return {"scale-drain": f"{text}scale has moved out of W, or the codes have nothing to do with each other"}
+    if (share := health["participation"]) < 1.1:
+        return {"copy": f"copy: half of level {number}'s latents copy one latent below (participation {share:.2f})"}
+    return {}
