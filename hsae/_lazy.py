@@ -18,9 +18,8 @@ def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[
     def __getattr__(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = f"{package}.{name}"
-        if modules[name] in (package, module):  # which Python itself binds there
-            return import_module(module)
+        if modules[name] == package:
+            return import_module(f"{package}.{name}")
         return getattr(import_module(modules[name]), name)
 
     return __getattr__, lambda: sorted(modules), sorted(modules)

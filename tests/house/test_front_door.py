@@ -28,7 +28,8 @@ def public(face):
 @faces
 def test_names_resolve_and_are_typed(face):
     assert dir(face) == sorted(face.__all__)
-    assert not [name for name in face.__all__ if inspect.ismodule(getattr(face, name))]
+    parts = {"cache", "train", "eval"} if face is hsae else set()
+    assert {name for name in face.__all__ if inspect.ismodule(getattr(face, name))} == parts
     (typed,) = (node for node in ast.parse(Path(face.__file__).read_text()).body if isinstance(node, ast.If))
     imported = {
         alias.asname: node.module
