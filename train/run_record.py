@@ -7,28 +7,19 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from hsae.cache.errors import UserError
-from hsae.cache.files import check_seal, file_sha256, parse_json, sealed, write_atomically
+from hsae.cache.files import check_seal, file_sha256, parse_json, sealed, write_bytes_atomically
+
+if TYPE_CHECKING:
+    from hsae.cache.reading.store import ActivationStore
 
 FILE = "run.json"
 MODEL_FILES = ("model/model.json", "model/model.safetensors")
 VIEW = re.compile(r"sae|level\d+(-effective)?")
 """Names of the folders in saelens/."""
 SAELENS_FILES = ("saelens/*/cfg.json", "saelens/*/sae_weights.safetensors")
-
-
-class MadeOf(Protocol):
-    """What a store's header says of the model it was made with."""
-
-    @property
-    def model_digest(self) -> str:
-        """Digest of the weights."""
-
-    @property
-    def tokenizer_digest(self) -> str:
-        """Digest of the tokenizer."""
 
 
 def read_run(run_dir: Path) -> dict[str, Any] | None:
@@ -51,8 +42,7 @@ def read_run(run_dir: Path) -> dict[str, Any] | None:
 
 def write_run(run_dir: Path, content: dict[str, Any]) -> None:
     """Replace run.json."""
-    text = json.dumps(sealed(content), indent=2)
-    write_atomically(run_dir / FILE, lambda path: path.write_text(text))
+    write_bytes_atomically(run_dir / FILE, json.dumps(sealed(content), indent=2).encode())
 
 
 def train_command(run_dir: Path) -> str:
@@ -67,13 +57,16 @@ def run_options(run_dir: Path) -> str:
     return f"--run {run_dir.name}{more}"
 
 
+def model_files(run_dir: Path) -> list[str]:
+    """The files of a run's model that are there, those for other tools among them, by their paths in the directory."""
+    saelens = sorted(path for pattern in SAELENS_FILES for path in run_dir.glob(pattern))
+    names = [path.relative_to(run_dir).as_posix() for path in saelens if VIEW.fullmatch(path.parent.name)]
+    return [name for name in MODEL_FILES if (run_dir / name).exists()] + names
+
+
 def digests(run_dir: Path) -> dict[str, str]:
-    """SHA-256 of the files of a run's model that are there, by their paths in the directory."""
-    paths = [run_dir / name for name in MODEL_FILES if (run_dir / name).exists()]
-    paths += sorted(
-        path for pattern in SAELENS_FILES for path in run_dir.glob(pattern) if VIEW.fullmatch(path.parent.name)
-    )
-    return {path.relative_to(run_dir).as_posix(): file_sha256(path) for path in paths}
+    """SHA-256 of each of a run's `model_files`."""
+    return {name: file_sha256(run_dir / name) for name in model_files(run_dir)}
 
 
 def damaged_files(run_dir: Path, content: dict[str, Any]) -> dict[str, str]:
@@ -116,7 +109,7 @@ def damage_error(path: Path, run_dir: Path, problem: str) -> UserError:
     )
 
 
-def check_same_model(run_dir: Path | None, store: str, made_of: MadeOf) -> None:
+def check_same_model(run_dir: Path | None, store: "ActivationStore") -> None:
     """Raise UserError if a run was trained on activations of other weights or another tokenizer than a store's.
 
     None, and runs that don't say, pass.
@@ -125,8 +118,8 @@ def check_same_model(run_dir: Path | None, store: str, made_of: MadeOf) -> None:
         return
     content: dict[str, Any] = (read_run(run_dir) or {}).get("content") or {}
     for name, what in (("model_digest", "weights"), ("tokenizer_digest", "tokenizer")):
-        if content.get(name) not in (None, getattr(made_of, name)):
+        if content.get(name) not in (None, getattr(store.header, name)):
             raise UserError(
-                f"{run_dir} was trained on activations of a model with other {what} than those of {store}; build both "
-                f"stores of one model (hsae cache build) and train it again ({train_command(run_dir)} --restart)"
+                f"{run_dir} was trained on activations of a model with other {what} than those of {store.url}; build "
+                f"both stores of one model (hsae cache build) and train it again ({train_command(run_dir)} --restart)"
             )

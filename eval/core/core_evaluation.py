@@ -36,7 +36,7 @@ class Core(Evaluation[ActivationStore, Target]):
     def check(self, target: Target) -> None:
         """Refuse an SAE that does not belong to the store. Raises UserError."""
         check([target.view], self.store, None, target.hook)
-        check_same_model(target.run_dir, self.store.url, self.store.header)
+        check_same_model(target.run_dir, self.store)
 
     def inputs(self, target: Target) -> dict[str, Any]:
         """All that a result depends on."""

@@ -261,7 +261,7 @@ def check_target(target: Target | RunTarget, store: Any) -> None:
     """Refuse an SAE that does not belong to a store, and a run of activations of another model. Raises UserError."""
     if isinstance(target, Target):
         check_fits(target.view, target.hook, store.header.d_model, store.spec.model.id)
-    check_same_model(target.run_dir, store.url, store.header)
+    check_same_model(target.run_dir, store)
 
 
 def store_inputs(store: Any) -> dict[str, Any]:

@@ -182,5 +182,5 @@ def _cards(run_dir: Path, info: Mapping[str, Any], model: HierarchicalSAE, mater
         raise UserError("the evaluation store or the tokenizer is not there")
     if info["hook"] not in store.spec.hooks or store.header.d_model != info["d_in"]:
         raise UserError("the evaluation store is one of another hook or width")
-    check_same_model(run_dir, store.url, store.header)
+    check_same_model(run_dir, store)
     return cards_of(model, store, info["hook"], tokenizer)

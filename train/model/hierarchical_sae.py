@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hsae.cache.errors import UserError
-from hsae.cache.files import file_sha256, sealed, write_atomically
+from hsae.cache.files import file_sha256, sealed, write_atomically, write_bytes_atomically
 from hsae.cache.language_model.hooks import edit_residual
 from hsae.cache.language_model.matmul import product
 from hsae.train.model.sae import SAE
@@ -365,8 +365,7 @@ class HierarchicalSAE(View):
             "run": None if provenance is None else dict(provenance),
             "weights": file_sha256(folder / WEIGHTS_FILE),
         }
-        text = json.dumps(sealed(content), indent=2)
-        write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text))
+        write_bytes_atomically(folder / CONFIG_FILE, json.dumps(sealed(content), indent=2).encode())
 
     def __repr__(self) -> str:
         about = " at ".join(str(self.metadata[key]) for key in ("model_name", "hook_name") if self.metadata.get(key))

@@ -215,8 +215,8 @@ class JumpReLULevel(Level):
 
     def reset(self, dead: Tensor, living_F: Tensor) -> None:
         """The threshold becomes the living ones' mean."""
-        some = bool(self.latents.whole(living_F).any())
-        self.log_threshold[dead] = self.latents.mean(self.log_threshold[living_F]) if some else 0.0
+        has_living = bool(self.latents.whole(living_F).any())
+        self.log_threshold[dead] = self.latents.mean(self.log_threshold[living_F]) if has_living else 0.0
 
 
 class GatedLevel(Level):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsae.cache.errors import UserError
-from hsae.cache.files import write_atomically
+from hsae.cache.files import write_atomically, write_bytes_atomically
 from hsae.train.model.sae import SAE
 from hsae.train.model.saelens_config import DTYPES, EXTRA_WEIGHTS, Described, read_config
 from hsae.train.run_record import check_files
@@ -29,8 +29,7 @@ def save(sae: SAE, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(plain, path))
-    text = json.dumps(sae.config, indent=2)
-    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text))
+    write_bytes_atomically(folder / CONFIG_FILE, json.dumps(sae.config, indent=2).encode())
 
 
 def load(folder: Path, name: str | None = None) -> SAE:
@@ -47,9 +46,9 @@ def load(folder: Path, name: str | None = None) -> SAE:
         raise UserError(f"{weights_path} can't be read: {error}") from None
     scale = _scaling(weights_path, tensors, config)
     check_files(folder, (CONFIG_FILE, WEIGHTS_FILE))
-    needed = {"W_enc", "W_dec", "b_dec", *EXTRA_WEIGHTS[architecture]} | (
-        {"b_enc"} if architecture != "gated" else set()
-    )
+    needed = {"W_enc", "W_dec", "b_dec", *EXTRA_WEIGHTS[architecture]}
+    if architecture != "gated":
+        needed.add("b_enc")
     if missing := needed - tensors.keys():
         raise UserError(
             f"{weights_path}: tensors missing for architecture {architecture!r}: {', '.join(sorted(missing))}"

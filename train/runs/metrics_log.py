@@ -2,8 +2,6 @@
 
 import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +24,28 @@ class MetricsLog:
         lines = _lines(self.path)
         before = (number for number, (_, line) in enumerate(lines) if line is not None and _before(line, step))
         last = max(before, default=-1)
-        kept, reached = [], 0
+        texts, step_before = [], 0
         for number, (text, line) in enumerate(lines):
             if line is not None:
                 if number > last:
                     break
-                kept.append(text)
-                reached = line["step"]
+                texts.append(text)
+                step_before = line["step"]
             elif text.endswith(b"\n"):  # the last one may have been cut off
-                rest = {"kind": DAMAGED, "step": reached, "text": text.decode("utf-8", "backslashreplace").rstrip("\n")}
-                kept.append(json.dumps(rest).encode() + b"\n")
-        content = b"".join(kept)
+                left = text.decode("utf-8", "backslashreplace").rstrip("\n")
+                rest = {"kind": DAMAGED, "step": step_before, "text": left}
+                texts.append(json.dumps(rest).encode() + b"\n")
+        content = b"".join(texts)
         if not self.path.is_file() or content != b"".join(text for text, _ in lines):
             write_atomically(self.path, lambda partial: partial.write_bytes(content))
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one object."""
-        with _named(self.path), self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # of a full disk, which names no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -57,15 +59,6 @@ def damaged_metrics(run_dir: Path) -> list[int]:
     return [n for n, (text, line) in lines if (text.endswith(b"\n") if line is None else line["kind"] == DAMAGED)]
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Let an OSError say which file it is about."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def _before(line: dict[str, Any], step: int) -> bool:
     """Whether a line was written before a checkpoint of `step`."""
     return bool(line["step"] < step or (line["kind"] != "stage" and line["step"] == step))
@@ -73,8 +66,8 @@ def _before(line: dict[str, Any], step: int) -> bool:
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     """The bytes of each line of a log, and what it says; None if that is damaged."""
-    held = path.read_bytes() if path.is_file() else b""
-    return [(text, _parsed(text)) for text in io.BytesIO(held)]
+    content = path.read_bytes() if path.is_file() else b""
+    return [(text, _parsed(text)) for text in io.BytesIO(content)]
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:

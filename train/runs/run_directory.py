@@ -24,7 +24,16 @@ from hsae.train.config.run_config import RunConfig
 from hsae.train.model import saelens_folder
 from hsae.train.model.hierarchical_sae import HierarchicalSAE
 from hsae.train.model.model_files import load_model, load_provenance
-from hsae.train.run_record import FILE, MODEL_FILES, VIEW, damage_error, damaged_files, digests, read_run, write_run
+from hsae.train.run_record import (
+    FILE,
+    MODEL_FILES,
+    damage_error,
+    damaged_files,
+    digests,
+    model_files,
+    read_run,
+    write_run,
+)
 from hsae.train.training.checkpoints import FILE as CHECKPOINT
 from hsae.train.training.checkpoints import read_provenance
 
@@ -61,8 +70,12 @@ def identities(plan: Plan, config: RunConfig) -> tuple[str, ...]:
 
 
 def provenance(plan: Plan, config: RunConfig, store: ActivationStore) -> dict[str, Any]:
-    """What checkpoints and models say they belong to: a run, and digests of what its store was made from."""
-    return {"identity": identities(plan, config)[0], "content": store_digests(store)}
+    """What checkpoints and models say they belong to: a run, and digests of what its store was made from.
+
+    The store's name says only what was asked for.
+    """
+    content = {name: getattr(store.header, name) for name in ("model_digest", "tokenizer_digest", "corpus_digest")}
+    return {"identity": identities(plan, config)[0], "content": content}
 
 
 def lock(plan: Plan, config: RunConfig) -> AbstractContextManager[object]:
@@ -73,11 +86,6 @@ def lock(plan: Plan, config: RunConfig) -> AbstractContextManager[object]:
         return FileLock(folder / f".{config.number}.lock").acquire(timeout=0)
     except Timeout:
         raise UserError(f"another process is training {plan.run_dir(config)}; wait for it, or stop it") from None
-
-
-def store_digests(store: ActivationStore) -> dict[str, str]:
-    """Digests of what the store was made from; its name says only what was asked for."""
-    return {name: getattr(store.header, name) for name in ("model_digest", "tokenizer_digest", "corpus_digest")}
 
 
 def is_complete(plan: Plan, config: RunConfig) -> bool:
@@ -134,7 +142,7 @@ def prepare(
     _sweep(run_dir)
     _remove(run_dir, TRAINED)
     if restart:  # else the folders for other tools may be all that is left of a model, until it is made again
-        _remove(run_dir, [*_saelens_files(run_dir), *EVALUATED])
+        _remove(run_dir, [*model_files(run_dir), *EVALUATED])
     return "new"
 
 
@@ -198,10 +206,8 @@ def _read_or_restore(run_dir: Path, new_record: dict[str, Any], say: Callable[[s
     if of_model is not None:
         _write_saelens(load_model(run_dir / "model"), run_dir)
         finish(run_dir)
-    say(
-        f"{run_dir / FILE} was lost, and is written again from the "
-        f"{'model' if of_model is not None else 'checkpoint'} beside it"
-    )
+    origin_name = "model" if of_model is not None else "checkpoint"
+    say(f"{run_dir / FILE} was lost, and is written again from the {origin_name} beside it")
     return read_run(run_dir)
 
 
@@ -239,15 +245,6 @@ def _write_saelens(model: HierarchicalSAE, run_dir: Path) -> None:
     """Make the folders for other tools."""
     for name, sae in model.one_layer().items():
         saelens_folder.save(sae, run_dir / "saelens" / name)
-
-
-def _saelens_files(run_dir: Path) -> list[str]:
-    folders = [path.name for path in run_dir.glob("saelens/*") if VIEW.fullmatch(path.name)]
-    return [
-        f"saelens/{name}/{file}"
-        for name in folders
-        for file in (saelens_folder.CONFIG_FILE, saelens_folder.WEIGHTS_FILE)
-    ]
 
 
 def _remove(run_dir: Path, patterns: Sequence[str]) -> None:

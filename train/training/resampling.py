@@ -33,19 +33,23 @@ def resample(
     mean, a gated latent's magnitude to the gate's.
     """
     latents = level.latents
-    every = latents.whole(dead_F)
-    count = int(every.sum())
+    all_dead = latents.whole(dead_F)
+    count = int(all_dead.sum())
     if count == 0:
         return 0
     weights = widened(level.workers.gather(loss_B)).square().cpu().double()
     if not weights.sum() > 0:
         return 0
     sampled = torch.multinomial(weights, count, replacement=True, generator=generator).to(read_BI.device)
-    dead, living, some = dead_F.nonzero().squeeze(1), ~dead_F, count < len(every)
-    before = int(every[: latents.rank * len(dead_F)].sum())
+    dead, living = dead_F.nonzero().squeeze(1), ~dead_F
+    before = int(all_dead[: latents.rank * len(dead_F)].sum())
     rows = widened(level.workers.rows(read_BI, sampled[before : before + len(dead)]) - bias_I)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    norm = latents.mean(level.W_enc[:, living].norm(dim=0)) if some else torch.ones((), device=rows.device)
+    norm = (
+        latents.mean(level.W_enc[:, living].norm(dim=0))
+        if count < len(all_dead)
+        else torch.ones((), device=rows.device)
+    )
     level.W_dec[dead] = rows
     level.W_enc[:, dead] = (ENCODER_SHARE * norm * rows).T
     level.b_enc[dead] = 0

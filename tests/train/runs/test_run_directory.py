@@ -251,11 +251,15 @@ def test_a_run_is_evaluated_on_stores_of_its_model_only(tmp_path):
     digests = {"model_digest": "a", "tokenizer_digest": "b", "corpus_digest": "c"}
     run_record.write_run(tmp_path, {"content": digests})
     header = {"model_digest": "a", "tokenizer_digest": "b", "corpus_digest": "of another text"}
-    run_record.check_same_model(tmp_path, "store", SimpleNamespace(**header))
-    run_record.check_same_model(None, "store", SimpleNamespace(**header))
+
+    def store(**changes):
+        return SimpleNamespace(url="store", header=SimpleNamespace(**header | changes))
+
+    run_record.check_same_model(tmp_path, store())
+    run_record.check_same_model(None, store(model_digest="d"))
     for name, what in (("model_digest", "weights"), ("tokenizer_digest", "tokenizer")):
         with pytest.raises(UserError, match=rf"other {what} than those of store; .*hsae cache build"):
-            run_record.check_same_model(tmp_path, "store", SimpleNamespace(**{**header, name: "d"}))
+            run_record.check_same_model(tmp_path, store(**{name: "d"}))
 
 
 def test_a_run_is_the_same_whatever_lossless_codec_its_store_has(run):
