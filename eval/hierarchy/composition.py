@@ -13,7 +13,6 @@ Shapes: B rows of a batch, T context, N kept tokens of a batch, D residual width
 """
 
 from collections import defaultdict
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -106,7 +105,7 @@ def evaluate_composition(
     result = CompositionResult(
         structure=model.structure,
         levels=pass_.levels(),
-        pairs=[pass_.pair(level, directions) for level in pass_.sums],
+        pairs=[pass_.pair(level, directions) for level in pass_.counts],
         tokens={"read": reading.tokens, "measured": pass_.tokens},
     )
     return result, pass_.contributions()
@@ -121,20 +120,17 @@ class _MeasurePass:
         self.inputs = InputMoments(resampler, d_model)
         self.reconstructions = [ReconstructionMoments(resampler) for _ in model.levels]
         self.fires = [torch.zeros(level.d_sae, dtype=torch.int64, device=text.device) for level in model.levels]
-        self.sums = {level: self._sums(level, resampler) for level in reading.moments}
         widths = [level.d_sae for level in model.levels]
         self.counts = {
-            level: PairCounts(
-                widths[level - 1], widths[level - 2], d_model, [*chain.from_iterable(parts.values())], text.device
-            )
-            for level, parts in self.sums.items()
+            level: PairCounts(widths[level - 1], widths[level - 2], d_model, self._maps(level, resampler), text.device)
+            for level in reading.moments
         }
         batches = text.batches()
         for done, (start, stop) in enumerate(batches, 1):
             self._add(text, start, stop)
             progress("measuring", done, len(batches))
 
-    def _sums(self, level: int, resampler: Resampler) -> dict[str, list[MapSums]]:
+    def _maps(self, level: int, resampler: Resampler) -> dict[str, list[MapSums]]:
         """Of every map between two levels by name: the best of one input, the readings, and each reading's nulls."""
         alive_G, scale = self.reading.scales[level].fine_G > 0, self.reading.scales[level]
         parts = {"single": [MapSums(self.reading.moments[level].best_single(), resampler)]}
@@ -174,11 +170,11 @@ class _MeasurePass:
 
     def pair(self, level: int, directions: tuple[Tensor, ...]) -> PairResult:
         """The measures of a level and the one below."""
-        counts, sums, scale = self.counts[level], self.sums[level], self.reading.scales[level]
+        counts, scale = self.counts[level], self.reading.scales[level]
         probes = self.reading.probes(level)
         geometry = PairGeometry.of(counts, directions, level, probes)
         alive_G = scale.fine_G > 0
-        readings = {name: _measured(counts, sums, name, geometry, alive_G) for name in READINGS if name in sums}
+        readings = {name: _measured(counts, name, geometry, alive_G) for name in READINGS if name in counts.maps}
         return PairResult(
             level=level,
             coarse=len(counts.fires_F),
@@ -186,38 +182,34 @@ class _MeasurePass:
             alive_fine=int(alive_G.sum()),
             readings=readings,
             reasons={} if "learned" in readings else {"learned": "this run learned no W"},
-            facts=_facts(sums, scale),
+            facts=_facts(counts.maps, scale),
             probes=_probe_facts(probes),
         )
 
     def contributions(self) -> dict[str, Tensor]:
         """[F, G] of every reading of every pair."""
         return {
-            f"{name}{level}": parts[name][0].map.contributions_FG.cpu()
-            for level, parts in self.sums.items()
+            f"{name}{level}": counts.maps[name][0].map.contributions_FG.cpu()
+            for level, counts in self.counts.items()
             for name in READINGS
-            if name in parts
+            if name in counts.maps
         }
 
 
-def _measured(
-    counts: PairCounts, sums: dict[str, list[MapSums]], name: str, geometry: PairGeometry, alive_G: Tensor
-) -> Reading:
+def _measured(counts: PairCounts, name: str, geometry: PairGeometry, alive_G: Tensor) -> Reading:
     """All measures of one reading beside its nulls."""
-    single, own = sums["single"][0], sums[name][0]
+    single, own = counts.maps["single"][0], counts.maps[name][0]
     estimates = {key: part.estimate() for key, part in measures(counts, own, single, geometry, alive_G).items()}
     draws: dict[str, dict[str, list[float]]] = defaultdict(lambda: {null: [] for null in NULLS})
     for null in NULLS:
-        for null_sums in sums[f"{name} {null}"]:
+        for null_sums in counts.maps[f"{name} {null}"]:
             for key, part in measures(counts, null_sums, single, geometry, alive_G).items():
                 value = part.value()
                 if value is not None and not (null == "permuted" and key in INVARIANT):
                     draws[key][null].append(value)
     entries = {
         key: Measured(
-            value=estimate.value,
-            low=estimate.low,
-            high=estimate.high,
+            **estimate.to_dict(),
             over=estimate.over,
             nulls={null: Null.of(estimate.value, values) for null, values in draws[key].items() if len(values) > 1},
             reason=None if estimate.value is not None else UNDEFINED.get(key, "the map is empty"),
@@ -227,7 +219,7 @@ def _measured(
     if geometry.probes is None:
         reason = "no fine latent fires often enough in the sample to train a probe"
         entries["probe_top5"] = Measured(value=None, reason=reason)
-    first = sums[f"{name} random"][0].map.contributions_FG
+    first = counts.maps[f"{name} random"][0].map.contributions_FG
     return Reading(
         measures=entries,
         participation=_rounded(participation_ratio(own.map.contributions_FG)),
@@ -235,11 +227,11 @@ def _measured(
     )
 
 
-def _facts(sums: dict[str, list[MapSums]], scale: CodeScale) -> dict[str, float | None]:
+def _facts(maps: dict[str, list[MapSums]], scale: CodeScale) -> dict[str, float | None]:
     fine, coarse = float(scale.fine_G.square().sum()), float(scale.coarse_F.square().sum())
     facts: dict[str, float | None] = {"energy_ratio": coarse / fine if fine > 0 else None}
-    if "learned" in sums:
-        own = sums["learned"][0]
+    if "learned" in maps:
+        own = maps["learned"][0]
         columns = {name: float(values[0]) for name, values in own.columns().items()}
         facts["mixture_energy"] = columns["mixture"] / columns["energy"] if columns["energy"] > 0 else None
         facts["visible_weights"] = float((own.map.contributions_FG.abs() > VISIBLE).float().mean())

@@ -7,6 +7,8 @@ Shapes: N tokens of a batch, F coarse latents (level l), G fine latents (level l
 latents of a token, P pairs of a token and an active coarse latent, B rows of a batch.
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -99,7 +101,7 @@ class MapSums:
 class PairCounts:
     """Firings, co-firings and mean residuals of two neighbouring levels, and the sums of every map between them."""
 
-    def __init__(self, coarse: int, fine: int, d_model: int, maps: list[MapSums], device: str) -> None:
+    def __init__(self, coarse: int, fine: int, d_model: int, maps: dict[str, list[MapSums]], device: str) -> None:
         self.tokens = 0
         self.maps = maps
         self.cross_FG = torch.zeros(coarse, fine, dtype=torch.int32, device=device)
@@ -120,7 +122,7 @@ class PairCounts:
         self.x_GD += fine_on_NG.T @ x_ND
         self.x_D += x_ND.double().sum(0)
         codes = ActiveCodes(fine_NG, coarse_NF)
-        for part in self.maps:
+        for part in chain.from_iterable(self.maps.values()):
             part.add(codes, start, row_N, rows)
 
     def concept_GD(self) -> Tensor:

@@ -52,7 +52,7 @@ def counted(data, contributions):
     part = LevelMap.of_contributions(contributions, moments.scale())
     resampler = Resampler(ROWS, "cpu")
     own, single = MapSums(part, resampler), MapSums(moments.best_single(), resampler)
-    counts = PairCounts(F, G, D, [own, single], "cpu")
+    counts = PairCounts(F, G, D, {"own": [own], "single": [single]}, "cpu")
     for first, last in ((0, 4), (4, 5), (5, ROWS)):
         kept = (row >= first) & (row < last)
         counts.add(x[kept], fine[kept], coarse[kept], first, row[kept] - first, last - first)
@@ -291,7 +291,7 @@ def test_permuted_maps_have_chance_coverage_and_no_or_agreement():
     alive, lifts, agreements = torch.ones(fine, dtype=torch.bool), [], []
     for _, drawn in maps.nulls(given, alive, draws=8):
         part = MapSums(LevelMap.of_contributions(drawn, moments.scale()), None)
-        counts = PairCounts(coarse, fine, D, [part], "cpu")
+        counts = PairCounts(coarse, fine, D, {"own": [part]}, "cpu")
         counts.add(torch.zeros(tokens, D), *codes, 0, torch.zeros(tokens, dtype=torch.long), 1)
         geometry = PairGeometry.of(counts, (torch.ones(fine, D), torch.ones(coarse, D)), 2, None)
         found = measures(counts, part, part, geometry, alive)
