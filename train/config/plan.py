@@ -284,10 +284,8 @@ def checked_runs(
 
 def _check_matched(source: str, stream: StreamConfig, runs: dict[int, RunConfig]) -> None:
     names = [run.name for run in runs.values()]
-    if len(set(names)) != len(names):
-        raise PlanError(
-            f"{source}: two runs have one name: {sorted(name for name in names if names.count(name) > 1)[0]!r}"
-        )
+    if shared := sorted(name for name in names if names.count(name) > 1):
+        raise PlanError(f"{source}: two runs have one name: {shared[0]!r}")
     widths: dict[int, float] = {number: sum(run.widths) for number, run in runs.items()}
     l0s = {number: sum(run.l0) for number, run in runs.items()}
     for what, totals in (("width", widths), ("L0", l0s)):

@@ -196,8 +196,7 @@ class RunConfig(Config):
             raise ValueError(f"curriculum stages end at {ends}: `until` must rise and the last must be 1.0")
         for stage in stages:
             named = (*stage.levels, *stage.rates, *stage.warmup, *stage.refresh)
-            unknown = [level for level in named if not 1 <= level <= self.levels]
-            if unknown:
+            if unknown := [level for level in named if not 1 <= level <= self.levels]:
                 raise ValueError(
                     f"curriculum stage {stage.name!r} names level(s) {unknown}; this run has 1 to {self.levels}"
                 )

@@ -42,11 +42,11 @@ def batch_top_k(
     count = round(pre_BF.shape[0] * workers.world * l0)
     others = workers.world * latents.world > 1
     flat = pre_BF.relu().flatten()
-    likely = (flat > bound).nonzero().squeeze(1) if bound is not None else None
-    candidates = _every(torch.tensor([len(likely)]), workers, latents) if likely is not None else None
-    if likely is not None and candidates is not None and int(candidates.sum()) >= count:
-        values, places = torch.topk(flat[likely], min(count, len(likely)), sorted=others)
-        indices, longest = likely[places], min(count, int(candidates.max()))
+    above = (flat > bound).nonzero().squeeze(1) if bound is not None else None
+    counts = _every(torch.tensor([len(above)]), workers, latents) if above is not None else None
+    if above is not None and counts is not None and int(counts.sum()) >= count:
+        values, places = torch.topk(flat[above], min(count, len(above)), sorted=others)
+        indices, longest = above[places], min(count, int(counts.max()))
     else:
         longest = min(count, len(flat))
         values, indices = torch.topk(flat, longest, sorted=others)

@@ -93,7 +93,7 @@ class TrainableSAE(nn.Module):
 
     def forward(self, x_BD: Tensor, active: Sequence[int] | None = None) -> Output:
         """Codes and reconstructions of the `active` levels, all if None."""
-        numbers = sorted(active) if active is not None else list(range(1, len(self.levels) + 1))
+        numbers = sorted(active or range(1, len(self.levels) + 1))
         pres = {number: self.level(number).pre(x_BD, self.bias(number)) for number in numbers}
         is_joint = self.run.selection == "joint" and self.training
         codes = self._joint(pres) if is_joint else self._codes(pres)
@@ -139,7 +139,7 @@ class TrainableStack(TrainableSAE):
 
     def forward(self, x_BD: Tensor, active: Sequence[int] | None = None) -> Output:
         """Codes and reconstructions of the `active` levels, all if None; levels below an active one are computed."""
-        numbers = sorted(active) if active is not None else list(range(1, len(self.levels) + 1))
+        numbers = sorted(active or range(1, len(self.levels) + 1))
         outputs: dict[int, LevelOutput] = {}
         reconstructions: dict[int, Tensor] = {}
         read = x_BD

@@ -51,7 +51,7 @@ class Workers:
             return part
         wide = torch.promote_types(part.dtype, torch.float32) if part.is_floating_point() else part.dtype
         whole = part.detach().to(wide, copy=True).contiguous()
-        _done(lambda: dist.all_reduce(whole))
+        _exchange(lambda: dist.all_reduce(whole))
         return whole.to(part.dtype)
 
     def mean(self, part: Tensor) -> Tensor:
@@ -74,16 +74,16 @@ class Workers:
         if self.world == 1:
             return part
         whole = part.new_empty((self.world * len(part), *part.shape[1:]))
-        _done(lambda: dist.all_gather(list(whole.chunk(self.world)), part.detach().contiguous()))
+        _exchange(lambda: dist.all_gather(list(whole.chunk(self.world)), part.detach().contiguous()))
         return whole
 
     def rows(self, part_bI: Tensor, index_N: Tensor) -> Tensor:
         """[N, I] the rows of the whole batch with these numbers, given this worker's share of it."""
         if self.world == 1:
             return part_bI[index_N]
-        mine = index_N // len(part_bI) == self.rank
+        own = index_N // len(part_bI) == self.rank
         rows = part_bI.new_zeros((len(index_N), part_bI.shape[1]))
-        rows[mine] = part_bI[index_N[mine] - self.rank * len(part_bI)]
+        rows[own] = part_bI[index_N[own] - self.rank * len(part_bI)]
         return self.total(rows)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -93,8 +93,8 @@ class Workers:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for gradient in gradients:
             gradient /= self.world
-        works = _done(lambda: [dist.all_reduce(gradient, async_op=True) for gradient in gradients])
-        _done(lambda: [work.wait() for work in works])
+        works = _exchange(lambda: [dist.all_reduce(gradient, async_op=True) for gradient in gradients])
+        _exchange(lambda: [work.wait() for work in works])
 
     def any(self, wish: bool) -> bool:
         """Whether any worker says so."""
@@ -106,9 +106,9 @@ class Workers:
             return make()
         text = json.dumps(make()).encode() if self.is_first else b""
         length = torch.tensor([len(text)])
-        _done(lambda: dist.broadcast(length, 0))
+        _exchange(lambda: dist.broadcast(length, 0))
         data = torch.tensor(list(text) or [0] * int(length), dtype=torch.uint8)
-        _done(lambda: dist.broadcast(data, 0))
+        _exchange(lambda: dist.broadcast(data, 0))
         return json.loads(bytes(data.tolist()))
 
     def copies(
@@ -123,22 +123,22 @@ class Workers:
             dimension = along(name)
             if dimension is not None:
                 shape[dimension] //= self.world
-            mine = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+            own = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
             if dimension is not None:
                 chunks = tensors[name].chunk(self.world, dimension) if self.is_first else ()
                 parts = [part.contiguous() for part in chunks] or None
-                _done(functools.partial(dist.scatter, mine, parts, 0))
+                _exchange(functools.partial(dist.scatter, own, parts, 0))
             else:
-                mine = tensors[name].cpu().contiguous() if self.is_first else mine
-                _done(functools.partial(dist.broadcast, mine, 0))
-            copied[name] = mine
+                own = tensors[name].cpu().contiguous() if self.is_first else own
+                _exchange(functools.partial(dist.broadcast, own, 0))
+            copied[name] = own
         return copied
 
     def collect(self, part: Tensor) -> list[Tensor]:
         """Every worker's part, of equal shapes and on the processor, for worker 0; nothing elsewhere."""
         count = self.world if self.is_first else 0
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(count)]
-        _done(lambda: dist.gather(part.contiguous(), parts or None, 0))
+        _exchange(lambda: dist.gather(part.contiguous(), parts or None, 0))
         return parts
 
     def check_same(self, tensors: Mapping[str, Tensor]) -> None:
@@ -166,7 +166,8 @@ class Workers:
 ALONE = Workers(Share())
 
 
-def _done(collective: Callable[[], Any]) -> Any:
+def _exchange(collective: Callable[[], Any]) -> Any:
+    """What a collective operation of torch returns. Raises WorkerLost if it fails."""
     try:
         return collective()
     except RuntimeError as error:
@@ -209,7 +210,7 @@ def worker_group(share: Share, device: str) -> Iterator[Workers]:
     try:
         backend = _backend(share, pick_device(device))
         options = {"store": store, "rank": share.rank, "world_size": share.world, "timeout": TIMEOUT}
-        _done(lambda: dist.init_process_group(backend, **options))
+        _exchange(lambda: dist.init_process_group(backend, **options))
         yield workers
         workers.from_first(lambda: None)  # nobody leaves before worker 0 has written everything
     except (Exception, KeyboardInterrupt):

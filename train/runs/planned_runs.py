@@ -159,12 +159,13 @@ class _Pass(contextlib.ExitStack):
     ) -> list[Result]:
         """Take the runs to their ends, and say how each ended."""
         trainees = {config.number: self._begin(config, resume, restart) for config in runs}
-        trained = [trainee for trainee in trainees.values() if trainee is not None]
-        if trained:
-            first = min(trainee.run.step_number for trainee in trained)
+        pending = [trainee for trainee in trainees.values() if trainee is not None]
+        if pending:
+            first = min(trainee.run.step_number for trainee in pending)
             batches = self.source.batches(first, pinned=torch.device(self.device).type == "cuda")
-            stop = lambda: self.workers.any(should_stop())  # noqa: E731
-            x_BD = run_steps(trained, batches, self.plan.train, self.listener, should_stop=stop)
+            x_BD = run_steps(
+                pending, batches, self.plan.train, self.listener, should_stop=lambda: self.workers.any(should_stop())
+            )
         return [
             Result(run=config, status="already trained")
             if (trainee := trainees[config.number]) is None

@@ -60,10 +60,11 @@ def forget(optimiser: torch.optim.Adam, levels: Collection[int]) -> None:
 
 def rename_state(optimiser: torch.optim.Adam, names: dict[nn.Parameter, str]) -> dict[str, torch.Tensor]:
     """Adam's state as flat tensors `<parameter>/exp_avg`, `/exp_avg_sq`, `/step`."""
-    tensors: dict[str, torch.Tensor] = {}
-    for parameter, name in names.items():
-        tensors |= {f"{name}/{key}": value for key, value in optimiser.state.get(parameter, {}).items()}
-    return tensors
+    return {
+        f"{name}/{key}": value
+        for parameter, name in names.items()
+        for key, value in optimiser.state.get(parameter, {}).items()
+    }
 
 
 def restore_state(

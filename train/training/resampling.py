@@ -45,11 +45,7 @@ def resample(
     before = int(all_dead[: latents.rank * len(dead_F)].sum())
     rows = widened(level.workers.rows(read_BI, sampled[before : before + len(dead)]) - bias_I)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    norm = (
-        latents.mean(level.W_enc[:, living].norm(dim=0))
-        if count < len(all_dead)
-        else torch.ones((), device=rows.device)
-    )
+    norm = latents.mean(level.W_enc[:, living].norm(dim=0)) if count < len(all_dead) else 1.0
     level.W_dec[dead] = rows
     level.W_enc[:, dead] = (ENCODER_SHARE * norm * rows).T
     level.b_enc[dead] = 0

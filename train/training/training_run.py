@@ -246,12 +246,8 @@ class TrainingRun:
         self.latents.workers.check_same(dict(self.model.biases.named_parameters("biases")))
 
     def _names(self) -> dict[nn.Parameter, str]:
-        modules = {"model": self.model, "composition": self.compositions}
-        return {
-            parameter: f"{prefix}.{name}"
-            for prefix, module in modules.items()
-            for name, parameter in module.named_parameters()
-        }
+        modules = nn.ModuleDict({"model": self.model, "composition": self.compositions})
+        return {parameter: name for name, parameter in modules.named_parameters()}
 
     def state(self, *, moments: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors by name, Adam's `moments` among them, and a JSON-ready rest.
@@ -278,14 +274,15 @@ class TrainingRun:
 
     def restore(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Put back what `state` gave; the next step is the one an uninterrupted run would take."""
-        for prefix, module in (("model.", self.model), ("composition.", self.compositions)):
-            module.load_state_dict(
-                {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            )
+
+        def below(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+        self.model.load_state_dict(below("model."))
+        self.compositions.load_state_dict(below("composition."))
         for index, counter in enumerate(self.tokens_since_fired):
             counter.copy_(tensors[f"fired.{index}"])
-        adam = {name.removeprefix("adam/"): tensor for name, tensor in tensors.items() if name.startswith("adam/")}
-        restore_state(self.optimiser, self._names(), adam)
+        restore_state(self.optimiser, self._names(), below("adam/"))
         self.step_number = int(rest["step"])
         for controller, state in zip(self.controllers, rest["controllers"], strict=True):
             controller.restore(state)
