@@ -437,20 +437,25 @@ def test_too_few_right_answers_are_an_error(plan, language, tmp_path):
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
 
-def test_an_sae_and_every_level_of_a_run_are_evaluated(overrides, plan, store, tmp_path):
+@pytest.fixture(scope="module")
+def trained(plan):
+    """Run 3, as if it had been trained: two levels of random weights."""
     config = plan.runs[3]
     levels = tuple(an_sae(latents, latents, name=f"level{n}") for n, latents in enumerate((13, 7), 1))
     digests = dict.fromkeys(("model_digest", "tokenizer_digest", "corpus_digest"), "0" * 64)
-    held = SimpleNamespace(spec=plan.store("train"), header=SimpleNamespace(d_model=D, **digests))
-    run_directory.prepare(plan, config, held, "cpu", resume=False, restart=False)
-    AdditiveSAE(levels).save(plan.run_dir(config) / "model")
-    run_record.write_run(
-        plan.run_dir(config), {**run_record.read_run(plan.run_dir(config)), "complete": True, "content": None}
-    )
+    store = SimpleNamespace(spec=plan.store("train"), header=SimpleNamespace(d_model=D, **digests))
+    run_directory.prepare(plan, config, store, "cpu", resume=False, restart=False)
+    run_dir = plan.run_dir(config)
+    AdditiveSAE(levels).save(run_dir / "model")
+    run_record.write_run(run_dir, {**run_record.read_run(run_dir), "complete": True, "content": None})
+    return run_dir
+
+
+def test_an_sae_and_every_level_of_a_run_are_evaluated(overrides, store, trained):
     done = invoke("eval", "ravel", "--run", 3, "--draws", 3, *settings(overrides))
     assert done.exit_code == 0, (done.output, done.exception)
     assert "disentanglement" in done.output and "spared because no chosen latent differs" in done.output
-    folder = plan.run_dir(config) / "eval" / "ravel"
+    folder = trained / "eval" / "ravel"
     files = sorted(folder.iterdir())
     assert [file.name for file in files] == [
         f"hsae_tiny_3-full_{view}_eval_results.json" for view in ("level1", "level2", "sae")
@@ -479,7 +484,7 @@ def test_an_sae_and_every_level_of_a_run_are_evaluated(overrides, plan, store, t
     assert other.exit_code == 0 and "were there already" not in other.output
 
 
-def test_all_leaves_out_what_lacks_its_store_or_means_nothing(overrides, plan, tmp_path, wide):
+def test_all_leaves_out_what_lacks_its_store_or_means_nothing(overrides, plan, trained, tmp_path, wide):
     saelens_folder.save(an_sae(11), tmp_path / "sae")
     chosen = ["--sae", tmp_path / "sae", "--out", tmp_path / "out", "--draws", 1]
     done = invoke("eval", "all", *chosen, *settings([*overrides, "ravel.least_ceiling=1.0"]))
