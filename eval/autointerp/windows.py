@@ -129,7 +129,9 @@ class Sampler:
             return None
         top = centres_M[torch.tensor(tops)]
         generator = generator_for("autointerp", config.seed, top.tolist())  # of equal latents of two views the same
-        drawn = torch.multinomial(weights, lower, generator=generator) if lower else torch.empty(0, dtype=torch.int64)
+        weighted = (
+            torch.multinomial(weights, lower, generator=generator) if lower else torch.empty(0, dtype=torch.int64)
+        )
         random = self._random(generator)
         threshold = config.act_threshold_frac * float(heights_M[tops[0]])
 
@@ -141,7 +143,7 @@ class Sampler:
             return every[:shown], every[shown:]
 
         shown_top, tried_top = split("top", top, config.n_top_ex_for_generation)
-        shown_low, tried_low = split("weighted", centres_M[drawn], config.n_iw_sampled_ex_for_generation)
+        shown_low, tried_low = split("weighted", centres_M[weighted], config.n_iw_sampled_ex_for_generation)
         tried = [*tried_top, *tried_low, *windows("random", random)]
         order = torch.randperm(len(tried), generator=generator).tolist()
         return Case(

@@ -109,18 +109,18 @@ def _accuracies(
     kind: Kind, task: Task, probes: Probes, vectors: Callable[[Tensor], Tensor], generator: torch.Generator
 ) -> Accuracies:
     """Every scored probe on its own class's test texts, then in SCR every other probe on them too."""
-    found, chosen = {}, scored(kind, task)
+    accuracies, chosen = {}, scored(kind, task)
     for name in chosen:
         rows, labels = balanced(task.test, name, generator, partner_of(kind, name))
-        found[name] = probes[name].accuracy(vectors(rows), labels)
+        accuracies[name] = probes[name].accuracy(vectors(rows), labels)
     if kind == "scr":
         for data in chosen:
             rows, labels = balanced(task.test, data, generator, partner_of(kind, data))
             texts = vectors(rows)
             for name in chosen:
                 if name != data:
-                    found[probe_on(name, data)] = probes[name].accuracy(texts, labels)
-    return found
+                    accuracies[probe_on(name, data)] = probes[name].accuracy(texts, labels)
+    return accuracies
 
 
 @torch.no_grad()
@@ -208,36 +208,36 @@ def scores(kind: Kind, effects: Effects) -> dict[str, float]:
 
 
 def _scr_scores(effects: Effects) -> dict[str, float]:
-    clean, found = effects.clean, {}
+    clean, values = effects.clean, {}
     for n in effects.ablated[FIRST]:
         original = {}
         for direction, (ablated, data) in {"dir1": (FIRST, SECOND), "dir2": (SECOND, FIRST)}.items():
             key = probe_on(SPURIOUS, data)
             original[direction], gap = clean[key], clean[data] - clean[key]
             changed = effects.ablated[ablated][n][key]
-            found[f"scr_{direction}_threshold_{n}"] = (
+            values[f"scr_{direction}_threshold_{n}"] = (
                 0.0 if gap < SMALLEST_GAP else (changed - original[direction]) / gap
             )
         if original["dir1"] != original["dir2"]:
             worse = min(original, key=original.__getitem__)
-            found[f"scr_metric_threshold_{n}"] = found[f"scr_{worse}_threshold_{n}"]
-    return found
+            values[f"scr_metric_threshold_{n}"] = values[f"scr_{worse}_threshold_{n}"]
+    return values
 
 
 def tpp_scores(effects: Effects) -> dict[str, dict[str, float]]:
     """TPP's scores of each class of a task."""
-    found: dict[str, dict[str, float]] = {}
+    by_class: dict[str, dict[str, float]] = {}
     for chosen, by_number in effects.ablated.items():
-        found[chosen] = {}
+        by_class[chosen] = {}
         for n, accuracies in by_number.items():
             falls = {name: effects.clean[name] - accuracy for name, accuracy in accuracies.items()}
             intended, unintended = falls[chosen], mean(fall for name, fall in falls.items() if name != chosen)
-            found[chosen] |= {
+            by_class[chosen] |= {
                 f"tpp_threshold_{n}_total_metric": intended - unintended,
                 f"tpp_threshold_{n}_intended_diff_only": intended,
                 f"tpp_threshold_{n}_unintended_diff_only": unintended,
             }
-    return found
+    return by_class
 
 
 def score_keys(kind: Kind, n_values: Sequence[int] = N_VALUES) -> list[str]:
@@ -250,22 +250,22 @@ def score_keys(kind: Kind, n_values: Sequence[int] = N_VALUES) -> list[str]:
 
 def _means(rows: Iterable[dict[str, float]]) -> dict[str, float]:
     """For each key the mean over the rows that have it."""
-    held = list(rows)
-    keys = dict.fromkeys(key for row in held for key in row)
-    return {key: mean(row[key] for row in held if key in row) for key in keys}
+    table = list(rows)
+    keys = dict.fromkeys(key for row in table for key in row)
+    return {key: mean(row[key] for row in table if key in row) for key in keys}
 
 
 def outcome(kind: Kind, effects: dict[str, Effects]) -> Outcome:
     """SAEBench's result fields."""
-    by_task = {name: scores(kind, found) for name, found in effects.items()}
+    by_task = {name: scores(kind, effect) for name, effect in effects.items()}
     keys, overall = score_keys(kind), _means(by_task.values())
     return Outcome(
         metrics={f"{kind}_metrics": {key: overall.get(key) for key in keys}},
         details=[
-            {"dataset_name": f"{name}{'_tpp' * (kind == 'tpp')}_results", **{key: found.get(key) for key in keys}}
-            for name, found in by_task.items()
+            {"dataset_name": f"{name}{'_tpp' * (kind == 'tpp')}_results", **{key: effect.get(key) for key in keys}}
+            for name, effect in by_task.items()
         ],
-        unstructured={name: tpp_scores(found) for name, found in effects.items()} if kind == "tpp" else None,
+        unstructured={name: tpp_scores(effect) for name, effect in effects.items()} if kind == "tpp" else None,
     )
 
 
@@ -279,28 +279,28 @@ class Seeded:
 
 def ideal_probes(kind: Kind, tasks: Iterable[Task], seeds: Sequence[int]) -> dict[tuple[str, int], Seeded]:
     """Probes for every task and seed; they are the same for every SAE."""
-    found = {}
+    seeded = {}
     for task in tasks:
         vectors = task.means(task.sums_UD.float()).double()
         for seed in seeds:
             texts = {name: sample(task, name, seed, partner_of(kind, name)) for name in scored(kind, task)}
             probes = {name: ideal_probe(vectors, one) for name, one in texts.items()}
-            clean = _fixed_accuracies(kind, probes, texts, lambda rows, held=vectors: held[rows])  # type: ignore[misc]
-            found[task.name, seed] = Seeded(Trained(probes, clean), texts)
-    return found
+            clean = _fixed_accuracies(kind, probes, texts, lambda rows, residuals=vectors: residuals[rows])  # type: ignore[misc]
+            seeded[task.name, seed] = Seeded(Trained(probes, clean), texts)
+    return seeded
 
 
 def _fixed_accuracies(
     kind: Kind, probes: Probes, texts: dict[str, Sample], vectors: Callable[[Tensor], Tensor]
 ) -> Accuracies:
-    found = {}
+    accuracies = {}
     for data, one in texts.items():
         rows, labels = one.test
-        held = vectors(rows)
+        residuals = vectors(rows)
         for name, probe in probes.items():
             if name == data or kind == "scr":
-                found[name if name == data else probe_on(name, data)] = probe.accuracy(held, labels)
-    return found
+                accuracies[name if name == data else probe_on(name, data)] = probe.accuracy(residuals, labels)
+    return accuracies
 
 
 @torch.no_grad()
@@ -323,29 +323,29 @@ def ideal(
         means_UF = sums_UF / task.lengths_U[:, None]
         exact = replace(task, sums_UD=task.sums_UD.double())
         for seed in sorted(seed for name, seed in probes if name == task.name):
-            held = probes[task.name, seed]
+            seeded = probes[task.name, seed]
             ablated: Ablated = {}
-            for name, one in held.texts.items():
+            for name, one in seeded.texts.items():
                 rows, labels = one.train
                 change_F = means_UF[rows][labels == 1].mean(0) - means_UF[rows][labels == 0].mean(0)
-                effect_F = _signed(kind, change_F, view.W_dec @ held.trained.probes[name].weight[0].float())
+                effect_F = _signed(kind, change_F, view.W_dec @ seeded.trained.probes[name].weight[0].float())
                 ablated[name] = {}
                 for n in n_values:
                     chosen = selected(effect_F, n, positive=True)
                     vectors = _ablation(exact, view, sums_UF.double(), None, chosen)
-                    ablated[name][n] = _fixed_accuracies(kind, held.trained.probes, held.texts, vectors)
-            found = scores(kind, Effects(clean=held.trained.clean, ablated=ablated))
+                    ablated[name][n] = _fixed_accuracies(kind, seeded.trained.probes, seeded.texts, vectors)
+            result = scores(kind, Effects(clean=seeded.trained.clean, ablated=ablated))
             into = values.setdefault(task.name, {key: [] for key in score_keys(kind, n_values)})
             for key, column in into.items():
-                column.append(found.get(key))
+                column.append(result.get(key))
     overall = {
-        key: [mean_or_none(column) for column in zip(*(found[key] for found in values.values()), strict=True)]
+        key: [mean_or_none(column) for column in zip(*(columns[key] for columns in values.values()), strict=True)]
         for key in score_keys(kind, n_values)
     }
     return {
         "measures": {key: mean_over_seeds(column).to_dict() for key, column in overall.items()},
         "tasks": {
-            name: {key: mean_over_seeds(column).to_dict() for key, column in found.items()}
-            for name, found in values.items()
+            name: {key: mean_over_seeds(column).to_dict() for key, column in columns.items()}
+            for name, columns in values.items()
         },
     }

@@ -90,19 +90,20 @@ def _probes(
 
 
 def _outcome(results: dict[str, Accuracies]) -> Outcome:
-    means = {name: {key: mean(values.values()) for key, values in found.items()} for name, found in results.items()}
+    means = {name: {key: mean(values.values()) for key, values in entries.items()} for name, entries in results.items()}
     keys = [*accuracy_keys("llm"), *accuracy_keys("sae")]
     details: list[dict[str, Any]] = [
-        {"dataset_name": f"{name}_results", **{key: found.get(key) for key in keys}} for name, found in means.items()
+        {"dataset_name": f"{name}_results", **{key: entries.get(key) for key in keys}}
+        for name, entries in means.items()
     ]
     overall = {key: mean_or_none([entry[key] for entry in details]) for key in keys}
     metrics = {kind: {key: overall[key] for key in keys if key.startswith(kind)} for kind in ("llm", "sae")}
     unstructured = {
         f"{name}_results": {
-            key: found[key]
-            for key in sorted(found, key=lambda key: not key.endswith(("sae_test_accuracy", "llm_test_accuracy")))
+            key: entries[key]
+            for key in sorted(entries, key=lambda key: not key.endswith(("sae_test_accuracy", "llm_test_accuracy")))
         }
-        for name, found in results.items()
+        for name, entries in results.items()
     }
     return Outcome(metrics=metrics, details=details, unstructured=unstructured)
 
@@ -141,12 +142,13 @@ def ideal(
         by_task[task.name] = measures
     keys = ["test_accuracy", *(f"top_{k}_test_accuracy" for k in k_values)]
     overall = {
-        key: [mean(column) for column in zip(*(found[key] for found in by_task.values()), strict=True)] for key in keys
+        key: [mean(column) for column in zip(*(columns[key] for columns in by_task.values()), strict=True)]
+        for key in keys
     }
     return {
         "measures": {key: mean_over_seeds(values).to_dict() for key, values in overall.items()},
         "tasks": {
-            name: {key: mean_over_seeds(values).to_dict() for key, values in found.items()}
-            for name, found in by_task.items()
+            name: {key: mean_over_seeds(values).to_dict() for key, values in columns.items()}
+            for name, columns in by_task.items()
         },
     }

@@ -149,7 +149,7 @@ def train_probe(
     bound = 1 / math.sqrt(vectors_SD.shape[1])
     nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
     optimizer = torch.optim.AdamW(linear.parameters(), lr=how.lr)
-    best, kept, waited = -math.inf, _copy(linear), 0
+    best, best_probe, waited = -math.inf, _copy(linear), 0
     for _ in range(how.epochs):
         order = torch.randperm(len(vectors_SD), generator=generator)
         for rows in torch.split(order, how.batch):
@@ -163,10 +163,10 @@ def train_probe(
         accuracy = probe.accuracy(*test)
         waited += 1
         if accuracy > best:
-            best, kept, waited = accuracy, probe, 0
+            best, best_probe, waited = accuracy, probe, 0
         if waited >= how.patience:
             break
-    return kept, best
+    return best_probe, best
 
 
 def _copy(linear: nn.Linear) -> Probe:

@@ -59,20 +59,23 @@ class Pair:
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
-def _drawn(held: Sequence[Prompt], count: int, mixed: random.Random, *, cause: bool) -> list[Pair]:
+def _draw_pairs(prompts: Sequence[Prompt], count: int, mixed: random.Random, *, cause: bool) -> list[Pair]:
     """Base prompts without replacement (all if there are no more), each with some source that has another label."""
     pairs = []
-    for base in mixed.sample(held, min(count, len(held))):
-        if others := [prompt for prompt in held if prompt.label != base.label]:
+    for base in mixed.sample(prompts, min(count, len(prompts))):
+        if others := [prompt for prompt in prompts if prompt.label != base.label]:
             pairs.append(Pair(base=base, source=mixed.choice(others), cause=cause))
     return pairs
 
 
 def pairs_of(prompts: Attributes, attribute: str, count: int, mixed: random.Random) -> list[Pair]:
     """Cause pairs of an attribute and as many isolation pairs of the others, mixed (SAEBench's construction)."""
-    cause = _drawn(prompts[attribute], count, mixed, cause=True)
+    cause = _draw_pairs(prompts[attribute], count, mixed, cause=True)
     isolation = [
-        pair for other in prompts if other != attribute for pair in _drawn(prompts[other], count, mixed, cause=False)
+        pair
+        for other in prompts
+        if other != attribute
+        for pair in _draw_pairs(prompts[other], count, mixed, cause=False)
     ]
     mixed.shuffle(isolation)
     pairs = cause + isolation[: len(cause)]
@@ -86,16 +89,16 @@ def split_entities(prompts: Attributes, share: float, mixed: random.Random) -> t
 
     Raises UserError if there is no such split.
     """
-    entities = sorted({prompt.entity for held in prompts.values() for prompt in held})
+    entities = sorted({prompt.entity for group in prompts.values() for prompt in group})
     cut = min(max(1, round(share * len(entities))), len(entities) - 1)
     for _ in range(SPLITS_TRIED):
         mixed.shuffle(entities)
         chosen = set(entities[:cut])
         sides = tuple(
-            {key: [p for p in held if (p.entity in chosen) is wanted] for key, held in prompts.items()}
+            {key: [p for p in group if (p.entity in chosen) is wanted] for key, group in prompts.items()}
             for wanted in (True, False)
         )
-        if all(len({p.label for p in held}) > 1 for side in sides for held in side.values()):
+        if all(len({p.label for p in group}) > 1 for side in sides for group in side.values()):
             return sides[0], sides[1]
     raise UserError(
         f"RAVEL: {len(entities)} entities can't be split so that each attribute has two labels on both sides; use more "
@@ -149,22 +152,22 @@ class Exchange:
         """
         base_BF, source_BF = self.latents(view, pairs)
         differing = (base_BF != source_BF).any(-1)
-        kept = [pair for pair, differs in zip(pairs, differing.tolist(), strict=True) if differs]
-        self.passes.spared += len(pairs) - len(kept)
-        if not kept:
+        differing_pairs = [pair for pair, differs in zip(pairs, differing.tolist(), strict=True) if differs]
+        self.passes.spared += len(pairs) - len(differing_pairs)
+        if not differing_pairs:
             return 0.0 * gate_F.sum()
-        x_BTD = pad_sequence(self._resid(kept), batch_first=True).to(gate_F.device)
-        rows = torch.arange(len(kept), device=gate_F.device)
-        places = torch.tensor([pair.base.position for pair in kept], device=gate_F.device)
-        ends = [len(pair.base.ids) - 1 for pair in kept]
+        x_BTD = pad_sequence(self._resid(differing_pairs), batch_first=True).to(gate_F.device)
+        rows = torch.arange(len(differing_pairs), device=gate_F.device)
+        places = torch.tensor([pair.base.position for pair in differing_pairs], device=gate_F.device)
+        ends = [len(pair.base.ids) - 1 for pair in differing_pairs]
         latents = base_BF[differing], source_BF[differing]
-        moved_BD = self.moved(view, kept, latents, gate_F, keep_error=keep_error)
+        moved_BD = self.moved(view, differing_pairs, latents, gate_F, keep_error=keep_error)
         x_BTD = x_BTD.index_put((rows, places), moved_BD.to(x_BTD.dtype))
         final_BTD = self.language.suffix(self.hook, x_BTD, grad=True)
-        logits_BV = self.language.unembed(final_BTD[range(len(kept)), ends], grad=True).float()
-        self.passes.suffix += len(kept)
-        self.passes.backward += len(kept)
-        tokens_B = torch.tensor([pair.token for pair in kept], device=logits_BV.device)
+        logits_BV = self.language.unembed(final_BTD[range(len(differing_pairs)), ends], grad=True).float()
+        self.passes.suffix += len(differing_pairs)
+        self.passes.backward += len(differing_pairs)
+        tokens_B = torch.tensor([pair.token for pair in differing_pairs], device=logits_BV.device)
         return nn.functional.cross_entropy(logits_BV, tokens_B, reduction="sum") / len(pairs)
 
     def train(self, view: View, pairs: Sequence[Pair], *, keep_error: bool) -> Tensor:
@@ -195,7 +198,7 @@ class Exchange:
         Where none of them differs and the error is kept, the model says what it said: the base's label, at no pass.
         """
         known: dict[tuple[int, str], bool] = {}
-        found: list[bool] = []
+        results: list[bool] = []
         for start in range(0, len(pairs), AT_ONCE):
             part = pairs[start : start + AT_ONCE]
             base_BF, source_BF = self.latents(view, part)
@@ -205,25 +208,27 @@ class Exchange:
             for pair, is_touched in zip(part, touched, strict=True):
                 key = (pair.base.row, pair.target)
                 states.append(None if is_touched else not pair.cause if keep_error else known.get(key))
-            asked = [place for place, state in enumerate(states) if state is None]
-            self.passes.spared += len(part) - len(asked)
-            for place, right in zip(asked, self._written([part[p] for p in asked], moved_BD[asked]), strict=True):
+            open_places = [place for place, state in enumerate(states) if state is None]
+            self.passes.spared += len(part) - len(open_places)
+            for place, right in zip(
+                open_places, self._written([part[p] for p in open_places], moved_BD[open_places]), strict=True
+            ):
                 states[place] = right
                 if not touched[place]:
                     known[part[place].base.row, part[place].target] = right
-            found += [bool(state) for state in states]
-        return found
+            results += [bool(state) for state in states]
+        return results
 
     @torch.no_grad()
     def whole(self, pairs: Sequence[Pair]) -> list[bool]:
         """The same with the whole residual of the entity exchanged: what no choice of latents can be expected to
         exceed.
         """
-        found: list[bool] = []
+        results: list[bool] = []
         for start in range(0, len(pairs), AT_ONCE):
             part = pairs[start : start + AT_ONCE]
-            found += self._written(part, self.store.entity([pair.source for pair in part], self.hook))
-        return found
+            results += self._written(part, self.store.entity([pair.source for pair in part], self.hook))
+        return results
 
     def _written(self, pairs: Sequence[Pair], moved_BD: Tensor) -> list[bool]:
         opened = []
@@ -258,14 +263,15 @@ def saebench_scores(pairs: Sequence[Pair], outcomes: Sequence[bool]) -> Scores:
     """SAEBench tells the kinds apart by first tokens: a pair is of isolation if the base's answer begins as the right
     one does.
     """
-    kept = [pair.base.first_token == pair.token for pair in pairs]
+    begins_alike = [pair.base.first_token == pair.token for pair in pairs]
     parts = [
-        [right for right, stays in zip(outcomes, kept, strict=True) if stays is wanted] for wanted in (False, True)
+        [right for right, stays in zip(outcomes, begins_alike, strict=True) if stays is wanted]
+        for wanted in (False, True)
     ]
     return scores(*parts)
 
 
-def drawn_scores(pairs: Sequence[Pair], outcomes: Sequence[bool], name: str, seed: int) -> Scores:
+def resampled_scores(pairs: Sequence[Pair], outcomes: Sequence[bool], name: str, seed: int) -> Scores:
     """Scores of pairs whose base entities are drawn with replacement; what a pair is was fixed when it was made."""
     parts = []
     for cause in (True, False):
@@ -285,8 +291,8 @@ def averaged(entries: Sequence[Scores]) -> Scores:
     names = ("cause_score", "isolation_score", "disentangle_score")
     columns = {name: [entry[name] for entry in entries] for name in names}
     return {
-        name: sum(held) / len(held)
-        if (held := [v for v in values if v is not None]) and len(held) == len(values)
+        name: sum(defined) / len(defined)
+        if (defined := [v for v in values if v is not None]) and len(defined) == len(values)
         else None
         for name, values in columns.items()
     }

@@ -33,9 +33,9 @@ from hsae.eval.ravel.exchange import (
     Pair,
     Scores,
     averaged,
-    drawn_scores,
     own_scores,
     pairs_of,
+    resampled_scores,
     saebench_scores,
     split_entities,
 )
@@ -108,18 +108,18 @@ class Ravel(SuiteEvaluation[RavelStore]):
     @cached_property
     def saebench_splits(self) -> list[Split]:
         """SAEBench's pairs: one random stream over all attributes; the first mixed pairs train, the rest test."""
-        mixed, found = random.Random(self.config.seed), []
+        mixed, splits = random.Random(self.config.seed), []
         for kind, prompts in self.store.prompts.items():
             for attribute in prompts:
                 pairs = pairs_of(prompts, attribute, self.config.pairs, mixed)
                 cut = int(self.config.train_share * len(pairs))
-                found.append(Split(kind=kind, attribute=attribute, train=pairs[:cut], test=pairs[cut:]))
-        return found
+                splits.append(Split(kind=kind, attribute=attribute, train=pairs[:cut], test=pairs[cut:]))
+        return splits
 
     @cached_property
     def splits(self) -> list[Split]:
         """Pairs whose entities are either trained on or tested on."""
-        found = []
+        splits = []
         for kind, prompts in self.store.prompts.items():
             sides: tuple[Attributes, Attributes] = split_entities(
                 prompts, self.config.train_share, random.Random(f"{self.config.seed} {kind}")
@@ -131,8 +131,8 @@ class Ravel(SuiteEvaluation[RavelStore]):
                     pairs_of(side, attribute, max(1, round(share * self.config.pairs)), mixed)
                     for side, share in zip(sides, shares, strict=True)
                 )
-                found.append(Split(kind=kind, attribute=attribute, train=train, test=test))
-        return found
+                splits.append(Split(kind=kind, attribute=attribute, train=train, test=test))
+        return splits
 
     @cached_method
     def residual(self, hook: str) -> dict[str, Any]:
@@ -143,15 +143,15 @@ class Ravel(SuiteEvaluation[RavelStore]):
         self.listener.status("ravel: the whole residual exchanged")
         exchange = self._exchange(hook)
         outcomes = [exchange.whole(split.test) for split in self.splits]
-        found = self._measures(self.splits, outcomes)
-        cause = found["cause_score"]["value"]
+        measures = self._measures(self.splits, outcomes)
+        cause = measures["cause_score"]["value"]
         if cause is None or cause < self.config.least_ceiling:
             raise NotApplicable(
                 f"exchanging the whole residual of an entity at {hook} changes {cause or 0:.0%} of the answers to the "
                 "other entity's: by there the attributes have moved on to later tokens, and no latent can score; "
                 "evaluate SAEs of an earlier layer (or lower ravel.least_ceiling)"
             )
-        return found
+        return measures
 
     def _exchange(self, hook: str) -> Exchange:
         return Exchange(store=self.store, hook=hook, language=self.language, config=self.config)
@@ -183,11 +183,11 @@ class Ravel(SuiteEvaluation[RavelStore]):
         means, unstructured = self._tables(self.saebench_splits, faithful)
         own = [
             {
-                **own_scores(split.test, held),
+                **own_scores(split.test, results),
                 "latents": mask_F.nonzero()[:, 0].tolist(),
                 "pairs": {"train": len(split.train), "test": len(split.test)},
             }
-            for split, held, mask_F in zip(self.splits, outcomes, chosen, strict=True)
+            for split, results, mask_F in zip(self.splits, outcomes, chosen, strict=True)
         ]
         return self.file_kind.content(
             eval_config=self.eval_config(),
@@ -231,17 +231,20 @@ class Ravel(SuiteEvaluation[RavelStore]):
         by_kind: dict[str, dict[str, Scores]] = {}
         for split, entry in zip(splits, entries, strict=True):
             by_kind.setdefault(split.kind, {})[split.name] = entry
-        means = averaged([averaged(list(held.values())) for held in by_kind.values()])
-        return means, {f"{kind}_results": held for kind, held in by_kind.items()}
+        means = averaged([averaged(list(entries.values())) for entries in by_kind.values()])
+        return means, {f"{kind}_results": entries for kind, entries in by_kind.items()}
 
     def _measures(self, splits: Sequence[Split], outcomes: Sequence[Sequence[bool]]) -> dict[str, Any]:
-        drawn = []
+        resampled = []
         for seed in self.seeds:
             entries = [
-                drawn_scores(split.test, held, split.name, seed) for split, held in zip(splits, outcomes, strict=True)
+                resampled_scores(split.test, results, split.name, seed)
+                for split, results in zip(splits, outcomes, strict=True)
             ]
-            drawn.append(self._tables(splits, entries)[0])
-        return {name: mean_over_seeds([entry[short] for entry in drawn]).to_dict() for name, short in MEASURES.items()}
+            resampled.append(self._tables(splits, entries)[0])
+        return {
+            name: mean_over_seeds([entry[short] for entry in resampled]).to_dict() for name, short in MEASURES.items()
+        }
 
     def inputs(self, target: Target) -> dict[str, Any]:
         """All that a result depends on."""
@@ -291,5 +294,5 @@ def passes_of(blocks: Sequence[dict[str, Any]]) -> dict[str, int]:
 def describe_store(store: RavelStore) -> str:
     """What was asked and what of it was answered right, for people."""
     header = store.header
-    used = sum(len(held) for prompts in store.prompts.values() for held in prompts.values())
+    used = sum(len(group) for prompts in store.prompts.values() for group in prompts.values())
     return f"answered right and kept: {describe_counts(header.right, header.asked)}; {used} prompts used"

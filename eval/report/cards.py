@@ -42,8 +42,8 @@ def cards_of(model: HierarchicalSAE, store: ActivationStore, hook: str, tokenize
     for name in [name for name in views if name != "sae"] or list(views):
         seen = contexts.survey(views[name], store, hook)
         latents = contexts.heaviest(seen, LATENTS_SHOWN, common=COMMON)
-        found = contexts.find_contexts(views[name], store, hook, tokenizer, seen, latents, CONTEXTS_SHOWN)
-        cards += [_card(name, latent, seen, found) for latent in latents]
+        by_latent = contexts.find_contexts(views[name], store, hook, tokenizer, seen, latents, CONTEXTS_SHOWN)
+        cards += [_card(name, latent, seen, by_latent) for latent in latents]
     return cards
 
 
@@ -56,7 +56,7 @@ def _families(
     composed = [latent for latent in contexts.heaviest(seen, len(shares_FG), common=COMMON) if shares_FG[latent].any()]
     parents = composed[:COARSE_SHOWN]
     children = {parent: _children(shares_FG[parent]) for parent in parents}
-    every = sorted({child for found in children.values() for child in found})
+    every = sorted({child for numbers in children.values() for child in numbers})
     shown = contexts.find_contexts(views[coarse], store, hook, tokenizer, seen, parents, CONTEXTS_SHOWN)
     under = contexts.find_contexts(views[fine], store, hook, tokenizer, below, every, CHILD_CONTEXTS_SHOWN)
     ratios = maps.participation_ratio(shares_FG)
@@ -81,7 +81,7 @@ def _card(
     view: str,
     latent: int,
     seen: contexts.Survey,
-    found: dict[int, list[contexts.Context]],
+    by_latent: dict[int, list[contexts.Context]],
     *,
     also: str = "",
     share: float | None = None,
@@ -92,7 +92,7 @@ def _card(
     return LatentCard(
         title=title,
         facts=f"{also}; {fires}" if also else fires,
-        contexts=found[latent],
+        contexts=by_latent[latent],
         share=share,
         children=children or [],
     )

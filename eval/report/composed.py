@@ -101,15 +101,15 @@ def _pictures(key: str, contributions_FG: Tensor) -> list[Picture]:
     )
     if empty:
         caption += f" {empty} of {len(ratios)} coarse latents have an empty row: nothing composes them."
-    found = [Picture(picture=figures.composition(contributions_FG, level), caption=caption)]
+    pictures = [Picture(picture=figures.composition(contributions_FG, level), caption=caption)]
     if bool((contributions_FG > 0).any()):
         trees = (
             "The coarse latents with the largest contributions (not chosen for how they look), and the fine latents "
             "they are made of, by number, with each one’s contribution w · rms(fine) / rms(coarse). A child is a fine "
             "latent that brings at least a tenth of the largest contribution."
         )
-        found.append(Picture(picture=figures.trees(contributions_FG, level), caption=trees))
-    return found
+        pictures.append(Picture(picture=figures.trees(contributions_FG, level), caption=trees))
+    return pictures
 
 
 def _median(ratios: Tensor) -> str:

@@ -117,8 +117,8 @@ def results(rows: Sequence[Row]) -> list[tuple[Row, list[Cell]]]:
 
 def one_text(rows: Sequence[Row]) -> bool:
     """Whether all of hsae's own results are of one evaluation store in one state, so that intervals can be compared."""
-    held = [row.result.inputs for row in rows if row.corrected]
-    return len({tuple(str(inputs.get(key)) for key in ONE_TEXT) for inputs in held}) <= 1
+    every = [row.result.inputs for row in rows if row.corrected]
+    return len({tuple(str(inputs.get(key)) for key in ONE_TEXT) for inputs in every}) <= 1
 
 
 def _clear_winner(rows: Sequence[Row], key: str) -> Row | None:
