@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -110,15 +111,22 @@ def wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
+def save_nothing(figure, file, *, format, **options):
+    file.write("<svg ></svg>") if format == "svg" else Path(file).touch()
+
+
+@pytest.fixture(scope="module")
+def undrawn_for_all():
     """Pictures are composed, but not drawn, which takes most of the time of a report."""
-    from matplotlib.figure import Figure
+    with mock.patch("matplotlib.figure.Figure.savefig", save_nothing):
+        yield
 
-    def save(figure, file, *, format, **options):
-        file.write("<svg ></svg>") if format == "svg" else Path(file).touch()
 
-    monkeypatch.setattr(Figure, "savefig", save)
+@pytest.fixture
+def undrawn():
+    """The same for one test."""
+    with mock.patch("matplotlib.figure.Figure.savefig", save_nothing):
+        yield
 
 
 @pytest.fixture

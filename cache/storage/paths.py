@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 
 from hsae.cache.errors import RemoteError, StoreError
 from hsae.cache.files import PARTIAL, write_bytes_atomically
+from hsae.cache.storage import retry
 from hsae.cache.storage.remote import WEB, RemotePath
-from hsae.cache.storage.retry import TRIES, log_waiting, redact
 
 IN_FLIGHT = 16  # requests at once
 LOCAL_AT_ONCE = 2  # files of this machine that are read or written at once
@@ -47,7 +47,7 @@ def place(url: str | Place) -> Place:
         return Path(rest)
     if "::" in protocol or not rest.strip("/"):
         raise StoreError(
-            f"{redact(str(url))}: not a place for stores; use a folder, or a URL such as s3://bucket/prefix"
+            f"{retry.redact(str(url))}: not a place for stores; use a folder, or a URL such as s3://bucket/prefix"
         )
     if protocol in WEB:
         _check_web_address(protocol, rest)
@@ -75,12 +75,12 @@ def read_again(
     source: Place, read: Callable[[], ResultT], damaged: type[Exception] | tuple[type[Exception], ...]
 ) -> ResultT:
     """`read()`; from a remote place a few times more while it raises `damaged`: a body may be cut on its way."""
-    for number in range(1, TRIES if isinstance(source, RemotePath) else 1):
+    for number in range(1, retry.TRIES if isinstance(source, RemotePath) else 1):
         try:
             return read()
         except damaged as error:
-            log_waiting(f"{redact(str(error))} Fetching it again.")
-            time.sleep(0.1 * number)
+            retry.log_waiting(f"{retry.redact(str(error))} Fetching it again.")
+            time.sleep(retry.FIRST_PAUSE * number)
     return read()
 
 

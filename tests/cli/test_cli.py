@@ -55,7 +55,7 @@ def hsae(*arguments, cwd):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, undrawn_for_all):
     """A folder with an hsae.toml in which the design's three commands, and the report, have been run as they are
     typed.
     """

@@ -17,6 +17,8 @@ from hsae.cache.storage.paths import place, sizes
 from hsae.cli import train as cli_train
 from hsae.cli.main import app
 
+pytestmark = pytest.mark.slow  # half a minute
+
 VOLATILE = {"time", "eval_id", "datetime_epoch_millis", "dir", "checksum"}
 
 

@@ -478,7 +478,7 @@ def test_every_arm_is_swept_chosen_on_tune_and_reported_on_test(plan, language):
     assert read_result(folder / "unlearning.json", "") == result
 
 
-def test_results_are_used_again_only_if_made_of_the_same_inputs(plan, overrides, language):
+def test_results_are_used_again_only_if_made_of_the_same_inputs(plan, overrides, language, undrawn):
     run = trained(plan, 0, a_model("flat"))
     (first,) = unlearn(plan, [run], language)
     (again,) = unlearn(plan, [run])
@@ -500,7 +500,7 @@ def test_results_are_used_again_only_if_made_of_the_same_inputs(plan, overrides,
     assert not unlearn(plan, [run], language)[0].is_reused
 
 
-def test_a_sweep_that_was_interrupted_goes_on_where_it_was(plan, language):
+def test_a_sweep_that_was_interrupted_goes_on_where_it_was(plan, language, undrawn):
     run = trained(plan, 0, a_model("flat"))
 
     class Stopped(Exception):
@@ -574,7 +574,7 @@ def test_too_little_text_is_said_with_the_key_to_change(overrides, tmp_path):
         build([plan.store("forget")], plan.cache.dir)
 
 
-def test_the_command_builds_evaluates_and_prints(plan, overrides, language, monkeypatch):
+def test_the_command_builds_evaluates_and_prints(plan, overrides, language, monkeypatch, undrawn):
     monkeypatch.setenv("COLUMNS", "90")
     trained(plan, 3, a_model())
     options = [part for value in [*overrides, f"train.dir={plan.train.dir!r}"] for part in ("--set", value)]
@@ -593,7 +593,7 @@ def test_the_command_builds_evaluates_and_prints(plan, overrides, language, monk
         assert text in shown.output
 
 
-def test_the_question_form_scores_every_level_and_is_used_again(plan, overrides, language, monkeypatch):
+def test_the_question_form_scores_every_level_and_is_used_again(plan, overrides, language, monkeypatch, undrawn):
     text = (
         "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}"
         "{% if add_generation_prompt %}<model>{% endif %}"
