@@ -16,6 +16,9 @@ from unittest import mock
 import pytest
 import torch
 
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a run in the background ignores it, as commands it starts would
 os.environ.pop("COLUMNS", None)  # which pytest-xdist sets; tests expect the default width
 ROOT = Path(__file__).resolve().parent.parent
 HOOK = "blocks.3.hook_resid_post"
