@@ -11,7 +11,7 @@ Shapes: N words, P evaluation prompts, D residual width, F latents, 26 letters, 
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,7 +77,6 @@ class Letter:
     """What the k-sparse stage says about one letter."""
 
     letter: int
-    f1_probe: float
     per_k: list[Sparse]
     split: list[int] = field(default_factory=list)
 
@@ -173,16 +172,6 @@ def f1(predicted: Tensor, actual: Tensor) -> float:
     return 2 * right / int(predicted.sum() + actual.sum()) if right else 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sides:
-    """The words a sparse probe is fitted on, and those its F1 is taken on."""
-
-    fit: Tensor
-    fit_letters: Tensor
-    check: Tensor
-    check_letters: Tensor
-
-
 def letter_f1(words: Words) -> list[float]:
     """F1 of the ground-truth probe on the test words, by letter."""
     predicted = words.test @ words.weight.T + words.bias > 0
@@ -195,24 +184,17 @@ def k_sparse(
     weight: Tensor,
     settings: Settings,
     letters: Sequence[int] = range(len(LETTERS)),
-    sides: Sides | None = None,
 ) -> list[Letter]:
-    """For some letters the sparse probes of 1 to max_k latents and the split latents; by default judged on the test
-    words.
-    """
-    sides = sides or Sides(
-        fit=words.train, fit_letters=words.train_letters, check=words.test, check_letters=words.test_letters
-    )
-    scores = letter_f1(words)
+    """For some letters the sparse probes of 1 to max_k latents, judged on the test words, and the split latents."""
     numbers = range(1, min(settings.max_k, view.d_sae) + 1)
     # each k anew, because which of several tied latents wins depends on k
     top = {k: torch.topk(weight.float(), k, dim=1).indices for k in numbers}
     columns = torch.unique(torch.cat(list(top.values()), 1))
-    fit, check = (_encoded(view, vectors, columns).float() for vectors in (sides.fit, sides.check))
+    fit, check = (_encoded(view, vectors, columns).float() for vectors in (words.train, words.test))
     results = []
     for number in letters:
-        checked = sides.check_letters == number
-        labels = (sides.fit_letters == number).int()
+        checked = words.test_letters == number
+        labels = (words.train_letters == number).int()
         per_k = []
         if 0 < int(labels.sum()) < len(labels):
             for k in numbers:
@@ -228,14 +210,7 @@ def k_sparse(
                         f1=f1(logits > 0, checked),
                     )
                 )
-        results.append(
-            Letter(
-                letter=number,
-                f1_probe=scores[number],
-                per_k=per_k,
-                split=split_latents(per_k, settings.f1_jump),
-            )
-        )
+        results.append(Letter(letter=number, per_k=per_k, split=split_latents(per_k, settings.f1_jump)))
     return results
 
 
@@ -295,12 +270,8 @@ def absorbed(view: View, words: Words, letter: Letter, *, assume_unit_norm: bool
         alone = (cosine[which] >= FULL_COSINE) & (total >= 0) & (best / total >= SMALLEST_SHARE)
         full.append((latents[:, split] < SILENT).all(1) & alone)
         projections.append(total)
-    empty = torch.zeros(0)
     return Absorbed(
-        prompts=prompts,
-        fraction=torch.cat(fractions) if len(prompts) else empty,
-        full=torch.cat(full) if len(prompts) else empty.bool(),
-        projection=torch.cat(projections) if len(prompts) else empty,
+        prompts=prompts, fraction=torch.cat(fractions), full=torch.cat(full), projection=torch.cat(projections)
     )
 
 
@@ -356,31 +327,20 @@ def ideal(view: View, words: Words, settings: Settings, seeds: Sequence[int]) ->
         generator = generator_for("absorption", seed)
         order = torch.randperm(len(words.train), generator=generator)
         check, fit = order[: len(order) // 5], order[len(order) // 5 :]
-        weight = l1_probe(
-            view,
-            Words(**{**vars(words), "train": words.train[fit], "train_letters": words.train_letters[fit]}),
-            settings,
-            generator,
+        train = replace(
+            words,
+            train=words.train[fit],
+            train_letters=words.train_letters[fit],
+            test=words.train[check],
+            test_letters=words.train_letters[check],
         )
-        sides = Sides(
-            fit=words.train[fit],
-            fit_letters=words.train_letters[fit],
-            check=words.train[check],
-            check_letters=words.train_letters[check],
-        )
-        letters = k_sparse(view, words, weight, settings, good, sides)
+        letters = k_sparse(view, train, l1_probe(view, train, settings, generator), settings, good)
         resampled = []
         for letter in letters:
-            one = absorbed(view, words, letter, assume_unit_norm=False)
-            again = torch.randint(max(1, len(one.prompts)), (len(one.prompts),), generator=generator)
-            resampled.append(
-                Absorbed(
-                    prompts=one.prompts[again],
-                    fraction=one.fraction[again],
-                    full=one.full[again],
-                    projection=one.projection[again],
-                )
-            )
+            absorption = absorbed(view, words, letter, assume_unit_norm=False)
+            count = len(absorption.prompts)
+            rows = torch.randint(max(1, count), (count,), generator=generator)
+            resampled.append(Absorbed(**{name: values[rows] for name, values in vars(absorption).items()}))
         for name, value in outcome(letters, resampled).metrics["mean"].items():
             if name.startswith("mean"):
                 columns.setdefault(name, []).append(value)

@@ -8,12 +8,8 @@ from hsae.eval.harness.saebench_file import Number, Part, SaebenchFile, keys
 from hsae.eval.probing.scr_tpp import score_keys
 from hsae.eval.probing.sparse_probing import accuracy_keys
 
-LLM_KEYS, SAE_KEYS, SCR_KEYS, TPP_KEYS = (
-    accuracy_keys("llm"),
-    accuracy_keys("sae"),
-    score_keys("scr"),
-    score_keys("tpp"),
-)
+LLM_KEYS, SAE_KEYS = accuracy_keys("llm"), accuracy_keys("sae")
+SCR_KEYS, TPP_KEYS = score_keys("scr"), score_keys("tpp")
 Numbers = dict[str, Number | None]
 NamedNumbers = dict[str, Number | str | None]
 

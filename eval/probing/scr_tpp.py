@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from hsae.cache.language_model.matmul import product
-from hsae.eval.harness.estimates import mean_over_seeds
 from hsae.eval.probing.sparse_probing import RANDOM_SEED, Outcome
 from hsae.eval.probing.text_probes import (
     Probe,
@@ -25,8 +24,9 @@ from hsae.eval.probing.text_probes import (
     balanced,
     ideal_probe,
     mean,
-    mean_or_none,
+    pick,
     sample,
+    seed_estimates,
     train_probe,
 )
 from hsae.train.model.views import View
@@ -97,27 +97,24 @@ def _train(kind: Kind, task: Task, generator: torch.Generator) -> Trained:
     probes: Probes = {}
     for chosen in task.train:
         partner = partner_of(kind, chosen)
-        train, train_labels = balanced(task.train, chosen, generator, partner)
-        test, test_labels = balanced(task.test, chosen, generator, partner)
-        probes[chosen], _ = train_probe(
-            (vectors[train], train_labels), (vectors[test], test_labels), TRAINING, generator
-        )
-    return Trained(probes, _accuracies(kind, task, probes, lambda rows: vectors[rows], generator))
+        train, test = (balanced(lists, chosen, generator, partner) for lists in (task.train, task.test))
+        probes[chosen], _ = train_probe(pick(vectors, train), pick(vectors, test), TRAINING, generator)
+    return Trained(probes, _accuracies(kind, task, probes, vectors.__getitem__, generator))
 
 
 def _accuracies(
     kind: Kind, task: Task, probes: Probes, vectors: Callable[[Tensor], Tensor], generator: torch.Generator
 ) -> Accuracies:
     """Every scored probe on its own class's test texts, then in SCR every other probe on them too."""
-    accuracies, chosen = {}, scored(kind, task)
-    for name in chosen:
+    accuracies, names = {}, scored(kind, task)
+    for name in names:
         rows, labels = balanced(task.test, name, generator, partner_of(kind, name))
         accuracies[name] = probes[name].accuracy(vectors(rows), labels)
     if kind == "scr":
-        for data in chosen:
+        for data in names:
             rows, labels = balanced(task.test, data, generator, partner_of(kind, data))
             texts = vectors(rows)
-            for name in chosen:
+            for name in names:
                 if name != data:
                     accuracies[probe_on(name, data)] = probes[name].accuracy(texts, labels)
     return accuracies
@@ -270,10 +267,9 @@ def outcome(kind: Kind, effects: dict[str, Effects]) -> Outcome:
 
 
 @dataclass(frozen=True)
-class Seeded:
+class Seeded(Trained):
     """Probes of a task under one seed, and the texts that are drawn for them."""
 
-    trained: Trained
     texts: dict[str, Sample]
 
 
@@ -284,9 +280,9 @@ def ideal_probes(kind: Kind, tasks: Iterable[Task], seeds: Sequence[int]) -> dic
         vectors = task.means(task.sums_UD.float()).double()
         for seed in seeds:
             texts = {name: sample(task, name, seed, partner_of(kind, name)) for name in scored(kind, task)}
-            probes = {name: ideal_probe(vectors, one) for name, one in texts.items()}
-            clean = _fixed_accuracies(kind, probes, texts, lambda rows, residuals=vectors: residuals[rows])  # type: ignore[misc]
-            seeded[task.name, seed] = Seeded(Trained(probes, clean), texts)
+            probes = {name: ideal_probe(vectors, sampled) for name, sampled in texts.items()}
+            clean = _fixed_accuracies(kind, probes, texts, vectors.__getitem__)
+            seeded[task.name, seed] = Seeded(probes, clean, texts)
     return seeded
 
 
@@ -294,8 +290,8 @@ def _fixed_accuracies(
     kind: Kind, probes: Probes, texts: dict[str, Sample], vectors: Callable[[Tensor], Tensor]
 ) -> Accuracies:
     accuracies = {}
-    for data, one in texts.items():
-        rows, labels = one.test
+    for data, sampled in texts.items():
+        rows, labels = sampled.test
         residuals = vectors(rows)
         for name, probe in probes.items():
             if name == data or kind == "scr":
@@ -322,30 +318,20 @@ def ideal(
         sums_UF = latents(task)
         means_UF = sums_UF / task.lengths_U[:, None]
         exact = replace(task, sums_UD=task.sums_UD.double())
+        columns = values[task.name] = {key: [] for key in score_keys(kind, n_values)}
         for seed in sorted(seed for name, seed in probes if name == task.name):
             seeded = probes[task.name, seed]
             ablated: Ablated = {}
-            for name, one in seeded.texts.items():
-                rows, labels = one.train
+            for name, sampled in seeded.texts.items():
+                rows, labels = sampled.train
                 change_F = means_UF[rows][labels == 1].mean(0) - means_UF[rows][labels == 0].mean(0)
-                effect_F = _signed(kind, change_F, view.W_dec @ seeded.trained.probes[name].weight[0].float())
+                effect_F = _signed(kind, change_F, view.W_dec @ seeded.probes[name].weight[0].float())
                 ablated[name] = {}
                 for n in n_values:
                     chosen = selected(effect_F, n, positive=True)
                     vectors = _ablation(exact, view, sums_UF.double(), None, chosen)
-                    ablated[name][n] = _fixed_accuracies(kind, seeded.trained.probes, seeded.texts, vectors)
-            result = scores(kind, Effects(clean=seeded.trained.clean, ablated=ablated))
-            into = values.setdefault(task.name, {key: [] for key in score_keys(kind, n_values)})
-            for key, column in into.items():
+                    ablated[name][n] = _fixed_accuracies(kind, seeded.probes, seeded.texts, vectors)
+            result = scores(kind, Effects(clean=seeded.clean, ablated=ablated))
+            for key, column in columns.items():
                 column.append(result.get(key))
-    overall = {
-        key: [mean_or_none(column) for column in zip(*(columns[key] for columns in values.values()), strict=True)]
-        for key in score_keys(kind, n_values)
-    }
-    return {
-        "measures": {key: mean_over_seeds(column).to_dict() for key, column in overall.items()},
-        "tasks": {
-            name: {key: mean_over_seeds(column).to_dict() for key, column in columns.items()}
-            for name, columns in values.items()
-        },
-    }
+    return seed_estimates(values)

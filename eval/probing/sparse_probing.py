@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsae.eval.harness.estimates import mean_over_seeds
 from hsae.eval.probing.text_probes import (
+    Labelled,
     Task,
     Training,
     balanced,
     ideal_probe,
     mean,
     mean_or_none,
+    pick,
     sample,
+    seed_estimates,
     top_k_accuracy,
     train_probe,
 )
@@ -74,10 +76,9 @@ def _probes(
     """The probe on all columns, then those on the best k: accuracy by class."""
     vectors = task.means(sums)
 
-    def draw(chosen: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        train_rows, train_labels = balanced(task.train, chosen, generator)
-        test_rows, test_labels = balanced(task.test, chosen, generator)
-        return (vectors[train_rows], train_labels), (vectors[test_rows], test_labels)
+    def draw(chosen: str) -> tuple[Labelled, Labelled]:
+        train, test = (balanced(lists, chosen, generator) for lists in (task.train, task.test))
+        return pick(vectors, train), pick(vectors, test)
 
     accuracies = {}
     for chosen in task.train:
@@ -126,29 +127,16 @@ def ideal(
         means = task.means(vectors(task).float())
         measures: dict[str, list[float]] = {}
         for seed in seeds:
-            texts = {chosen: sample(task, chosen, seed) for chosen in task.train}
+            samples = [sample(task, chosen, seed) for chosen in task.train]
             full = [
-                ideal_probe(means, one).accuracy(means[one.test[0]].double(), one.test[1]) for one in texts.values()
+                ideal_probe(means, texts).accuracy(means[texts.test[0]].double(), texts.test[1]) for texts in samples
             ]
             measures.setdefault("test_accuracy", []).append(mean(full))
             for k in k_values:
                 accuracies = [
-                    top_k_accuracy(
-                        (means[one.train[0]], one.train[1]), (means[one.test[0]], one.test[1]), k, stable=True
-                    )
-                    for one in texts.values()
+                    top_k_accuracy(pick(means, texts.train), pick(means, texts.test), k, stable=True)
+                    for texts in samples
                 ]
                 measures.setdefault(f"top_{k}_test_accuracy", []).append(mean(accuracies))
         by_task[task.name] = measures
-    keys = ["test_accuracy", *(f"top_{k}_test_accuracy" for k in k_values)]
-    overall = {
-        key: [mean(column) for column in zip(*(columns[key] for columns in by_task.values()), strict=True)]
-        for key in keys
-    }
-    return {
-        "measures": {key: mean_over_seeds(values).to_dict() for key, values in overall.items()},
-        "tasks": {
-            name: {key: mean_over_seeds(values).to_dict() for key, values in columns.items()}
-            for name, columns in by_task.items()
-        },
-    }
+    return seed_estimates(by_task)

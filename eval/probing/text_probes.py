@@ -12,22 +12,24 @@ columns.
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hsae.eval.harness.estimates import mean_over_seeds
 from hsae.train.model.views import View
 
 Lists = dict[str, Tensor]
+Labelled = tuple[Tensor, Tensor]
+"""Rows [S] or vectors [S, D] of texts, and their labels [S]."""
 Ragged = Iterable[tuple[Tensor, list[int]]]
 """Vectors [N, D] of a few texts' unmasked tokens, one text after the other, and how many tokens each text has."""
 
 PENALTIES = (0.001, 0.01, 0.1, 1.0)  # strengths C that an ideal probe chooses from on its validation texts
 VALIDATION_SHARE = 0.2
-LEVEL = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,7 @@ class Task:
 
 def sum_texts(parts: Ragged, dtype: torch.dtype | None = None) -> Tensor:
     """[U, D]: the sum of each text's vectors."""
-    sums = [_sums(vectors.to(dtype) if dtype else vectors, lengths) for vectors, lengths in parts]
-    return torch.cat(sums)
+    return torch.cat([_sums(vectors_ND.to(dtype) if dtype else vectors_ND, lengths) for vectors_ND, lengths in parts])
 
 
 @torch.no_grad()
@@ -65,9 +66,7 @@ def _sums(vectors: Tensor, lengths: list[int]) -> Tensor:
     return torch.stack([part.sum(0) for part in torch.split(vectors, lengths)])
 
 
-def balanced(
-    lists: Lists, chosen: str, generator: torch.Generator, partner: str | None = None
-) -> tuple[Tensor, Tensor]:
+def balanced(lists: Lists, chosen: str, generator: torch.Generator, partner: str | None = None) -> Labelled:
     """Rows [S] and labels [S] of a class against the others (or against `partner` alone), as many of each, mixed.
 
     SAEBench's draws in its order: for each other class a permutation, one over all negatives, one over the result.
@@ -86,6 +85,12 @@ def balanced(
     return rows[order], labels[order]
 
 
+def pick(vectors_UD: Tensor, texts: Labelled) -> Labelled:
+    """Vectors [S, D] and labels [S] of texts given as rows and labels."""
+    rows, labels = texts
+    return vectors_UD[rows], labels
+
+
 def generator_for(*parts: object) -> torch.Generator:
     """A generator of its own for whatever `parts` name: the same for every SAE, and whatever was drawn before."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
@@ -96,10 +101,10 @@ def generator_for(*parts: object) -> torch.Generator:
 class Sample:
     """One seed's fixed texts of a class and its negatives."""
 
-    train: tuple[Tensor, Tensor]
+    train: Labelled
     """Rows and labels; the first `fitted` of them are fitted on when something is chosen, the rest are for choosing."""
     fitted: int
-    test: tuple[Tensor, Tensor]
+    test: Labelled
     """Drawn with replacement, so that the spread over seeds has the noise of a finite test set in it."""
 
 
@@ -137,10 +142,8 @@ class Probe:
         return ((logits_S > 0) == (labels_S > 0)).float().mean().item()
 
 
-def train_probe(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], how: Training, generator: torch.Generator
-) -> tuple[Probe, float]:
-    """SAEBench's trainer: AdamW in the vectors' own type; the epoch with the best test accuracy is kept, and that
+def train_probe(train: Labelled, test: Labelled, how: Training, generator: torch.Generator) -> tuple[Probe, float]:
+    """SAEBench's trainer, AdamW in the vectors' own type: the probe of the epoch with the best test accuracy, and that
     accuracy.
     """
     vectors_SD, labels = train[0], train[1].to(train[0].dtype)
@@ -183,15 +186,12 @@ def logistic(vectors_SK: Tensor, labels_S: Tensor, **settings: Any) -> Any:
         return LogisticRegression(**settings).fit(vectors_SK.numpy(), labels_S.numpy())
 
 
-def differences(vectors_SD: Tensor, labels_S: Tensor) -> Tensor:
-    """[D] absolute difference of the two class means, in the vectors' type."""
-    return (vectors_SD[labels_S == 1].mean(0) - vectors_SD[labels_S == 0].mean(0)).abs()
-
-
-def top_k_accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], k: int, *, stable: bool = False) -> float:
+def top_k_accuracy(train: Labelled, test: Labelled, k: int, *, stable: bool = False) -> float:
     """Test accuracy of a logistic regression on the k columns whose class means differ most on the training vectors."""
-    chosen = torch.argsort(differences(*train), descending=True, stable=stable)[:k].sort().values
-    model = logistic(train[0][:, chosen].float(), train[1], C=1.0, max_iter=1000)
+    vectors_SD, labels_S = train
+    difference_D = (vectors_SD[labels_S == 1].mean(0) - vectors_SD[labels_S == 0].mean(0)).abs()
+    chosen = torch.argsort(difference_D, descending=True, stable=stable)[:k].sort().values
+    model = logistic(vectors_SD[:, chosen].float(), labels_S, C=1.0, max_iter=1000)
     return float((model.predict(test[0][:, chosen].float().numpy()) == test[1].numpy()).mean())
 
 
@@ -225,3 +225,19 @@ def mean_or_none(values: Iterable[float | None]) -> float | None:
     """The mean of the values that exist; None if none does."""
     numbers = [value for value in values if value is not None]
     return mean(numbers) if numbers else None
+
+
+def seed_estimates(by_task: Mapping[str, Mapping[str, Sequence[float | None]]]) -> dict[str, Any]:
+    """Measures with intervals, overall (of the mean over tasks) and by task, from task -> measure -> value per seed."""
+    names = dict.fromkeys(name for columns in by_task.values() for name in columns)
+    overall = {
+        name: [mean_or_none(values) for values in zip(*(columns[name] for columns in by_task.values()), strict=True)]
+        for name in names
+    }
+    return {
+        "measures": {name: mean_over_seeds(column).to_dict() for name, column in overall.items()},
+        "tasks": {
+            task: {name: mean_over_seeds(column).to_dict() for name, column in columns.items()}
+            for task, columns in by_task.items()
+        },
+    }

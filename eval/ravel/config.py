@@ -16,7 +16,7 @@ class RavelConfig(EntitiesConfig):
     pairs: int = Field(default=5000, ge=8)
     """Pairs of prompts of each attribute that should change its answer; as many that should not."""
     train_share: ProperFraction = 0.7
-    """ProperFraction of the pairs (SAEBench's numbers) or of the entities (hsae's) that the mask is trained on; the
+    """Share of the pairs (SAEBench's numbers) or of the entities (hsae's) that the mask is trained on; the
     others test it.
     """
     batch_pairs: int = Field(default=8, ge=1)

@@ -31,7 +31,7 @@ from hsae.eval.ravel.config import RavelConfig
 from hsae.train.model.views import View
 
 COOLEST = -4.0  # log10 of the last temperature
-AT_ONCE = 256  # pairs whose residuals are held
+AT_ONCE = 256  # pairs whose residuals are in memory
 SPLITS_TRIED = 50
 Attributes = dict[str, list[Prompt]]
 
@@ -122,10 +122,10 @@ class Exchange:
     def latents(self, view: View, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """[B, F] each: activations at the base's entity and at the source's."""
         with torch.no_grad():
-            both = [
-                self.store.entity([getattr(pair, side) for pair in pairs], self.hook) for side in ("base", "source")
-            ]
-            base_BF, source_BF = (view.encode(x_BD.to(view.W_dec.device)) for x_BD in both)
+            base_BF, source_BF = (
+                view.encode(self.store.entity(prompts, self.hook).to(view.W_dec.device))
+                for prompts in ([pair.base for pair in pairs], [pair.source for pair in pairs])
+            )
         return base_BF, source_BF
 
     def moved(
@@ -245,35 +245,32 @@ class Exchange:
 Scores = dict[str, float | None]
 
 
-def scores(cause: Sequence[bool], isolation: Sequence[bool]) -> Scores:
+def scores(outcomes: Sequence[bool], is_cause: Sequence[bool]) -> Scores:
     """Cause, isolation and their average; None where there is no pair."""
-    values = [sum(part) / len(part) if part else None for part in (cause, isolation)]
-    both = None if values[0] is None or values[1] is None else (values[0] + values[1]) / 2
-    return {"cause_score": values[0], "isolation_score": values[1], "disentangle_score": both}
+    parts: dict[bool, list[bool]] = {True: [], False: []}
+    for right, kind in zip(outcomes, is_cause, strict=True):
+        parts[kind].append(right)
+    cause, isolation = (sum(part) / len(part) if part else None for part in parts.values())
+    both = None if cause is None or isolation is None else (cause + isolation) / 2
+    return {"cause_score": cause, "isolation_score": isolation, "disentangle_score": both}
 
 
 def own_scores(pairs: Sequence[Pair], outcomes: Sequence[bool]) -> Scores:
     """Scores of pairs as they were made."""
-    return scores(
-        *([right for pair, right in zip(pairs, outcomes, strict=True) if pair.cause is kind] for kind in (True, False))
-    )
+    return scores(outcomes, [pair.cause for pair in pairs])
 
 
 def saebench_scores(pairs: Sequence[Pair], outcomes: Sequence[bool]) -> Scores:
     """SAEBench tells the kinds apart by first tokens: a pair is of isolation if the base's answer begins as the right
     one does.
     """
-    begins_alike = [pair.base.first_token == pair.token for pair in pairs]
-    parts = [
-        [right for right, stays in zip(outcomes, begins_alike, strict=True) if stays is wanted]
-        for wanted in (False, True)
-    ]
-    return scores(*parts)
+    return scores(outcomes, [pair.base.first_token != pair.token for pair in pairs])
 
 
 def resampled_scores(pairs: Sequence[Pair], outcomes: Sequence[bool], name: str, seed: int) -> Scores:
     """Scores of pairs whose base entities are drawn with replacement; what a pair is was fixed when it was made."""
-    parts = []
+    resampled: list[bool] = []
+    is_cause: list[bool] = []
     for cause in (True, False):
         by_entity: dict[str, list[bool]] = {}
         for pair, right in zip(pairs, outcomes, strict=True):
@@ -281,18 +278,16 @@ def resampled_scores(pairs: Sequence[Pair], outcomes: Sequence[bool], name: str,
                 by_entity.setdefault(pair.base.entity, []).append(right)
         entities = sorted(by_entity)
         generator = generator_for("ravel", name, cause, seed)
-        again = torch.randint(len(entities), (len(entities),), generator=generator).tolist() if entities else []
-        parts.append([right for place in again for right in by_entity[entities[place]]])
-    return scores(*parts)
+        indices = torch.randint(len(entities), (len(entities),), generator=generator).tolist() if entities else []
+        resampled += [right for index in indices for right in by_entity[entities[index]]]
+        is_cause += [cause] * (len(resampled) - len(is_cause))
+    return scores(resampled, is_cause)
 
 
 def averaged(entries: Sequence[Scores]) -> Scores:
     """The plain mean of each score; None where one is missing."""
-    names = ("cause_score", "isolation_score", "disentangle_score")
-    columns = {name: [entry[name] for entry in entries] for name in names}
-    return {
-        name: sum(defined) / len(defined)
-        if (defined := [v for v in values if v is not None]) and len(defined) == len(values)
-        else None
-        for name, values in columns.items()
-    }
+    means: Scores = {}
+    for name in ("cause_score", "isolation_score", "disentangle_score"):
+        values = [value for entry in entries if (value := entry[name]) is not None]
+        means[name] = sum(values) / len(values) if values and len(values) == len(entries) else None
+    return means

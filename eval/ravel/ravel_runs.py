@@ -181,14 +181,14 @@ class Ravel(SuiteEvaluation[RavelStore]):
             by_chance.append(exchange.outcomes(exact, split.test, other_F, keep_error=True))
         spent["measures"] = asdict(exchange.passes)
         means, unstructured = self._tables(self.saebench_splits, faithful)
-        own = [
-            {
+        attributes = {
+            split.name: {
                 **own_scores(split.test, results),
                 "latents": mask_F.nonzero()[:, 0].tolist(),
                 "pairs": {"train": len(split.train), "test": len(split.test)},
             }
             for split, results, mask_F in zip(self.splits, outcomes, chosen, strict=True)
-        ]
+        }
         return self.file_kind.content(
             eval_config=self.eval_config(),
             metrics={"ravel": {name: means[short] for name, short in MEASURES.items()}},
@@ -200,10 +200,9 @@ class Ravel(SuiteEvaluation[RavelStore]):
                 "measures": self._measures(self.splits, outcomes),
                 "random": self._measures(self.splits, by_chance),
                 "residual": residual,
-                "attributes": {split.name: entry for split, entry in zip(self.splits, own, strict=True)},
-                "interval": "mean over seeds +- Student's t times the standard deviation over seeds, 95 %; "
-                "a seed draws the tested entities "
-                "with replacement, the mask is trained once",
+                "attributes": attributes,
+                "interval": "mean over seeds +- Student's t times the standard deviation over seeds, 95 %; a seed "
+                "draws the tested entities with replacement, the mask is trained once",
                 "lm_passes": spent,
                 "store": {"path": self.store.path.name, "passes": self.store.header.passes},
                 "asked": self.store.header.asked,
@@ -217,14 +216,13 @@ class Ravel(SuiteEvaluation[RavelStore]):
 
     def _random(self, exchange: Exchange, view: View, split: Split, mask_F: Tensor) -> Tensor:
         """As many other latents, drawn among those that differ in some tested pair."""
-        alive_F = torch.zeros_like(mask_F)
         base_BF, source_BF = exchange.latents(view, split.test)
-        alive_F |= (base_BF != source_BF).any(0)
+        alive_F = (base_BF != source_BF).any(0)
         others = (alive_F & ~mask_F).nonzero()[:, 0]
         order = torch.randperm(len(others), generator=generator_for("random latents", split.name, self.config.seed))
-        found_F = torch.zeros_like(mask_F)
-        found_F[others[order.to(others.device)[: int((mask_F & alive_F).sum())]]] = True
-        return found_F
+        random_F = torch.zeros_like(mask_F)
+        random_F[others[order.to(others.device)[: int((mask_F & alive_F).sum())]]] = True
+        return random_F
 
     def _tables(self, splits: Sequence[Split], entries: Sequence[Scores]) -> tuple[Scores, dict[str, Any]]:
         """The means over attributes, then types; and SAEBench's table of the attributes."""
@@ -248,13 +246,15 @@ class Ravel(SuiteEvaluation[RavelStore]):
 
     def inputs(self, target: Target) -> dict[str, Any]:
         """All that a result depends on."""
-        shared = super().inputs(target)
+        inputs = super().inputs(target)
+        seeds = inputs.pop("seeds")  # stays the last
         config = hashlib.sha256(self.config.model_dump_json().encode()).hexdigest()[:16]
-        return {key: shared[key] for key in shared if key != "seeds"} | {"config": config, "seeds": len(self.seeds)}
+        return {**inputs, "config": config, "seeds": seeds}
 
     def notes(self, results: Sequence[Result[Target]]) -> list[str]:
         """The passes behind the results, and what the model answered."""
-        spent = passes_of([result.content["hsae"] for result in results])
+        parts = [part for result in results for part in result.content["hsae"]["lm_passes"].values()]
+        spent = {name: sum(part[name] for part in parts) for name in asdict(PassCounts())}
         passes = (
             f"behind these results: {spent['suffix']:,} prompts through the suffix ({spent['backward']:,} of them back "
             f"too), {spent['prefix']:,} through the prefix for further tokens, {spent['spared']:,} spared because no "
@@ -283,12 +283,6 @@ class Ravel(SuiteEvaluation[RavelStore]):
             random_seed=config.seed,
             artifact_dir="",
         )
-
-
-def passes_of(blocks: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """The passes behind several results together."""
-    spent = [part for block in blocks for part in block["lm_passes"].values()]
-    return {name: sum(part[name] for part in spent) for name in asdict(PassCounts())}
 
 
 def describe_store(store: RavelStore) -> str:
