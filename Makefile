@@ -18,8 +18,9 @@ test: $(VENV)/dev.done  ## run all tests, the slow ones on the real model includ
 test-fast: $(VENV)/dev.done  ## run the tests that need neither the real model nor minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-map: $(BIN)/python  ## write docs/map.md anew
+map: $(VENV)/dev.done  ## write docs/map.md and docs/plan.md anew
 	$(BIN)/python .ci/map.py
+	$(BIN)/python .ci/keys.py
 
 check: $(VENV)/dev.done  ## format, lint and type checks
 	$(BIN)/ruff format --check .

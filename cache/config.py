@@ -28,7 +28,9 @@ def parse_hook(hook: str) -> tuple[int, str]:
 class Config(BaseModel):
     """Base of every table of a plan file: unknown keys and wrong types are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Config):

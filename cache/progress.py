@@ -51,9 +51,10 @@ def shown(progress: bool | Progress) -> Iterator[Progress]:
 
 @contextmanager
 def bars(console: "Console") -> Iterator[Progress]:
-    """Progress bars, one a task, with its speed since it began."""
+    """Progress bars, one a task, with its speed since it began; without a terminal a line now and then."""
     from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
+
+    from hsae.cache.bars import Bars
 
     texts = (
         "{task.description}",

@@ -110,7 +110,7 @@ def _sizes(estimates: "list[Estimate]", plan: str, device: str) -> Table:
     model = estimates[0].spec.model
     table = Table(title=f"plan {plan}, {model.id} in {model.dtype} on {device}")
     for column in ("store", "state", "rows", "tokens", "on disk", "free", "model", "time, about"):
-        table.add_column(column, justify="left" if column in ("store", "state") else "right")
+        table.add_column(column, justify="left" if column in ("store", "state") else "right", no_wrap=True)
     for item in estimates:
         spec = item.spec
         table.add_row(

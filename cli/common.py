@@ -12,8 +12,10 @@ import rich
 import typer
 from rich import get_console
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from hsae.cache.bars import Bars
 
 if TYPE_CHECKING:
     from hsae.train.config.plan import Plan
@@ -71,10 +73,10 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def progress_bars() -> Progress:
+def progress_bars() -> Bars:
     """A bar for each task, with what is done of it and the time that is left."""
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
-    return Progress(*columns, TimeRemainingColumn(compact=True), console=get_console())
+    return Bars(*columns, TimeRemainingColumn(compact=True), console=get_console())
 
 
 PlanOption = Annotated[
@@ -89,6 +91,7 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a value of the plan, e.g. --set cache.train.rows=2000. Repeatable."
     ),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 RunOption = Annotated[
     str | None, typer.Option("--run", metavar="RUNS", help="Runs by number or name: 3, 0-5, baseline, or a list 0,3.")

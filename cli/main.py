@@ -1,15 +1,18 @@
 """The `hsae` command."""
 
 import io
+import os
 import sys
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from hsae.cli import ablate, cache, quickstart, report, store, train
+from hsae.cli import ablate, cache, doctor, plan, quickstart, report, store, train
 from hsae.cli import eval as eval_commands
 from hsae.cli.common import error_console, one_line, use_plain_console
+
+PIPED_WIDTH = 160  # columns of tables in pipes and files, which have no width of their own
 
 app = typer.Typer(
     help="Hierarchical sparse autoencoders: cache a language model's activations once, then train and evaluate.",
@@ -23,9 +26,11 @@ cache.app.command("recode")(store.recode)
 cache.app.command("serve")(store.serve)
 app.add_typer(cache.app, name="cache", help="Write, check, list, copy and serve activation stores.")
 app.command(name="train")(train.train)
+app.add_typer(plan.app, name="plan", help="Show, explain and check plans.")
 app.add_typer(eval_commands.app, name="eval", help="Measure trained SAEs.")
 app.command(name="report")(report.report)
 app.command(name="ablate")(ablate.ablate)
+app.command(name="doctor")(doctor.doctor)
 app.command(name="quickstart")(quickstart.quickstart)
 
 
@@ -44,7 +49,7 @@ def _options(
     ] = False,
 ) -> None:
     """Options of the command itself."""
-    use_plain_console()
+    use_plain_console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
 
 
 def main() -> None:

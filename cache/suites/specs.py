@@ -24,9 +24,11 @@ class SuiteConfig(Config):
     train_per_class: int = Field(default=2000, ge=4)
     """Training texts of a class (sparse probing, TPP)."""
     test_per_class: int = Field(default=500, ge=2)
+    """Test texts of a class."""
     train_per_quadrant: int = Field(default=1000, ge=2)
     """Training texts of each combination of two attributes (SCR)."""
     test_per_quadrant: int = Field(default=250, ge=1)
+    """Test texts of each combination."""
     context: int = Field(default=128, ge=4)
     """Tokens after which a text is cut, BOS included."""
     batch_rows: int = Field(default=16, ge=1)
@@ -40,6 +42,7 @@ class SuiteConfig(Config):
     min_letters: int = Field(default=20, ge=1, le=26)
     """Letters that the ground-truth probe must tell, or absorption is refused."""
     seed: int = Field(default=42, ge=0)
+    """Of the choice of texts and words."""
 
 
 class StoredConfig(Config):

@@ -22,7 +22,9 @@ class RavelConfig(EntitiesConfig):
     batch_pairs: int = Field(default=8, ge=1)
     """Pairs of one optimiser step. SAEBench: 8 for Gemma; it changes the result."""
     epochs: int = Field(default=2, ge=1)
+    """Passes over the pairs in which the mask of latents is learned."""
     learning_rate: Positive = 1e-3
+    """Of that mask."""
     least_ceiling: float = Field(default=0.2, ge=0, le=1, strict=False)
     """Refuse a hook at which exchanging the whole residual of the entity changes fewer answers than this share."""
     seed: int = Field(default=42, ge=0)

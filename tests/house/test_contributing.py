@@ -7,6 +7,7 @@ import re
 from typing import ClassVar
 
 import fsspec
+import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from places import ROOT
@@ -15,11 +16,12 @@ import hsae
 from hsae.cache.storage.remote import BACKENDS, Backend
 
 
-def test_the_map_is_that_of_the_code():
-    where = importlib.util.spec_from_file_location("map", ROOT / ".ci/map.py")
+@pytest.mark.parametrize("name", ["map", "keys"])
+def test_pages_that_are_made_are_those_of_the_code(name):
+    where = importlib.util.spec_from_file_location(name, ROOT / f".ci/{name}.py")
     module = importlib.util.module_from_spec(where)
     where.loader.exec_module(module)
-    assert module.PAGE.read_text() == module.drawn(), "docs/map.md is old; `make map` writes it anew"
+    assert module.PAGE.read_text() == module.drawn(), f"{module.PAGE.name} is old; `make map` writes it anew"
 
 
 def test_every_part_has_a_line_in_contributing():

@@ -153,12 +153,19 @@ def load_plan(plan: str | None = None, overrides: Sequence[str] = ()) -> Plan:
 
     Raises PlanError naming the file, the key, the value and what is allowed.
     """
+    return planned_tables(plan, overrides)[0]
+
+
+def planned_tables(plan: str | None = None, overrides: Sequence[str] = ()) -> tuple[Plan, dict[str, Any]]:
+    """What `load_plan` gives, and the tables that it was made of: those of the file, of the plans that it extends, and
+    what `overrides` set. Defaults of keys that none of them has are not in them.
+    """
     source, tables = read_tables(
         plan if plan is not None else LOCAL_PLAN if Path(LOCAL_PLAN).is_file() else DEFAULT_PLAN
     )
     for override in overrides:
         apply_override(tables, override, _table_names() - {"extends"})
-    return replace(_checked(source, tables), overrides=tuple(overrides))
+    return replace(_checked(source, tables), overrides=tuple(overrides)), tables
 
 
 def _table_names() -> set[str]:

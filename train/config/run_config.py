@@ -56,6 +56,7 @@ class Stage(Config):
     """One stretch of a curriculum: which levels learn, how fast, and whether composition is on."""
 
     name: str
+    """What the log calls it."""
     until: Fraction
     """Share of the run's steps at which the stage ends."""
     levels: Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
@@ -88,7 +89,9 @@ class RunConfig(Config):
     """One run of the plan: a model and how it is trained."""
 
     number: int = Field(ge=0)
+    """The N of `[runs.N]`."""
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    """What commands and tables call it: small letters, digits, `.` and `-`."""
     structure: Literal["flat", "stacked", "additive"]
     """flat: one level. stacked: level l reads level l-1's code. additive: every level reads the residual."""
     activation: Annotated[str, AfterValidator(_registered)] = "batchtopk"

@@ -94,6 +94,22 @@ def is_complete(plan: Plan, config: RunConfig) -> bool:
     return record.get("identity") in identities(plan, config) and record.get("complete") is True
 
 
+def describe(plan: Plan, config: RunConfig) -> str:
+    """What its directory holds of a run, in words: `trained`, `begun`, `new`, or what stands in the way."""
+    run_dir = plan.run_dir(config)
+    try:
+        record = read_run(run_dir)
+    except UserError:
+        return "damaged"
+    checkpoint = read_provenance(run_dir) or {}
+    here = [identity for part in (record, checkpoint) if part and (identity := part.get("identity"))]
+    if not here:
+        return "new"
+    if here[0] not in identities(plan, config):
+        return "another configuration's"
+    return "trained" if record and record.get("complete") is True else "begun"
+
+
 def prepare(
     plan: Plan,
     config: RunConfig,

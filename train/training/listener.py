@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from hsae.cache.bars import Bars
 
 if TYPE_CHECKING:
     from hsae.train.config.plan import Plan
@@ -48,7 +50,7 @@ class ProgressBars(Listener):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, markup=False, emoji=False)
-        self._bars: Progress | None = None
+        self._bars: Bars | None = None
         self._tasks: dict[int, TaskID] = {}
 
     def __enter__(self) -> Self:
@@ -77,7 +79,7 @@ class ProgressBars(Listener):
                 TimeRemainingColumn(compact=True),
                 TextColumn("{task.fields[text]}", markup=False),
             )
-            self._bars, self._tasks = Progress(*columns, console=self.console), {}
+            self._bars, self._tasks = Bars(*columns, console=self.console), {}
             self._bars.start()
         self._tasks[run.number] = self._bars.add_task(self.label(run), total=steps, completed=step, text="")
 
