@@ -19,7 +19,7 @@ SLICE_BYTES = 1 << 22  # of logits; what one slice touches stays in the processo
 
 
 class Distribution(NamedTuple):
-    """The clean model's next-token distribution: rounded as SAEBench rounds it, or stable in float32."""
+    """The clean model's next-token distribution, rounded as SAEBench rounds it."""
 
     probs: Tensor
     """[N, V] softmax of the clean logits."""
@@ -79,23 +79,43 @@ def kl_divergence(clean_probs: Tensor, clean_log_probs: Tensor, logits_NV: Tenso
     return divergence
 
 
-def stable_distribution(logits_NV: Tensor, out: Distribution | None = None) -> Distribution:
-    """Softmax and log-softmax of the clean logits in float32, without log(0); `out` is memory to use again."""
-    probs, log_probs = result = _memory(logits_NV, torch.float32, out)
+class StableDistribution(NamedTuple):
+    """The clean model's next-token distribution in float32."""
+
+    probs: Tensor
+    """[N, V] softmax of the clean logits."""
+    expected: Tensor
+    """[N] expected logarithm of `probs`: minus the entropy."""
+    losses: Tensor
+    """[N] next-token loss of the clean model."""
+
+
+def stable_distribution(logits_NV: Tensor, targets_N: Tensor, out: Tensor | None = None) -> StableDistribution:
+    """The clean distribution in float32, without log(0); `out` is memory to use again for `probs`."""
+    if out is None or len(out) < len(logits_NV) or out.shape[1:] != logits_NV.shape[1:]:
+        out = torch.empty(logits_NV.shape, dtype=torch.float32, device=logits_NV.device)
+    expected, losses = torch.empty(2, len(logits_NV), dtype=torch.float32, device=logits_NV.device)
+    result = StableDistribution(out[: len(logits_NV)], expected, losses)
     for part in _row_slices(logits_NV):
-        torch.log_softmax(logits_NV[part].float(), -1, out=log_probs[part])
-        torch.exp(log_probs[part], out=probs[part])
+        log_probs = logits_NV[part].float().log_softmax(-1)
+        torch.exp(log_probs, out=result.probs[part])
+        expected[part] = torch.linalg.vecdot(result.probs[part], log_probs)
+        losses[part] = -log_probs.gather(-1, targets_N[part, None])[:, 0]
     return result
 
 
-def stable_losses(clean: Distribution, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token loss and KL(clean || modified), [N] float32; `clean` is a `stable_distribution`."""
-    losses = torch.empty(logits_NV.shape[0], dtype=torch.float32, device=logits_NV.device)
+def stable_losses(clean: StableDistribution, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Next-token loss and KL(clean || modified), [N] float32: 0 for the clean logits themselves."""
+    losses = torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device)
     divergence = torch.empty_like(losses)
-    index_N1 = targets_N.long()[:, None]
     for part in _row_slices(logits_NV):
-        terms = logits_NV[part].float().log_softmax(-1)
-        losses[part] = -terms.gather(-1, index_N1[part])[:, 0]
-        torch.sub(clean.log_probs[part], terms, out=terms)
-        divergence[part] = terms.mul_(clean.probs[part]).sum(-1)
+        log_probs = logits_NV[part].float().log_softmax(-1)
+        losses[part] = -log_probs.gather(-1, targets_N[part, None])[:, 0]
+        divergence[part] = clean.expected[part] - torch.linalg.vecdot(clean.probs[part], log_probs)
     return losses, divergence
+
+
+def constant_losses(clean: StableDistribution, logits_V: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where the modified logits are those of `logits_V` at every token."""
+    log_probs_V = logits_V.float().log_softmax(-1)
+    return -log_probs_V[targets_N], clean.expected - clean.probs @ log_probs_V

@@ -20,12 +20,12 @@ from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.provenance import check_model
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core import corrected_measures
+from hsae.eval.core.batches import BatchReader
 from hsae.eval.core.core_result import CoreResult, dead_explanation, nan_to_minus_one
 from hsae.eval.core.reconstruction import ReconstructionPhase
 from hsae.eval.core.saebench_metrics import (
     InputMetrics,
     LatentMetrics,
-    VarianceBatch,
     frequency_metrics,
     score,
     weight_metrics,
@@ -120,58 +120,46 @@ class _Job:
         self.options, self.listener, self.device = options, listener, device
         self.dtype = getattr(torch, store.spec.model.dtype)
         self.views = [view.copy_to(dtype=self.dtype, device=device) for view in views]
-        self.reconstruction_batches = self._batches(0, store.clean_rows)
-        self.variance_batches = self._batches(store.clean_rows, store.rows)
+        self.reader = BatchReader(store, hook, device)
         self.reconstruction = ReconstructionPhase(
             self.views, store, model, hook, exclude_special_tokens=not options.all_tokens, device=device
         )
         resampler = Resampler(store.rows - store.clean_rows, device)
-        self.inputs = InputMetrics(self.dtype)
+        self.inputs = InputMetrics(self.dtype, device)
         self.latents = [LatentMetrics(view.d_sae, self.dtype, device) for view in views]
         self.input_moments = corrected_measures.InputMoments(resampler, store.header.d_model)
         self.moments = [corrected_measures.ReconstructionMoments(resampler) for _ in views]
 
-    def _batches(self, first: int, last: int) -> list[tuple[int, int]]:
-        rows = self.store.spec.batch_rows
-        return [(start, min(start + rows, last)) for start in range(first, last, rows)]
-
-    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, residuals and mask of kept tokens."""
-        tokens_BT = self.store.tokens(start, stop)
-        mask_BT = ~self.store.special_mask(tokens_BT)
-        x_BTD = self.store.acts(self.hook, start, stop)
-        return tokens_BT.to(self.device), x_BTD.to(self.device), mask_BT.to(self.device)
-
     def warn_of_dead(self) -> None:
         """Say before the long part if an SAE is silent on the first batch."""
-        start, stop = self.reconstruction_batches[0]
-        _, x_BTD, mask_BT = self.rows(start, stop)
+        store, rows = self.store, min(self.store.spec.batch_rows, self.store.clean_rows)
+        kept_BT = ~store.special_mask(store.tokens(0, rows))
+        x_ND = store.acts(self.hook, 0, rows)[kept_BT].to(self.device)
         for view in self.views:
-            if not (view.encode(x_BTD)[mask_BT] != 0).any():
+            if not (view.encode(x_ND) != 0).any():
                 self.listener.warn(
-                    f"{view.name}: no latent fires on the first {stop - start} rows: the SAE looks dead; its scores "
+                    f"{view.name}: no latent fires on the first {rows} rows: the SAE looks dead; its scores "
                     "will be those of a constant vector in place of the residual",
                 )
 
     def reconstruct(self) -> None:
         """The reconstruction phase."""
-        progress = partial(self.listener.progress, "reconstruction")
-        self.reconstruction.run(self.reconstruction_batches, self.rows, progress)
+        self.reconstruction.run(self.reader, partial(self.listener.progress, "reconstruction"))
 
     def measure_latents(self) -> None:
         """The sparsity and variance phase."""
-        first = self.store.clean_rows
-        for done, (start, stop) in enumerate(self.variance_batches, 1):
-            _, x_BTD, mask_BT = self.rows(start, stop)
-            batch = VarianceBatch.of(x_BTD, mask_BT, start)
-            self.inputs.add(batch)
-            self.input_moments.add(batch, first)
+        first, last, done = self.store.clean_rows, self.store.rows, 0
+        for batches in self.reader.variance(first, last):
+            self.inputs.add(batches)
+            self.input_moments.add(batches, first)
             for view, latents, moments in zip(self.views, self.latents, self.moments, strict=True):
-                acts_BTF = view.encode(x_BTD)
+                acts_BTF = view.encode(batches.x_BTD)
                 out_BTD = view.decode(acts_BTF)
-                latents.add(batch, acts_BTF, out_BTD)
-                moments.add(batch, first, acts_BTF, out_BTD)
-            self.listener.progress("variance", done, len(self.variance_batches))
+                active_BT = (acts_BTF != 0).sum(-1)
+                latents.add(batches, acts_BTF, active_BT, out_BTD)
+                moments.add(batches, first, active_BT, out_BTD)
+            done += len(batches.counts)
+            self.listener.progress("variance", done, self.reader.count(first, last))
 
     def result(self, index: int) -> CoreResult:
         """SAEBench's numbers and hsae's for one view."""
@@ -275,8 +263,8 @@ class _Job:
             "model_name": spec.model.id,
             "llm_dtype": spec.model.dtype,
             "batch_size_prompts": spec.batch_rows,
-            "n_eval_reconstruction_batches": len(self.reconstruction_batches),
-            "n_eval_sparsity_variance_batches": len(self.variance_batches),
+            "n_eval_reconstruction_batches": self.reader.count(0, self.store.clean_rows),
+            "n_eval_sparsity_variance_batches": self.reader.count(self.store.clean_rows, self.store.rows),
             "dataset": spec.corpus.corpus,
             "context_size": spec.context,
             "compute_kl": True,

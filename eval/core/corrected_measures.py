@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from hsae.eval.core.saebench_metrics import VarianceBatch
+from hsae.eval.core.batches import Batches
 from hsae.eval.harness.estimates import Estimate, ResampledSums, Resampler, estimate_of
 
 RECONSTRUCTION_COLUMNS = ("ce_tokens", "ce_without_sae", "ce_with_ablation", "kl_tokens", "kl_with_ablation")
@@ -24,12 +24,12 @@ class InputMoments:
     def __init__(self, resampler: Resampler, d_model: int) -> None:
         self.sums = ResampledSums(resampler, 2 + d_model)
 
-    def add(self, batch: VarianceBatch, first_row: int) -> None:
-        """Take in one batch of the variance phase, which starts at row `first_row` of the store."""
-        x_BTD = _masked(batch.x_BTD, batch)
-        tokens_B = batch.mask_BT.sum(1).double()
+    def add(self, batches: Batches, first_row: int) -> None:
+        """Take in batches of the variance phase, which starts at row `first_row` of the store."""
+        x_BTD = _masked(batches.x_BTD, batches)
+        tokens_B = batches.mask_BT.sum(1).double()
         columns = torch.cat([tokens_B[:, None], x_BTD.pow(2).sum((1, 2))[:, None], x_BTD.sum(1)], dim=1)
-        self.sums.add(batch.start - first_row, columns)
+        self.sums.add(batches.start - first_row, columns)
 
     def total_variance_S(self) -> Tensor:
         """E|x|^2 - |E x|^2 of the data and of each resample."""
@@ -47,11 +47,11 @@ class ReconstructionMoments:
     def __init__(self, resampler: Resampler) -> None:
         self.sums = ResampledSums(resampler, 2)
 
-    def add(self, batch: VarianceBatch, first_row: int, acts_BTF: Tensor, out_BTD: Tensor) -> None:
-        """Take in one batch of the variance phase."""
-        error_B = _masked(batch.x_BTD.double() - out_BTD.double(), batch).pow(2).sum((1, 2))
-        active_B = ((acts_BTF != 0).sum(-1) * batch.mask_BT).sum(1)
-        self.sums.add(batch.start - first_row, torch.stack([error_B, active_B.double()], dim=1))
+    def add(self, batches: Batches, first_row: int, active_BT: Tensor, out_BTD: Tensor) -> None:
+        """Take in the number of latents that aren't 0, and the reconstruction, of batches of the variance phase."""
+        error_B = _masked(batches.x_BTD.double() - out_BTD.double(), batches).pow(2).sum((1, 2))
+        active_B = (active_BT * batches.mask_BT).sum(1)
+        self.sums.add(batches.start - first_row, torch.stack([error_B, active_B.double()], dim=1))
 
     def measures(self, inputs: InputMoments, d_model: int) -> dict[str, Estimate]:
         """Explained variance 1 - E|r|^2 / (E|x|^2 - |E x|^2), squared error per element, and L0."""
@@ -63,8 +63,8 @@ class ReconstructionMoments:
         }
 
 
-def _masked(values_BTD: Tensor, batch: VarianceBatch) -> Tensor:
-    return torch.where(batch.mask_BT[..., None], values_BTD.double(), 0.0)
+def _masked(values_BTD: Tensor, batches: Batches) -> Tensor:
+    return torch.where(batches.mask_BT[..., None], values_BTD.double(), 0.0)
 
 
 def loss_measures(shared: ResampledSums, own: ResampledSums) -> dict[str, Estimate]:

@@ -16,6 +16,7 @@ from hsae.cache.language_model import token_losses
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core import corrected_measures
+from hsae.eval.core.batches import BatchReader, CleanBatches
 from hsae.eval.core.saebench_metrics import Mean
 from hsae.eval.harness.estimates import ResampledSums, Resampler
 from hsae.train.model.views import View
@@ -39,41 +40,35 @@ class ReconstructionPhase:
         self.views, self.store, self.model, self.hook = views, store, model, hook
         self.exclude_special_tokens, self.device = exclude_special_tokens, device
         self.dtype = getattr(torch, store.spec.model.dtype)
-        self.shared_means = {name: Mean(self.dtype) for name in ("kl_ablation", "ce_ablation", "ce_clean")}
-        self.sae_means = [{name: Mean(self.dtype) for name in ("kl", "ce")} for _ in views]
+        self.shared_means = {name: Mean(self.dtype, device) for name in ("kl_ablation", "ce_ablation", "ce_clean")}
+        self.sae_means = [{name: Mean(self.dtype, device) for name in ("kl", "ce")} for _ in views]
         resampler = Resampler(store.clean_rows, device)
         self.shared_sums = ResampledSums(resampler, len(corrected_measures.RECONSTRUCTION_COLUMNS))
         self.sae_sums = [ResampledSums(resampler, len(corrected_measures.SAE_COLUMNS)) for _ in views]
-        self.memory: tuple[token_losses.Distribution, token_losses.Distribution] | tuple[None, None] = (None, None)
+        self._memory: tuple[token_losses.Distribution, Tensor] | tuple[None, None] = (None, None)
 
-    def run(
-        self,
-        batches: Sequence[tuple[int, int]],
-        rows: Callable[[int, int], tuple[Tensor, Tensor, Tensor]],
-        progress: Callable[[int, int], None],
-    ) -> None:
-        """Go through the batches, given as (first row, row after the last); `rows` reads tokens, residuals and mask."""
+    def run(self, reader: BatchReader, progress: Callable[[int, int], None]) -> None:
+        """Go through the batches."""
         # A zero residual stays the same at every position and after every token, so one token stands for all.
         zero_11D = torch.zeros(1, 1, self.store.header.d_model, dtype=self.dtype, device=self.device)
-        zero_logits_1V = self.model.unembed(self.model.suffix(self.hook, zero_11D)[0])
-        for done, (start, stop) in enumerate(batches, 1):
-            tokens_BT, x_BTD, mask_BT = rows(start, stop)
-            finals = [self._final(view, x_BTD, mask_BT) for view in self.views]
-            self._losses(start, stop, tokens_BT, mask_BT, finals, zero_logits_1V)
-            progress(done, len(batches))
+        zero_logits_V = self.model.unembed(self.model.suffix(self.hook, zero_11D)[0])[0]
+        last, done = self.store.clean_rows, 0
+        for batches in reader.reconstruction(0, last):
+            finals = [self._final(view, batches) for view in self.views]
+            self._losses(batches, finals, zero_logits_V)
+            done += len(batches.counts)
+            progress(done, reader.count(0, last))
 
-    def _final(self, view: View, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """Final vectors with the SAE's reconstruction in the residual's place."""
+    def _final(self, view: View, batches: CleanBatches) -> Tensor:
+        """[B * T, D] final vectors with the SAE's reconstruction in the residual's place."""
+        x_BTD = batches.x_BTD
         out_BTD = view.decode(view.encode(x_BTD)).to(x_BTD.dtype)
         if self.exclude_special_tokens:
-            out_BTD = torch.where(mask_BT[..., None], out_BTD, x_BTD)
-        return self.model.suffix(self.hook, out_BTD)
+            out_BTD = torch.where(batches.mask_BT[..., None], out_BTD, x_BTD)
+        return self.model.suffix(self.hook, out_BTD).flatten(0, 1)
 
-    def _losses(
-        self, start: int, stop: int, tokens_BT: Tensor, mask_BT: Tensor, finals: list[Tensor], zero_logits_1V: Tensor
-    ) -> None:
-        final_ND = self.store.clean("final", start, stop).to(self.device).flatten(0, 1)
-        targets_N = tokens_BT.roll(-1, dims=1).flatten()
+    def _losses(self, batches: CleanBatches, finals: list[Tensor], zero_logits_V: Tensor) -> None:
+        final_ND, targets_N = batches.final_BTD.flatten(0, 1), batches.targets_N
         shape = (len(finals), 2, len(targets_N))  # of loss and KL of each SAE
         rounded_S2N = torch.empty(shape, dtype=self.dtype, device=self.device)
         exact_S2N = torch.empty(shape, device=self.device)
@@ -82,38 +77,32 @@ class ReconstructionPhase:
         for part in token_losses.slices(len(targets_N), row_bytes, SLICE_BYTES[torch.device(self.device).type]):
             targets = targets_N[part]
             logits_NV = self.model.unembed(final_ND[part])
-            rounded = token_losses.distribution(logits_NV, self.memory[0])
-            exact = token_losses.stable_distribution(logits_NV, self.memory[1])
-            if self.memory[0] is None or len(rounded.probs) > len(self.memory[0].probs):
-                self.memory = (rounded, exact)
-            clean_N[part] = -exact.log_probs.gather(-1, targets.long()[:, None])[:, 0]
-            zero_logits_NV = zero_logits_1V.expand(len(targets), -1)
-            ablated_N[part], ablated_kl_N[part] = token_losses.stable_losses(exact, zero_logits_NV, targets)
-            for index, sae_final_BTD in enumerate(finals):
-                logits_NV = self.model.unembed(sae_final_BTD.flatten(0, 1)[part])
+            rounded = token_losses.distribution(logits_NV, self._memory[0])
+            exact = token_losses.stable_distribution(logits_NV, targets, self._memory[1])
+            if self._memory[0] is None or len(exact.probs) > len(self._memory[0].probs):
+                self._memory = (rounded, exact.probs)
+            clean_N[part] = exact.losses
+            ablated_N[part], ablated_kl_N[part] = token_losses.constant_losses(exact, zero_logits_V, targets)
+            for index, sae_final_ND in enumerate(finals):
+                logits_NV = self.model.unembed(sae_final_ND[part])
                 rounded_S2N[index, 0, part] = token_losses.cross_entropy(logits_NV, targets)
                 rounded_S2N[index, 1, part] = token_losses.kl_divergence(*rounded, logits_NV)
                 exact_S2N[index, 0, part], exact_S2N[index, 1, part] = token_losses.stable_losses(
                     exact, logits_NV, targets
                 )
-        loss_mask_BT = mask_BT.clone()
-        loss_mask_BT[:, -1] = False
-        stored = {
-            "ce_clean": (self.store.clean("loss", start, stop), loss_mask_BT),
-            "ce_ablation": (self.store.ablation(self.hook, "loss", start, stop), loss_mask_BT),
-            "kl_ablation": (self.store.ablation(self.hook, "kl", start, stop), mask_BT),
-        }
-        for name, (values_BT, selected_BT) in stored.items():
-            self.shared_means[name].add(values_BT.to(self.device)[selected_BT])
-        ce, kl = _RowSums(loss_mask_BT), _RowSums(mask_BT)
+        with_loss_N, kept_N = batches.with_loss_N, batches.kept_N
+        self.shared_means["ce_clean"].add(batches.ce_clean_BT.flatten()[with_loss_N])
+        self.shared_means["ce_ablation"].add(batches.ce_ablation_BT.flatten()[with_loss_N])
+        self.shared_means["kl_ablation"].add(batches.kl_ablation_BT.flatten()[kept_N])
+        ce, kl = _RowSums(batches.loss_mask_BT), _RowSums(batches.mask_BT)
         columns = [ce.count, ce(clean_N), ce(ablated_N), kl.count, kl(ablated_kl_N)]
-        self.shared_sums.add(start, torch.stack(columns, 1))
+        self.shared_sums.add(batches.start, torch.stack(columns, 1))
         for means, sums, rounded_2N, exact_2N in zip(
             self.sae_means, self.sae_sums, rounded_S2N, exact_S2N, strict=True
         ):
-            means["ce"].add(rounded_2N[0].view_as(mask_BT)[loss_mask_BT])
-            means["kl"].add(rounded_2N[1].view_as(mask_BT)[mask_BT])
-            sums.add(start, torch.stack([ce(exact_2N[0]), kl(exact_2N[1])], 1))
+            means["ce"].add(rounded_2N[0, with_loss_N])
+            means["kl"].add(rounded_2N[1, kept_N])
+            sums.add(batches.start, torch.stack([ce(exact_2N[0]), kl(exact_2N[1])], 1))
 
 
 class _RowSums:

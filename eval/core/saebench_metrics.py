@@ -8,13 +8,13 @@ Shapes: B rows of a batch, T context, D residual width, F latents, N kept tokens
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from hsae.cache.language_model.matmul import product
+from hsae.eval.core.batches import Batches
 from hsae.train.model.views import View
 
 SMALL_NORM = 1e-4  # residual norms below this are replaced by 1 in l2_ratio
@@ -23,68 +23,42 @@ COSINE_BLOCK_BYTES = 1 << 26
 
 class Mean:
     """Mean over tokens of values that come in batches, rounded to `dtype` as torch rounds a mean of a tensor of that
-    type.
+    type. The sum stays on the device until the mean is asked for.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
         self.dtype = dtype
-        self.total = 0.0
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.count = 0
 
     def add(self, values: Tensor) -> None:
         """Take in values of any shape."""
-        self.total += values.double().sum().item()
+        self.total += values.double().sum()
         self.count += values.numel()
 
     def tensor(self) -> Tensor:
         """The mean so far as a scalar of `dtype`; NaN if nothing was added."""
-        mean = self.total / self.count if self.count else math.nan
-        return torch.tensor(mean, dtype=torch.float32).to(self.dtype)
+        return (self.total / self.count).float().to(self.dtype)
 
     def value(self) -> float:
         """The mean so far."""
         return self.tensor().item()
 
 
-@dataclass(frozen=True)
-class VarianceBatch:
-    """The residuals of one batch of the sparsity and variance phase, and what all SAEs need to know of them."""
-
-    x_BTD: Tensor
-    mask_BT: Tensor
-    """True for kept tokens."""
-    x_ND: Tensor
-    """Kept residuals, in their own type."""
-    norm_N: Tensor
-    unit_ND: Tensor
-    spread_N: Tensor
-    """Squared distance from the mean of this batch."""
-    start: int
-    """Row of the store at which the batch begins."""
-
-    @classmethod
-    def of(cls, x_BTD: Tensor, mask_BT: Tensor, start: int) -> "VarianceBatch":
-        """Compute the shared quantities."""
-        x_ND = x_BTD[mask_BT]
-        norm_N = x_ND.norm(dim=-1)
-        spread_N = (x_ND - x_ND.mean(dim=0)).pow(2).sum(-1)
-        return cls(x_BTD, mask_BT, x_ND, norm_N, x_ND / norm_N[:, None], spread_N, start)
-
-
 class InputMetrics:
     """What SAEBench measures on the residuals alone."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.norm = Mean(dtype)
-        self.square = Mean(dtype)
-        self.square_per_dimension = Mean(dtype)
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self.norm = Mean(dtype, device)
+        self.square = Mean(dtype, device)
+        self.square_per_dimension = Mean(dtype, device)
 
-    def add(self, batch: VarianceBatch) -> None:
-        """Take in one batch."""
-        squared_ND = batch.x_ND.pow(2)
-        self.norm.add(batch.norm_N)
-        self.square.add(squared_ND.sum(-1).mean(0))
-        self.square_per_dimension.add(squared_ND.mean(0))
+    def add(self, batches: Batches) -> None:
+        """Take in batches."""
+        self.norm.add(batches.norm_N)
+        for squared_ND in batches.each(batches.x_ND.pow(2)):
+            self.square.add(squared_ND.sum(-1).mean(0))
+            self.square_per_dimension.add(squared_ND.mean(0))
 
 
 class LatentMetrics:
@@ -92,35 +66,32 @@ class LatentMetrics:
 
     def __init__(self, d_sae: int, dtype: torch.dtype, device: str) -> None:
         names = ("norm_out", "ratio", "bias", "l1", "mse", "cosine", "legacy_variance", "residual")
-        self.means = {name: Mean(dtype) for name in names}
-        self.l0 = Mean(torch.float32)
+        self.means = {name: Mean(dtype, device) for name in names}
+        self.l0 = Mean(torch.float32, device)
         self.firings_F = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.rows_F = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.tokens = 0
 
-    def add(self, batch: VarianceBatch, acts_BTF: Tensor, out_BTD: Tensor) -> None:
-        """Take in the SAE's latents and reconstruction of one batch."""
-        x_ND, out_ND, acts_NF = batch.x_ND, out_BTD[batch.mask_BT], acts_BTF[batch.mask_BT]
+    def add(self, batches: Batches, acts_BTF: Tensor, active_BT: Tensor, out_BTD: Tensor) -> None:
+        """Take in the SAE's latents, the number of those that aren't 0, and its reconstruction."""
+        x_ND, out_ND = batches.x_ND, batches.kept(out_BTD)
         norm_out_N = out_ND.norm(dim=-1)
-        small_N = batch.norm_N.abs() < SMALL_NORM
+        small_N = batches.norm_N.abs() < SMALL_NORM
         residual_N = (x_ND - out_ND).pow(2).sum(-1)
-        bias = norm_out_N.pow(2).mean() / (x_ND * out_ND).sum(-1).mean()
-        values = {
-            "norm_out": norm_out_N,
-            "ratio": norm_out_N / batch.norm_N.masked_fill(small_N, 1.0),
-            "bias": bias,
-            "l1": acts_NF.sum(-1),
-            "mse": residual_N / len(x_ND),
-            "cosine": (batch.unit_ND * (out_ND / norm_out_N[:, None])).sum(-1),
-            "legacy_variance": 1 - residual_N / batch.spread_N,
-            "residual": residual_N.mean(0),
-        }
-        for name, value in values.items():
-            self.means[name].add(value)
-        self.l0.add((acts_NF != 0).sum(-1))
-        fires_BTF = (acts_BTF > 0) & batch.mask_BT[..., None]
-        self.firings_F += fires_BTF.sum((0, 1))
-        self.rows_F += fires_BTF.any(1).sum(0)
+        self.means["norm_out"].add(norm_out_N)
+        self.means["ratio"].add(norm_out_N / batches.norm_N.masked_fill(small_N, 1.0))
+        self.means["l1"].add(batches.kept(acts_BTF.sum(-1)))
+        self.means["cosine"].add((batches.unit_ND * (out_ND / norm_out_N[:, None])).sum(-1))
+        self.means["legacy_variance"].add(1 - residual_N / batches.spread_N)
+        self.l0.add(batches.kept(active_BT))
+        per_token = (norm_out_N.pow(2), (x_ND * out_ND).sum(-1), residual_N)
+        for squared_N, aligned_N, errors_N in zip(*map(batches.each, per_token), strict=True):
+            self.means["bias"].add(squared_N.mean() / aligned_N.mean())
+            self.means["mse"].add(errors_N / len(errors_N))
+            self.means["residual"].add(errors_N.mean(0))
+        firings_BF = ((acts_BTF > 0) & batches.mask_BT[..., None]).sum(1)
+        self.firings_F += firings_BF.sum(0)
+        self.rows_F += (firings_BF > 0).sum(0)
         self.tokens += len(x_ND)
 
     def explained_variance(self, inputs: InputMetrics) -> float:

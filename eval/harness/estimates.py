@@ -54,9 +54,12 @@ class Resampler:
         generator = torch.Generator().manual_seed(seed)
         resamples = RESAMPLES if resamples is None else resamples
         counts_SR = torch.ones(1 + resamples, rows, dtype=torch.uint8)
-        for index in range(1, 1 + resamples):
-            indices_R = torch.randint(rows, (rows,), generator=generator)
-            counts_SR[index] = indices_R.bincount(minlength=rows).clamp_max(255)
+        step = max(1, MOST_INDICES // max(1, rows))
+        for some_SR in torch.split(counts_SR[1:], step):
+            drawn_SR = torch.randint(rows, some_SR.shape, generator=generator)
+            drawn_SR += torch.arange(len(some_SR))[:, None] * rows  # one count for all of them
+            counts_R = drawn_SR.flatten().bincount(minlength=some_SR.numel()).clamp_max(255)
+            some_SR.copy_(counts_R.view(some_SR.shape))
         self.counts_SR = counts_SR.to(device)
 
     def weights(self, start: int, stop: int) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hsae.cache.errors import StoreError, UserError
 from hsae.cache.reading.store import ActivationStore
+from hsae.eval.core.batches import Batches
 from hsae.eval.core.corrected_measures import InputMoments, ReconstructionMoments
-from hsae.eval.core.saebench_metrics import VarianceBatch
 from hsae.eval.harness.estimates import Resampler
 from hsae.eval.harness.listener import SILENT, Progress
 from hsae.eval.hierarchy.composition_result import CompositionResult, LevelResult, Measured, Null, PairResult, Reading
@@ -143,11 +143,12 @@ class _MeasurePass:
 
     def _add(self, text: Text, start: int, stop: int) -> None:
         x_BTD, mask_BT = text.read(start, stop)
-        batch = VarianceBatch.of(x_BTD, mask_BT, start)
+        batch = Batches.of(x_BTD, mask_BT, start)
         codes = self.model.codes(x_BTD)
         self.inputs.add(batch, text.first)
         for number, moments in enumerate(self.reconstructions, 1):
-            moments.add(batch, text.first, codes[number - 1], self.model.reconstruct(codes, number))
+            active_BT = (codes[number - 1] != 0).sum(-1)
+            moments.add(batch, text.first, active_BT, self.model.reconstruct(codes, number))
         token_codes = [code[mask_BT] for code in codes]
         row_N = mask_BT.nonzero()[:, 0]
         for fires, code in zip(self.fires, token_codes, strict=True):

@@ -52,18 +52,29 @@ def test_faithful_losses_round_every_step_as_saebench_does(logits, targets, dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stable_losses_agree_with_float64(logits, targets, dtype):
     clean, modified = (part.to(dtype) for part in logits)
-    ce, kl = token_losses.stable_losses(token_losses.stable_distribution(clean), modified, targets)
+    ce, kl = token_losses.stable_losses(token_losses.stable_distribution(clean, targets), modified, targets)
     assert ce.dtype == kl.dtype == torch.float32
     torch.testing.assert_close(ce.double(), oracle_ce(modified.double(), targets), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(kl.double(), oracle_kl(clean.double(), modified.double()), rtol=1e-5, atol=1e-5)
 
 
+def test_a_constant_in_place_of_the_logits_and_the_clean_logits_themselves(logits, targets):
+    clean = logits[0].float()
+    exact, constant_V = token_losses.stable_distribution(clean, targets), logits[1][0].float()
+    constant = token_losses.constant_losses(exact, constant_V, targets)
+    for one, other in zip(constant, token_losses.stable_losses(exact, constant_V.expand(N, V), targets), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    losses, divergence = token_losses.stable_losses(exact, clean, targets)
+    assert torch.equal(losses, exact.losses) and not divergence.any()
+
+
 def test_underflow_gives_nan_as_in_saebench_and_a_number_when_stable():
     clean = torch.tensor([[0.0, -200.0, 0.0], [0.0, 1.0, 2.0]])
     modified = torch.tensor([[0.0, -200.0, 1.0], [0.0, -200.0, 0.0]])
+    targets = torch.tensor([0, 1])
     kl = token_losses.kl_divergence(*token_losses.distribution(clean), modified)
     assert math.isnan(kl[0]) and kl[1] == math.inf
-    _, stable = token_losses.stable_losses(token_losses.stable_distribution(clean), modified, torch.tensor([0, 1]))
+    _, stable = token_losses.stable_losses(token_losses.stable_distribution(clean, targets), modified, targets)
     torch.testing.assert_close(stable.double(), oracle_kl(clean.double(), modified.double()))
 
 
@@ -73,7 +84,7 @@ def test_slicing_does_not_change_a_bit(logits, targets, dtype, rows_per_slice, m
     clean, modified = (part.to(dtype) for part in logits)
 
     def everything():
-        rounded, exact = token_losses.distribution(clean), token_losses.stable_distribution(clean)
+        rounded, exact = token_losses.distribution(clean), token_losses.stable_distribution(clean, targets)
         kl, ce = token_losses.kl_divergence(*rounded, modified), token_losses.cross_entropy(modified, targets)
         return [*rounded, *exact, kl, ce, *token_losses.stable_losses(exact, modified, targets)]
 

@@ -16,7 +16,7 @@ from hsae.cache.errors import StoreError, UserError
 from hsae.cache.format.spec import StoreSpec
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.reading.store import ActivationStore
-from hsae.eval.core import reconstruction
+from hsae.eval.core import batches, reconstruction
 from hsae.eval.core.core import CoreOptions, evaluate
 from hsae.eval.core.core_result import CURRENT, DETAILS
 from hsae.eval.core.saebench_metrics import weight_metrics
@@ -185,6 +185,18 @@ def test_several_saes_at_once_equal_each_alone_bit_for_bit(made, saes, evaluated
     for sae in saes:
         (alone,) = evaluate([sae], store, model, hook=HOOK)
         assert alone == together[sae.name]
+
+
+def test_batches_computed_together_leave_the_numbers(made, evaluated, saes, monkeypatch):
+    store, model = made("bfloat16")
+    monkeypatch.setitem(batches.GROUP_TOKENS, "cpu", 5 * store.spec.batch_rows * store.context)
+    for result in evaluate(saes, store, model, hook=HOOK):
+        alone = evaluated("bfloat16", "exclude_special")[result.name]
+        assert result.metrics == alone.metrics and result.details == alone.details
+        for name in result.hsae["measures"]:
+            one, other = result.measure(name), alone.measure(name)
+            for value, wanted in zip((one.value, one.low, one.high), (other.value, other.low, other.high), strict=True):
+                assert value is wanted is None or value == pytest.approx(wanted, rel=1e-9), name
 
 
 def test_slicing_of_the_vocabulary_leaves_the_numbers(made, monkeypatch):
