@@ -8,7 +8,7 @@ from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
-from hsae.cli.common import DeviceOption, PlanOption, SetOption, say
+from hsae.cli.common import DeviceOption, PlanOption, ProfileOption, SetOption, profile, say
 from hsae.cli.evaluations import Screen
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def build(
     ] = None,
     device: DeviceOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show sizes and estimated time, and stop.")] = False,
+    trace: ProfileOption = None,
 ) -> None:
     """Run the language model once over the plan's text and write its activation stores.
 
@@ -52,11 +53,14 @@ def build(
 
     if suite is not None and split is not None:
         raise UserError(f"--split {split} doesn't go with --suite {suite}, which has stores of its own")
+    if suite is not None and trace is not None:
+        raise UserError("--profile doesn't go with --suite; it traces how activation stores are built")
     loaded = load_plan(plan, overrides or ())
     if suite is not None and suite not in OWN_STORES:
         return _build_suites(loaded, suite, device, dry_run=dry_run)
     splits = OWN_STORES[suite] if suite else ("eval", "train") if split is None or split == "both" else (split,)
-    build_on_screen(loaded, splits, device, dry_run=dry_run)
+    with profile(trace, "build"):
+        build_on_screen(loaded, splits, device, dry_run=dry_run)
 
 
 def _build_suites(plan: "Plan", suite: str, device: str, *, dry_run: bool) -> None:

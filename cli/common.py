@@ -5,14 +5,18 @@ Text is printed as it is, square brackets included: styles are given beside it, 
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import rich
 import typer
 from rich import get_console
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from hsae.cache.bars import Bars
@@ -113,6 +117,37 @@ SeedsOption = Annotated[
         help="Seeds train.seed to train.seed + N - 1; seed i lies in <train.dir>/seed<i>.",
     ),
 ]
+ProfileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile", metavar="FOLDER", help="Trace a few steps into this folder, and say where their time goes."
+    ),
+]
+
+
+@contextmanager
+def profile(folder: Path | None, command: str) -> Iterator[None]:
+    """Trace what is done meanwhile, if there is a folder for it, and show where its time went."""
+    if folder is None:
+        yield
+        return
+    from hsae.cache.profiling import profiled
+
+    with profiled(folder, command) as summaries:
+        yield
+    for summary in summaries:
+        machine = "GPU" if summary.on_gpu else "processor"
+        table = Table(title=f"{summary.phase}: {summary.steps} steps on a {machine}", box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("time in")
+        table.add_column("ms a step", justify="right")
+        table.add_column("share", justify="right")
+        for kind, ms in summary.ms.items():
+            table.add_row(kind, f"{ms:,.2f}", f"{ms / summary.step_ms:.0%}")
+        table.add_row("all", f"{summary.step_ms:,.2f}", "100%")
+        get_console().print(table)
+        say("trace: ", (str(summary.trace), "bold"))
+    if not summaries:
+        say("--profile: too few steps for a trace", style="yellow")
 
 
 def check_folder(folder: Path) -> None:

@@ -20,6 +20,7 @@ from hsae.cli.common import (
     AllOption,
     DeviceOption,
     PlanOption,
+    ProfileOption,
     RunOption,
     SaeOption,
     SeedsOption,
@@ -28,6 +29,7 @@ from hsae.cli.common import (
     error_console,
     named_runs,
     one_line,
+    profile,
     progress_bars,
     say,
 )
@@ -57,6 +59,7 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "out": (OutOption, None),
     "force": (ForceOption, False),
     "device": (DeviceOption, "auto"),
+    "trace": (ProfileOption, None),
 }
 """Options of every evaluation's command, with their defaults."""
 
@@ -95,12 +98,12 @@ def callback_of(name: str) -> Callable[..., None]:
     own = {field: option(field, info) for field, info in kind.options_kind.model_fields.items()}
 
     @with_options({field: shared for field, shared in SHARED.items() if field not in kind.without} | own)
-    def command(*, force: bool = False, device: str = "auto", **values: Any) -> None:
+    def command(*, force: bool = False, device: str = "auto", trace: Path | None = None, **values: Any) -> None:
         from hsae.eval.harness.evaluation import choose_options, evaluate_plan
 
         options = choose_options(kind, {field: values.pop(field) for field in own})
         plan, selection = load_selected(**values, whole=getattr(options, "whole", False))
-        with Screen(kind.name) as screen:
+        with profile(trace, kind.name), Screen(kind.name) as screen:
             results = evaluate_plan(kind, plan, selection, options, force=force, device=device, listener=screen)
         show(results)
 
@@ -191,11 +194,14 @@ class Screen(Listener):
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """Move the bar of a phase; it begins again for another hook."""
+        from hsae.cache.profiling import step_done
+
         if phase not in self._tasks:
             self._status.stop()
             self._bars.start()
             self._tasks[phase] = self._bars.add_task(phase, total=total)
         self._bars.update(self._tasks[phase], completed=done, total=total)
+        step_done(phase)
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""

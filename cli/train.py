@@ -11,10 +11,12 @@ from hsae.cli.common import (
     AllOption,
     DeviceOption,
     PlanOption,
+    ProfileOption,
     RunOption,
     SeedsOption,
     SetOption,
     error_console,
+    profile,
     say,
 )
 from hsae.train.training.listener import ProgressBars, Result
@@ -40,6 +42,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the plan and the store, show the runs, and stop.")
     ] = False,
+    trace: ProfileOption = None,
 ) -> None:
     """Train runs of the plan from the cached activations; the language model is never loaded.
 
@@ -60,7 +63,8 @@ def train(
         loaded = load_plan(plan, overrides or ())
         selected = list(loaded.runs.values()) if run is None else loaded.select(run)
         options = {"resume": resume, "restart": restart, "divide": divide, "dry_run": dry_run, "workers": workers}
-        status = train_on_screen(loaded, selected, seeds=seeds, device=device, **options)
+        with profile(trace, "train"):
+            status = train_on_screen(loaded, selected, seeds=seeds, device=device, **options)
     if status:
         raise typer.Exit(status)
 

@@ -21,6 +21,7 @@ from hsae.cache.format.layout import Header, arrays, chunk_rows, read_header
 from hsae.cache.format.spec import FORMAT_VERSION, StoreSpec
 from hsae.cache.language_model import token_losses
 from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.profiling import step_done
 from hsae.cache.reading.provenance import DIGESTS, is_made_of
 from hsae.cache.storage.paths import Place
 from hsae.cache.text.corpora import TEXT_TABLES, Corpus, open_corpus
@@ -198,6 +199,7 @@ class StoreContents:
                     if path in paths:
                         buffers[path][first:last] = values
             report(start + last)
+            step_done("batches")
         for array in wanted:
             yield array, index, buffers.pop(array.path)
 

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from hsae import registry
+from hsae.cache import profiling
 from hsae.cache.errors import UserError
 from hsae.cache.reading import page_faults
 from hsae.cli.main import app, main
@@ -102,6 +103,22 @@ def test_what_is_there_is_used_again(folder):
     assert again.returncode == 0 and "complete" in again.stdout and "tokens/s" not in again.stdout
     assert "already trained" in hsae("train", "--run", "3", cwd=folder).stdout
     assert "6 of 6 were there already" in hsae("eval", "core", cwd=folder).stdout
+
+
+def test_profiles_show_where_time_goes_and_change_nothing(folder, monkeypatch):
+    monkeypatch.setattr(profiling, "WARM_UP", 1)
+    elsewhere = "--set", "cache.dir=elsewhere", "--set", "train.dir=elsewhere/runs", "--profile", "elsewhere/traces"
+    for command in ("cache build --split train", "train --run 3", "cache build --split eval", "eval core --run 3"):
+        done = hsae(*command.split(), *elsewhere, cwd=folder)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        assert re.search(r"products +[\d.]+ +\d+%", done.stdout) and "Python" in done.stdout
+    traces = {path.name.removesuffix(".json.gz") for path in (folder / "elsewhere/traces").iterdir()}
+    assert traces == {"build-batches", "train-steps", "core-reconstruction", "core-variance"}
+    for name in ("3/model/model.safetensors", "3/eval/core/hsae_mine_3-full_sae_eval_results.json"):
+        profiled, plain = ((folder / place / name).read_bytes() for place in ("elsewhere/runs", "runs"))
+        if name.endswith(".json"):
+            profiled, plain = (json.loads(text)["eval_result_metrics"] for text in (profiled, plain))
+        assert profiled == plain
 
 
 def test_without_a_plan_the_default_one_is_used_and_what_is_missing_is_said(tmp_path, offline):

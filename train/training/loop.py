@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hsae.cache.errors import UserError
+from hsae.cache.profiling import labelled, step_done
 from hsae.train.config.run_config import RunConfig, StreamConfig
 from hsae.train.training.curriculum import stages
 from hsae.train.training.listener import Listener
@@ -70,13 +71,14 @@ def run_steps(
     device, scale = trainees[0].run.device, trainees[0].run.scaling.scale
     clock = _Clock(stream.batch_tokens)
     x_BD = torch.empty(0)
-    for step, vectors in enumerate(batches, first):
+    for step, vectors in enumerate(labelled("data", batches), first):
         clock.loaded()
         x_BD = vectors.to(device, non_blocking=True).float() * scale
         for trainee in trainees:
             if trainee.run.failure is None and trainee.run.step_number == step:
                 _step(trainee, x_BD, stream, clock, listener)
         clock.computed()
+        step_done("steps")
         sound = [trainee for trainee in trainees if trainee.run.failure is None]
         if not sound:
             break
