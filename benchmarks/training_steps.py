@@ -286,7 +286,7 @@ class Bench:
                 self.take(2)
                 self.tried[variant] = min(self.take(2))
             except RuntimeError as error:  # such as an operation that a processor has no bfloat16 for
-                print(f"{library}, {variant}: {error}", file=sys.stderr)
+                print(f"{library}, {variant}: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
             if min(self.tried, key=self.tried.__getitem__) == variant:
                 best = step

@@ -59,7 +59,6 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "out": (OutOption, None),
     "force": (ForceOption, False),
     "device": (DeviceOption, "auto"),
-    "trace": (ProfileOption, None),
 }
 """Options of every evaluation's command, with their defaults."""
 
@@ -97,7 +96,9 @@ def callback_of(name: str) -> Callable[..., None]:
     kind: type[Evaluation[Any, Any]] = registry.resolve(registry.EVALUATIONS[name].kind)
     own = {field: option(field, info) for field, info in kind.options_kind.model_fields.items()}
 
-    @with_options({field: shared for field, shared in SHARED.items() if field not in kind.without} | own)
+    shared = {field: shared for field, shared in SHARED.items() if field not in kind.without}
+
+    @with_options({**shared, "trace": (ProfileOption, None), **own})
     def command(*, force: bool = False, device: str = "auto", trace: Path | None = None, **values: Any) -> None:
         from hsae.eval.harness.evaluation import choose_options, evaluate_plan
 
