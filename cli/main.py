@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from hsae.cli import ablate, cache, doctor, plan, quickstart, report, store, train
+from hsae.cli import ablate, cache, doctor, plan, quickstart, report, share, store, train
 from hsae.cli import eval as eval_commands
 from hsae.cli.common import error_console, one_line, use_plain_console
 
@@ -30,6 +30,8 @@ app.add_typer(plan.app, name="plan", help="Show, explain and check plans.")
 app.add_typer(eval_commands.app, name="eval", help="Measure trained SAEs.")
 app.command(name="report")(report.report)
 app.command(name="ablate")(ablate.ablate)
+app.command(name="push")(share.push)
+app.command(name="pull")(share.pull)
 app.command(name="doctor")(doctor.doctor)
 app.command(name="quickstart")(quickstart.quickstart)
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from hsae.eval.harness.targets import Selection as Selection
     from hsae.eval.pipeline import run_quickstart as run_quickstart
     from hsae.eval.report.page import write_report as write_report
+    from hsae.eval.sharing.share import pull as pull
+    from hsae.eval.sharing.share import push as push
     from hsae.eval.synthetic.synthetic_evaluation import evaluate_synthetic as evaluate_synthetic
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

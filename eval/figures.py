@@ -123,6 +123,16 @@ def comparison(panels: Mapping[str, Sequence[Point]]) -> str:
 @style()
 def training_curves(lines: Sequence[dict[str, Any]]) -> str:
     """Loss, explained variance, L0 and dead share of each level over tokens, with the curriculum's stages. SVG."""
+    return svg(_training(lines), "Training curves: loss, explained variance, L0 and dead latents over tokens")
+
+
+@style()
+def training_png(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """The same picture as a file."""
+    save_png(_training(lines), path)
+
+
+def _training(lines: Sequence[dict[str, Any]]) -> Any:
     metrics = [line for line in lines if line["kind"] == "metrics"]
     tokens = [line["tokens"] / 1e3 for line in metrics]
     figure = new_figure(9, 4.6)
@@ -149,7 +159,7 @@ def training_curves(lines: Sequence[dict[str, Any]]) -> str:
         axis.set_xlim(0, 1.01 * tokens[-1])
     for axis in axes[1]:
         axis.set_xlabel("thousand tokens")
-    return svg(figure, "Training curves: loss, explained variance, L0 and dead latents over tokens")
+    return figure
 
 
 def _numbers(values: Any) -> list[float]:

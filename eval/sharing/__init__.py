@@ -1,0 +1,1 @@
+"""Sharing runs and stores through the Hugging Face hub."""
