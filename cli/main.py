@@ -1,5 +1,7 @@
 """The `hsae` command."""
 
+import atexit
+import gc
 import io
 import os
 import sys
@@ -13,6 +15,10 @@ from hsae.cli import eval as eval_commands
 from hsae.cli.common import error_console, one_line, use_plain_console
 
 PIPED_WIDTH = 160  # columns of tables in pipes and files, which have no width of their own
+
+COLLECT_AFTER = 50_000, 20, 100
+"""Objects between two runs of the garbage collector, and runs between its longer ones: importing torch and transformers
+makes a million objects that stay, and to search them again and again takes a sixth of the time of those imports."""
 
 app = typer.Typer(
     help="Hierarchical sparse autoencoders: cache a language model's activations once, then train and evaluate.",
@@ -67,6 +73,8 @@ def main() -> None:
             stream.reconfigure(
                 errors="backslashreplace"
             )  # names of files may hold anything, and the terminal's encoding may lack it
+    gc.set_threshold(*COLLECT_AFTER)
+    atexit.register(gc.freeze)  # Python would search all that was imported once more before it ends
     page_faults.enable()
     try:
         app()

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import hsae.cache.format.bfloat16  # noqa: F401  what is written here can be read with zarr
 from hsae.cache.errors import missing_is_damage
 from hsae.cache.format.arrays import CRC_BYTES, ArraySpec
 from hsae.cache.format.chunk_codec import encode_chunk

@@ -18,7 +18,7 @@ from torch import Tensor
 from hsae.cache.errors import DamagedFileError, TooLongError, missing_is_damage
 from hsae.cache.files import crc32c
 from hsae.cache.format.arrays import CRC_BYTES, ITEM_BYTES, ArraySpec
-from hsae.cache.format.int8 import dequantise, quantise
+from hsae.cache.format.quantised import dequantise, quantise
 from hsae.cache.storage.paths import Place, read_again
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}

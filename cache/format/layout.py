@@ -24,7 +24,7 @@ R rows, C <= R clean rows (the first ones), T context length, D residual width; 
 
 Codec `mappable`: a chunk file is its numbers in C order, little-endian, then their crc32c in 4 bytes (little-endian).
 The numbers can be memory-mapped at offset 0. Codec `compact` applies to acts and clean/final: blosc (lz4,
-bitshuffle), then crc32c. Codec `int8` applies to acts (clean/final is compact then): see `int8`, then crc32c.
+bitshuffle), then crc32c. Codec `int8` applies to acts (clean/final is compact then): see `quantised`, then crc32c.
 
 Stores of split `forget` and `retain` have a file `documents.json` beside: for each row, the number of its document in
 the corpus window and its topic (or null). The header holds its SHA-256.

@@ -203,7 +203,8 @@ class Evaluation(ABC, Generic[StoreT, TargetT]):
         if self.lm is not None:
             return self.lm
         store: Any = self.store
-        return LanguageModel.load(at_commit(store.spec.model, store.header.model_commit), device=self.device)
+        config = at_commit(store.spec.model, store.header.model_commit)
+        return LanguageModel.load(config, device=self.device, late_tokenizer=True)
 
     @property
     def variant(self) -> tuple[str, ...]:

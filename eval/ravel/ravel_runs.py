@@ -96,7 +96,8 @@ class Ravel(SuiteEvaluation[RavelStore]):
         """The language model that was given, or the one at the commit that stores beside this one were made with."""
         if self.lm is not None:
             return self.lm
-        return LanguageModel.load(pin_commit(self.store.spec.model, self.store.root), device=self.device)
+        config = pin_commit(self.store.spec.model, self.store.root)
+        return LanguageModel.load(config, device=self.device, late_tokenizer=True)
 
     @cached_property
     def language(self) -> LanguageModel:

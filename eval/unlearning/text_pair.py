@@ -85,7 +85,8 @@ class TextPairEvaluation(RunEvaluation[Stores]):
     def language(self) -> LanguageModel:
         """The language model, checked to be the stores'."""
         store = self.store["forget"]
-        model = LanguageModel.load(at_commit(store.spec.model, store.header.model_commit), device=self.device)
+        config = at_commit(store.spec.model, store.header.model_commit)
+        model = LanguageModel.load(config, device=self.device, late_tokenizer=True)
         for store in self.store.values():
             check_model(store.root, store.header, model)
         return model

@@ -83,6 +83,15 @@ def test_help_is_light():
     assert sorted(set(HEAVY) & set(loaded)) == []
 
 
+def test_training_and_core_load_only_what_they_need():
+    modules = "hsae.train.runs.planned_runs, hsae.eval.core.core_evaluation, hsae.cli.pipeline"
+    code = f"import sys, {modules}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in loaded
+    seconds_each = {"transformers", "zarr", "numcodecs", "scipy", "sklearn", "datasets", "matplotlib", "torch._dynamo"}
+    assert sorted(seconds_each & set(loaded)) == []
+
+
 def test_every_data_file_is_packaged():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert set(settings["package-dir"]) == {"hsae", *(f"hsae.{part}" for part in RANK)}

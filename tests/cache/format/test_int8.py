@@ -12,8 +12,9 @@ from hypothesis.extra.numpy import arrays
 from hsae.cache.building.copying import copy
 from hsae.cache.building.verification import verify
 from hsae.cache.errors import StoreError
-from hsae.cache.format.int8 import Int8Codec, dequantise, quantise
+from hsae.cache.format.int8 import Int8Codec
 from hsae.cache.format.layout import read_header
+from hsae.cache.format.quantised import dequantise, quantise
 from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import sizes
 

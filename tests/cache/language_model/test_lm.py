@@ -7,7 +7,7 @@ from places import GOLDEN_MODEL
 
 from hsae.cache.config import ModelConfig
 from hsae.cache.errors import ModelError
-from hsae.cache.language_model import model_files, sources
+from hsae.cache.language_model import loading, model_files, sources
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.language_model.loading import special_tokens
 
@@ -58,6 +58,21 @@ def test_prefix_and_suffix_are_bit_equal_for_llama(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(GOLDEN_MODEL).save_pretrained(tmp_path)
     check_cut(LanguageModel.load(ModelConfig(id=str(tmp_path), dtype="float32")), 1)
+
+
+def test_a_late_tokenizer_is_read_when_it_is_used_and_no_earlier(monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        loading, "read_tokenizer", lambda *args, own=loading.read_tokenizer: read.append(1) or own(*args)
+    )
+    config = ModelConfig(id=str(GOLDEN_MODEL), dtype="float32")
+    early, late = LanguageModel.load(config), LanguageModel.load(config, late_tokenizer=True)
+    assert (len(read), late.tokenizer_digest) == (1, early.tokenizer_digest)
+    late.prefix(tokens_for(early), ["blocks.1.hook_resid_post"])
+    assert len(read) == 1
+    assert (late.bos_id, late.special_ids) == (early.bos_id, early.special_ids)
+    assert late.tokenizer is late.tokenizer
+    assert len(read) == 2
 
 
 @pytest.mark.slow
