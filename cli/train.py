@@ -46,9 +46,8 @@ def train(
 ) -> None:
     """Train runs of the plan from the cached activations; the language model is never loaded.
 
-    All selected runs train in one pass over the cache, each exactly as if alone; every further seed is a pass of its
-    own. Under torchrun or Slurm the workers share every batch or, for dictionaries that don't fit one device, the
-    latents.
+    All selected runs and seeds train in one pass over the cache, each exactly as if alone. Under torchrun or Slurm the
+    workers share every batch or, for dictionaries that don't fit one device, the latents.
 
     Example: hsae train --run 3
     """
@@ -86,26 +85,21 @@ def train_on_screen(plan: "Plan", runs: "Sequence[RunConfig]", **options: Any) -
 class _Screen(ProgressBars):
     """What is trained on what, a bar for every run, and how each ended."""
 
-    plan: "Plan | None" = None
+    has_started = False
 
     def __init__(self) -> None:
         super().__init__(get_console())
 
-    def label(self, run: "RunConfig") -> str:
-        """Number and name, and which seed it is if it is not the first."""
-        return run.name if self.plan is None else self.plan.label(run)
-
-    def pass_started(self, plan: "Plan", runs: "Sequence[RunConfig]", place: str) -> None:
-        """Show the runs, before the first seed."""
+    def pass_started(self, plan: "Plan", runs: "Sequence[RunConfig]", seeds: int, place: str) -> None:
+        """Show the runs."""
         from hsae.train.stores import common_texts
 
-        self.plan = plan
-        if plan.seed_index:
-            return
+        self.has_started = True
         for text in common_texts(plan, ("eval",)):
             say(text, style="yellow")
         steps, batch_tokens = plan.train.steps, plan.train.batch_tokens
-        table = Table(title=f"plan {plan.name}: {steps:,} steps of {batch_tokens:,} tokens on {place}")
+        each = f", {seeds} seeds each" if seeds > 1 else ""
+        table = Table(title=f"plan {plan.name}: {steps:,} steps of {batch_tokens:,} tokens on {place}{each}")
         for column in ("run", "structure", "widths", "L0", "composition", "curriculum"):
             table.add_column(column)
         for config in runs:
@@ -122,14 +116,12 @@ class _Screen(ProgressBars):
 
     def tell_stop(self) -> None:
         """Say that a request to stop has come."""
-        if self.plan is not None:  # of several workers, one
+        if self.has_started:  # of several workers, one
             error_console().print("stopping after this step; again to stop at once")
 
     def pass_ended(self, plan: "Plan", results: Sequence[Result]) -> None:
         """Say how the runs ended."""
         self.stop()
         for result in results:
-            say(
-                f"run {plan.label(result.run)}: {result.status} {result.detail} ",
-                (str(plan.run_dir(result.run)), "dim"),
-            )
+            folder = plan.seeded(result.run.seed_index).run_dir(result.run.config)
+            say(f"run {result.run.label}: {result.status} {result.detail} ", (str(folder), "dim"))

@@ -38,7 +38,7 @@ class Pipeline:
         """Train runs. Raises UserError, also for one that fails."""
         for result in train_runs(plan, runs, seeds=seeds, resume=True, device=self.device):
             if result.status == "failed":
-                raise UserError(f"run {result.run.number} ({result.run.name}) has failed: {result.detail}")
+                raise UserError(f"run {result.run.label} has failed: {result.detail}")
 
     def evaluate(self, name: str, plan: Plan, selection: Selection) -> None:
         """Run one of `hsae.registry.EVALUATIONS`. Raises UserError."""

@@ -19,7 +19,7 @@ from hsae.train.model.hierarchical_sae import HierarchicalSAE
 from hsae.train.runs.metrics_log import MetricsLog
 from hsae.train.runs.run_directory import write_model
 from hsae.train.training.folding import fold
-from hsae.train.training.listener import Listener, ProgressBars
+from hsae.train.training.listener import Listener, ProgressBars, SeededRun
 from hsae.train.training.loop import Journal, Trainee, check_run, run_steps
 from hsae.train.training.sources import ArraySource, IterableSource, Source, StoreSource, as_vectors
 from hsae.train.training.training_run import TrainingRun
@@ -115,7 +115,7 @@ def fit(
         if progress is True:
             listener = stack.enter_context(ProgressBars())
         run = TrainingRun(config, source.scaling, steps=stream.steps, seed=stream.seed, device=place)
-        listener.started(config, 0, stream.steps)
+        listener.started(SeededRun(config=config), 0, stream.steps)
         batches = source.batches(0, pinned=torch.device(place).type == "cuda")
         x_BD = run_steps([Trainee(run, journal)], batches, stream, listener)
     if run.failure is not None:
@@ -152,7 +152,7 @@ class _Caller(Listener):
     def __init__(self, call: Callable[[dict[str, Any]], object]) -> None:
         self.call = call
 
-    def metrics(self, run: RunConfig, metrics: dict[str, Any]) -> None:
+    def metrics(self, run: SeededRun, metrics: dict[str, Any]) -> None:
         """Pass them on."""
         self.call(metrics)
 

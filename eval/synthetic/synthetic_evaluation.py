@@ -27,6 +27,7 @@ from hsae.eval.synthetic.worlds import Tier, World
 from hsae.train.config.run_config import RunConfig, StreamConfig
 from hsae.train.training.folding import fold
 from hsae.train.training.listener import Listener as TrainingListener
+from hsae.train.training.listener import SeededRun
 from hsae.train.training.loop import Trainee, run_steps
 from hsae.train.training.training_run import TrainingRun
 
@@ -156,9 +157,9 @@ class _Progress(TrainingListener):
         """The run has taken `step` steps on this seed."""
         self.listener.progress(f"{run.number} {run.name}", self.first + step, self.total)
 
-    def metrics(self, run: RunConfig, metrics: dict[str, Any]) -> None:
+    def metrics(self, run: SeededRun, metrics: dict[str, Any]) -> None:
         """A line of metrics was made."""
-        self.show(run, metrics["step"])
+        self.show(run.config, metrics["step"])
 
 
 def train_and_score(

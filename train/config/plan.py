@@ -99,7 +99,12 @@ class Plan:
         if index == 0:
             return self
         changes = {"seed": self.train.seed + index, "dir": str(Path(self.train.dir) / f"seed{index}")}
-        return replace(self, train=self.train.model_copy(update=changes), seed_index=index)
+        return replace(self, train=self.train.model_copy(update=changes), seed_index=self.seed_index + index)
+
+    @property
+    def stream(self) -> StreamConfig:
+        """The stream that the runs of every seed read: it has the order of the first one's."""
+        return self.train.model_copy(update={"seed": self.train.seed - self.seed_index})
 
     def label(self, run: RunConfig) -> str:
         """A run's number and name, and which seed it is if it is not the first."""

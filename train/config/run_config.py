@@ -23,7 +23,7 @@ class StreamConfig(Config):
     batch_tokens: int = Field(default=2048, ge=2)
     """Tokens a step; 2-4k is usual."""
     seed: int = Field(default=0, ge=0)
-    """Order of the stream and, with the run's number, its initial weights."""
+    """Order of the stream and, with a run's number, its initial weights; further seeds change the weights alone."""
     log_steps: int = Field(default=10, ge=1)
     """Steps between two lines of metrics.jsonl."""
     checkpoint_steps: int = Field(default=200, ge=1)

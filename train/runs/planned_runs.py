@@ -26,7 +26,7 @@ from hsae.train.runs.metrics_log import MetricsLog, damaged_metrics
 from hsae.train.training.checkpoints import FILE as CHECKPOINT
 from hsae.train.training.checkpoints import load_checkpoint, save_checkpoint
 from hsae.train.training.folding import fold
-from hsae.train.training.listener import Listener, Result
+from hsae.train.training.listener import Listener, Result, SeededRun
 from hsae.train.training.loop import Journal, Trainee, check_run, run_steps
 from hsae.train.training.sources import StoreSource
 from hsae.train.training.training_run import TrainingRun
@@ -68,16 +68,16 @@ def train_runs(
     should_stop: Callable[[], bool] = lambda: False,
     workers: Workers | None = None,
 ) -> list[Result]:
-    """Train `runs` of `plan` from its training store; all runs of one seed train in one pass over it.
+    """Train `runs` of `plan` from its training store; all runs and seeds train in one pass over it.
 
     >>> plan = hsae.load_plan("gemma-3-270m")  # doctest: +SKIP
     >>> hsae.train.train_runs(plan, plan.select("0-5"), resume=True)  # doctest: +SKIP
 
     Each result is bit-identical to training that run alone, and a resumed run to an uninterrupted one, on one machine.
     Finished runs are left alone unless `restart`; `resume` goes on from checkpoints. Seed i of `seeds` lies in
-    `<train.dir>/seed<i>`. A run whose loss stops being finite fails and keeps its last checkpoint; the others go on.
-    When `should_stop` (see `stop_on_signals`) says so, runs are saved after the current step, and further seeds are not
-    begun.
+    `<train.dir>/seed<i>`; seeds differ in their weights, and all see the tokens in one order. A run whose loss stops
+    being finite fails and keeps its last checkpoint; the others go on. When `should_stop` (see `stop_on_signals`) says
+    so, runs are saved after the current step.
 
     Workers that a launcher has started (torchrun, Slurm) join, unless `workers` are given: they divide every batch, or
     the latents of every level; the first of them writes the results and tells the `listener`. A `dry_run` ends after
@@ -92,17 +92,13 @@ def train_runs(
         source = check(plan, runs, workers.world, divide)
         device = pick_device(device)
         place = device if workers.world == 1 else f"{workers.world} workers, {device}"
-        results: list[Result] = []
-        for seeded in (plan.seeded(index) for index in range(seeds)):
-            listener.pass_started(seeded, runs, place)
-            if dry_run:
-                break
-            with _Pass(seeded, source.store, device, workers, divide, listener) as one_pass:
-                ended = one_pass.train(runs, resume, restart, should_stop)
-            listener.pass_ended(seeded, ended)
-            results += ended
-            if workers.any(should_stop()):
-                break
+        listener.pass_started(plan, runs, seeds, place)
+        if dry_run:
+            return []
+        seeded = [(plan.seeded(index), config) for index in range(seeds) for config in runs]
+        with _Pass(plan, source.store, device, workers, divide, listener) as one_pass:
+            results = one_pass.train(seeded, resume, restart, should_stop)
+        listener.pass_ended(plan, results)
         return results
 
 
@@ -144,41 +140,47 @@ def _nearest(size: int, rest: int, world: int) -> str:
 
 
 class _Pass(contextlib.ExitStack):
-    """The runs of one seed on their way through the stream; their directories are locked while it is entered."""
+    """Runs on their way through the stream of a plan; their directories are locked while it is entered."""
 
     def __init__(
         self, plan: Plan, store: ActivationStore, device: str, workers: Workers, divide: Divide, listener: Listener
     ) -> None:
         super().__init__()
-        self.plan, self.store, self.device, self.workers, self.listener = plan, store, device, workers, listener
+        self.store, self.device, self.workers, self.listener = store, device, workers, listener
         self.batch_workers, self.latents = (workers, UNDIVIDED) if divide == "batch" else (ALONE, Latents(workers))
-        self.source = StoreSource(store, plan.hook.names[0], plan.train, self.batch_workers.share)
+        self.stream = plan.stream
+        self.source = StoreSource(store, plan.hook.names[0], self.stream, self.batch_workers.share)
 
     def train(
-        self, runs: Sequence[RunConfig], resume: bool, restart: bool, should_stop: Callable[[], bool]
+        self,
+        seeded: Sequence[tuple[Plan, RunConfig]],
+        resume: bool,
+        restart: bool,
+        should_stop: Callable[[], bool],
     ) -> list[Result]:
-        """Take the runs to their ends, and say how each ended."""
-        trainees = {config.number: self._begin(config, resume, restart) for config in runs}
-        pending = [trainee for trainee in trainees.values() if trainee is not None]
+        """Take runs, each with the plan of its seed, to their ends, and say how each ended."""
+        trainees = [self._begin(plan, config, resume, restart) for plan, config in seeded]
+        pending = [trainee for trainee in trainees if trainee is not None]
         if pending:
             first = min(trainee.run.step_number for trainee in pending)
             batches = self.source.batches(first, pinned=torch.device(self.device).type == "cuda")
             x_BD = run_steps(
-                pending, batches, self.plan.train, self.listener, should_stop=lambda: self.workers.any(should_stop())
+                pending, batches, self.stream, self.listener, should_stop=lambda: self.workers.any(should_stop())
             )
         return [
-            Result(run=config, status="already trained")
-            if (trainee := trainees[config.number]) is None
-            else self._end(trainee, x_BD)
-            for config in runs
+            Result(run=SeededRun(config=config, seed_index=plan.seed_index), status="already trained")
+            if trainee is None
+            else self._end(plan, trainee, x_BD)
+            for (plan, config), trainee in zip(seeded, trainees, strict=True)
         ]
 
-    def _begin(self, config: RunConfig, resume: bool, restart: bool) -> Trainee | None:
+    def _begin(self, plan: Plan, config: RunConfig, resume: bool, restart: bool) -> Trainee | None:
         """The run, at its first step or its checkpoint; None if it is trained."""
-        plan, workers, run_dir = self.plan, self.workers, self.plan.run_dir(config)
+        workers, run_dir = self.workers, plan.run_dir(config)
+        named = SeededRun(config=config, seed_index=plan.seed_index)
 
         def warn(message: str) -> None:
-            self.listener.warning(config, message)
+            self.listener.warning(named, message)
 
         def prepare() -> run_directory.State:
             self.enter_context(run_directory.lock(plan, config))
@@ -191,7 +193,7 @@ class _Pass(contextlib.ExitStack):
         run = TrainingRun(
             config,
             self.source.scaling,
-            steps=plan.train.steps,
+            steps=self.stream.steps,
             seed=plan.train.seed,
             device=self.device,
             workers=self.batch_workers,
@@ -210,24 +212,24 @@ class _Pass(contextlib.ExitStack):
                 f"line {number} of {run_dir / 'metrics.jsonl'} is damaged; what is left of it stays, as text in a line "
                 "of the kind damaged"
             )
-        self.listener.started(config, run.step_number, run.steps)
-        return Trainee(run, journal)
+        self.listener.started(named, run.step_number, run.steps)
+        return Trainee(run, journal, plan.seed_index)
 
-    def _end(self, trainee: Trainee, x_BD: torch.Tensor) -> Result:
+    def _end(self, plan: Plan, trainee: Trainee, x_BD: torch.Tensor) -> Result:
         """Write the model of a run that took all its steps; `x_BD` is the last batch."""
-        run, config = trainee.run, trainee.run.config
+        run, config, named = trainee.run, trainee.run.config, trainee.named
         if run.failure is not None:
-            return Result(run=config, status="failed", detail=run.failure)
+            return Result(run=named, status="failed", detail=run.failure)
         if not run.is_done:
             detail = f"at step {run.step_number} of {run.steps}; go on with --resume"
-            return Result(run=config, status="stopped", detail=detail)
+            return Result(run=named, status="stopped", detail=detail)
         sample_BD, whole = self.batch_workers.gather(x_BD), run.undivided()
         if self.workers.is_first:
-            provenance = run_directory.provenance(self.plan, config, self.store)
-            run_dir = self.plan.run_dir(config)
+            provenance = run_directory.provenance(plan, config, self.store)
+            run_dir = plan.run_dir(config)
             run_directory.write_model(fold(whole, self.source.metadata, sample_BD), run_dir, provenance)
             run_directory.finish(run_dir)
-        return Result(run=config, status="trained")
+        return Result(run=named, status="trained")
 
 
 class _RunJournal(Journal):

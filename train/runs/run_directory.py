@@ -60,6 +60,8 @@ def identities(plan: Plan, config: RunConfig) -> tuple[str, ...]:
     by the second if they were trained on a compact store.
     """
     stream = plan.train.model_dump(mode="json", include={"tokens", "batch_tokens", "seed"})
+    if plan.seed_index:
+        stream["order"] = plan.stream.seed
     spec = plan.requested("train")
     codecs = ("int8",) if spec.codec == "int8" else ("mappable", "compact")
     names = (spec.model_copy(update={"codec": codec}).name for codec in codecs)

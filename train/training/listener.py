@@ -18,10 +18,30 @@ Status = Literal["trained", "already trained", "stopped", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class SeededRun:
+    """A run of a plan, with one of its seeds."""
+
+    config: "RunConfig"
+    seed_index: int = 0
+    """0 for the plan's own seed."""
+
+    @property
+    def number(self) -> int:
+        """The run's number in the plan."""
+        return self.config.number
+
+    @property
+    def label(self) -> str:
+        """`3 full`, `3 full seed 1`."""
+        seed = f" seed {self.seed_index}" if self.seed_index else ""
+        return f"{self.config.number} {self.config.name}{seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """How a run ended."""
 
-    run: "RunConfig"
+    run: SeededRun
     status: Status
     detail: str = ""
 
@@ -29,20 +49,20 @@ class Result:
 class Listener:
     """Hears how runs train and does nothing; a subclass overrides what it wants to hear."""
 
-    def pass_started(self, plan: "Plan", runs: "Sequence[RunConfig]", place: str) -> None:
-        """All has been checked, and runs of a plan (of one seed) begin on `place`, in words."""
+    def pass_started(self, plan: "Plan", runs: "Sequence[RunConfig]", seeds: int, place: str) -> None:
+        """All has been checked, and runs of a plan begin, each with so many seeds, on `place`, in words."""
 
-    def started(self, run: "RunConfig", step: int, steps: int) -> None:
+    def started(self, run: SeededRun, step: int, steps: int) -> None:
         """A run begins, or goes on, at `step` of `steps`."""
 
-    def metrics(self, run: "RunConfig", metrics: dict[str, Any]) -> None:
+    def metrics(self, run: SeededRun, metrics: dict[str, Any]) -> None:
         """A line of metrics was made, as docs/metrics.md describes it."""
 
-    def warning(self, run: "RunConfig", message: str) -> None:
+    def warning(self, run: SeededRun, message: str) -> None:
         """Something is wrong with a run."""
 
     def pass_ended(self, plan: "Plan", results: Sequence[Result]) -> None:
-        """All runs of the plan (of one seed) have ended."""
+        """All runs of the pass have ended."""
 
 
 class ProgressBars(Listener):
@@ -51,7 +71,7 @@ class ProgressBars(Listener):
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, markup=False, emoji=False)
         self._bars: Bars | None = None
-        self._tasks: dict[int, TaskID] = {}
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -65,11 +85,7 @@ class ProgressBars(Listener):
             self._bars.stop()
             self._bars = None
 
-    def label(self, run: "RunConfig") -> str:
-        """What a run is called on the screen."""
-        return run.name
-
-    def started(self, run: "RunConfig", step: int, steps: int) -> None:
+    def started(self, run: SeededRun, step: int, steps: int) -> None:
         """Add the run's bar."""
         if self._bars is None:
             columns = (
@@ -81,9 +97,9 @@ class ProgressBars(Listener):
             )
             self._bars, self._tasks = Bars(*columns, console=self.console), {}
             self._bars.start()
-        self._tasks[run.number] = self._bars.add_task(self.label(run), total=steps, completed=step, text="")
+        self._tasks[run.label] = self._bars.add_task(run.label, total=steps, completed=step, text="")
 
-    def metrics(self, run: "RunConfig", metrics: dict[str, Any]) -> None:
+    def metrics(self, run: SeededRun, metrics: dict[str, Any]) -> None:
         """Move the run's bar."""
         l0 = "/".join("-" if value is None else f"{value:.0f}" for value in metrics["l0"])
         dead = "/".join(f"{value:.0%}" for value in metrics["dead"])
@@ -91,8 +107,8 @@ class ProgressBars(Listener):
         if metrics["time"]:
             text += f"  {metrics['time']['tokens_per_s']:,.0f} tok/s  data {metrics['time']['data_loading_share']:.0%}"
         if self._bars is not None:
-            self._bars.update(self._tasks[run.number], completed=metrics["step"], text=text)
+            self._bars.update(self._tasks[run.label], completed=metrics["step"], text=text)
 
-    def warning(self, run: "RunConfig", message: str) -> None:
+    def warning(self, run: SeededRun, message: str) -> None:
         """Print a warning above the bars."""
-        self.console.print(Text(f"run {self.label(run)}: {message}", style="yellow"), soft_wrap=True)
+        self.console.print(Text(f"run {run.label}: {message}", style="yellow"), soft_wrap=True)

@@ -15,7 +15,7 @@ from hsae.cache.errors import UserError
 from hsae.cache.profiling import labelled, step_done
 from hsae.train.config.run_config import RunConfig, StreamConfig
 from hsae.train.training.curriculum import stages
-from hsae.train.training.listener import Listener
+from hsae.train.training.listener import Listener, SeededRun
 from hsae.train.training.training_run import TrainingRun
 
 
@@ -35,10 +35,16 @@ class Journal:
 
 @dataclass(frozen=True)
 class Trainee:
-    """A run in training and its journal."""
+    """A run in training, its journal, and which of the plan's seeds it has."""
 
     run: TrainingRun
     journal: Journal = field(default_factory=Journal)
+    seed_index: int = 0
+
+    @property
+    def named(self) -> SeededRun:
+        """What listeners know it by."""
+        return SeededRun(config=self.run.config, seed_index=self.seed_index)
 
 
 def check_run(config: RunConfig, stream: StreamConfig, *, where: str, tokens: str) -> None:
@@ -104,7 +110,7 @@ def _step(trainee: Trainee, x_BD: Tensor, stream: StreamConfig, clock: "_Clock",
     if run.step_number % stream.log_steps == 0 or is_last:
         metrics = {**run.metrics(x_BD, losses), "time": clock.reading()}
         trainee.journal.write(metrics)
-        listener.metrics(run.config, metrics)
+        listener.metrics(trainee.named, metrics)
         for message in run.complaints(metrics):
             _warn(trainee, listener, message)
     if is_saved:
@@ -113,7 +119,7 @@ def _step(trainee: Trainee, x_BD: Tensor, stream: StreamConfig, clock: "_Clock",
 
 def _warn(trainee: Trainee, listener: Listener, message: str) -> None:
     trainee.journal.write({"kind": "warning", "step": trainee.run.step_number, "message": message})
-    listener.warning(trainee.run.config, message)
+    listener.warning(trainee.named, message)
 
 
 class _Clock:

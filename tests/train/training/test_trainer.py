@@ -358,3 +358,30 @@ def test_training_needs_no_model_and_imports_neither_transformers_nor_evaluation
     evaluations = {name for name in loaded if re.match(r"hsae\.eval\.(?!harness)", name)}
     assert evaluations <= {"hsae.eval.ravel", "hsae.eval.ravel.config"}, "and these for the plan's table [ravel]"
     assert run_record.read_run(plan.run_dir(plan.runs[3]))["complete"] is True
+
+
+def test_seeds_train_in_one_pass_each_as_if_alone(plan_in, tmp_path, monkeypatch):
+    passes, real = [], StoreSource.batches
+    monkeypatch.setattr(
+        StoreSource, "batches", lambda self, *args, **named: passes.append(self) or real(self, *args, **named)
+    )
+    plan, alone = plan_in(tmp_path / "together"), plan_in(tmp_path / "alone")
+    ended = train_runs(plan, plan.select("3,11"), seeds=2, device="cpu")
+    assert len(passes) == 1
+    assert [result.run.label for result in ended] == ["3 full", "11 batchtopk", "3 full seed 1", "11 batchtopk seed 1"]
+    train_runs(alone.seeded(1), alone.select("3"), device="cpu")
+    run = plan.runs[3]
+    together, single = (results(each.seeded(1).run_dir(run)) for each in (plan, alone))
+    assert together.pop("run.json") != single.pop("run.json")  # which name their folders
+    assert together == single
+    seeds = [load_model(folder.run_dir(run) / "model").levels[0].W_dec for folder in (plan, plan.seeded(1))]
+    assert not torch.allclose(*seeds)
+
+
+def test_a_seed_of_another_order_is_another_run(plan_in, tmp_path):
+    plan = plan_in(tmp_path)
+    other = plan_in(tmp_path, "train.seed=1")
+    assert other.train.seed == plan.seeded(1).train.seed
+    run = plan.runs[3]
+    assert run_directory.identities(other, run) != run_directory.identities(plan.seeded(1), run)
+    assert plan.seeded(1).seeded(1).stream.seed == plan.train.seed
