@@ -9,12 +9,14 @@ seconds of each step. It runs in hsae's environment and in that of the peers, so
 Shapes: B vectors of a batch, D width of a vector, F latents.
 """
 
+import importlib.util
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -129,8 +131,8 @@ def plain(case: Case) -> Iterator[tuple[str, Step]]:
         yield "bfloat16 autocast" if half else "float32", step
 
 
-def hsae_run(case: Case, number: int = 0, seed: int = 0) -> Any:
-    """A TrainingRun of a case's kind."""
+def hsae_run(case: Case, number: int = 0, seed: int = 0, **settings: Any) -> Any:
+    """A TrainingRun of a case's kind, with further settings of its RunConfig."""
     from hsae.train.config.run_config import CompositionConfig, RunConfig, Stage
     from hsae.train.training.scaling import Scaling
     from hsae.train.training.training_run import TrainingRun
@@ -145,7 +147,7 @@ def hsae_run(case: Case, number: int = 0, seed: int = 0) -> Any:
         "full": {**two, "structure": "additive", **hierarchy},
         "stacked": {**two, "structure": "stacked", **hierarchy},
     }
-    config = RunConfig(number=number, name=case.kind, **pick(kinds, case.kind))
+    config = RunConfig(number=number, name=case.kind, **pick(kinds, case.kind), **settings)
     scaling = Scaling(scale=1.0, median=torch.zeros(case.d_in), variance=float(case.d_in))
     return TrainingRun(config, scaling, steps=FOREVER, seed=seed, device=case.device)
 
@@ -167,8 +169,24 @@ def hsae_steps(runs: list[Any], case: Case) -> Step:
     return lambda x_BD: run_steps(trainees, [x_BD], stream, Listener())
 
 
+def stand_in(*modules: str) -> None:
+    """Let a peer's package be imported on a bare machine, without others that its steps don't use."""
+    for name in modules:
+        if name not in sys.modules and not _is_installed(name):
+            sys.modules[name] = module = ModuleType(name)
+            module.__dict__["__getattr__"] = lambda attribute: type(attribute, (), {})
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # its package is a stand-in
+        return False
+
+
 def dictionary_learning(case: Case) -> Iterator[tuple[str, Step]]:
     """`update` of dictionary_learning's trainers, in the order of `trainSAE`."""
+    stand_in("nnsight")
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
@@ -238,6 +256,7 @@ def saelens(case: Case) -> Iterator[tuple[str, Step]]:
 
 def sparsify(case: Case) -> Iterator[tuple[str, Step]]:
     """What the forward hook and the loop of sparsify's `Trainer.fit` do with a batch, with its default optimiser."""
+    stand_in("natsort", "datasets", "accelerate", "accelerate.utils")
     from schedulefree import ScheduleFreeWrapper
     from sparsify import SparseCoder, SparseCoderConfig
     from sparsify.sign_sgd import SignSGD
