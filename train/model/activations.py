@@ -1,5 +1,6 @@
 """From pre-activations to a sparse code. Shapes: B vectors of a batch, F latents."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,13 +17,19 @@ def widened(tensor: Tensor) -> Tensor:
 
 def top_k(pre_BF: Tensor, k: int, latents: Latents = UNDIVIDED) -> Tensor:
     """Keep each vector's k largest positive pre-activations among all `latents` (Gao et al. 2024, arXiv 2406.04093)."""
+    return keep_only(pre_BF, top_k_entries(pre_BF, k, latents))
+
+
+def top_k_entries(pre_BF: Tensor, k: int, latents: Latents = UNDIVIDED) -> Tensor:
+    """[N] where `top_k` keeps something: positions in the flattened batch, vector by vector."""
     others = latents.world > 1
-    values, indices = torch.topk(pre_BF, min(k, pre_BF.shape[1]), dim=-1, sorted=others)
-    values = values.relu()
+    values, indices = torch.topk(pre_BF.detach(), min(k, pre_BF.shape[1]), dim=-1, sorted=others)
+    kept = ~(values <= 0)
     if others:
-        own_B, _ = _among_all(values.detach().float(), k, k, ALONE, latents)
-        values = values.masked_fill(torch.arange(values.shape[1], device=values.device) >= own_B[:, None], 0)
-    return torch.zeros_like(pre_BF).scatter(-1, indices, values)
+        own_B, _ = _among_all(values.relu().float(), k, k, ALONE, latents)
+        kept &= torch.arange(values.shape[1], device=values.device) < own_B[:, None]
+    first_of_row = torch.arange(0, pre_BF.numel(), pre_BF.shape[1], device=values.device)
+    return (indices + first_of_row[:, None])[kept]
 
 
 def batch_top_k(
@@ -34,30 +41,69 @@ def batch_top_k(
 ) -> tuple[Tensor, Tensor]:
     """Keep the batch's round(B * l0) largest positive pre-activations (Bussmann et al. 2024, arXiv 2412.06410).
 
-    Returns the code [B, F] and the smallest value kept, a scalar (0 if nothing is positive). `bound`, a scalar on the
-    processor that is likely below the smallest, saves the search among values below it; the result is the same. The
-    batch is that of all `workers`, or of all workers' `latents`, who tell each other their largest values: at most 4 *
-    count bytes from each.
+    Returns the code [B, F] and the smallest value kept, a scalar (0 if nothing is positive).
     """
-    count = round(pre_BF.shape[0] * workers.world * l0)
-    others = workers.world * latents.world > 1
-    flat = pre_BF.relu().flatten()
-    above = (flat > bound).nonzero().squeeze(1) if bound is not None else None
-    counts = _every(torch.tensor([len(above)]), workers, latents) if above is not None else None
-    if above is not None and counts is not None and int(counts.sum()) >= count:
-        values, places = torch.topk(flat[above], min(count, len(above)), sorted=others)
-        indices, longest = above[places], min(count, int(counts.max()))
+    (entries,), smallest = batch_top_k_entries([pre_BF], l0, bound, workers, latents)
+    return keep_only(pre_BF, entries), smallest
+
+
+def batch_top_k_entries(
+    pres: Sequence[Tensor],
+    l0: float,
+    bound: Tensor | None = None,
+    workers: Workers = ALONE,
+    latents: Latents = UNDIVIDED,
+) -> tuple[list[Tensor], Tensor]:
+    """Where one BatchTopK over several levels' pre-activations [B, F] keeps something, and the smallest value kept.
+
+    A level's entries are positions in its flattened batch, ascending; of values equal to the smallest, the first are
+    kept. `bound`, a scalar that is likely below the smallest, saves the search among values below it; the result is the
+    same. The batch is that of all `workers`, or of all workers' `latents`, who tell each other their largest values: at
+    most 4 * count bytes from each.
+    """
+    flats = [pre.detach().flatten() for pre in pres]
+    count = round(len(pres[0]) * workers.world * l0)
+    entries = _above(flats, bound if bound is not None else 0)
+    counts = _every(torch.tensor([sum(map(len, entries))]), workers, latents)
+    if bound is not None and int(counts.sum()) < count:
+        entries = _above(flats, 0)
+        counts = _every(torch.tensor([sum(map(len, entries))]), workers, latents)
+    values = torch.cat([flat.index_select(0, level) for flat, level in zip(flats, entries, strict=True)])
+    own = min(count, len(values))
+    if workers.world * latents.world > 1:
+        falling, longest = torch.topk(values, own).values, min(count, int(counts.max()))
+        own_1, largest = _among_all(falling.float()[None], longest, count, workers, latents)
+        is_kept = _largest(values, int(own_1))
     else:
-        longest = min(count, len(flat))
-        values, indices = torch.topk(flat, longest, sorted=others)
-    largest = values.detach().float()
-    if others:
-        own_1, largest = _among_all(largest[None], longest, count, workers, latents)
-        own = int(own_1)
-        values, indices = values[:own], indices[:own]
-    smallest = torch.where(largest > 0, largest, torch.inf).min()
+        is_kept = _largest(values, own)
+        largest = values[is_kept].float()
+    ceiling = largest.new_full((1,), torch.inf)
+    smallest = torch.cat([largest[largest > 0], ceiling]).amin()
     smallest = torch.where(torch.isfinite(smallest), smallest, 0.0)
-    return torch.zeros_like(flat).scatter(0, indices, values).view_as(pre_BF), smallest
+    parts = torch.split(is_kept, [len(level) for level in entries])
+    return [level[part] for level, part in zip(entries, parts, strict=True)], smallest
+
+
+def _above(flats: Sequence[Tensor], bound: Tensor | float) -> list[Tensor]:
+    """Where each of these is above a bound, or not a number."""
+    return [(flat <= bound).logical_not_().nonzero().squeeze(1) for flat in flats]
+
+
+def _largest(values_N: Tensor, count: int) -> Tensor:
+    """[N] whether a value is among the `count` largest; of equal ones the first are."""
+    if count in (0, len(values_N)):
+        return torch.full_like(values_N, bool(count), dtype=torch.bool)
+    edge = torch.topk(values_N, count, sorted=False).values.amin()
+    is_kept = (values_N <= edge).logical_not_()
+    equal = (values_N == edge).nonzero().squeeze(1)
+    is_kept[equal[: count - int(is_kept.sum())]] = True
+    return is_kept
+
+
+def keep_only(pre_BF: Tensor, entries_N: Tensor) -> Tensor:
+    """[B, F] the pre-activations at these positions, and 0 elsewhere."""
+    flat = pre_BF.flatten()
+    return torch.zeros_like(flat).scatter(0, entries_N, flat[entries_N]).view_as(pre_BF)
 
 
 def _every(part: Tensor, workers: Workers, latents: Latents) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hsae.train.config.run_config import CompositionConfig
 from hsae.train.model.activations import widened
-from hsae.train.model.sparse_products import Active, decode
+from hsae.train.model.sparse_products import Active, Code, decode, mean_square
 from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
 from hsae.train.parallel.workers import ALONE, Workers
 
@@ -62,34 +62,34 @@ class Composition(nn.Module):
         self.register_buffer("rms_fine", torch.zeros(latents.own(fine)))
 
     @torch.no_grad()
-    def track(self, fine_BG: Tensor, coarse_BF: Tensor) -> None:
+    def track(self, fine: Code, coarse: Code) -> None:
         """Move the running rms of both codes towards this batch's."""
-        for rms, acts in ((self.rms_fine, fine_BG), (self.rms_coarse, coarse_BF)):
-            square = self.workers.mean(widened(acts).square().mean(0).to(rms.dtype))
+        for rms, code in ((self.rms_fine, fine), (self.rms_coarse, coarse)):
+            square = self.workers.mean(mean_square(code).to(rms.dtype))
             before = rms.square()
             rms.copy_(torch.where(before > 0, before * RMS_DECAY + square * (1 - RMS_DECAY), square).sqrt())
 
-    def loss(self, fine_BG: Tensor, coarse_BF: Tensor, active: Active | None = None) -> Tensor:
-        """The composition loss of one batch, a scalar; `track` it first. `active` is the fine code if it is sparse."""
+    def loss(self, fine: Code, coarse_BF: Tensor) -> Tensor:
+        """The composition loss of one batch, a scalar; `track` it first."""
         if self.config.mode == "literal":
-            difference = self._mixture(fine_BG, active) - self.latents.whole(coarse_BF)
+            difference = self._mixture(fine) - self.latents.whole(coarse_BF)
             return widened(difference).square().sum(1).mean() + self.config.l1 * self.latents.sum(self.W.abs().sum())
         probe = self.config.mode == "probe"
         scale = self.rms_fine.clamp_min(RMS_FLOOR)
         coarse = self.latents.whole(coarse_BF / self.rms_coarse.clamp_min(RMS_FLOOR))
-        if active is not None:
-            values = active.values.detach() if probe else active.values
-            mixture = self._mixture(fine_BG, Active(active.at, values / scale[active.at.columns]))
+        if isinstance(fine, Tensor):
+            mixture = self._mixture((fine.detach() if probe else fine) / scale)
         else:
-            mixture = self._mixture((fine_BG.detach() if probe else fine_BG) / scale, None)
+            values = fine.values.detach() if probe else fine.values
+            mixture = self._mixture(Active(fine.at, values / scale[fine.at.latents]))
         loss = widened(mixture - coarse.detach()).square().mean()
         if self.config.commitment and not probe:
             loss = loss + self.config.commitment * widened(mixture.detach() - coarse).square().mean()
         return loss
 
-    def _mixture(self, fine_BG: Tensor, active: Active | None) -> Tensor:
-        """[B, F] W h of a fine code, through its active entries if they are given."""
-        return self.latents.sum(fine_BG @ self.W.T if active is None else decode(active.values, self.W.T, active.at))
+    def _mixture(self, fine: Code) -> Tensor:
+        """[B, F] W h of a fine code."""
+        return self.latents.sum(fine @ self.W.T if isinstance(fine, Tensor) else decode(fine.values, self.W.T, fine.at))
 
     @torch.no_grad()
     def project(self, learning_rate: float, sparsify: bool) -> None:
@@ -132,7 +132,7 @@ class Composition(nn.Module):
             fine = widened(fine_BG) / self.rms_fine.clamp_min(RMS_FLOOR)
             coarse = widened(coarse_BF) / self.rms_coarse.clamp_min(RMS_FLOOR)
         coarse = self.latents.whole(coarse)
-        missed = self.workers.total((self._mixture(fine, None) - coarse).square().sum())
+        missed = self.workers.total((self._mixture(fine) - coarse).square().sum())
         unexplained = missed / self.workers.total(coarse.square().sum()).clamp_min(1e-12)
         shares = self.contributions().abs()
         sums, squares = self.latents.sum(shares.sum(1)), self.latents.sum(shares.square().sum(1))

@@ -5,34 +5,55 @@ the classes; what an activation is, is in its class.
 """
 
 import math
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model import sparse_products
-from hsae.train.model.activations import batch_top_k, jump_relu, step_count, top_k, widened
+from hsae.train.model.activations import (
+    batch_top_k,
+    batch_top_k_entries,
+    jump_relu,
+    keep_only,
+    step_count,
+    top_k,
+    top_k_entries,
+    widened,
+)
 from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
 from hsae.train.parallel.workers import ALONE, Workers
 
 THRESHOLD_DECAY = 0.99
-BOUND_SHARE = 0.7  # of the average threshold: most batches keep nothing below it
+BOUND_SHARE = 0.9  # of the average threshold: most batches keep nothing below it
 
 
-class LevelOutput(NamedTuple):
+@dataclass
+class LevelOutput:
     """What one level did with one batch."""
 
     read: Tensor
     """[B, I] the vectors the level read, before its bias was taken off."""
     pre: Tensor
     """[B, F] pre-activations."""
-    acts: Tensor
-    """[B, F] the level's code."""
+    code: sparse_products.Code
+    """The level's code, [B, F], or its active entries if it was computed sparsely."""
     decoded: Tensor
     """[B, I] decoder output, without bias."""
-    active: sparse_products.Active | None = None
-    """Where the code is active and with what values, if it was computed sparsely."""
+
+    @cached_property
+    def acts(self) -> Tensor:
+        """[B, F] the level's code."""
+        return sparse_products.dense(self.code)
+
+    def detached(self) -> "LevelOutput":
+        """The same without gradients."""
+        code = self.code
+        code = code.detach() if isinstance(code, Tensor) else code._replace(values=code.values.detach())
+        return LevelOutput(self.read.detach(), self.pre.detach(), code, self.decoded.detach())
 
 
 class Level(nn.Module):
@@ -88,7 +109,7 @@ class Level(nn.Module):
 
     def penalty(self, output: LevelOutput) -> Tensor:
         """What the controller's coefficient multiplies, a scalar: the code's mean L1."""
-        return self.latents.sum(widened(output.acts).sum(1).mean())
+        return self.latents.sum(sparse_products.mean_sum(output.code))
 
     def folded(self, scale: float) -> dict[str, Tensor]:
         """Encoder bias and what the architecture has besides, [F] each, for vectors that are not scaled by `scale`."""
@@ -100,31 +121,49 @@ class Level(nn.Module):
             self.get_parameter(name)[dead] = 0
 
     def pre(self, read_BI: Tensor, bias_I: Tensor) -> Tensor:
-        """Pre-activations [B, F]; without gradient where the active ones alone will get it (`sparse`)."""
+        """Pre-activations [B, F]; in a sparse pass without gradient, which the active ones alone will get."""
         fixed = bias_I.detach()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.sparse):
-            pre_BF = (read_BI - fixed) @ self.W_enc + self.b_enc
-            if bias_I.requires_grad and torch.is_grad_enabled():
-                # zero, but brings the bias its gradient without a product of B rows
-                pre_BF = pre_BF + (fixed - bias_I) @ self.W_enc
+        if self.is_sparse:
+            with torch.no_grad():
+                return torch.addmm(self.b_enc, read_BI - fixed, self.W_enc)
+        pre_BF = (read_BI - fixed) @ self.W_enc + self.b_enc
+        if bias_I.requires_grad and torch.is_grad_enabled():
+            # zero, but brings the bias its gradient without a product of B rows
+            pre_BF = pre_BF + (fixed - bias_I) @ self.W_enc
         return pre_BF
 
     def forward(self, read_BI: Tensor, bias_I: Tensor) -> LevelOutput:
         """Encode and decode one batch by this level's own activation."""
         pre_BF = self.pre(read_BI, bias_I)
-        return self.decoded(read_BI, bias_I, pre_BF, self.activate(pre_BF))
+        return self.decoded(read_BI, bias_I, pre_BF, self.select(pre_BF))
 
-    def decoded(self, read_BI: Tensor, bias_I: Tensor, pre_BF: Tensor, acts_BF: Tensor) -> LevelOutput:
-        """The output for a code, with its gradients."""
-        if self.sparse and torch.is_grad_enabled():
-            if (at := sparse_products.pattern_of(acts_BF)) is not None:
-                values_N = sparse_products.encode(read_BI, bias_I, self.W_enc, self.b_enc, pre_BF, at)
-                acts_BF = torch.zeros_like(acts_BF).flatten().index_put((at.flat,), values_N).view_as(acts_BF)
-                decoded_BI = self.latents.sum(sparse_products.decode(values_N, self.W_dec, at))
-                return LevelOutput(read_BI, pre_BF, acts_BF, decoded_BI, sparse_products.Active(at, values_N))
-            pre_BF = (read_BI - bias_I) @ self.W_enc + self.b_enc
-            acts_BF = pre_BF * (acts_BF > 0)
-        return LevelOutput(read_BI, pre_BF, acts_BF, self.latents.sum(acts_BF @ self.W_dec))
+    @property
+    def is_sparse(self) -> bool:
+        """Whether this pass computes gradients at active latents only."""
+        return self.sparse and torch.is_grad_enabled()
+
+    def select(self, pre_BF: Tensor) -> Tensor | sparse_products.Pattern:
+        """The code [B, F]; or, in a sparse pass, where it is active."""
+        acts_BF = self.activate(pre_BF)
+        at = sparse_products.pattern_of(acts_BF) if self.is_sparse else None
+        return acts_BF if at is None else at
+
+    def selected(self, pre_BF: Tensor, entries_N: Tensor) -> Tensor | sparse_products.Pattern:
+        """What `select` gives for a code that is the pre-activation at these positions, and 0 elsewhere."""
+        return sparse_products.Pattern(entries_N, pre_BF.shape) if self.is_sparse else keep_only(pre_BF, entries_N)
+
+    def decoded(
+        self, read_BI: Tensor, bias_I: Tensor, pre_BF: Tensor, selected: Tensor | sparse_products.Pattern
+    ) -> LevelOutput:
+        """The output for what `select` gave, with its gradients."""
+        if isinstance(selected, sparse_products.Pattern):
+            values_N = sparse_products.encode(read_BI, bias_I, self.W_enc, self.b_enc, pre_BF, selected)
+            decoded_BI = self.latents.sum(sparse_products.decode(values_N, self.W_dec, selected))
+            return LevelOutput(read_BI, pre_BF, sparse_products.Active(selected, values_N), decoded_BI)
+        if self.is_sparse:
+            pre_BF = sparse_products.encode(read_BI, bias_I, self.W_enc, self.b_enc, pre_BF, None)
+            selected = pre_BF * (selected > 0)
+        return LevelOutput(read_BI, pre_BF, selected, self.latents.sum(selected @ self.W_dec))
 
     def likely_bound(self) -> Tensor | None:
         """A value likely below the smallest that the next batch keeps; None where it saves nothing."""
@@ -168,6 +207,10 @@ class TopKLevel(Level):
         """The code [B, F]."""
         return top_k(pre_BF, int(self.l0), self.latents)
 
+    def select(self, pre_BF: Tensor) -> Tensor | sparse_products.Pattern:
+        """The code [B, F]; or, in a sparse pass, where it is active."""
+        return self.selected(pre_BF, top_k_entries(pre_BF, int(self.l0), self.latents))
+
 
 class BatchTopKLevel(Level):
     """The batch's largest (Bussmann et al. 2024, arXiv 2412.06410); at inference those above a threshold."""
@@ -181,6 +224,15 @@ class BatchTopKLevel(Level):
         acts_BF, smallest = batch_top_k(pre_BF, self.l0, self.likely_bound(), self.workers, self.latents)
         self.track_threshold(smallest)
         return acts_BF
+
+    def select(self, pre_BF: Tensor) -> Tensor | sparse_products.Pattern:
+        """The code [B, F]; or, in a sparse pass, where it is active."""
+        if not self.training:
+            return super().select(pre_BF)
+        bound = self.likely_bound()
+        (entries_N,), smallest = batch_top_k_entries([pre_BF], self.l0, bound, self.workers, self.latents)
+        self.track_threshold(smallest)
+        return self.selected(pre_BF, entries_N)
 
     def folded(self, scale: float) -> dict[str, Tensor]:
         """Encoder bias and threshold."""

@@ -1,53 +1,79 @@
-"""Encoding and decoding that only touch active latents, for processors without fast matrix products.
+"""Encoding and decoding that only touch active latents.
 
 A code whose active pre-activations pass unchanged (relu, top-k, BatchTopK, with or without a child gate) has gradients
-at its active entries alone. With K of F latents active that leaves one dense product of a step's six, the encoder's;
-the others become products with a sparse [B, F] matrix, some F/K times fewer multiplications. Values and gradients are
-those of the dense computation.
+at its active entries alone. With K of F latents active that leaves one dense product of a step's five, the encoder's;
+the others become sums of K rows, some F/K times fewer multiplications. Values and gradients are those of the dense
+computation.
+
+All of them are `weighted_sums` of rows in segments, which are the vectors of a batch, each with its latents' rows, or
+the latents, each with its vectors; and that function's own gradient.
 
 Shapes: B vectors, I width of what the level reads, F latents, N active entries of the batch.
 """
 
-import warnings
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from hsae.train.model.activations import widened
 
 DENSEST = 1 / 8  # a code denser than this is faster as a dense matrix
 
-with warnings.catch_warnings():  # torch says once a process that its sparse tensors are young
-    warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor([0, 1], [0], [1.0])
 
+class Segments(NamedTuple):
+    """N rows of a matrix, in segments of any length."""
 
-class Pattern(NamedTuple):
-    """Where a code [B, F] is active: as rows of a compressed matrix, and as those of its transpose."""
-
-    shape: tuple[int, int]
-    flat: Tensor
-    """[N] positions in the flattened code, ascending."""
+    rows: Tensor
+    """[N] numbers of the rows, segment by segment."""
     starts: Tensor
-    """[B+1] where each row begins."""
-    columns: Tensor
-    """[N]"""
-    order: Tensor
-    """[N] the entries in the order of the transpose."""
-    transposed_starts: Tensor
-    """[F+1]"""
-    transposed_columns: Tensor
-    """[N]"""
+    """[S+1] where each of S segments begins."""
 
-    def matrix(self, values: Tensor) -> Tensor:
-        """The sparse [B, F] matrix with these values."""
-        return torch.sparse_csr_tensor(self.starts, self.columns, values, self.shape, check_invariants=False)
 
-    def transposed(self, values: Tensor) -> Tensor:
-        """Its transpose, [F, B]."""
-        shape = self.shape[::-1]
-        return torch.sparse_csr_tensor(
-            self.transposed_starts, self.transposed_columns, values[self.order], shape, check_invariants=False
-        )
+class Pattern:
+    """Where a code [B, F] is active."""
+
+    def __init__(self, flat_N: Tensor, shape: torch.Size) -> None:
+        """`flat_N`: positions in the flattened code, vector by vector."""
+        self.flat, self.shape = flat_N, shape
+        self.vectors = (flat_N // shape[1]).int()
+        """[N]"""
+        self.latents = (flat_N % shape[1]).int()
+        """[N]"""
+        self.by_vector = Segments(self.latents, _starts(self.vectors, shape[0]))
+        """Of each vector its latents, in the order of `flat`."""
+
+    @cached_property
+    def order(self) -> Tensor:
+        """[N] the entries latent by latent."""
+        return self._sorted[1]
+
+    @cached_property
+    def by_latent(self) -> Segments:
+        """Of each latent the vectors in which it is active, in the order of `order`."""
+        return Segments(self.vectors.index_select(0, self.order), _starts(self._sorted[0], self.shape[1]))
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        latents, order = self.latents.sort(stable=True)
+        return latents, order
+
+    def sum_by_latent(self, values_N: Tensor) -> Tensor:
+        """[F] the sum of each latent's values."""
+        starts = self.by_latent.starts.long()
+        return torch.segment_reduce(values_N.index_select(0, self.order), "sum", offsets=starts, initial=0)
+
+    def dense(self, values_N: Tensor) -> Tensor:
+        """The code [B, F] with these values."""
+        code = values_N.new_zeros(self.shape.numel())
+        return code.index_put((self.flat,), values_N).view(self.shape)
+
+
+def _starts(rising_N: Tensor, count: int) -> Tensor:
+    """[count+1] where each of the numbers below `count` begins."""
+    return torch.searchsorted(rising_N, torch.arange(count + 1, dtype=torch.int32, device=rising_N.device)).int()
 
 
 class Active(NamedTuple):
@@ -58,35 +84,81 @@ class Active(NamedTuple):
     """[N]"""
 
 
+Code = Tensor | Active
+"""A code, [B, F], or its active entries."""
+
+
+def dense(code: Code) -> Tensor:
+    """[B, F]"""
+    return code if isinstance(code, Tensor) else code.at.dense(code.values)
+
+
+def fired(code: Code) -> Tensor:
+    """[F] which latents are active in any vector."""
+    if isinstance(code, Tensor):
+        return (code > 0).any(0)
+    starts = code.at.by_latent.starts
+    return starts[1:] > starts[:-1]
+
+
+def mean_l0(code: Code) -> Tensor:
+    """How many latents are active in a vector, on average; a scalar."""
+    if isinstance(code, Tensor):
+        return (code > 0).sum(1).float().mean()
+    return torch.tensor(len(code.values) / code.at.shape[0], device=code.values.device)
+
+
+def mean_square(code: Code) -> Tensor:
+    """[F] each latent's mean square."""
+    if isinstance(code, Tensor):
+        return widened(code).square().mean(0)
+    return code.at.sum_by_latent(code.values.square()) / code.at.shape[0]
+
+
+def mean_sum(code: Code) -> Tensor:
+    """The mean over vectors of the sum of a vector's code; a scalar."""
+    if isinstance(code, Tensor):
+        return widened(code).sum(1).mean()
+    return code.values.sum() / code.at.shape[0]
+
+
 def pattern_of(code_BF: Tensor) -> Pattern | None:
-    """Where a code is not zero; None if that is in too many places for a sparse matrix to be worth it."""
-    rows, latents = code_BF.shape
-    flat = code_BF.flatten().nonzero().squeeze(1)
-    if len(flat) > DENSEST * code_BF.numel():
+    """Where a code is not zero; None if that is in too many places for it to be worth it."""
+    is_active = code_BF != 0
+    if is_active.count_nonzero() > DENSEST * code_BF.numel():
         return None
-    row, column = flat // latents, flat % latents
-    order = column.argsort(stable=True)
-    return Pattern(
-        (rows, latents), flat, _starts(row, rows), column.int(), order, _starts(column, latents), row[order].int()
+    return Pattern(is_active.flatten().nonzero().squeeze(1), code_BF.shape)
+
+
+def weighted_sums(matrix_MI: Tensor, weights_N: Tensor, at: Segments) -> Tensor:
+    """[S, I] the weighted sum of each segment's rows of a matrix; the weights have a gradient, the matrix has none."""
+    matrix_MI = matrix_MI.detach().to(weights_N.dtype)
+    return embedding_bag(
+        at.rows, matrix_MI, at.starts, mode="sum", per_sample_weights=weights_N, include_last_offset=True
     )
 
 
-def _starts(index: Tensor, count: int) -> Tensor:
-    starts = torch.zeros(count + 1, dtype=torch.int32, device=index.device)
-    starts[1:] = torch.bincount(index, minlength=count).cumsum(0)
-    return starts
+def encode(
+    read_BI: Tensor, bias_I: Tensor, W_enc_IF: Tensor, b_enc_F: Tensor, pre_BF: Tensor, at: Pattern | None
+) -> Tensor:
+    """[N] pre-activations (read - bias) W_enc + b_enc at the pattern, from `pre_BF`, which has no gradient.
 
-
-def encode(read_BI: Tensor, bias_I: Tensor, W_enc_IF: Tensor, b_enc_F: Tensor, pre_BF: Tensor, at: Pattern) -> Tensor:
-    """[N] pre-activations (read - bias) W_enc + b_enc at the pattern, from `pre_BF`, which has no gradient."""
-    values: Tensor = _Encode.apply(read_BI, bias_I, W_enc_IF, b_enc_F, pre_BF, at)  # type: ignore[no-untyped-call]
+    Without a pattern all of them, [B, F].
+    """
+    values: Tensor
+    if at is None:
+        values = _EncodeAll.apply(read_BI, bias_I, W_enc_IF, b_enc_F, pre_BF)  # type: ignore[no-untyped-call]
+    else:
+        values = _Encode.apply(read_BI, bias_I, W_enc_IF, b_enc_F, pre_BF, at)  # type: ignore[no-untyped-call]
     return values
 
 
 def decode(values_N: Tensor, W_dec_FI: Tensor, at: Pattern) -> Tensor:
     """[B, I] the code with these values times W_dec."""
-    decoded: Tensor = _Decode.apply(values_N, W_dec_FI, at)  # type: ignore[no-untyped-call]
-    return decoded
+    decoded_BI = weighted_sums(W_dec_FI.contiguous(), values_N, at.by_vector)
+    if W_dec_FI.requires_grad:
+        decoded_BI = _GradientOfRows.apply(decoded_BI, W_dec_FI, values_N.detach(), at)  # type: ignore[no-untyped-call]
+    return decoded_BI
 
 
 class _Encode(torch.autograd.Function):
@@ -94,33 +166,50 @@ class _Encode(torch.autograd.Function):
     def forward(ctx: Any, read: Tensor, bias: Tensor, W_enc: Tensor, b_enc: Tensor, pre: Tensor, at: Pattern) -> Tensor:
         ctx.save_for_backward(read, bias, W_enc)
         ctx.at = at
-        return pre.flatten()[at.flat]
+        return pre.flatten().index_select(0, at.flat).to(W_enc.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         read, bias, W_enc = ctx.saved_tensors
         at, (values,) = ctx.at, gradients
         needs_read, needs_bias, needs_W, needs_b, _, _ = ctx.needs_input_grad
-        to_b = torch.zeros_like(W_enc[0]).index_add_(0, at.columns, values) if needs_b or needs_bias else None
-        to_W = (at.transposed(values) @ (read - bias)).T.contiguous() if needs_W else None
-        to_read = at.matrix(values) @ W_enc.T if needs_read else None
+        to_b = at.sum_by_latent(values) if needs_b or needs_bias else None
+        to_W = weighted_sums(read - bias, values.index_select(0, at.order), at.by_latent).T if needs_W else None
+        to_read = weighted_sums(W_enc.T.contiguous(), values, at.by_vector) if needs_read else None
         to_bias = -(W_enc @ to_b) if needs_bias and to_b is not None else None
         return to_read, to_bias, to_W, to_b, None, None
 
 
-class _Decode(torch.autograd.Function):
+class _EncodeAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, at: Pattern) -> Tensor:
-        ctx.save_for_backward(values, W_dec)
-        ctx.at = at
-        return at.matrix(values) @ W_dec
+    def forward(ctx: Any, read: Tensor, bias: Tensor, W_enc: Tensor, b_enc: Tensor, pre: Tensor) -> Tensor:
+        ctx.save_for_backward(read, bias, W_enc)
+        return pre.view_as(pre)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        values, W_dec = ctx.saved_tensors
+        read, bias, W_enc = ctx.saved_tensors
+        gradient = gradients[0]
+        needs_read, needs_bias, needs_W, needs_b, _ = ctx.needs_input_grad
+        to_b = widened(gradient).sum(0) if needs_b or needs_bias else None
+        to_W = ((read - bias).to(gradient.dtype).T @ gradient).to(W_enc.dtype) if needs_W else None
+        to_read = (gradient @ W_enc.to(gradient.dtype).T).to(read.dtype) if needs_read else None
+        to_bias = -(W_enc @ to_b) if needs_bias and to_b is not None else None
+        return to_read, to_bias, to_W, to_b, None
+
+
+class _GradientOfRows(torch.autograd.Function):
+    """Weighted sums of a matrix's rows as they are, with the matrix's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, matrix: Tensor, values: Tensor, at: Pattern) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.at = at
+        return sums.view_as(sums)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        (values,) = ctx.saved_tensors
         at, gradient = ctx.at, gradients[0].contiguous()
-        to_values = None
-        if ctx.needs_input_grad[0]:
-            to_values = torch.sparse.sampled_addmm(at.matrix(torch.zeros_like(values)), gradient, W_dec.T).values()
-        to_W = at.transposed(values) @ gradient if ctx.needs_input_grad[1] else None
-        return to_values, to_W, None
+        to_matrix = weighted_sums(gradient, values.index_select(0, at.order), at.by_latent)
+        return gradient, to_matrix, None, None

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from hsae.registry import ACTIVATIONS, resolve
 from hsae.train.config.run_config import RunConfig
-from hsae.train.model.activations import batch_top_k
+from hsae.train.model.activations import batch_top_k_entries
 from hsae.train.model.hierarchical_sae import STRUCTURES
 from hsae.train.model.levels import Level, LevelOutput
+from hsae.train.model.sparse_products import DENSEST, Pattern
 from hsae.train.model.views import NO_PARENT, parent_fires
 from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
 from hsae.train.parallel.workers import ALONE, Workers
@@ -89,7 +90,8 @@ class TrainableSAE(nn.Module):
         """Compute gradients at active latents only, where the activation allows it and the level is large enough."""
         for number in range(1, len(self.levels) + 1):
             level = self.level(number)
-            level.sparse = level.is_masked and level.W_enc.numel() >= SMALLEST_SPARSE
+            is_thin = level.is_controlled or level.l0 <= DENSEST * len(level.b_enc)
+            level.sparse = level.is_masked and is_thin and level.W_enc.numel() >= SMALLEST_SPARSE
 
     def forward(self, x_BD: Tensor, active: Sequence[int] | None = None) -> Output:
         """Codes and reconstructions of the `active` levels, all if None."""
@@ -112,24 +114,28 @@ class TrainableSAE(nn.Module):
         """What level `number` should explain, and its reconstruction of that, [B, I] each: x and the nested sum."""
         return x_BD, output.reconstructions[number]
 
-    def _codes(self, pres: dict[int, Tensor]) -> dict[int, Tensor]:
-        codes: dict[int, Tensor] = {}
+    def _codes(self, pres: dict[int, Tensor]) -> dict[int, Tensor | Pattern]:
+        codes: dict[int, Tensor | Pattern] = {}
         for number in sorted(pres, reverse=True):
             parents, pre_BF = self.parents(number), pres[number]
             if parents is not None and number + 1 in codes:
-                pre_BF = pre_BF * parent_fires(self.latents.whole(codes[number + 1]), parents)
-            codes[number] = self.level(number).activate(pre_BF)
+                above = codes[number + 1]
+                above_BF = above.dense(pre_BF.new_ones(len(above.flat))) if isinstance(above, Pattern) else above
+                pre_BF = pre_BF * parent_fires(self.latents.whole(above_BF), parents)
+            codes[number] = self.level(number).select(pre_BF)
         return codes
 
-    def _joint(self, pres: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _joint(self, pres: dict[int, Tensor]) -> dict[int, Tensor | Pattern]:
         """One BatchTopK over all levels side by side; they share its threshold."""
         l0 = sum(self.level(number).l0 for number in pres)
         coarsest = self.level(max(pres))
-        side_by_side = torch.cat(list(pres.values()), 1)
-        code_BF, smallest = batch_top_k(side_by_side, l0, coarsest.likely_bound(), coarsest.workers, self.latents)
+        bound, workers = coarsest.likely_bound(), coarsest.workers
+        entries, smallest = batch_top_k_entries(list(pres.values()), l0, bound, workers, self.latents)
         for number in pres:
             self.level(number).track_threshold(smallest)
-        return dict(zip(pres, torch.split(code_BF, [pre.shape[1] for pre in pres.values()], 1), strict=True))
+        return {
+            number: self.level(number).selected(pres[number], kept) for number, kept in zip(pres, entries, strict=True)
+        }
 
 
 class TrainableStack(TrainableSAE):

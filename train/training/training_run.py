@@ -15,6 +15,7 @@ from hsae.train.config.run_config import RunConfig
 from hsae.train.model.activations import widened
 from hsae.train.model.composition_map import Composition
 from hsae.train.model.levels import LevelOutput
+from hsae.train.model.sparse_products import fired, mean_l0
 from hsae.train.model.trainable_sae import TRAINABLE, Output, seed_of
 from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
 from hsae.train.parallel.workers import ALONE, Workers
@@ -107,7 +108,7 @@ class TrainingRun:
         self.step_number += 1
         self.last_moment = moment
         self.last_output = Output(
-            {number: LevelOutput(*(part.detach() for part in level[:4])) for number, level in output.levels.items()},
+            {number: level.detached() for number, level in output.levels.items()},
             {number: reconstruction.detach() for number, reconstruction in output.reconstructions.items()},
         )
         self.resampled = dict.fromkeys(output.levels, 0)
@@ -138,10 +139,10 @@ class TrainingRun:
             parts |= level_losses(step)
         for number in self._mapped(output):
             module, fine, coarse = self.composition(number), output.levels[number - 1], output.levels[number]
-            module.track(fine.acts, coarse.acts)
+            module.track(fine.code, coarse.code)
             if moment.composition > 0:
                 strength = config.composition.weight * moment.composition
-                parts[f"composition{number}"] = strength * module.loss(fine.acts, coarse.acts, fine.active)
+                parts[f"composition{number}"] = strength * module.loss(fine.code, coarse.acts)
         return parts
 
     def _mapped(self, output: Output) -> list[int]:
@@ -153,10 +154,9 @@ class TrainingRun:
     def _count(self, output: Output, moment: Moment) -> None:
         """Per-level counters: tokens since each latent fired, and the controllers, but not those of frozen levels."""
         for number, level in output.levels.items():
-            fired = level.acts > 0
             counter = self.tokens_since_fired[number - 1]
-            counter += len(fired) * self.workers.world
-            counter[self.workers.either(fired.any(0))] = 0
+            counter += len(level.read) * self.workers.world
+            counter[self.workers.either(fired(level.code))] = 0
             if self.model.level(number).is_controlled and moment.stage.rates.get(number, 1.0) > 0:
                 self.controllers[number - 1].update(self._mean_l0(level))
 
@@ -210,7 +210,7 @@ class TrainingRun:
         }
 
     def _mean_l0(self, level: LevelOutput) -> float:
-        return self.workers.mean(self.latents.sum((level.acts > 0).sum(1)).float().mean()).item()
+        return self.workers.mean(self.latents.sum(mean_l0(level.code))).item()
 
     def _is_dead(self, number: int) -> Tensor:
         """[F] which latents of a level are dead."""

@@ -35,8 +35,12 @@ def test_a_pattern_lists_the_active_entries_by_row_and_by_column():
     code = vectors(B, F1) * (vectors(B, F1, seed=1) > 1.6)
     at = sparse_products.pattern_of(code)
     values = code.flatten()[at.flat]
-    assert torch.equal(at.matrix(values).to_dense(), code)
-    assert torch.equal(at.transposed(values).to_dense(), code.T)
+    assert torch.equal(at.dense(values), code)
+    by_latent = [row.nonzero().squeeze(1) for row in code.T]
+    assert torch.equal(at.by_latent.rows, torch.cat(by_latent).int())
+    assert at.by_latent.starts.diff().tolist() == [len(vectors) for vectors in by_latent]
+    torch.testing.assert_close(values[at.order], torch.cat([code[vectors, i] for i, vectors in enumerate(by_latent)]))
+    torch.testing.assert_close(at.sum_by_latent(values), code.sum(0))
     assert sparse_products.pattern_of(vectors(B, F1)) is None  # dense
     empty = sparse_products.pattern_of(torch.zeros(B, F1, dtype=torch.float64))
     assert torch.equal(
@@ -98,8 +102,7 @@ def test_the_composition_loss_of_a_sparse_code_is_the_dense_ones(mode):
         coarse = vectors(B, F2, seed=2).relu().requires_grad_()
         module.track(fine, coarse)
         at = sparse_products.pattern_of(fine.detach())
-        active = sparse_products.Active(at, fine.flatten()[at.flat]) if fast else None
-        loss = module.loss(fine, coarse, active)
+        loss = module.loss(sparse_products.Active(at, fine.flatten()[at.flat]) if fast else fine, coarse)
         loss.backward()
         on = (fine > 0) if fine.grad is not None else None
         results.append((loss.detach(), fine.grad * on if on is not None else None, coarse.grad, module.W.grad))
