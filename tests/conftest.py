@@ -19,6 +19,8 @@ import torch
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a run in the background ignores it, as commands it starts would
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels run on the processor
 os.environ.pop("COLUMNS", None)  # which pytest-xdist sets; tests expect the default width
 ROOT = Path(__file__).resolve().parent.parent
 HOOK = "blocks.3.hook_resid_post"

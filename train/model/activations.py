@@ -28,8 +28,8 @@ def top_k_entries(pre_BF: Tensor, k: int, latents: Latents = UNDIVIDED) -> Tenso
     if others:
         own_B, _ = _among_all(values.relu().float(), k, k, ALONE, latents)
         kept &= torch.arange(values.shape[1], device=values.device) < own_B[:, None]
-    first_of_row = torch.arange(0, pre_BF.numel(), pre_BF.shape[1], device=values.device)
-    return (indices + first_of_row[:, None])[kept]
+    first_B = torch.arange(len(pre_BF), device=values.device) * pre_BF.shape[1]
+    return (indices + first_B[:, None])[kept]
 
 
 def batch_top_k(
@@ -63,30 +63,30 @@ def batch_top_k_entries(
     """
     flats = [pre.detach().flatten() for pre in pres]
     count = round(len(pres[0]) * workers.world * l0)
-    entries = _above(flats, bound if bound is not None else 0)
-    counts = _every(torch.tensor([sum(map(len, entries))]), workers, latents)
+    entries, counts = _above(flats, bound if bound is not None else 0, workers, latents)
     if bound is not None and int(counts.sum()) < count:
-        entries = _above(flats, 0)
-        counts = _every(torch.tensor([sum(map(len, entries))]), workers, latents)
+        entries, counts = _above(flats, 0, workers, latents)
     values = torch.cat([flat.index_select(0, level) for flat, level in zip(flats, entries, strict=True)])
-    own = min(count, len(values))
+    count = min(count, int(counts.sum()))
+    if count == 0:
+        return entries, values.new_zeros((), dtype=torch.float32)
     if workers.world * latents.world > 1:
-        falling, longest = torch.topk(values, own).values, min(count, int(counts.max()))
+        falling, longest = torch.topk(values, min(count, len(values))).values, min(count, int(counts.max()))
         own_1, largest = _among_all(falling.float()[None], longest, count, workers, latents)
         is_kept = _largest(values, int(own_1))
     else:
-        is_kept = _largest(values, own)
+        is_kept = _largest(values, count)
         largest = values[is_kept].float()
-    ceiling = largest.new_full((1,), torch.inf)
-    smallest = torch.cat([largest[largest > 0], ceiling]).amin()
-    smallest = torch.where(torch.isfinite(smallest), smallest, 0.0)
     parts = torch.split(is_kept, [len(level) for level in entries])
-    return [level[part] for level, part in zip(entries, parts, strict=True)], smallest
+    return [level[part] for level, part in zip(entries, parts, strict=True)], largest.amin()
 
 
-def _above(flats: Sequence[Tensor], bound: Tensor | float) -> list[Tensor]:
-    """Where each of these is above a bound, or not a number."""
-    return [(flat <= bound).logical_not_().nonzero().squeeze(1) for flat in flats]
+def _above(
+    flats: Sequence[Tensor], bound: Tensor | float, workers: Workers, latents: Latents
+) -> tuple[list[Tensor], Tensor]:
+    """Where each of these is above a bound, or not a number; and how many such every worker has."""
+    entries = [(flat <= bound).logical_not_().nonzero().squeeze(1) for flat in flats]
+    return entries, _every(torch.tensor([sum(map(len, entries))]), workers, latents)
 
 
 def _largest(values_N: Tensor, count: int) -> Tensor:

@@ -150,7 +150,7 @@ class Level(nn.Module):
 
     def selected(self, pre_BF: Tensor, entries_N: Tensor) -> Tensor | sparse_products.Pattern:
         """What `select` gives for a code that is the pre-activation at these positions, and 0 elsewhere."""
-        return sparse_products.Pattern(entries_N, pre_BF.shape) if self.is_sparse else keep_only(pre_BF, entries_N)
+        return sparse_products.Pattern(entries_N, pre_BF) if self.is_sparse else keep_only(pre_BF, entries_N)
 
     def decoded(
         self, read_BI: Tensor, bias_I: Tensor, pre_BF: Tensor, selected: Tensor | sparse_products.Pattern
@@ -167,7 +167,7 @@ class Level(nn.Module):
 
     def likely_bound(self) -> Tensor | None:
         """A value likely below the smallest that the next batch keeps; None where it saves nothing."""
-        return BOUND_SHARE * self.threshold if self.threshold.device.type == "cpu" and self.threshold > 0 else None
+        return BOUND_SHARE * self.threshold if self.threshold > 0 else None
 
     @torch.no_grad()
     def track_threshold(self, smallest: Tensor) -> None:

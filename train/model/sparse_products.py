@@ -11,6 +11,8 @@ the latents, each with its vectors; and that function's own gradient.
 Shapes: B vectors, I width of what the level reads, F latents, N active entries of the batch.
 """
 
+import importlib.util
+import math
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from torch.nn.functional import embedding_bag
 from hsae.train.model.activations import widened
 
 DENSEST = 1 / 8  # a code denser than this is faster as a dense matrix
+SMALLEST = {"cpu": 1 << 16, "cuda": 1 << 27}  # entries of W_enc below which a dense step is the faster one
 
 
 class Segments(NamedTuple):
@@ -30,19 +33,21 @@ class Segments(NamedTuple):
     """[N] numbers of the rows, segment by segment."""
     starts: Tensor
     """[S+1] where each of S segments begins."""
+    dtype: torch.dtype
+    """In which a GPU reads them."""
 
 
 class Pattern:
     """Where a code [B, F] is active."""
 
-    def __init__(self, flat_N: Tensor, shape: torch.Size) -> None:
-        """`flat_N`: positions in the flattened code, vector by vector."""
-        self.flat, self.shape = flat_N, shape
-        self.vectors = (flat_N // shape[1]).int()
+    def __init__(self, flat_N: Tensor, pre_BF: Tensor) -> None:
+        """`flat_N`: positions in the flattened pre-activations, vector by vector."""
+        self.flat, self.shape, self.dtype = flat_N, pre_BF.shape, pre_BF.dtype
+        self.vectors = (flat_N // self.shape[1]).int()
         """[N]"""
-        self.latents = (flat_N % shape[1]).int()
+        self.latents = (flat_N % self.shape[1]).int()
         """[N]"""
-        self.by_vector = Segments(self.latents, _starts(self.vectors, shape[0]))
+        self.by_vector = Segments(self.latents, _starts(self.vectors, self.shape[0]), self.dtype)
         """Of each vector its latents, in the order of `flat`."""
 
     @cached_property
@@ -53,7 +58,8 @@ class Pattern:
     @cached_property
     def by_latent(self) -> Segments:
         """Of each latent the vectors in which it is active, in the order of `order`."""
-        return Segments(self.vectors.index_select(0, self.order), _starts(self._sorted[0], self.shape[1]))
+        vectors = self.vectors.index_select(0, self.order)
+        return Segments(vectors, _starts(self._sorted[0], self.shape[1]), self.dtype)
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
@@ -122,17 +128,29 @@ def mean_sum(code: Code) -> Tensor:
     return code.values.sum() / code.at.shape[0]
 
 
+def pays_off(entries: int, device: torch.device) -> bool:
+    """Whether a level whose W_enc has so many entries is faster by its active latents."""
+    if entries < SMALLEST.get(device.type, math.inf):
+        return False
+    return device.type == "cpu" or importlib.util.find_spec("triton") is not None
+
+
 def pattern_of(code_BF: Tensor) -> Pattern | None:
     """Where a code is not zero; None if that is in too many places for it to be worth it."""
     is_active = code_BF != 0
     if is_active.count_nonzero() > DENSEST * code_BF.numel():
         return None
-    return Pattern(is_active.flatten().nonzero().squeeze(1), code_BF.shape)
+    return Pattern(is_active.flatten().nonzero().squeeze(1), code_BF)
 
 
 def weighted_sums(matrix_MI: Tensor, weights_N: Tensor, at: Segments) -> Tensor:
     """[S, I] the weighted sum of each segment's rows of a matrix; the weights have a gradient, the matrix has none."""
-    matrix_MI = matrix_MI.detach().to(weights_N.dtype)
+    matrix_MI = matrix_MI.detach()
+    if matrix_MI.is_cuda:
+        from hsae.train.model import sparse_kernels
+
+        return sparse_kernels.weighted_sums(matrix_MI.to(at.dtype), weights_N, at.rows, at.starts)
+    matrix_MI = matrix_MI.to(weights_N.dtype)
     return embedding_bag(
         at.rows, matrix_MI, at.starts, mode="sum", per_sample_weights=weights_N, include_last_offset=True
     )

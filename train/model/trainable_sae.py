@@ -16,12 +16,10 @@ from hsae.train.config.run_config import RunConfig
 from hsae.train.model.activations import batch_top_k_entries
 from hsae.train.model.hierarchical_sae import STRUCTURES
 from hsae.train.model.levels import Level, LevelOutput
-from hsae.train.model.sparse_products import DENSEST, Pattern
+from hsae.train.model.sparse_products import DENSEST, Pattern, pays_off
 from hsae.train.model.views import NO_PARENT, parent_fires
 from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
 from hsae.train.parallel.workers import ALONE, Workers
-
-SMALLEST_SPARSE = 1 << 16  # entries of W_enc below which a dense step is the faster one
 
 
 def seed_of(*parts: int) -> int:
@@ -91,7 +89,7 @@ class TrainableSAE(nn.Module):
         for number in range(1, len(self.levels) + 1):
             level = self.level(number)
             is_thin = level.is_controlled or level.l0 <= DENSEST * len(level.b_enc)
-            level.sparse = level.is_masked and is_thin and level.W_enc.numel() >= SMALLEST_SPARSE
+            level.sparse = level.is_masked and is_thin and pays_off(level.W_enc.numel(), level.W_enc.device)
 
     def forward(self, x_BD: Tensor, active: Sequence[int] | None = None) -> Output:
         """Codes and reconstructions of the `active` levels, all if None."""

@@ -60,8 +60,7 @@ class TrainingRun:
         maps = [Composition(fine, coarse, config.composition, generator, latents, workers) for fine, coarse in pairs]
         self.compositions = nn.ModuleList(maps)
         self.model.to(device).train()
-        if torch.device(device).type == "cpu" and not self.rounds:
-            self.model.use_sparse()
+        self.model.use_sparse()
         self.compositions.to(device)
         self.curriculum = Curriculum(config, steps)
         self.optimiser = make_optimiser(self.model, self.compositions, config)

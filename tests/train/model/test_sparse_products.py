@@ -74,7 +74,7 @@ def test_the_sparse_pass_has_the_values_and_gradients_of_the_dense_one(changes, 
             if changes.get("child_gate"):
                 model.parents(1).copy_(torch.arange(F1) % (F2 + 1) - 1)
         if fast:
-            monkeypatch.setattr("hsae.train.model.trainable_sae.SMALLEST_SPARSE", 0)
+            monkeypatch.setitem(sparse_products.SMALLEST, "cpu", 0)
             model.use_sparse()
             assert model.level(1).sparse
         x = vectors(B, D).requires_grad_(changes.get("stop_gradient") is False)

@@ -21,10 +21,10 @@ from many_workers import (
 )
 from places import TESTS
 
-import hsae.train.model.trainable_sae
 from hsae.cache.errors import UserError
 from hsae.train.config.plan import load_plan
 from hsae.train.config.run_config import RunConfig
+from hsae.train.model import sparse_products
 from hsae.train.model.activations import batch_top_k, top_k
 from hsae.train.parallel.latent_sharding import Latents
 from hsae.train.parallel.workers import ALONE
@@ -108,7 +108,7 @@ KINDS = {
     ],
 )
 def test_steps_with_divided_latents_are_those_with_whole_levels(kind, resample_steps, world, monkeypatch):
-    monkeypatch.setattr(hsae.train.model.trainable_sae, "SMALLEST_SPARSE", 1 if kind.startswith("sparse") else 10**9)
+    monkeypatch.setitem(sparse_products.SMALLEST, "cpu", 1 if kind.startswith("sparse") else 10**9)
     aux = 0 if resample_steps else 1 / 32  # latents drawn from one vector are equal, and AuxK chooses among equals
     config = configured(**KINDS[kind], resample_steps=resample_steps, aux_weight=aux)
     x = torch.randn(STEPS, BATCH, D, dtype=torch.float64, generator=torch.Generator().manual_seed(4))

@@ -1,0 +1,53 @@
+"""The Triton kernels against dense products in float64; pairwise different odd sizes. Without a GPU Triton's
+interpreter runs them (conftest.py).
+"""
+
+import pytest
+import torch
+
+from hsae.train.model.sparse_products import Pattern
+
+pytest.importorskip("triton", reason="triton is not installed (it comes with torch for CUDA)")
+from hsae.train.model import sparse_kernels
+
+B, F, WIDTH = 5, 11, 261  # wider than a tile's columns
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def vectors(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def pattern(counts):
+    """Each vector's number of active latents, which are the first few of a shuffled order."""
+    flat = [
+        row * F + torch.randperm(F, generator=torch.Generator().manual_seed(row))[:count].sort().values
+        for row, count in enumerate(counts)
+    ]
+    return Pattern(torch.cat(flat).to(DEVICE), torch.empty(len(counts), F))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [(1,) * B, (3, 0, F, 1, 7), (0,) * B, (2,)], ids=["k=1", "any", "none", "one row"])
+def test_sums_and_their_gradient_are_those_of_dense_products(counts, dtype):
+    at = pattern(counts)
+    values, matrix = vectors(len(at.flat), seed=1), vectors(F, WIDTH, seed=2).to(dtype)
+    gradient = vectors(len(counts), WIDTH, seed=3).to(dtype)
+    weights = values.clone().requires_grad_()
+    sums = sparse_kernels.weighted_sums(matrix, weights, *at.by_vector[:2])
+    sums.backward(gradient.float())
+    wide, outer = matrix.double(), gradient.double()
+    torch.testing.assert_close(sums, (at.dense(values).double() @ wide).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weights.grad, (outer @ wide.T).flatten()[at.flat].float(), rtol=1e-5, atol=1e-5)
+    by_latent = sparse_kernels.weighted_sums(gradient, values[at.order], *at.by_latent[:2])
+    torch.testing.assert_close(by_latent, (at.dense(values).double().T @ outer).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_segment_of_many_tiles_is_summed_whole():
+    count = 3 * sparse_kernels.MOST_ROWS + 1
+    matrix, weights = vectors(7, 3), vectors(count, seed=1)
+    rows, starts = torch.arange(count).int().to(DEVICE) % 7, torch.tensor([0, count]).int().to(DEVICE)
+    expected = (weights[:, None].double() * matrix.double()[rows.long()]).sum(0, keepdim=True).float()
+    torch.testing.assert_close(
+        sparse_kernels.weighted_sums(matrix, weights, rows, starts), expected, rtol=1e-5, atol=1e-5
+    )
