@@ -125,9 +125,17 @@ class CacheConfig(Config):
     prepend_bos: bool = True
     """BOS at the start of each row and before each document (SAEBench's packing)."""
     batch_rows: int = Field(default=16, ge=1)
-    """Rows of one forward pass, and SAEBench's batch_size_prompts: part of what the bits depend on."""
+    """Rows of SAEBench's batches (its batch_size_prompts), of which its numbers are means."""
+    forward_rows: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Rows of one forward pass: part of what the bits depend on. auto: batch_rows on a processor, and on a GPU as many
+    batches as make 8,192 tokens; a store that is there is used whichever of both it was made with.
+    """
+    compile: Literal["auto"] | bool = "auto"
+    """Whether decoder layers run through torch.compile up to the hook: part of what the bits depend on. auto: on a GPU
+    where torch.compile works; a store that is there is used whether it was made so or not.
+    """
     chunk_mib: float = Field(default=32, gt=0)
-    """Size of one chunk of activations; rounded to whole batches."""
+    """Size of one chunk of activations; rounded to whole forward passes."""
     codec: Literal["auto"] | Codec = "auto"
     """mappable: raw bytes + crc32c. compact: blosc(lz4, bitshuffle) + crc32c, decoded into scratch when read. int8:
     lossy, half the bytes; made from a finished store by `hsae cache recode`. auto: mappable in a folder, compact at a

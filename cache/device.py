@@ -1,10 +1,19 @@
 """Where to compute."""
 
+import os
 import re
+import shutil
+from importlib.util import find_spec
 
 import torch
 
 from hsae.cache.errors import UserError
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile works on a device and pays there: a GPU, with Triton and a C compiler beside it."""
+    compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
+    return device.startswith("cuda") and find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
 def pick_device(device: str) -> str:

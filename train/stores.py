@@ -47,6 +47,8 @@ def build(
     clean_rows: int | None = None,
     prepend_bos: bool = True,
     batch_rows: int = 16,
+    forward_rows: int | None = None,
+    compile: bool | None = None,
     chunk_mib: float = 32,
     codec: Codec | None = None,
     progress: bool | Progress = True,
@@ -139,7 +141,7 @@ def plan_stores(plan: Plan, splits: Sequence[Split], device: str) -> PlannedStor
 
     Raises UserError if they can't be made, or share text that they may not.
     """
-    specs = [plan.store(split) for split in splits]
+    specs = [plan.store(split, device) for split in splits]
     evaluated = [split for split in splits if split != "train"] or ["eval"]
     warnings = common_texts(plan, evaluated, refuse=any(spec.split == "eval" for spec in specs))
     return PlannedStores(plan, device, [estimate(spec, plan.cache.dir, device) for spec in specs], warnings)

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -39,6 +39,8 @@ PACKED_AT_ONCE = 64  # chunks of tokens between two states of the packing
 SAMPLED_CHUNKS = 64
 MOST_UNKNOWN = 0.1  # of the tokens: of text in its own language a tokenizer misses a few in a thousand
 READ_AHEAD = 4  # chunks whose tokens, and whether they are there, are read ahead
+Chunk = Callable[[], Iterator[tuple[ArraySpec, int, Tensor]]]
+"""Waits for a chunk of some arrays, and gives each array's, with the chunk's number."""
 
 
 def clear(target: Place) -> None:
@@ -127,10 +129,10 @@ class Builder:
         first, checksum = self._packed(state_file, packer)
         packed = self.contents.token_chunks(packer, first)
         for start in range(first, array.count, PACKED_AT_ONCE):
-            chunks = []
+            chunks: list[Chunk] = []
             for index, ids in itertools.islice(packed, PACKED_AT_ONCE):
                 self.model.check_ids(ids)
-                chunks.append((array, index, ids))
+                chunks.append(partial(iter, [(array, index, ids)]))
                 self.report("tokens", index * self.step + len(ids))
             self._publish(chunks)
             last = start + len(chunks)
@@ -164,12 +166,12 @@ class Builder:
                 return crc32c(there.tobytes())
         return None
 
-    def _publish(self, chunks: Iterable[tuple[ArraySpec, int, Tensor]]) -> None:
+    def _publish(self, chunks: Iterable[Chunk]) -> None:
         """Write chunks, and write that down, while the next ones are being made."""
 
-        def write(chunk: tuple[ArraySpec, int, Tensor]) -> None:
-            checksum = writer.write_chunk(self.target, *chunk)
-            self.written.add(chunk[0].path, chunk[1], checksum)
+        def write(chunk: Chunk) -> None:
+            for array, index, values in chunk():
+                self.written.add(array.path, index, writer.write_chunk(self.target, array, index, values))
 
         try:
             for _ in map_parallel(write, chunks, at_once(self.target)):
@@ -206,7 +208,7 @@ class Builder:
         """Whether others may be writing to the store."""
         return self.share.world > 1 or not isinstance(self.target, Path)
 
-    def _computed(self, indices: NDArray[np.int64]) -> Iterator[tuple[ArraySpec, int, Tensor]]:
+    def _computed(self, indices: NDArray[np.int64]) -> Iterator[Chunk]:
         """What is missing of these chunks, by one listing of each array; what comes next is read ahead."""
         there = {path: array.written(self.target) for path, array in self.specs.items() if path != "tokens"}
         present = {path: mask & (self.written[path] >= 0) for path, mask in there.items()}
@@ -226,7 +228,7 @@ class Builder:
                 if tokens is None:
                     wait_for(self.target, lambda index=index: self._tokens_if_packed(index) is not None)  # type: ignore[misc]
                     tokens = self.tokens(index)
-                yield from self.contents.compute(index, missing, tokens, partial(self.report, "activations"))
+                yield self.contents.compute(index, missing, tokens, partial(self.report, "activations")).arrays
 
     def _tokens_if_packed(self, index: int) -> Tensor | None:
         """Chunk `index` of the tokens; None if worker 0 has not packed it yet."""
@@ -291,10 +293,10 @@ class Builder:
             for array, index in wrong:
                 by_index.setdefault(index, []).append(array)
             recomputed = (
-                self.contents.compute(index, arrays, self.tokens(index), report)
+                self.contents.compute(index, arrays, self.tokens(index), report).arrays
                 for index, arrays in sorted(by_index.items())
             )
-            self._publish(itertools.chain.from_iterable(recomputed))
+            self._publish(recomputed)
         changed = wrong[0][0].chunk_file(self.target, wrong[0][1]) if wrong else self.target / sealing.FOLDER
         raise StoreError(f"{changed} was changed while the store was being built; run the same command again")
 

@@ -9,10 +9,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hsae.cache.building.transfer import Transfer
 from hsae.cache.config import at_commit
 from hsae.cache.errors import CorpusError, StoreError
 from hsae.cache.format.arrays import ArraySpec
@@ -27,7 +29,7 @@ from hsae.cache.storage.paths import Place
 from hsae.cache.text.corpora import TEXT_TABLES, Corpus, open_corpus
 from hsae.cache.text.packing import Packer, tokenise
 
-SLICE_TOKENS = 128  # tokens unembedded at once: 64 MiB of bfloat16 logits at V = 262,144
+SLICE_TOKENS = {"cpu": 128, "cuda": 2048}  # unembedded at once: 64 MiB and 1 GiB of bfloat16 logits at V = 262,144
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,12 @@ class StoreContents:
         model.check_hooks(spec.hooks)
         if spec.split == "eval":
             model.check_ablation(spec.hooks)
+        if spec.compiled:
+            model.check_compiled(spec.hooks, spec.pass_rows, spec.context)
         self.specs = arrays(spec, model.d_model)
         self.step = chunk_rows(spec, model.d_model)
         self.deepest = max(spec.hooks, key=lambda hook: (int(hook.split(".")[1]), hook.endswith("post")))
-        self._ablated: dict[str, Tensor] = {}
+        self._ablated: dict[str, AblatedPrediction] = {}
 
     def header(self) -> Header:
         """The header of the store while it is unfinished."""
@@ -181,65 +185,107 @@ class StoreContents:
 
     def compute(
         self, index: int, wanted: Sequence[ArraySpec], tokens: Tensor, report: Callable[[int], None] = lambda rows: None
-    ) -> Iterator[tuple[ArraySpec, int, Tensor]]:
-        """Chunk `index` of some arrays, of its `tokens`; `report` is called with the number of the last row done."""
-        start = index * self.step
-        paths = {array.path for array in wanted}
-        buffers = {array.path: torch.zeros(array.chunks, dtype=TORCH_DTYPES[array.dtype]) for array in wanted}
-        for first in range(0, len(tokens), self.spec.batch_rows):
-            batch = tokens[first : first + self.spec.batch_rows]
-            last = first + len(batch)
-            resid = self.model.prefix(batch, self.spec.hooks)
-            for hook, vectors in resid.items():
-                self._refuse_non_finite(vectors, hook, start + first)
-                if f"acts/{hook}" in paths:
-                    buffers[f"acts/{hook}"][first:last] = vectors
-            if start + first < self.spec.clean_rows and not all(path.startswith("acts/") for path in paths):
-                for path, values in self.clean(batch, resid[self.deepest]).items():
-                    if path in paths:
-                        buffers[path][first:last] = values
-            report(start + last)
-            step_done("batches")
-        for array in wanted:
-            yield array, index, buffers.pop(array.path)
+    ) -> "ComputedChunk":
+        """Chunk `index` of some arrays, of its `tokens`; `report` is called with the number of the last row done.
 
-    def _refuse_non_finite(self, vectors: Tensor, hook: str, row: int) -> None:
-        if not torch.isfinite(vectors).all():
-            bad = row + int((~torch.isfinite(vectors)).flatten(1).any(1).nonzero()[0])
-            raise StoreError(
-                f"the activations of row {bad} at {hook} are not finite in {self.spec.model.dtype}; "
-                "use --set model.dtype=float32, or another model"
-            )
+        A GPU may still be computing when this returns.
+        """
+        start, rows = index * self.step, self.spec.pass_rows
+        chunk = ComputedChunk(self, index, wanted, len(tokens))
+        has_clean = any(not array.path.startswith("acts/") for array in wanted)
+        with torch.inference_mode():
+            for first in range(0, len(tokens), rows):
+                batch = tokens[first : first + rows]
+                resid = self._prefix(batch)
+                for hook, vectors in resid.items():
+                    chunk.add(f"acts/{hook}", first, vectors)
+                    chunk.add(f"finite/{hook}", first, torch.isfinite(vectors).flatten(1).all(1))
+                if has_clean and start + first < self.spec.clean_rows:
+                    for path, values in self.clean(batch, resid[self.deepest]).items():
+                        chunk.add(path, first, values)
+                report(start + first + len(batch))
+                step_done("batches")
+        return chunk
+
+    def _prefix(self, batch: Tensor) -> dict[str, Tensor]:
+        """Residuals of one pass; compiled layers always see as many rows, so that they are compiled once."""
+        missing = self.spec.pass_rows - len(batch)
+        if not self.spec.compiled or not missing:
+            return self.model.prefix(batch, self.spec.hooks, compiled=self.spec.compiled)
+        padded = torch.nn.functional.pad(batch, (0, 0, 0, missing))
+        resid = self.model.prefix(padded, self.spec.hooks, compiled=True)
+        return {hook: vectors[: len(batch)] for hook, vectors in resid.items()}
 
     def clean(self, tokens_BT: Tensor, resid_BTD: Tensor) -> dict[str, Tensor]:
-        """Of one batch: clean final vector and loss, and for an evaluation loss and KL of each hook's ablation."""
+        """Of one pass: clean final vector and loss, and for an evaluation loss and KL of each hook's ablation."""
         final = self.model.suffix(self.deepest, resid_BTD)
         rows, context = tokens_BT.shape
-        targets = torch.cat([tokens_BT[:, 1:], tokens_BT[:, :1]], 1).flatten().long().to(final.device)
+        targets = tokens_BT.to(final.device, non_blocking=True).long().roll(-1, 1).flatten()
         flat = final.flatten(0, 1)
         hooks = self.spec.hooks if self.spec.split == "eval" else ()  # whose residual is zeroed
         parts: dict[str, list[Tensor]] = {}
-        for first in range(0, rows * context, SLICE_TOKENS):
-            part = slice(first, first + SLICE_TOKENS)
+        step = SLICE_TOKENS[final.device.type]
+        for first in range(0, rows * context, step):
+            part = slice(first, first + step)
             logits = self.model.unembed(flat[part])
             measures = {"clean/loss": token_losses.cross_entropy(logits, targets[part])}
             if hooks:
-                probs, log_probs = token_losses.distribution(logits)
+                clean = token_losses.distribution(logits)
             for hook in hooks:
-                ablated = self.ablated_logits(hook).expand_as(logits)
-                measures[f"ablation/{hook}/loss"] = token_losses.cross_entropy(ablated, targets[part])
-                measures[f"ablation/{hook}/kl"] = token_losses.kl_divergence(probs, log_probs, ablated)
+                ablated = self.ablated(hook)
+                measures[f"ablation/{hook}/loss"] = -ablated.log_softmax_V[targets[part]]
+                measures[f"ablation/{hook}/kl"] = token_losses.divergence(clean, ablated.log_probs_1V)
             for path, values in measures.items():
-                parts.setdefault(path, []).append(values.float().cpu())
+                parts.setdefault(path, []).append(values.float())
         results = {path: torch.cat(values).view(rows, context) for path, values in parts.items()}
         for path, values in results.items():
             if path.endswith("loss"):
                 values[:, -1] = 0  # the last token of a row has no next one
-        return {"clean/final": final.cpu(), **results}
+        return {"clean/final": final, **results}
 
-    def ablated_logits(self, hook: str) -> Tensor:
-        """Logits [1, V] after zeroing the residual at `hook`: the same for every token."""
+    def ablated(self, hook: str) -> "AblatedPrediction":
+        """What the model predicts after zeroing the residual at `hook`: the same at every token."""
         if hook not in self._ablated:
             zero = torch.zeros(1, 1, self.model.d_model, dtype=self.model.dtype)
-            self._ablated[hook] = self.model.unembed(self.model.suffix(hook, zero))[0]
+            logits_2V = self.model.unembed(self.model.suffix(hook, zero))[0].expand(2, -1)  # torch sums one otherwise
+            self._ablated[hook] = AblatedPrediction(
+                logits_2V.log_softmax(-1)[0], token_losses.distribution(logits_2V).log_probs[:1]
+            )
         return self._ablated[hook]
+
+
+class AblatedPrediction(NamedTuple):
+    """The next-token distribution with the residual at a hook zeroed, as SAEBench rounds it for its loss and its KL."""
+
+    log_softmax_V: Tensor
+    log_probs_1V: Tensor
+
+
+class ComputedChunk:
+    """One chunk of some arrays, which a GPU may still be computing."""
+
+    def __init__(self, contents: StoreContents, index: int, wanted: Sequence[ArraySpec], rows: int) -> None:
+        self.spec, self.index, self.first_row = contents.spec, index, index * contents.step
+        self._wanted, self._transfer = wanted, Transfer(contents.model.device)
+        self._memory = {
+            **{array.path: self._transfer.memory(array.chunks, TORCH_DTYPES[array.dtype]) for array in wanted},
+            **{f"finite/{hook}": self._transfer.memory((rows,), torch.bool) for hook in self.spec.hooks},
+        }
+
+    def add(self, path: str, first: int, values: Tensor) -> None:
+        """Take rows of an array from row `first` of the chunk on, if it is wanted."""
+        if path in self._memory:
+            self._transfer.copy(values, self._memory[path][first : first + len(values)])
+
+    def arrays(self) -> Iterator[tuple[ArraySpec, int, Tensor]]:
+        """(array, number of the chunk, values) once they are there. Raises StoreError if one is not finite."""
+        self._transfer.wait()
+        for hook in self.spec.hooks:
+            finite = self._memory[f"finite/{hook}"]
+            if not finite.all():
+                raise StoreError(
+                    f"the activations of row {self.first_row + int((~finite).nonzero()[0])} at {hook} are not finite "
+                    f"in {self.spec.model.dtype}; use --set model.dtype=float32, or another model"
+                )
+        for array in self._wanted:
+            yield array, self.index, self._memory[array.path]

@@ -12,8 +12,9 @@ from typing import Any
 from hsae.cache.building.build import build
 from hsae.cache.building.contents import TokenisedText
 from hsae.cache.config import Codec, CorpusConfig, ModelConfig, Split
+from hsae.cache.device import can_compile
 from hsae.cache.errors import CorpusError, ModelError, UserError
-from hsae.cache.format.spec import StoreSpec, default_codec
+from hsae.cache.format.spec import StoreSpec, default_codec, gpu_rows
 from hsae.cache.language_model import in_memory
 from hsae.cache.language_model.lm import LanguageModel
 from hsae.cache.language_model.loading import positions
@@ -40,6 +41,8 @@ def build_in_memory(
     clean_rows: int | None = None,
     prepend_bos: bool = True,
     batch_rows: int = 16,
+    forward_rows: int | None = None,
+    compile: bool | None = None,
     chunk_mib: float = 32,
     codec: Codec | None = None,
     progress: bool | Progress = True,
@@ -49,7 +52,9 @@ def build_in_memory(
     `model` is a causal language model of transformers with its `tokenizer`, or a `LanguageModel`. It computes on the
     device where it is, in evaluation mode, and is left as it was; activations have its dtype. `texts` are documents,
     packed into rows of `context` tokens one after the other, as SAEBench packs them. They are read until `rows` rows
-    are full, or to their end.
+    are full, or to their end. One forward pass takes `forward_rows` rows, and `compile` says whether its layers run
+    through torch.compile; None leaves both to the device: SAEBench's `batch_rows` and no on a processor, 8,192 tokens
+    and yes on a GPU where that works.
 
     An evaluation store (split="eval") also has the clean model's losses for its first `clean_rows` rows, by default
     an eleventh of all. The store's name has a fingerprint of the weights, the tokenizer, the texts and all settings:
@@ -60,9 +65,10 @@ def build_in_memory(
 
     >>> store = build_in_memory(model, tokenizer, texts=texts, hook="blocks.3.hook_resid_post")  # doctest: +SKIP
     """
-    if context < 2 or batch_rows < 1 or (rows is not None and rows < 1):
+    if context < 2 or any(number is not None and number < 1 for number in (batch_rows, forward_rows, rows)):
         raise UserError(
-            f"context={context}, batch_rows={batch_rows}, rows={rows}: give a context of 2 or more, others of 1"
+            f"context={context}, batch_rows={batch_rows}, forward_rows={forward_rows}, rows={rows}: give a context of "
+            "2 or more, others of 1"
         )
     with _borrowed(model, tokenizer) as lm:
         hooks = (hook,) if isinstance(hook, str) else tuple(hook)
@@ -77,6 +83,8 @@ def build_in_memory(
             raise CorpusError(
                 f"{clean_rows} of {full} rows can't be clean rows; lower clean_rows or batch_rows, or give more texts"
             )
+        if forward_rows is None and lm.device.startswith("cuda"):
+            forward_rows = gpu_rows(context, batch_rows)
         identity = hashlib.sha256(f"{lm.model_digest}{lm.tokenizer_digest}".encode()).hexdigest()[:16]
         spec = StoreSpec(
             split=split,
@@ -88,6 +96,8 @@ def build_in_memory(
             context=context,
             prepend_bos=prepend_bos,
             batch_rows=batch_rows,
+            forward_rows=None if forward_rows == batch_rows else forward_rows,
+            compiled=can_compile(lm.device) if compile is None else compile,
             chunk_mib=float(chunk_mib),
             codec=codec or default_codec(folder),
             rows=full,

@@ -122,7 +122,8 @@ def _compute_again(
         if one.array in contents.specs and one.array != "tokens":
             by_index.setdefault(one.index, []).append(specs[one.array])
     for number, (index, wanted) in enumerate(sorted(by_index.items()), 1):
-        for spec, _, values in contents.compute(index, wanted, read_tensor(root, specs["tokens"], index)):
+        computed = contents.compute(index, wanted, read_tensor(root, specs["tokens"], index))
+        for spec, _, values in computed.arrays():
             replace_chunk(spec, index, values)
         say(f"chunk {index} computed again ({number} of {len(by_index)})")
     lost = {one.array for one in damages if one.array.startswith("stats/blocks")}

@@ -43,7 +43,7 @@ def keep_what_is_right(contents: StoreContents, root: Place, written: Written) -
         known += _compare(root, specs["tokens"], index, encode_chunk(specs["tokens"], chunk), damaged)
     there = [spec for path, spec in specs.items() if path != "tokens" and spec.is_written(root, 0)]
     if there and first is not None:
-        for spec, index, values in contents.compute(0, there, first):
+        for spec, index, values in contents.compute(0, there, first).arrays():
             _compare(root, spec, index, encode_chunk(spec, values), damaged)
     if damaged and not known:
         raise StoreError(

@@ -112,10 +112,10 @@ class Header(Config):
 
 
 def chunk_rows(spec: StoreSpec, d_model: int) -> int:
-    """Rows of a chunk: about `chunk_mib` of activations, in whole batches."""
+    """Rows of a chunk: about `chunk_mib` of activations, in whole forward passes."""
     row_bytes = spec.context * d_model * ITEM_BYTES[spec.model.dtype]
-    batches = round(spec.chunk_mib * 2**20 / (row_bytes * spec.batch_rows))
-    return max(1, batches) * spec.batch_rows
+    passes = round(spec.chunk_mib * 2**20 / (row_bytes * spec.pass_rows))
+    return max(1, passes) * spec.pass_rows
 
 
 def arrays(spec: StoreSpec, d_model: int) -> dict[str, ArraySpec]:
@@ -212,7 +212,7 @@ def read_header(root: Place, wanted: StoreSpec | None = None) -> Header:
     if not spec.hooks or len(set(spec.hooks)) < len(spec.hooks) or not all(map(HOOK_PATTERN.fullmatch, spec.hooks)):
         raise _lost(root, f"names hooks hsae doesn't know: {', '.join(spec.hooks)}")
     possible = (
-        all(0 < size <= LARGEST for size in (spec.rows, spec.context, spec.batch_rows))
+        all(0 < size <= LARGEST for size in (spec.rows, spec.context, spec.batch_rows, spec.pass_rows))
         and 0 <= spec.clean_rows <= spec.rows
         and 0 < spec.chunk_mib <= 1 << 20
     )
@@ -223,7 +223,7 @@ def read_header(root: Place, wanted: StoreSpec | None = None) -> Header:
         raise _lost(
             root,
             f"gives impossible sizes: {spec.rows} rows of {spec.context} tokens, {spec.clean_rows} of them clean, in "
-            f"batches of {spec.batch_rows} and chunks of {spec.chunk_mib:g} MiB, width {header.d_model}",
+            f"passes of {spec.pass_rows} and chunks of {spec.chunk_mib:g} MiB, width {header.d_model}",
         )
     if header.complete and set(header.statistics) != set(spec.hooks):
         raise _lost(root, f"says the store is complete, but has no statistics of {', '.join(spec.hooks)}")
@@ -256,11 +256,11 @@ def is_finished(target: Place, spec: StoreSpec) -> bool:
 
 def _difference(actual: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, Any, Any]:
     """The first key whose values differ, and both."""
-    key = next(key for key in wanted if actual.get(key) != wanted[key])
-    if isinstance(actual.get(key), dict) and isinstance(wanted[key], dict):
+    key = next(key for key in {**wanted, **actual} if actual.get(key) != wanted.get(key))
+    if isinstance(actual.get(key), dict) and isinstance(wanted.get(key), dict):
         inner, *values = _difference(actual[key], wanted[key])
         return f"{key}.{inner}", *values
-    return key, actual.get(key), wanted[key]
+    return key, actual.get(key), wanted.get(key)
 
 
 def is_sealed(root: Place) -> bool:

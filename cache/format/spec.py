@@ -3,14 +3,16 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from hsae.cache.config import CacheConfig, Codec, Config, CorpusConfig, HookConfig, ModelConfig, Split
 from hsae.cache.storage.paths import Place, place
 
 FORMAT_VERSION = 1
+GPU_TOKENS = 8192
+"""Tokens of a forward pass that keep a GPU busy (docs/decisions/0027)."""
 
 
 class StoreSpec(Config):
@@ -31,6 +33,28 @@ class StoreSpec(Config):
     """The first so many rows also keep the clean loss, final vector and ablation constants (0 for train)."""
     rows_per_document: int | None = None
     """A row holds the text of one document, which gives at most so many; None packs documents together."""
+    forward_rows: int | None = None
+    """Rows of one forward pass; None: batch_rows."""
+    compiled: bool = False
+    """Whether decoder layers ran through torch.compile up to the hooks."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Fields that came later are written down where they are set: headers and fingerprints stay those of before."""
+        content: dict[str, Any] = dump(self)
+        unset = {"forward_rows": None, "compiled": False}
+        return {key: value for key, value in content.items() if key not in unset or value != unset[key]}
+
+    @property
+    def pass_rows(self) -> int:
+        """Rows of one forward pass."""
+        return self.forward_rows or self.batch_rows
+
+    @property
+    def plain(self) -> "StoreSpec":
+        """The store as a processor makes it; runs are known by it wherever theirs was made."""
+        rows = None if self.forward_rows == gpu_rows(self.context, self.batch_rows) else self.forward_rows
+        return self.model_copy(update={"forward_rows": rows, "compiled": False})
 
     @property
     def fingerprint(self) -> str:
@@ -43,6 +67,12 @@ class StoreSpec(Config):
     def name(self) -> str:
         """Directory name of the store, for example `gemma-3-270m-train-0123456789abcdef.zarr`."""
         return f"{self.model.slug}-{self.split}-{self.fingerprint}.zarr"
+
+
+def gpu_rows(context: int, batch_rows: int) -> int | None:
+    """Rows of a forward pass on a GPU, in whole batches of SAEBench; None where that is one."""
+    batches = GPU_TOKENS // (context * batch_rows)
+    return batches * batch_rows if batches > 1 else None
 
 
 def default_codec(folder: str | Place) -> Codec:
@@ -83,6 +113,10 @@ def spec_of(
         context=cache.context,
         prepend_bos=cache.prepend_bos,
         batch_rows=cache.batch_rows,
+        forward_rows=None
+        if cache.forward_rows == "auto" or cache.forward_rows == cache.batch_rows
+        else cache.forward_rows,
+        compiled=cache.compile is True,
         chunk_mib=cache.chunk_mib,
         codec=default_codec(cache.dir) if cache.codec == "auto" else cache.codec,
         rows=rows,

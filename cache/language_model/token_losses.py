@@ -79,6 +79,15 @@ def kl_divergence(clean_probs: Tensor, clean_log_probs: Tensor, logits_NV: Tenso
     return divergence
 
 
+def divergence(clean: Distribution, log_probs_1V: Tensor) -> Tensor:
+    """The same for a modified distribution that all tokens share, whose `Distribution.log_probs` is given."""
+    divergence = torch.empty(len(clean.probs), dtype=clean.probs.dtype, device=clean.probs.device)
+    for part in _row_slices(clean.probs):
+        terms = clean.log_probs[part] - log_probs_1V
+        divergence[part] = terms.mul_(clean.probs[part]).sum(-1)
+    return divergence
+
+
 class StableDistribution(NamedTuple):
     """The clean model's next-token distribution in float32."""
 

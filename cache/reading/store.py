@@ -98,6 +98,7 @@ class ActivationStore:
             "rows": f"{spec.rows:,} of {spec.context} tokens, width {self.d_model}; "
             f"clean losses for {spec.clean_rows:,}",
             "chunks": f"{self.chunks:,} of {self.chunk_rows} rows, {spec.codec}",
+            "passes": f"{spec.pass_rows} rows each, layers {'compiled' if spec.compiled else 'not compiled'}",
             "size": format_bytes(layout.total_bytes(spec, self.d_model)),
             "versions": ", ".join(f"{name} {number}" for name, number in header.versions.items()),
             **norms,

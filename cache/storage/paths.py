@@ -25,7 +25,7 @@ from hsae.cache.storage import retry
 from hsae.cache.storage.remote import WEB, RemotePath
 
 IN_FLIGHT = 16  # requests at once
-LOCAL_AT_ONCE = 2  # files of this machine that are read or written at once
+LOCAL_AT_ONCE = 3  # files of this machine that are read or written at once; one may wait for a GPU
 LISTED_AT_ONCE = 10_000  # most numbers, nearly, in one part of a long listing
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")

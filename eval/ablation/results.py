@@ -15,7 +15,7 @@ from hsae.cache.reading.store import ActivationStore
 from hsae.cache.storage.paths import place
 from hsae.eval.ablation.table import COLUMNS, AblationTable, Cell, Column, Kind, Row
 from hsae.eval.ablation.verdicts import COMPONENTS, judge
-from hsae.eval.core.current import DIGESTS, Current, core_results, same_bits
+from hsae.eval.core.current import DIGESTS, Current, core_results, interchangeable
 from hsae.eval.harness.result_files import read_result
 from hsae.eval.harness.targets import RunTarget
 from hsae.eval.hierarchy.composition_file import read_composition
@@ -126,7 +126,7 @@ class _Reader:
             return None
         self._made_of("composition", target, MODELS, *map(inputs.get, DIGESTS))
         read_from = inputs.get("read_from")
-        if read_from in same_bits(target.plan.requested("train")):
+        if read_from in interchangeable(target.plan.requested("train")):
             read_from = "training store"
         self._made_of("composition", target, "texts to read maps on, or settings", read_from, inputs.get("settings"))
         numbers = []
@@ -147,7 +147,7 @@ class _Reader:
             inputs, arms = content["inputs"], content["arms"]
             if inputs["sae"] != weights or inputs["config"] != plan.table(UnlearningConfig).digest:
                 return None
-            if any(inputs[f"{side}_store"] not in same_bits(plan.requested(side)) for side in SIDES):
+            if any(inputs[f"{side}_store"] not in interchangeable(plan.requested(side)) for side in SIDES):
                 return None
             main = next(arms[name] for name in ("descend", "sae", "level1") if name in arms)
             value = main["at_retain"][BUDGET]["forget_dce"]

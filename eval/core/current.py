@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
 from hsae.cache.errors import UserError
-from hsae.cache.format.spec import StoreSpec
+from hsae.cache.format.spec import StoreSpec, gpu_rows
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval.core.core_result import CoreResult, read_core
 
@@ -21,7 +22,7 @@ class Current:
     name: str
     """The store's."""
     fingerprints: frozenset[str]
-    """Those of the store in any codec that keeps the bits."""
+    """Those of the store, see `interchangeable`."""
     digests: Mapping[str, str]
     """Of `DIGESTS`, where the store is there to tell."""
 
@@ -29,7 +30,7 @@ class Current:
     def of(cls, spec: StoreSpec, store: ActivationStore | None = None) -> Self:
         """What a plan's evaluation store stands for, whether it is there or not."""
         digests = {key: getattr(store.header, f"{key}_digest") for key in DIGESTS} if store is not None else {}
-        return cls(name=spec.name, fingerprints=same_bits(spec), digests=digests)
+        return cls(name=spec.name, fingerprints=interchangeable(spec), digests=digests)
 
     def why_not(self, inputs: Mapping[str, Any]) -> str | None:
         """Why a result of these inputs does not belong beside the others; None if it does, or says nothing of where it
@@ -45,10 +46,12 @@ class Current:
         return None
 
 
-def same_bits(spec: StoreSpec) -> frozenset[str]:
-    """Fingerprints of a store in every codec that keeps its bits."""
-    same = LOSSLESS if spec.codec in LOSSLESS else (spec.codec,)
-    return frozenset(spec.model_copy(update={"codec": codec}).fingerprint for codec in same)
+def interchangeable(spec: StoreSpec) -> frozenset[str]:
+    """Fingerprints of a store in every codec that keeps its bits, made on a processor or on a GPU."""
+    codecs = LOSSLESS if spec.codec in LOSSLESS else (spec.codec,)
+    passes = product({spec.forward_rows, None, gpu_rows(spec.context, spec.batch_rows)}, (False, True))
+    same = [{"forward_rows": rows, "compiled": compiled} for rows, compiled in passes]
+    return frozenset(spec.model_copy(update={**one, "codec": codec}).fingerprint for one in same for codec in codecs)
 
 
 def core_results(run_dir: Path, weights: str, current: Current) -> dict[str, CoreResult]:

@@ -12,7 +12,7 @@ from hsae.cache.format.spec import StoreSpec
 from hsae.cache.reading.store import ActivationStore
 from hsae.eval import figures
 from hsae.eval.core.core_result import CoreResult, read_core
-from hsae.eval.core.current import Current, same_bits
+from hsae.eval.core.current import Current, interchangeable
 from hsae.eval.harness.targets import model_digest
 from hsae.eval.report import tables
 from hsae.eval.report.cards import LatentCard, cards_of
@@ -46,7 +46,7 @@ class Material:
     @property
     def texts(self) -> dict[str, frozenset[str]]:
         """Fingerprints of the stores of unlearning, by side."""
-        return {side: same_bits(spec) for side, spec in self.specs.items() if side != "eval"}
+        return {side: interchangeable(spec) for side, spec in self.specs.items() if side != "eval"}
 
 
 class RunSection:

@@ -9,13 +9,14 @@ over the packaged default plan; a name or file given by the user wins over both.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 from hsae.cache.config import CacheConfig, Config, HookConfig, ModelConfig, Split
+from hsae.cache.errors import StoreError
 from hsae.cache.files import parse_toml
-from hsae.cache.format.spec import StoreSpec, store_spec
+from hsae.cache.format.spec import StoreSpec, gpu_rows, store_spec
 from hsae.cache.storage.paths import Place, exists, place
 from hsae.cache.text.common_text import common_text
 from hsae.cache.text.corpora import TEXT_TABLES
@@ -55,18 +56,44 @@ class Plan:
         table = self.tables.get(kind)
         return table if isinstance(table, kind) else kind()
 
-    def store(self, split: Split) -> StoreSpec:
-        """The activation store the plan asks for; with codec auto, one that is there in the other lossless codec."""
-        spec = self.requested(split)
-        if self.cache.codec == "auto":
-            other = spec.model_copy(update={"codec": "compact" if spec.codec == "mappable" else "mappable"})
-            home = place(self.cache.dir)
-            if not exists(home / spec.name) and exists(home / other.name):
-                return other
-        return spec
+    def store(self, split: Split, device: str | None = None) -> StoreSpec:
+        """The activation store the plan asks for: as `device` (None: the best there is) makes it, or one that is there
+        and differs only in what `[cache]` leaves open. Raises StoreError if there are several such.
+        """
+        wanted, *others = self._fitting(split, device)
+        home = place(self.cache.dir)
+        if not others or exists(home / wanted.name):
+            return wanted
+        there = [spec for spec in others if exists(home / spec.name)]
+        there = [spec for spec in there if _passes(spec) == _passes(wanted)] or there
+        if len(set(map(_passes, there))) > 1:
+            raise StoreError(
+                f"{home} has several {split} stores of the plan, made with other forward passes: "
+                f"{', '.join(spec.name for spec in there)}. Choose one with --set cache.forward_rows=ROWS "
+                "--set cache.compile=true|false (hsae cache info STORE shows both), or move the others away"
+            )
+        return there[0] if there else wanted
+
+    def _fitting(self, split: Split, device: str | None) -> list[StoreSpec]:
+        """Every store that the plan may mean, first that which `device` makes."""
+        spec, cache = self.requested(split), self.cache
+        codecs, rows, compiled = [spec.codec], [spec.forward_rows], [spec.compiled]
+        if cache.codec == "auto":
+            codecs.append("compact" if spec.codec == "mappable" else "mappable")
+        if "auto" in (cache.forward_rows, cache.compile):
+            from hsae.cache.device import can_compile, pick_device  # which loads torch
+
+            device = device or pick_device("auto")
+            if cache.forward_rows == "auto":
+                rows = [None, gpu_rows(spec.context, spec.batch_rows)][:: -1 if device.startswith("cuda") else 1]
+            if cache.compile == "auto":
+                compiled = [True, False] if can_compile(device) else [False, True]
+        choices = dict.fromkeys(product(rows, compiled, codecs))  # rows may be the same on either device
+        fields = ("forward_rows", "compiled", "codec")
+        return [spec.model_copy(update=dict(zip(fields, choice, strict=True))) for choice in choices]
 
     def requested(self, split: Split) -> StoreSpec:
-        """The same, whatever is there."""
+        """The same as a processor makes it, whatever is there; runs and results are known by it."""
         if split == "train" or split == "eval":  # written so that the type is narrowed
             return store_spec(split, self.model, self.hook, self.cache)
         kind = next(resolve(table.kind) for table in TABLES.values() if split in table.splits)
@@ -113,6 +140,10 @@ class Plan:
     def select(self, text: str) -> list[RunConfig]:
         """Runs named by `3`, `0-5`, `baseline` or a comma-separated list of those, in the order of their numbers."""
         return select_runs(self.runs, text, f"plan {self.name} ({self.source})")
+
+
+def _passes(spec: StoreSpec) -> tuple[int, bool]:
+    return spec.pass_rows, spec.compiled
 
 
 def select_runs(runs: dict[int, RunConfig], text: str, where: str) -> list[RunConfig]:

@@ -56,13 +56,14 @@ State = Literal["complete", "unfinished", "new"]
 def identities(plan: Plan, config: RunConfig) -> tuple[str, ...]:
     """Sixteen hex digits over all that determines a run's result: configuration, stream and training store.
 
-    A store's lossless codecs hold the same numbers: runs are known by the first identity, and, from before this was so,
-    by the second if they were trained on a compact store.
+    A store's lossless codecs hold the same numbers, and so, but for rounding, do stores made on a processor and on a
+    GPU: runs are known by the first identity, and, from before this was so, by the second if they were trained on a
+    compact store.
     """
     stream = plan.train.model_dump(mode="json", include={"tokens", "batch_tokens", "seed"})
     if plan.seed_index:
         stream["order"] = plan.stream.seed
-    spec = plan.requested("train")
+    spec = plan.requested("train").plain
     codecs = ("int8",) if spec.codec == "int8" else ("mappable", "compact")
     names = (spec.model_copy(update={"codec": codec}).name for codec in codecs)
     texts = (

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ from stores import HOOK, contents, spec
 from transformers import AutoConfig
 
 from hsae.cache.building.build import build
-from hsae.cache.building.contents import StoreContents, TokenisedText
+from hsae.cache.building.contents import ComputedChunk, StoreContents, TokenisedText
 from hsae.cache.building.estimate import _seconds as estimated_seconds
 from hsae.cache.building.estimate import check_space, estimate
 from hsae.cache.building.repair import repair
@@ -384,11 +385,63 @@ def test_a_damaged_state_of_packing_costs_packing_again_and_no_bytes(built, tmp_
     assert contents(tmp_path / built.name) == contents(built)
 
 
+def test_passes_of_other_rows_and_compiled_layers_are_told_apart_and_made_again_to_the_same_bytes(
+    tmp_path, built, monkeypatch
+):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # all but the compiler
+    model = ModelConfig(id=str(GOLDEN / "model"), dtype="float32")
+    plain = spec(model=model)
+    wanted = spec(model=model, forward_rows=10, compiled=True)
+    one, other = build([plain, wanted], tmp_path)
+    assert one.name != other.name
+    assert {"forward_rows", "compiled"} & set(read_header_spec(one)) == set()
+    assert read_header_spec(other)["forward_rows"] == 10 and read_header_spec(other)["compiled"] is True
+    stores = [ActivationStore.open(path) for path in (one, other)]
+    assert [store.chunk_rows for store in stores] == [5, 10] and 43 % 10  # the last pass is filled up
+    assert torch.equal(stores[0].tokens(0, 43), stores[1].tokens(0, 43))
+    for read in (
+        lambda s: s.acts(HOOK, 0, 43),
+        lambda s: s.clean("loss", 0, 15),
+        lambda s: s.ablation(HOOK, "kl", 0, 15),
+    ):
+        torch.testing.assert_close(read(stores[1]), read(stores[0]), rtol=1e-4, atol=1e-4)
+    language = LanguageModel.load(model)
+    assert torch.equal(stores[1].clean("final", 0, 10), language.suffix(HOOK, stores[1].acts(HOOK, 0, 10)))
+    before = contents(other)
+    for index in (1, 4):  # whole, and of rows that do not fill a pass
+        (other / f"acts/{HOOK}/c/{index}/0/0").unlink()
+    repair(other, verify(other))
+    assert contents(other) == before
+
+
+def read_header_spec(path):
+    return json.loads((path / "zarr.json").read_text())["attributes"]["hsae"]["spec"]
+
+
+def test_layers_that_can_t_be_compiled_are_refused_before_compute(tmp_path, monkeypatch):
+    def broken(forward, **options):
+        def call(*arguments, **keywords):
+            raise RuntimeError("Failed to find C compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = ModelConfig(id=str(GOLDEN / "model"), dtype="float32")
+    with pytest.raises(
+        ModelError, match=r"can't be compiled here \(RuntimeError: Failed to find C compiler\); build with"
+    ):
+        build([spec(model=model, compiled=True)], tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: lambda x, *args, **keywords: 2 * x)
+    with pytest.raises(ModelError, match=rf"compiled layers give another residual at {HOOK} \(relative error "):
+        build([spec(model=model, compiled=True)], tmp_path)
+    assert not list(tmp_path.glob("*.zarr"))
+
+
 def test_activations_that_are_not_finite_are_refused_by_row(tmp_path, monkeypatch):
     prefix = LanguageModel.prefix
 
-    def poisoned(self, tokens, hooks):
-        found = prefix(self, tokens, hooks)
+    def poisoned(self, tokens, hooks, **options):
+        found = prefix(self, tokens, hooks, **options)
         found[HOOK][2:3, 3, 4] = torch.inf  # not of the two rows with which the cut is checked
         return found
 
@@ -557,8 +610,8 @@ def test_repair_keeps_what_it_can_not_make_again(built, copied, monkeypatch):
     chunk = copied / f"acts/{HOOK}/c/1/0/0"
     chunk.write_bytes(b"x" * chunk.stat().st_size)
     before = contents(copied)
-    compute = StoreContents.compute
-    monkeypatch.setattr(StoreContents, "compute", lambda *given: ((*at, values + 1) for *at, values in compute(*given)))
+    arrays = ComputedChunk.arrays
+    monkeypatch.setattr(ComputedChunk, "arrays", lambda self: ((*at, values + 1) for *at, values in arrays(self)))
     with pytest.raises(
         StoreError, match=r"comes out with other numbers than .* was left as it is; move .* build it again"
     ):

@@ -8,7 +8,7 @@ from places import GOLDEN_MODEL
 from hsae.cache.config import ModelConfig
 from hsae.cache.errors import ModelError
 from hsae.cache.language_model import loading, model_files, sources
-from hsae.cache.language_model.lm import LanguageModel
+from hsae.cache.language_model.lm import LanguageModel, _forwarding
 from hsae.cache.language_model.loading import special_tokens
 
 B, T = 3, 29
@@ -46,6 +46,35 @@ def test_prefix_and_suffix_are_bit_equal_to_the_whole_tiny_gemma_2(dtype):
         (0, 1, 2),
     )
     check_cut(model, 2)
+
+
+@pytest.mark.slow
+def test_compiled_layers_agree_and_the_suffix_goes_on_to_the_logits_of_the_same_layers():
+    model = LanguageModel.load(ModelConfig(id=str(GOLDEN_MODEL), dtype="float32"))
+    tokens, hooks, last = tokens_for(model), ["blocks.1.hook_resid_pre", "blocks.3.hook_resid_post"], None
+    logits = model.logits(tokens)
+    model.check_compiled(hooks, B, T)
+    with torch.inference_mode():
+        found, again = (model.prefix(tokens, hooks, compiled=True) for _ in range(2))
+        for hook, eager in model.prefix(tokens, hooks).items():
+            assert torch.equal(found[hook], again[hook])
+            torch.testing.assert_close(found[hook], eager, rtol=1e-4, atol=1e-5)
+        last = model.unembed(model.suffix(hooks[1], found[hooks[1]]))
+        layers = list(model.model.get_decoder().layers)[:4]
+        with _forwarding(dict(zip(layers, model._compiled_forwards[:4], strict=True))):
+            assert torch.equal(model.logits(tokens), last)
+    torch.testing.assert_close(last, logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.logits(tokens), logits)  # the model is as it was
+
+
+def test_after_inference_mode_gradients_go_through_the_suffix():
+    model = LanguageModel.load(ModelConfig(id=str(GOLDEN_MODEL), dtype="bfloat16"))
+    hook = "blocks.1.hook_resid_post"
+    with torch.inference_mode():
+        model.unembed(model.suffix(hook, model.prefix(tokens_for(model), [hook])[hook]))
+    resid = model.prefix(tokens_for(model), [hook])[hook].requires_grad_()
+    model.unembed(model.suffix(hook, resid, grad=True), grad=True).float().square().sum().backward()
+    assert resid.grad is not None and resid.grad.any()
 
 
 def test_prefix_and_suffix_are_bit_equal_for_llama(tmp_path):

@@ -112,3 +112,13 @@ def test_memory_is_used_again_when_it_is_large_enough(logits):
         N,
         V,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_distribution_that_all_tokens_share_gives_the_bits_of_as_many_copies(logits, targets, dtype):
+    clean = token_losses.distribution(logits[0].to(dtype))
+    copies = logits[1][:1].to(dtype).expand(N, -1)
+    shared = copies[:2]
+    found = token_losses.divergence(clean, token_losses.distribution(shared).log_probs[:1])
+    assert torch.equal(found, token_losses.kl_divergence(*clean, copies))
+    assert torch.equal(-shared.log_softmax(-1)[0][targets], token_losses.cross_entropy(copies, targets))

@@ -3,10 +3,14 @@ import re
 import pytest
 
 from hsae import registry
+from hsae.cache import device
 from hsae.cache.config import Config, CorpusConfig
+from hsae.cache.errors import StoreError
 from hsae.cache.format.spec import spec_of
+from hsae.eval.core.current import interchangeable
 from hsae.eval.unlearning.config import UnlearningConfig
 from hsae.train.config.plan import PlanError, load_plan, packaged_plans
+from hsae.train.runs.run_directory import identities
 
 
 def test_packaged_plans_load_and_are_matched():
@@ -232,6 +236,40 @@ def test_with_codec_auto_a_store_in_the_other_codec_will_do(tmp_path):
     assert load_plan("tiny", [f'cache.dir="{tmp_path}"', "cache.codec=mappable"]).store("train") == mappable
     (tmp_path / mappable.name).mkdir()
     assert plan.store("train") == mappable and plan.store("eval").codec == "mappable"
+
+
+def test_a_store_made_with_other_passes_will_do_where_the_plan_leaves_them_open(tmp_path, monkeypatch):
+    sets = [f'cache.dir="{tmp_path}"']
+    plan = load_plan("tiny", sets)
+    plain = plan.store("train", "cpu")
+    assert (plain.forward_rows, plain.compiled) == (None, False)
+    monkeypatch.setattr(device, "can_compile", lambda name: name.startswith("cuda"))
+    fast = plan.store("train", "cuda")
+    assert (fast.forward_rows, fast.compiled, fast.codec) == (
+        204,
+        True,
+        "mappable",
+    )  # 34 batches of 6 rows of 40 tokens
+    assert fast.name != plain.name and fast.plain == plain
+    assert load_plan("tiny", [*sets, "cache.forward_rows=6"]).store("train", "cpu") == plain
+    (tmp_path / fast.model_copy(update={"codec": "compact"}).name).mkdir()
+    assert plan.store("train", "cpu") == plan.store("train", "cuda") != fast  # made on a GPU and recoded, used here
+    eager = fast.model_copy(update={"compiled": False})
+    (tmp_path / eager.name).mkdir()
+    with pytest.raises(StoreError, match=r"has several train stores of the plan.* --set cache.forward_rows=ROWS"):
+        plan.store("train", "cpu")
+    named = load_plan("tiny", [*sets, "cache.compile=false"])
+    assert named.store("train", "cpu") == eager
+    (tmp_path / plain.name).mkdir()
+    assert plan.store("train", "cpu") == plain and plan.store("train", "cuda").compiled
+    own = load_plan("tiny", [*sets, "cache.forward_rows=12", "cache.compile=true"]).store("train", "cpu")
+    assert (own.forward_rows, own.compiled) == (12, True) and own.plain.forward_rows == 12
+
+
+def test_runs_and_results_are_known_wherever_their_store_was_made():
+    plan, named = load_plan("tiny"), load_plan("tiny", ["cache.forward_rows=204", "cache.compile=true"])
+    assert identities(plan, plan.runs[0]) == identities(named, named.runs[0])
+    assert named.store("train").fingerprint in interchangeable(plan.requested("train"))
 
 
 class ToyConfig(Config):
