@@ -83,10 +83,15 @@ def test_help_is_light():
     assert sorted(set(HEAVY) & set(loaded)) == []
 
 
+TRAINED = """
+import sys, torch, hsae, hsae.train.runs.planned_runs, hsae.eval.core.core_evaluation, hsae.cli.pipeline
+hsae.fit(torch.ones(64, 4).cumsum(0), widths=[8], l0=[2], steps=2, batch_tokens=16, progress=False, device="cpu")
+print(*sys.modules)
+"""
+
+
 def test_training_and_core_load_only_what_they_need():
-    modules = "hsae.train.runs.planned_runs, hsae.eval.core.core_evaluation, hsae.cli.pipeline"
-    code = f"import sys, {modules}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run([sys.executable, "-c", TRAINED], capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in loaded
     seconds_each = {"transformers", "zarr", "numcodecs", "scipy", "sklearn", "datasets", "matplotlib", "torch._dynamo"}
     assert sorted(seconds_each & set(loaded)) == []

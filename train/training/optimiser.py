@@ -1,6 +1,7 @@
 """The optimiser of a run: Adam with one parameter group a level, and the learning-rate schedule."""
 
 from collections.abc import Collection
+from inspect import unwrap
 
 import torch
 from torch import nn
@@ -10,6 +11,17 @@ from hsae.train.model.trainable_sae import TrainableSAE
 from hsae.train.training.curriculum import Moment
 
 SHARED, COMPOSITION = 0, -1  # group names beside the level numbers
+
+
+class Adam(torch.optim.Adam):
+    """torch's Adam without torch's wrappers around these methods, which import torch._dynamo.
+
+    That takes as long as importing torch, and is for optimisers that are compiled.
+    """
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.Adam.step))
 
 
 def make_optimiser(model: TrainableSAE, compositions: nn.ModuleList, run: RunConfig) -> torch.optim.Adam:
@@ -23,7 +35,7 @@ def make_optimiser(model: TrainableSAE, compositions: nn.ModuleList, run: RunCon
     if learned := [parameter for parameter in compositions.parameters() if parameter.requires_grad]:
         groups[COMPOSITION] = learned
     named = [{"params": parameters, "level": level} for level, parameters in groups.items()]
-    return torch.optim.Adam(named, lr=run.rate, betas=(0.9, 0.999), fused=True)
+    return Adam(named, lr=run.rate, betas=(0.9, 0.999), fused=True)
 
 
 def schedule(run: RunConfig, step: int, steps: int, warmup_start: int = 0) -> float:
