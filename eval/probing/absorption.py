@@ -10,8 +10,8 @@ Shapes: N words, P evaluation prompts, D residual width, F latents, 26 letters, 
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,8 +77,7 @@ class Letter:
     """What the k-sparse stage says about one letter."""
 
     letter: int
-    per_k: list[Sparse]
-    split: list[int] = field(default_factory=list)
+    split: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,37 +184,40 @@ def k_sparse(
     settings: Settings,
     letters: Sequence[int] = range(len(LETTERS)),
 ) -> list[Letter]:
-    """For some letters the sparse probes of 1 to max_k latents, judged on the test words, and the split latents."""
+    """The split latents of some letters."""
+    probes = sparse_probes(view, words, weight, settings)
+    return [Letter(letter=number, split=split_latents(probes(number), settings.f1_jump)) for number in letters]
+
+
+def sparse_probes(
+    view: View, words: Words, weight: Tensor, settings: Settings
+) -> Callable[[int], Generator[Sparse, None, None]]:
+    """For a letter its sparse probes of 1 to max_k latents, judged on the test words: each is fitted when it is its
+    turn, and most letters need no more than two or three.
+    """
     numbers = range(1, min(settings.max_k, view.d_sae) + 1)
     # each k anew, because which of several tied latents wins depends on k
     top = {k: torch.topk(weight.float(), k, dim=1).indices for k in numbers}
     columns = torch.unique(torch.cat(list(top.values()), 1))
     fit, check = (_encoded(view, vectors, columns).float() for vectors in (words.train, words.test))
-    results = []
-    for number in letters:
+
+    def of_letter(number: int) -> Generator[Sparse, None, None]:
         checked = words.test_letters == number
         labels = (words.train_letters == number).int()
-        per_k = []
-        if 0 < int(labels.sum()) < len(labels):
-            for k in numbers:
-                picked = torch.searchsorted(columns, top[k][number])
-                model = logistic(fit[:, picked], labels, max_iter=500, class_weight="balanced")
-                coefficients = torch.from_numpy(model.coef_[0]).float()
-                logits = check[:, picked] @ coefficients + float(model.intercept_[0])
-                per_k.append(
-                    Sparse(
-                        latents=top[k][number].tolist(),
-                        weight=coefficients.tolist(),
-                        bias=float(model.intercept_[0]),
-                        f1=f1(logits > 0, checked),
-                    )
-                )
-        results.append(Letter(letter=number, per_k=per_k, split=split_latents(per_k, settings.f1_jump)))
-    return results
+        if not 0 < int(labels.sum()) < len(labels):
+            return
+        for k in numbers:
+            picked = torch.searchsorted(columns, top[k][number])
+            model = logistic(fit[:, picked], labels, max_iter=500, class_weight="balanced")
+            coefficients, bias = torch.from_numpy(model.coef_[0]).float(), float(model.intercept_[0])
+            right = f1(check[:, picked] @ coefficients + bias > 0, checked)
+            yield Sparse(latents=top[k][number].tolist(), weight=coefficients.tolist(), bias=bias, f1=right)
+
+    return of_letter
 
 
-def split_latents(per_k: Sequence[Sparse], jump: float) -> list[int]:
-    """The latents of the last k up to which each step raised F1 by more than `jump`."""
+def split_latents(per_k: Iterable[Sparse], jump: float) -> list[int]:
+    """The latents of the last k up to which each step raised F1 by more than `jump`; no further probe is asked for."""
     accepted = None
     for probe in per_k:
         if accepted is not None and probe.f1 <= accepted.f1 + jump:

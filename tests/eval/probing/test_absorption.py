@@ -22,6 +22,7 @@ from hsae.eval.probing.absorption import (
     k_sparse,
     l1_probe,
     letter_f1,
+    sparse_probes,
 )
 from hsae.train.model.sae import SAE
 from hsae.train.model.saelens_folder import load
@@ -77,13 +78,13 @@ def test_the_sparse_probe_follows_saebenchs_random_stream(sae, dtype):
 def test_every_stage_is_saebenchs(sae, dtype):
     view, words = the_view(sae, dtype), golden_words(dtype)
     weight = load_file(GOLDEN / "expected" / f"{sae}_{dtype}_l1_probe.safetensors")["weight"]
-    letters = k_sparse(view, words, weight, SETTINGS)
+    letters, probes = k_sparse(view, words, weight, SETTINGS), sparse_probes(view, words, weight, SETTINGS)
     stages = expected(sae, dtype, "_k_sparse")
     scores = letter_f1(words)
     assert scores == pytest.approx([wanted["f1_probe"] for wanted in stages], abs=1e-9)
     for letter, wanted in zip(letters, stages, strict=True):
         assert LETTERS[letter.letter] == wanted["letter"] and letter.split == wanted["split_latents"]
-        for probe, held in zip(letter.per_k, wanted["per_k"], strict=True):
+        for probe, held in zip(probes(letter.letter), wanted["per_k"], strict=True):
             assert probe.latents == held["latents"]
             assert probe.f1 == pytest.approx(held["f1"], abs=TOLERANCES["f1"]["atol"])
             assert probe.weight == pytest.approx(held["weight"], rel=0.01, abs=0.02)  # the solver's own tolerance
@@ -127,7 +128,7 @@ def test_from_one_end_to_the_other():
 def test_the_formula_word_by_word():
     """Against a plain transcription of the definition, with loops."""
     view, words = the_view("jumprelu", "float32"), golden_words("float32")
-    letter = Letter(letter=3, per_k=[], split=[7, 30])
+    letter = Letter(letter=3, split=[7, 30])
     one = absorbed(view, words, letter)
     u = words.weight[3] / words.weight[3].norm()
     assert len(one.prompts) >= 5
@@ -155,7 +156,7 @@ def test_the_formula_word_by_word():
 
 def test_decoder_norms_count_where_they_are_not_assumed():
     view, words = the_view("standard", "float32"), golden_words("float32")
-    letter = Letter(letter=0, per_k=[], split=[0])
+    letter = Letter(letter=0, split=[0])
     unit = absorbed(view, words, letter)
     scale = torch.linspace(0.5, 3, view.d_sae)
     scaled = changed(view, W_dec=view.W_dec * scale[:, None], W_enc=view.W_enc / scale, b_enc=view.b_enc / scale)
@@ -168,8 +169,9 @@ def test_decoder_norms_count_where_they_are_not_assumed():
     ("scores", "accepted"), [([0.5, 0.54, 0.56, 0.9], 2), ([0.5, 0.53, 0.9], 1), ([0.2, 0.4, 0.6], 3), ([], 0)]
 )
 def test_split_latents_stop_at_the_first_small_step(scores, accepted):
-    per_k = [Sparse(latents=list(range(k)), weight=[], bias=0.0, f1=value) for k, value in enumerate(scores, 1)]
+    per_k = (Sparse(latents=list(range(k)), weight=[], bias=0.0, f1=value) for k, value in enumerate(scores, 1))
     assert absorption.split_latents(per_k, 0.03) == list(range(accepted))
+    assert len(list(per_k)) == max(0, len(scores) - accepted - 1)  # which need not be fitted
 
 
 def test_too_few_letters_are_an_error_not_a_silence():
