@@ -11,6 +11,8 @@ probe and frozen are controls of normalised: W reads codes that don't feel it; t
 trained.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -81,11 +83,10 @@ class Composition(nn.Module):
             mixture = self._mixture((fine.detach() if probe else fine) / scale)
         else:
             values = fine.values.detach() if probe else fine.values
-            mixture = self._mixture(Active(fine.at, values / scale[fine.at.latents]))
-        loss = widened(mixture - coarse.detach()).square().mean()
-        if self.config.commitment and not probe:
-            loss = loss + self.config.commitment * widened(mixture.detach() - coarse).square().mean()
-        return loss
+            mixture = self._mixture(Active(fine.at, values / scale.index_select(0, fine.at.latents)))
+        commitment = 0.0 if probe else self.config.commitment
+        distance: Tensor = _Distance.apply(widened(mixture), widened(coarse), commitment)  # type: ignore[no-untyped-call]
+        return distance
 
     def _mixture(self, fine: Code) -> Tensor:
         """[B, F] W h of a fine code."""
@@ -143,3 +144,20 @@ class Composition(nn.Module):
             "nonzero": self.latents.workers.mean((self.W != 0).float().mean()).item(),
             "participation": ratios.median().item() if len(ratios) else 0.0,
         }
+
+
+class _Distance(torch.autograd.Function):
+    """(1 + c) times the mean square of a mixture minus its target, of which the target feels c parts."""
+
+    @staticmethod
+    def forward(ctx: Any, mixture: Tensor, target: Tensor, commitment: float) -> Tensor:
+        difference = mixture - target
+        ctx.save_for_backward(difference)
+        ctx.commitment = commitment
+        return (1 + commitment) * difference.square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor | None, None]:
+        (difference,) = ctx.saved_tensors
+        to_mixture = difference * (2 * gradients[0] / difference.numel())
+        return to_mixture, -ctx.commitment * to_mixture if ctx.commitment else None, None

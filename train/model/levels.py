@@ -28,7 +28,7 @@ from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
 from hsae.train.parallel.workers import ALONE, Workers
 
 THRESHOLD_DECAY = 0.99
-BOUND_SHARE = 0.9  # of the average threshold: most batches keep nothing below it
+BOUND_SHARE = 0.9  # of the last batch's smallest value kept: the next one keeps nothing below it, almost always
 
 
 @dataclass
@@ -101,6 +101,7 @@ class Level(nn.Module):
         for name in self.own_weights:
             self.register_parameter(name, nn.Parameter(torch.zeros(len(rows))))
         self.sparse = False
+        self.smallest: Tensor | None = None
         self.register_buffer("threshold", torch.tensor(math.nan))
 
     def activate(self, pre_BF: Tensor) -> Tensor:
@@ -167,11 +168,12 @@ class Level(nn.Module):
 
     def likely_bound(self) -> Tensor | None:
         """A value likely below the smallest that the next batch keeps; None where it saves nothing."""
-        return BOUND_SHARE * self.threshold if self.threshold > 0 else None
+        return BOUND_SHARE * self.smallest if self.smallest is not None and self.smallest > 0 else None
 
     @torch.no_grad()
     def track_threshold(self, smallest: Tensor) -> None:
         """Move the inference threshold towards the smallest value a batch kept."""
+        self.smallest = smallest
         moved = self.threshold * THRESHOLD_DECAY + smallest * (1 - THRESHOLD_DECAY)
         self.threshold.copy_(torch.where(torch.isnan(self.threshold), smallest, moved))
 

@@ -1,13 +1,11 @@
-"""Weighted sums of gathered rows on a GPU, in Triton, for dictionaries so wide that dense products cost more.
+"""Sums and products of gathered rows on a GPU, in Triton, for dictionaries so wide that dense products cost more.
 
-Rows are read in the type they have, in tiles, and added up in float32; a segment is summed by one program from its
-first row to its last, so that the same input gives the same bits. torch's `embedding_bag` does the same a number at a
-time: too few bytes on their way at once to be faster than a dense product.
+Rows are read in the type they have, in tiles, and added up in float32, which the results are in; a segment is summed
+by one program from its first row to its last, so that the same input gives the same bits. torch's `embedding_bag` does
+the same a number at a time: too few bytes on their way at once to be faster than a dense product.
 
 Shapes: N rows in S segments, I width of a row.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -19,29 +17,20 @@ FEWEST_ROWS, MOST_ROWS = 4, 16  # of a tile
 
 
 def weighted_sums(matrix_MI: Tensor, weights_N: Tensor, rows_N: Tensor, starts_S1: Tensor) -> Tensor:
-    """[S, I] the weighted sum of each segment's rows of a matrix, in float32; the weights alone have a gradient."""
-    sums_SI: Tensor = _WeightedSums.apply(matrix_MI.contiguous(), weights_N, rows_N, starts_S1)
+    """[S, I] the weighted sum of each segment's rows of a matrix."""
+    segments, width = len(starts_S1) - 1, matrix_MI.shape[1]
+    sums_SI, matrix_MI = torch.empty(segments, width, device=matrix_MI.device), matrix_MI.contiguous()
+    grid, tile = (segments, triton.cdiv(width, COLUMNS)), _tile(rows_N, segments)
+    _sum[grid](matrix_MI, weights_N, rows_N, starts_S1, sums_SI, width, tile, COLUMNS)
     return sums_SI
 
 
-class _WeightedSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor, weights: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
-        ctx.save_for_backward(matrix, rows, starts)
-        segments, width = len(starts) - 1, matrix.shape[1]
-        sums = torch.empty(segments, width, device=matrix.device)
-        tile = _tile(rows, segments)
-        _sum[segments, triton.cdiv(width, COLUMNS)](matrix, weights, rows, starts, sums, width, tile, COLUMNS)
-        return sums
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        matrix, rows, starts = ctx.saved_tensors
-        vectors, segments = gradients[0].to(matrix.dtype).contiguous(), len(starts) - 1
-        products = torch.empty(len(rows), device=matrix.device)
-        tile = _tile(rows, segments)
-        _dot[(segments,)](vectors, matrix, rows, starts, products, matrix.shape[1], tile, COLUMNS)
-        return None, products, None, None
+def dots(vectors_SI: Tensor, matrix_MI: Tensor, rows_N: Tensor, starts_S1: Tensor) -> Tensor:
+    """[N] each segment's vector times its rows of a matrix."""
+    vectors_SI, matrix_MI, tile = vectors_SI.contiguous(), matrix_MI.contiguous(), _tile(rows_N, len(vectors_SI))
+    products_N = torch.empty(len(rows_N), device=matrix_MI.device)
+    _dot[(len(vectors_SI),)](vectors_SI, matrix_MI, rows_N, starts_S1, products_N, matrix_MI.shape[1], tile, COLUMNS)
+    return products_N
 
 
 def _tile(rows_N: Tensor, segments: int) -> int:

@@ -5,14 +5,16 @@ at its active entries alone. With K of F latents active that leaves one dense pr
 the others become sums of K rows, some F/K times fewer multiplications. Values and gradients are those of the dense
 computation.
 
-All of them are `weighted_sums` of rows in segments, which are the vectors of a batch, each with its latents' rows, or
-the latents, each with its vectors; and that function's own gradient.
+All of them are one of two operations on rows in segments, which are the vectors of a batch, each with its latents'
+rows, or the latents, each with its vectors: `weighted_sums` of rows, and `dots` of each segment's vector with its rows.
 
 Shapes: B vectors, I width of what the level reads, F latents, N active entries of the batch.
 """
 
+import importlib
 import importlib.util
 import math
+import warnings
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -24,6 +26,10 @@ from hsae.train.model.activations import widened
 
 DENSEST = 1 / 8  # a code denser than this is faster as a dense matrix
 SMALLEST = {"cpu": 1 << 16, "cuda": 1 << 27}  # entries of W_enc below which a dense step is the faster one
+
+with warnings.catch_warnings():  # torch says once a process that its sparse tensors are young
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 1], [0], [1.0])
 
 
 class Segments(NamedTuple):
@@ -144,16 +150,35 @@ def pattern_of(code_BF: Tensor) -> Pattern | None:
 
 
 def weighted_sums(matrix_MI: Tensor, weights_N: Tensor, at: Segments) -> Tensor:
-    """[S, I] the weighted sum of each segment's rows of a matrix; the weights have a gradient, the matrix has none."""
-    matrix_MI = matrix_MI.detach()
+    """[S, I] the weighted sum of each segment's rows of a matrix; without gradient."""
     if matrix_MI.is_cuda:
-        from hsae.train.model import sparse_kernels
-
-        return sparse_kernels.weighted_sums(matrix_MI.to(at.dtype), weights_N, at.rows, at.starts)
-    matrix_MI = matrix_MI.to(weights_N.dtype)
+        sums_SI: Tensor = sparse_kernels().weighted_sums(matrix_MI.to(at.dtype), weights_N, at.rows, at.starts)
+        return sums_SI
     return embedding_bag(
-        at.rows, matrix_MI, at.starts, mode="sum", per_sample_weights=weights_N, include_last_offset=True
+        at.rows,
+        matrix_MI.to(weights_N.dtype),
+        at.starts,
+        mode="sum",
+        per_sample_weights=weights_N,
+        include_last_offset=True,
     )
+
+
+def dots(vectors_SI: Tensor, matrix_MI: Tensor, at: Segments) -> Tensor:
+    """[N] each segment's vector times its rows of a matrix; without gradient."""
+    if matrix_MI.is_cuda:
+        vectors_SI, matrix_MI = vectors_SI.to(at.dtype), matrix_MI.to(at.dtype)
+        products_N: Tensor = sparse_kernels().dots(vectors_SI, matrix_MI, at.rows, at.starts)
+        return products_N
+    zeros, shape = vectors_SI.new_zeros(len(at.rows)), (len(vectors_SI), len(matrix_MI))
+    pattern = torch.sparse_csr_tensor(at.starts, at.rows, zeros, shape, check_invariants=False)
+    products_N = torch.sparse.sampled_addmm(pattern, vectors_SI, matrix_MI.T).values()
+    return products_N
+
+
+def sparse_kernels() -> Any:
+    """The Triton kernels, which need triton."""
+    return importlib.import_module("hsae.train.model.sparse_kernels")
 
 
 def encode(
@@ -173,10 +198,8 @@ def encode(
 
 def decode(values_N: Tensor, W_dec_FI: Tensor, at: Pattern) -> Tensor:
     """[B, I] the code with these values times W_dec."""
-    decoded_BI = weighted_sums(W_dec_FI.contiguous(), values_N, at.by_vector)
-    if W_dec_FI.requires_grad:
-        decoded_BI = _GradientOfRows.apply(decoded_BI, W_dec_FI, values_N.detach(), at)  # type: ignore[no-untyped-call]
-    return decoded_BI
+    decoded: Tensor = _Decode.apply(values_N, W_dec_FI, at)  # type: ignore[no-untyped-call]
+    return decoded
 
 
 class _Encode(torch.autograd.Function):
@@ -216,18 +239,19 @@ class _EncodeAll(torch.autograd.Function):
         return to_read, to_bias, to_W, to_b, None
 
 
-class _GradientOfRows(torch.autograd.Function):
-    """Weighted sums of a matrix's rows as they are, with the matrix's gradient."""
-
+class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, matrix: Tensor, values: Tensor, at: Pattern) -> Tensor:
-        ctx.save_for_backward(values)
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, at: Pattern) -> Tensor:
+        W_dec = W_dec.contiguous()
+        ctx.save_for_backward(values, W_dec)
         ctx.at = at
-        return sums.view_as(sums)
+        return weighted_sums(W_dec, values, at.by_vector)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        (values,) = ctx.saved_tensors
+        values, W_dec = ctx.saved_tensors
         at, gradient = ctx.at, gradients[0].contiguous()
-        to_matrix = weighted_sums(gradient, values.index_select(0, at.order), at.by_latent)
-        return gradient, to_matrix, None, None
+        needs_values, needs_W, _ = ctx.needs_input_grad
+        to_values = dots(gradient, W_dec, at.by_vector) if needs_values else None
+        to_W = weighted_sums(gradient, values.index_select(0, at.order), at.by_latent) if needs_W else None
+        return to_values, to_W, None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hsae.train.model.activations import batch_top_k, jump_relu, step_count, top_k
+from hsae.train.model.activations import batch_top_k, batch_top_k_entries, jump_relu, step_count, top_k, top_k_entries
 
 B, F = 11, 13
 
@@ -31,6 +31,29 @@ def test_batch_top_k_keeps_the_batchs_largest_and_says_the_smallest():
     for bound in (0.0, 0.5 * smallest.item(), smallest.item(), 99.0):
         again, lowest = batch_top_k(pre, 2.5, torch.tensor(bound))
         assert torch.equal(again, code) and lowest == smallest
+
+
+def test_the_first_of_equal_values_are_kept_whatever_the_bound():
+    pre = torch.tensor([[2.0, 1.0, 1.0], [1.0, 3.0, 1.0]])
+    for bound in (None, torch.tensor(0.5), torch.tensor(1.5)):
+        (entries,), smallest = batch_top_k_entries([pre], 2, bound)
+        assert entries.tolist() == [0, 1, 2, 4] and smallest == 1
+    first, second = batch_top_k_entries([pre, pre], 2.5)[0]
+    assert first.tolist() == [0, 1, 4] and second.tolist() == [0, 4]  # level after level
+
+
+def test_selection_at_the_edges():
+    ones = torch.ones(1, F)
+    assert top_k_entries(ones, F + 1).sort().values.tolist() == list(range(F))
+    assert torch.equal(batch_top_k(ones, F + 1)[0], ones)
+    zeros = torch.zeros(B, F)
+    assert len(top_k_entries(zeros, 3)) == 0 and not top_k(zeros, 3).any()
+    code, smallest = batch_top_k(zeros, 3)
+    assert not code.any() and smallest == 0
+    broken = vectors(B, F)
+    broken[1, 2] = torch.nan
+    for code in (top_k(broken, 3), batch_top_k(broken, 3)[0], batch_top_k(broken, 3, torch.tensor(0.1))[0]):
+        assert code[1, 2].isnan()  # a loss must show it
 
 
 def test_jump_relu_and_its_gradients_are_the_papers():

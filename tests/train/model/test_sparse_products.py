@@ -127,3 +127,38 @@ def test_a_run_trained_sparsely_is_the_run_trained_densely():
         losses = [run.step(x)["loss"].item() for run in runs]
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert runs[1].tokens_since_fired[0].max() > 0
+
+
+def test_under_autocast_only_the_encoders_product_is_rounded(monkeypatch):
+    monkeypatch.setitem(sparse_products.SMALLEST, "cpu", 0)
+    model = TRAINABLE["flat"](config(structure="flat", widths=(F1,), l0=(3,)), D).train()
+    model.use_sparse()
+    x, level, outer = vectors(B, D).float(), model.level(1), vectors(B, D, seed=1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+        (output.reconstructions[1] * outer).sum().backward()
+    values, at = output.levels[1].code.values.detach(), output.levels[1].code.at
+    assert values.dtype == torch.float32 and torch.equal(values, output.levels[1].pre.flatten()[at.flat].float())
+    torch.testing.assert_close(output.levels[1].pre.float(), x @ level.W_enc, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(output.reconstructions[1], at.dense(values) @ level.W_dec)
+    torch.testing.assert_close(level.W_dec.grad, at.dense(values).T @ outer)
+    to_code = (outer @ level.W_dec.T) * (at.dense(values) > 0)
+    torch.testing.assert_close(level.W_enc.grad, x.T @ to_code)
+    torch.testing.assert_close(level.b_enc.grad, to_code.sum(0))
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_code_too_dense_is_computed_densely(rounds, monkeypatch):
+    monkeypatch.setitem(sparse_products.SMALLEST, "cpu", 0)
+    gradients = []
+    for is_fast in (False, True):
+        model = TRAINABLE["flat"](config(structure="flat", widths=(F1,), l0=(3,), activation="relu"), D).train()
+        if is_fast:
+            model.use_sparse()
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounds):
+            output = model(vectors(B, D).float())
+            (output.reconstructions[1] * vectors(B, D, seed=1).float()).sum().backward()
+        assert isinstance(output.levels[1].code, torch.Tensor)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for dense, fast in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, dense, rtol=0.03 if rounds else 1e-5, atol=0.03 if rounds else 1e-6)
