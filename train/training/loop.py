@@ -69,9 +69,10 @@ def run_steps(
     """Take all steps that are left of every run, and return the last batch [B, D], scaled.
 
     `batches` [B, D], in the vectors' own units, begin where the run that is least far stands; a run that is further
-    waits. All runs share one device, one scaling and the stream's number of steps. A run whose loss or weights stop
-    being finite gets a `failure` and takes no more steps. When `should_stop` says so, the others are saved after the
-    current step.
+    waits. All runs share one device, one scaling and the stream's number of steps. Whether losses are finite is asked
+    where the device is waited for anyway: at lines of the log, checkpoints and the end. A run whose loss or weights
+    stopped being finite then gets a `failure` and takes no more steps. When `should_stop` says so, the others are saved
+    after the current step.
     """
     first = min(trainee.run.step_number for trainee in trainees)
     device, scale = trainees[0].run.device, trainees[0].run.scaling.scale
@@ -90,7 +91,7 @@ def run_steps(
             break
         if should_stop() and step + 1 < stream.steps:
             for trainee in sound:
-                if trainee.run.check_weights():
+                if _is_sound(trainee, listener, saved=True):
                     trainee.journal.save(trainee.run)
             break
     return x_BD
@@ -102,12 +103,13 @@ def _step(trainee: Trainee, x_BD: Tensor, stream: StreamConfig, clock: "_Clock",
     if moment.starts:
         trainee.journal.write({"kind": "stage", "step": run.step_number, "stage": moment.stage.name})
     losses = run.step(x_BD)
+    run.watch(losses["loss"])
     is_last = run.is_done
     is_saved = run.step_number % stream.checkpoint_steps == 0 and not is_last
-    if not run.check_loss(losses["loss"]) or ((is_saved or is_last) and not run.check_weights()):
-        _warn(trainee, listener, f"{run.failure}; stopped{trainee.journal.last_save()}")
+    is_logged = run.step_number % stream.log_steps == 0 or is_last
+    if (is_saved or is_logged) and not _is_sound(trainee, listener, saved=is_saved or is_last):
         return
-    if run.step_number % stream.log_steps == 0 or is_last:
+    if is_logged:
         metrics = {**run.metrics(x_BD, losses), "time": clock.reading()}
         trainee.journal.write(metrics)
         listener.metrics(trainee.named, metrics)
@@ -115,6 +117,15 @@ def _step(trainee: Trainee, x_BD: Tensor, stream: StreamConfig, clock: "_Clock",
             _warn(trainee, listener, message)
     if is_saved:
         trainee.journal.save(run)
+
+
+def _is_sound(trainee: Trainee, listener: Listener, *, saved: bool) -> bool:
+    """Whether all losses of a run were finite, and, before it is `saved`, its weights are; if not, it is said."""
+    run = trainee.run
+    if run.check_loss() and (not saved or run.check_weights()):
+        return True
+    _warn(trainee, listener, f"{run.failure}; stopped{trainee.journal.last_save()}")
+    return False
 
 
 def _warn(trainee: Trainee, listener: Listener, message: str) -> None:

@@ -5,8 +5,8 @@ Every reconstruction loss is a fraction of variance unexplained: mean squared er
 that levels and models of any scale weigh alike.
 """
 
-import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from hsae.train.config.run_config import RunConfig
 from hsae.train.model.activations import top_k, widened
 from hsae.train.model.hierarchical_sae import STRUCTURES
 from hsae.train.model.levels import GatedLevel, Level, LevelOutput
+from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
 from hsae.train.parallel.workers import ALONE, Workers
 
 
@@ -35,6 +36,21 @@ def explained_variance(target_BI: Tensor, reconstruction_BI: Tensor, workers: Wo
     centred = target_BI - workers.mean(target_BI.mean(0))
     residual = target_BI - widened(reconstruction_BI)
     return 1 - workers.total(residual.square().sum()) / workers.total(centred.square().sum())
+
+
+class Dead(NamedTuple):
+    """The dead latents of a level."""
+
+    own_N: Tensor
+    """[N] indices of this worker's."""
+    total: int
+    """How many all workers have: known on the host, so that without any nothing has to be computed."""
+
+    @classmethod
+    def of(cls, mask_F: Tensor, latents: Latents = UNDIVIDED) -> "Dead":
+        """Those of a mask; waits for the device."""
+        own_N = mask_F.nonzero().squeeze(1)
+        return cls(own_N, int(latents.workers.total(torch.tensor(len(own_N)))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +73,9 @@ class LevelStep:
     """The reconstruction of that."""
     variance: float
     """E||x - E x||^2."""
-    dead_F: Tensor
-    """Which latents are dead."""
-    coefficient: float
-    """The sparsity controller's."""
+    dead: Dead
+    coefficient: Tensor
+    """The sparsity controller's, a scalar."""
 
     @property
     def weight(self) -> float:
@@ -83,7 +98,7 @@ def code(step: LevelStep) -> Tensor | None:
 
 def sparsity(step: LevelStep) -> Tensor | None:
     """The activation's penalty, where a controller leads its L0."""
-    return step.coefficient * step.level.penalty(step.output) if step.level.is_controlled else None
+    return step.coefficient.float() * step.level.penalty(step.output) if step.level.is_controlled else None
 
 
 def gate(step: LevelStep) -> Tensor | None:
@@ -106,8 +121,7 @@ def auxiliary(step: LevelStep) -> Tensor | None:
     level, config = step.level, step.config
     if not config.aux_weight or not level.revives_dead:
         return None
-    indices = step.dead_F.nonzero().squeeze(1)
-    dead = int(level.latents.workers.total(torch.tensor(len(indices))))
+    indices, dead = step.dead
     if dead == 0:
         return config.aux_weight * torch.zeros((), device=step.target_BI.device)
     residual_BI = widened(step.target_BI - step.decoded_BI).detach()
@@ -135,34 +149,41 @@ class SparsityController:
     the smoothed log(L0 / reference) and v its smoothed change a step, log(coefficient) += GAIN * (d + HORIZON * v): the
     change damps what would otherwise overshoot, because the weights follow the coefficient only after many steps and a
     relu latent pushed to zero doesn't come back.
+
+    All it remembers are float64 scalars on the device, so that no step waits for it.
     """
 
     GAIN, HORIZON, SMOOTHING, LARGEST = 0.05, 20.0, 0.8, 2.0
 
-    def __init__(self, target: float, start: float, ramp_steps: int) -> None:
-        self.target, self.coefficient, self.ramp_steps = target, start, max(1, ramp_steps)
-        self.steps, self.first, self.distance, self.change = 0, 0.0, 0.0, 0.0
+    def __init__(self, target: float, start: float, ramp_steps: int, device: str = "cpu") -> None:
+        self.target, self.ramp_steps, self.steps, self.device = target, max(1, ramp_steps), 0, device
+        self.coefficient = self._scalar(start)
+        self.first, self.distance, self.change = (self._scalar(0.0) for _ in range(3))
 
-    def update(self, l0: float) -> None:
-        """Take a step after a batch of mean L0 `l0`; it moves log(coefficient) by at most GAIN * LARGEST."""
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=self.device)
+
+    def update(self, l0: Tensor) -> None:
+        """Take a step after a batch of mean L0 `l0`, a scalar; it moves log(coefficient) by at most GAIN * LARGEST."""
         if self.steps == 0:
-            self.first = max(l0, self.target)
+            self.first = l0.double().clamp_min(self.target)
         self.steps += 1
         reference = self.first * (self.target / self.first) ** min(1.0, self.steps / self.ramp_steps)
-        distance, before = math.log(max(l0, 1e-3) / reference), self.distance
+        distance, before = (l0.double().clamp_min(1e-3) / reference).log(), self.distance
         if self.steps > 1:
             distance = self.SMOOTHING * before + (1 - self.SMOOTHING) * distance
             self.change = self.SMOOTHING * self.change + (1 - self.SMOOTHING) * (distance - before)
         self.distance = distance
-        error = max(-self.LARGEST, min(self.LARGEST, distance + self.HORIZON * self.change))
-        self.coefficient *= math.exp(self.GAIN * error)
+        error = (distance + self.HORIZON * self.change).clamp(-self.LARGEST, self.LARGEST)
+        self.coefficient = self.coefficient * (self.GAIN * error).exp()
 
     def state(self) -> dict[str, float]:
         """JSON-ready state."""
-        names = ("coefficient", "steps", "first", "distance", "change")
-        return {name: getattr(self, name) for name in names}
+        names = ("coefficient", "first", "distance", "change")
+        return {"steps": self.steps, **{name: getattr(self, name).item() for name in names}}
 
     def restore(self, state: dict[str, float]) -> None:
         """Put back what `state` gave."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        self.steps = int(state["steps"])
+        for name in ("coefficient", "first", "distance", "change"):
+            setattr(self, name, self._scalar(state[name]))

@@ -3,7 +3,6 @@
 Shapes: B vectors of a batch, D residual width, F latents of a level. x is scaled so that E||x||^2 = D.
 """
 
-import math
 from itertools import pairwise
 from typing import Any
 
@@ -23,8 +22,16 @@ from hsae.train.training.curriculum import Curriculum, Moment
 from hsae.train.training.optimiser import forget, make_optimiser, rename_state, restore_state, schedule, set_rates
 from hsae.train.training.resampling import resample
 from hsae.train.training.scaling import Scaling
-from hsae.train.training.training_losses import LevelStep, SparsityController, explained_variance, level_losses
+from hsae.train.training.training_losses import (
+    Dead,
+    LevelStep,
+    SparsityController,
+    explained_variance,
+    level_losses,
+)
 
+DEAD_STEPS = 16
+"""Steps after which AuxK's lists of dead latents are made anew; only then a step waits for the device."""
 MAPS_JUDGED = 0.7  # share of the run after which a map W that is no good is complained of
 
 
@@ -66,7 +73,10 @@ class TrainingRun:
         self.optimiser = make_optimiser(self.model, self.compositions, config)
         owned = [latents.own(width) for width in config.widths]
         self.tokens_since_fired = [torch.zeros(width, dtype=torch.int64, device=device) for width in owned]
-        self.controllers = [SparsityController(l0, config.sparsity_start, steps // 2) for l0 in config.l0]
+        self.dead = [self._dead(number) for number in range(1, config.levels + 1)]
+        ramp = steps // 2
+        self.controllers = [SparsityController(l0, config.sparsity_start, ramp, device) for l0 in config.l0]
+        self.first_bad = torch.tensor([-1.0, 0.0], dtype=torch.float64, device=device)
         self.warned: set[str] = set()
 
     def composition(self, level: int) -> Composition:
@@ -77,11 +87,13 @@ class TrainingRun:
 
     def step(self, x_BD: Tensor) -> dict[str, Tensor]:
         """One optimiser step on a scaled batch, of which `x_BD` is this worker's share; returns the loss and its parts
-        (scalars, still on the device) over all of it."""
+        (scalars, still on the device) over all of it. Nothing in it waits for the device, but once in `DEAD_STEPS`."""
         config, step = self.config, self.step_number
         moment = self.curriculum.at(step)
         if moment.starts and moment.stage.refresh:
             forget(self.optimiser, moment.stage.refresh)
+        if step % DEAD_STEPS == 0:
+            self.dead = [self._dead(number) for number in range(1, config.levels + 1)]
         base_rate = set_rates(self.optimiser, config, moment, step, self.steps)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.rounds):
             output = self.model(x_BD, moment.stage.levels)
@@ -132,7 +144,7 @@ class TrainingRun:
                 target_BI=target,
                 decoded_BI=decoded,
                 variance=self.scaling.variance,
-                dead_F=self._is_dead(number),
+                dead=self.dead[number - 1],
                 coefficient=self.controllers[number - 1].coefficient,
             )
             parts |= level_losses(step)
@@ -155,7 +167,7 @@ class TrainingRun:
         for number, level in output.levels.items():
             counter = self.tokens_since_fired[number - 1]
             counter += len(level.read) * self.workers.world
-            counter[self.workers.either(fired(level.code))] = 0
+            counter.masked_fill_(self.workers.either(fired(level.code)), 0)
             if self.model.level(number).is_controlled and moment.stage.rates.get(number, 1.0) > 0:
                 self.controllers[number - 1].update(self._mean_l0(level))
 
@@ -174,6 +186,7 @@ class TrainingRun:
             module, bias = self.model.level(number), self.model.bias(number)
             self.resampled[number] = resample(module, level.read, bias, loss_B, dead, self.optimiser, generator)
             self.tokens_since_fired[number - 1][dead] = 0
+            self.dead[number - 1] = self._dead(number)
 
     @torch.no_grad()
     def metrics(self, x_BD: Tensor, parts: dict[str, Tensor]) -> dict[str, Any]:
@@ -187,7 +200,7 @@ class TrainingRun:
             number: self.composition(number).health(output.levels[number - 1].acts, output.levels[number].acts)
             for number in (self._mapped(output) if moment.composition > 0 else ())
         }
-        l0 = {number: self._mean_l0(level) for number, level in output.levels.items()}
+        l0 = {number: self._mean_l0(level).item() for number, level in output.levels.items()}
         levels = {
             number: explained_variance(x_BD, reconstruction, self.workers).item()
             for number, reconstruction in output.reconstructions.items()
@@ -208,12 +221,15 @@ class TrainingRun:
             "composition": [health.get(number) for number in numbers],
         }
 
-    def _mean_l0(self, level: LevelOutput) -> float:
-        return self.workers.mean(self.latents.sum(mean_l0(level.code))).item()
+    def _mean_l0(self, level: LevelOutput) -> Tensor:
+        return self.workers.mean(self.latents.sum(mean_l0(level.code)))
 
     def _is_dead(self, number: int) -> Tensor:
         """[F] which latents of a level are dead."""
         return self.tokens_since_fired[number - 1] >= self.config.dead_after_tokens
+
+    def _dead(self, number: int) -> Dead:
+        return Dead.of(self._is_dead(number), self.latents)
 
     def complaints(self, metrics: dict[str, Any]) -> list[str]:
         """What is wrong with the step of `metrics`, each said once: dead levels, and maps W that went bad, by name."""
@@ -256,6 +272,8 @@ class TrainingRun:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"composition.{name}": tensor for name, tensor in self.compositions.state_dict().items()}
         tensors |= {f"fired.{index}": counter for index, counter in enumerate(self.tokens_since_fired)}
+        for index, (dead, counter) in enumerate(zip(self.dead, self.tokens_since_fired, strict=True)):
+            tensors[f"dead.{index}"] = torch.zeros_like(counter, dtype=torch.bool).index_fill_(0, dead.own_N, True)
         adam = rename_state(self.optimiser, self._names()) if moments else {}
         tensors |= {f"adam/{name}": tensor for name, tensor in adam.items()}
         rest = {
@@ -281,6 +299,9 @@ class TrainingRun:
         self.compositions.load_state_dict(below("composition."))
         for index, counter in enumerate(self.tokens_since_fired):
             counter.copy_(tensors[f"fired.{index}"])
+        for index in range(len(self.dead)):
+            mask = tensors.get(f"dead.{index}")  # older checkpoints have none
+            self.dead[index] = Dead.of(self._is_dead(index + 1) if mask is None else mask.to(self.device), self.latents)
         restore_state(self.optimiser, self._names(), below("adam/"))
         self.step_number = int(rest["step"])
         for controller, state in zip(self.controllers, rest["controllers"], strict=True):
@@ -303,10 +324,16 @@ class TrainingRun:
         """Whether all steps have been taken."""
         return self.step_number >= self.steps
 
-    def check_loss(self, loss: Tensor) -> bool:
-        """Whether the loss of the last step is finite; if not, the run has failed."""
-        if not math.isfinite(loss.item()):
-            self.failure = f"the loss became {loss.item()} at step {self.step_number}"
+    def watch(self, loss: Tensor) -> None:
+        """Remember, on the device, the first step whose loss was not finite, and that loss."""
+        now = torch.stack([torch.full_like(loss, self.step_number, dtype=torch.float64), loss.double()])
+        self.first_bad = torch.where((self.first_bad[0] < 0) & ~torch.isfinite(loss), now, self.first_bad)
+
+    def check_loss(self) -> bool:
+        """Whether the losses that were watched are all finite; if not, the run has failed. Waits for the device."""
+        step, loss = self.first_bad.tolist()
+        if step >= 0:
+            self.failure = f"the loss became {loss} at step {step:.0f}"
         return self.failure is None
 
 

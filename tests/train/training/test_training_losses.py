@@ -13,6 +13,7 @@ from hsae.train.model.trainable_sae import TRAINABLE
 from hsae.train.parallel.workers import ALONE
 from hsae.train.training.scaling import Scaling
 from hsae.train.training.training_losses import (
+    Dead,
     LevelStep,
     SparsityController,
     auxiliary,
@@ -56,8 +57,9 @@ def trainable(**changes):
 def step(level, output, x, decoded, bias, dead=None, **changes):
     """One level's step with variance 1.7."""
     return LevelStep(
-        config=config(aux_weight=1, **changes), number=1, level=level, output=output, bias_I=bias, x_BD=x, dead_F=dead,
-        reconstruction_BD=decoded, target_BI=x, decoded_BI=decoded, variance=1.7, coefficient=1.0,
+        config=config(aux_weight=1, **changes), number=1, level=level, output=output, bias_I=bias, x_BD=x,
+        dead=Dead.of(torch.zeros(F1) > 0 if dead is None else dead),
+        reconstruction_BD=decoded, target_BI=x, decoded_BI=decoded, variance=1.7, coefficient=torch.tensor(1.0),
     )  # fmt: skip
 
 
@@ -333,7 +335,7 @@ def test_weight_and_contributions_agree_with_the_codes_scales(mode):
 
 
 def test_sparsity_controller_leads_a_sluggish_l0_to_its_target_without_overshoot():
-    controller, l0, seen = SparsityController(8.0, 1e-3, 100), 400.0, []
+    controller, l0, seen = SparsityController(8.0, 1e-3, 100), torch.tensor(400.0), []
     for _ in range(600):  # an L0 that follows the coefficient with a delay, as an SAE's does
         l0 *= (min(400.0, 0.5 / controller.coefficient) / l0) ** 0.05
         controller.update(l0)
@@ -345,9 +347,9 @@ def test_sparsity_controller_leads_a_sluggish_l0_to_its_target_without_overshoot
 def test_sparsity_controller_goes_on_from_its_state():
     one, other = SparsityController(8.0, 1e-3, 50), SparsityController(8.0, 1e-3, 50)
     for step in range(30):
-        one.update(300.0 / (step + 1))
+        one.update(torch.tensor(300.0 / (step + 1)))
     other.restore(json.loads(json.dumps(one.state())))
-    one.update(20.0), other.update(20.0)
+    one.update(torch.tensor(20.0)), other.update(torch.tensor(20.0))
     assert one.coefficient == other.coefficient
 
 
