@@ -24,6 +24,7 @@ from hsae.train.model.activations import (
     top_k_entries,
     widened,
 )
+from hsae.train.model.fused import Fused
 from hsae.train.parallel.latent_sharding import UNDIVIDED, Latents
 from hsae.train.parallel.workers import ALONE, Workers
 
@@ -181,12 +182,24 @@ class Level(nn.Module):
     def remove_parallel_gradient(self) -> None:
         """Take from the decoder's gradient what would only change the rows' norms."""
         if self.W_dec.grad is not None:
-            self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
+            _remove_parallel(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Give the decoder rows unit norm."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        _normalise(self.W_dec)
+
+
+@Fused
+def _remove_parallel(gradient_FI: Tensor, rows_FI: Tensor) -> None:
+    """Take from each gradient its part along the row, which has unit norm."""
+    gradient_FI.addcmul_(torch.linalg.vecdot(gradient_FI, rows_FI)[:, None], rows_FI, value=-1)
+
+
+@Fused
+def _normalise(rows_FI: Tensor) -> None:
+    """Give rows unit norm."""
+    rows_FI.div_(torch.linalg.vector_norm(rows_FI, dim=1, keepdim=True).clamp_min(1e-12))
 
 
 class ReLULevel(Level):

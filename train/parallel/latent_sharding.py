@@ -79,14 +79,19 @@ class Latents:
                 part = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.workers.total(part)
 
-    def clip_gradients(self, parameters: Iterable[nn.Parameter], shared: Iterable[nn.Parameter], limit: float) -> None:
-        """Scale gradients so that their norm over all workers, shared parameters counted once, is at most `limit`."""
-        parameters, elsewhere = list(parameters), set(shared) if self.rank else set()
+    def gradient_scale(
+        self, parameters: Iterable[nn.Parameter], shared: Iterable[nn.Parameter], limit: float
+    ) -> Tensor:
+        """What to divide gradients by so that their norm over all workers is at most `limit`, a scalar in float32.
+
+        Shared parameters are counted once.
+        """
+        elsewhere = set(shared) if self.rank else set()
         gradients = [part.grad for part in parameters if part.grad is not None and part not in elsewhere]
         norm = nn.utils.get_total_norm(gradients)
         if self.world > 1:
             norm = self.workers.total(norm.square()).sqrt()
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return (norm / limit).clamp_min(1.0).float()
 
     def along(self, name: str) -> int | None:
         """The dimension in which a tensor of a run's state is divided; None if every worker has it whole."""

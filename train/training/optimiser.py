@@ -14,17 +14,19 @@ SHARED, COMPOSITION = 0, -1  # group names beside the level numbers
 
 
 class Adam(torch.optim.Adam):
-    """torch's Adam without torch's wrappers around these methods, which import torch._dynamo.
+    """torch's fused Adam, which divides gradients by `grad_scale` in its own pass over them.
 
-    That takes as long as importing torch, and is for optimisers that are compiled.
+    It is without torch's wrappers around these methods, which import torch._dynamo: that takes as long as importing
+    torch, and is for optimisers that are compiled.
     """
 
+    grad_scale: torch.Tensor | None = None
     add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
     step = torch.no_grad()(unwrap(torch.optim.Adam.step))
 
 
-def make_optimiser(model: TrainableSAE, compositions: nn.ModuleList, run: RunConfig) -> torch.optim.Adam:
+def make_optimiser(model: TrainableSAE, compositions: nn.ModuleList, run: RunConfig) -> Adam:
     """Adam (0.9, 0.999) over the levels, the shared bias and the maps W; groups are named by `level`."""
     groups = {number: list(model.level(number).parameters()) for number in range(1, run.levels + 1)}
     if model.is_nested:

@@ -107,7 +107,7 @@ class TrainingRun:
         active = [self.model.level(number) for number in moment.stage.levels]
         for level in active:
             level.remove_parallel_gradient()
-        self.latents.clip_gradients(parameters, self.model.biases, config.gradient_clip)
+        self.optimiser.grad_scale = self.latents.gradient_scale(parameters, self.model.biases, config.gradient_clip)
         self.optimiser.step()
         for level in active:
             level.normalise_decoder()
