@@ -28,6 +28,7 @@ from hsae.cache.files import home, write_atomically
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "peers.txt"
 PEERS = {"dictionary_learning": "dictionary_learning", "saelens": "sae-lens", "sparsify": "eai-sparsify"}
+BEFORE = "hsae before"
 K_SPARSE = ("topk", "batchtopk", "matryoshka", "jumprelu")
 KINDS = ("relu", *K_SPARSE, "full", "stacked")
 
@@ -59,9 +60,11 @@ def peers_environment(folder: Path) -> tuple[Path, dict[str, str]]:
 class Worker:
     """A library in a process of its own; see training_steps.py."""
 
-    def __init__(self, library: str, python: Path) -> None:
-        command = [str(python), str(HERE / "training_steps.py"), library]
+    def __init__(self, library: str, python: Path, before: Path | None = None) -> None:
+        command = [str(python), str(HERE / "training_steps.py"), "hsae" if library == BEFORE else library]
         environment = {**os.environ, "PYTHONWARNINGS": "ignore", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+        if library == BEFORE:
+            environment["PYTHONPATH"] = str(before)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -84,9 +87,11 @@ class Worker:
         self.process.wait()
 
 
-def measure(case: dict[str, Any], pythons: dict[str, Path], rounds: int, seconds: float) -> dict[str, Any]:
+def measure(
+    case: dict[str, Any], pythons: dict[str, Path], rounds: int, seconds: float, before: Path | None = None
+) -> dict[str, Any]:
     """What each library makes of a case: its variant and seconds a step by round, or why there are none."""
-    workers = {library: Worker(library, python) for library, python in pythons.items()}
+    workers = {library: Worker(library, python, before) for library, python in pythons.items()}
     found = {library: worker.ask(case=case) for library, worker in workers.items()}
     for _ in range(rounds):
         for library, worker in workers.items():
@@ -118,6 +123,8 @@ def summary(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
         ours = by.get("hsae")
         ratio = ours / others[best] if ours and best else None
         rows[kind] = {"hsae": ours, "best_peer": best, "peer": others.get(best) if best else None, "ratio": ratio}
+        if before := by.get(BEFORE):
+            rows[kind]["before"] = before
     return rows
 
 
@@ -128,7 +135,8 @@ def show(document: dict[str, Any]) -> None:
         if kind in KINDS:
             numbers = " ".join(f"{row[key]:10,.0f}" if row[key] else f"{'-':>10}" for key in ("hsae", "peer"))
             ratio = f"{row['ratio']:6.2f}" if row["ratio"] else f"{'-':>6}"
-            print(f"{kind:12} {numbers} {ratio}  {row['best_peer'] or ''}")
+            before = f"; before {row['before']:,.0f}" if "before" in row else ""
+            print(f"{kind:12} {numbers} {ratio}  {row['best_peer'] or ''}{before}")
     for kind, found in document["cases"].items():
         for library, result in found.items():
             if "error" in result:
@@ -164,6 +172,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5, help="of each library in each round")
     parser.add_argument("--quick", action="store_true", help="two rounds of two steps")
     parser.add_argument("--venv", type=Path, default=home() / "peers", help="environment of the peers")
+    parser.add_argument(
+        "--libraries", nargs="+", help="only these: plain, hsae, dictionary_learning, saelens, sparsify"
+    )
+    parser.add_argument("--before", type=Path, help="folder in which another hsae lies, to be measured too")
     parser.add_argument("--into", type=Path, help="a JSON file that the cases are added to")
     options = parser.parse_args()
     rounds, seconds = (2, 0.0) if options.quick else (options.rounds, options.seconds)
@@ -171,6 +183,10 @@ def main() -> None:
     theirs, absent = peers_environment(options.venv)
     ours = {library: Path(sys.executable) for library in ("plain", "hsae")}
     pythons = ours | {library: theirs for library, package in PEERS.items() if package not in absent}
+    if options.libraries:
+        pythons = {library: pythons[library] for library in options.libraries}
+    if options.before:
+        pythons[BEFORE] = Path(sys.executable)
 
     document: dict[str, Any] = {"machine": machine(), "sizes": sizes, "absent": absent, "cases": {}}
     if options.into and options.into.exists():
@@ -183,13 +199,13 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "peers": {package["name"]: package["version"] for package in json.loads(listing.stdout)},
     }
-    product = measure({"kind": "product", **sizes}, {"plain": pythons["plain"]}, rounds, seconds)
+    product = measure({"kind": "product", **sizes}, {"plain": Path(sys.executable)}, rounds, seconds)
     operations = 2 * options.batch * options.d_in * options.width
     document["cases"]["product"] = product
     document["product_gflop_per_s"] = operations / product["plain"]["step_s"] / 1e9
     print(f"encoder's product: {document['product_gflop_per_s']:,.0f} GFLOP/s")
     for kind in options.cases:
-        document["cases"][kind] = measure({"kind": kind, **sizes}, pythons, rounds, seconds)
+        document["cases"][kind] = measure({"kind": kind, **sizes}, pythons, rounds, seconds, options.before)
     document["summary"] = summary(document["cases"])
     show(document)
     if options.into:

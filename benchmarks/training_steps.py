@@ -298,20 +298,18 @@ class Bench:
     def __init__(self, library: str, case: Case) -> None:
         self.case, self.batches, self.taken = case, case.batches(), 0
         self.tried: dict[str, float] = {}
-        best: Step | None = None
-        for variant, step in LIBRARIES[library](case):
+        variants = dict(LIBRARIES[library](case))
+        for variant, step in variants.items():
             self.step = step
             try:
-                self.take(2)
-                self.tried[variant] = min(self.take(2))
+                self.take(1)
+                self.tried[variant] = min(self.take(2)) if len(variants) > 1 else 0.0
             except RuntimeError as error:  # such as an operation that a processor has no bfloat16 for
                 print(f"{library}, {variant}: {str(error).splitlines()[0]}", file=sys.stderr)
-                continue
-            if min(self.tried, key=self.tried.__getitem__) == variant:
-                best = step
-        if best is None:
+        if not self.tried:
             raise NotOffered("none of its variants runs here")
-        self.step, self.variant = best, min(self.tried, key=self.tried.__getitem__)
+        self.variant = min(self.tried, key=self.tried.__getitem__)
+        self.step = variants[self.variant]
 
     def take(self, steps: int) -> list[float]:
         """Seconds of each of some steps."""
