@@ -11,6 +11,7 @@ import torch
 from hsae.cache.building.builder import UNFINISHED, Builder, clear
 from hsae.cache.building.contents import StoreContents, TokenisedText, existing_header, text_of
 from hsae.cache.building.liveness import sign_of_life, signs_of_life
+from hsae.cache.building.packing_ahead import packing_ahead
 from hsae.cache.building.repair import mend_documents
 from hsae.cache.config import ModelConfig, at_commit
 from hsae.cache.errors import CorpusError, ModelError, StoreError
@@ -43,7 +44,7 @@ def build(
 ) -> list[Place]:
     """Make the stores that `specs` describe (of one model) in folder `root`, or finish them, and return their paths.
 
-    The text of all of them is packed before the first activation is computed. `model` and `text` take the place of
+    Text is packed in a thread, ahead of the model: `progress` is called from both. `model` and `text` take the place of
     the model and the corpus that the specs name. With a share of several, workers on one store divide its chunks:
     worker 0 packs the tokens and finishes the store, the others return when no chunk is missing. Raises UserError if
     a store can't be made; what is there stays.
@@ -85,9 +86,15 @@ def build(
             say(note)
         for builder in builders:
             builder.prepare()
-        for builder in builders:
-            builder.write_activations()
-            builder.finish()
+        try:
+            with packing_ahead([(builder.packed, builder.pack) for builder in builders]):
+                for builder in builders:
+                    builder.write_activations()
+                    builder.finish()
+        except (CorpusError, ModelError):
+            for builder in builders:
+                builder.discard_impossible()
+            raise
     return targets
 
 

@@ -1,4 +1,4 @@
-"""One store in the making: its tokens first, then every missing chunk of activations, then statistics.
+"""One store in the making: its tokens, every missing chunk of activations as soon as its tokens are there, statistics.
 
 Whatever is there and was written down (see `chunk_log`) is kept: a build that was killed goes on where it was, and ends
 with the same bytes.
@@ -21,6 +21,7 @@ from torch import Tensor
 from hsae.cache.building import chunk_log, sealing, writer
 from hsae.cache.building.contents import StoreContents
 from hsae.cache.building.liveness import sign_of_life, wait_for
+from hsae.cache.building.packing_ahead import Packed
 from hsae.cache.building.salvage import keep_what_is_right
 from hsae.cache.building.statistics import summarise
 from hsae.cache.errors import CorpusError, DamagedFileError, ModelError, StoreError, UnreachableError
@@ -61,6 +62,8 @@ class Builder:
         self.spec, self.model, self.specs, self.step = contents.spec, contents.model, contents.specs, contents.step
         self.row_bytes = len(self.spec.hooks) * self.specs[f"acts/{self.spec.hooks[0]}"].chunk_bytes // self.step
         self.documents_digest: str | None = None
+        self.packed = Packed()
+        self._is_new = self._is_impossible = False
         self.written: chunk_log.Written
 
     def report(self, stage: Literal["tokens", "activations", "statistics"], done: int) -> None:
@@ -72,7 +75,7 @@ class Builder:
         self.progress(Step(task=task, done=done, total=self.spec.rows, unit="rows", tokens=tokens, bytes=row_bytes))
 
     def prepare(self) -> None:
-        """Make the store if it isn't there, sweep up what a killed build left half-written, and pack the tokens.
+        """Make the store if it isn't there, and sweep up what a killed build left half-written.
 
         Workers other than the first wait for the store, and later for each chunk of tokens that they need.
         """
@@ -85,27 +88,38 @@ class Builder:
             wait_for(self.target, self._is_begun)
         elif not self._is_begun():
             keep_what_is_right(self.contents, self.target, self.written)
-            writer.write_metadata(self.target, header, replace=exists(self.target))
+            self._is_new = not exists(self.target)
+            writer.write_metadata(self.target, header, replace=not self._is_new)
         self.contents.check_same(self.target, layout.read_header(self.target))
         if self.share.rank:
             return
         if isinstance(self.target, Path) and self.share.world == 1:  # locks of files may not reach other machines
             sweep(self.target)
         remove(self.target / sealing.FOLDER, ignore_errors=True)
-        if self._finished():
-            return
-        try:
-            self.write_tokens()
-            self._refuse_unknown()
-        except UnreachableError:
-            raise  # what is packed stays: reading a data set on the hub may have taken hours
-        except (CorpusError, ModelError):
-            if not any(self.specs[f"acts/{hook}"].written(self.target).any() for hook in self.spec.hooks):
-                remove(self.target)  # tokens only: nothing that took long is lost
-            raise
-        if self.spec.rows_per_document is not None:
-            publish(self.target / layout.DOCUMENTS, self.contents.documents_json)
-            self.documents_digest = layout.documents_digest(self.contents.documents_json)
+
+    def pack(self) -> None:
+        """Pack the tokens that are missing; nothing to do for workers other than the first."""
+        count = self.specs["tokens"].count
+        if not self.share.rank and not self._finished():
+            try:
+                self.write_tokens()
+                self._refuse_unknown(count)
+            except UnreachableError:
+                raise  # what is packed stays: reading a data set on the hub may have taken hours
+            except (CorpusError, ModelError):
+                self._is_impossible = True
+                raise
+            if self.spec.rows_per_document is not None:
+                publish(self.target / layout.DOCUMENTS, self.contents.documents_json)
+                self.documents_digest = layout.documents_digest(self.contents.documents_json)
+        self.packed.reach(count + 1)
+
+    def discard_impossible(self) -> None:
+        """Delete a store that can't be finished, if it was begun in this build or has tokens only."""
+        if self._is_impossible and (
+            self._is_new or not any(self.specs[f"acts/{hook}"].written(self.target).any() for hook in self.spec.hooks)
+        ):
+            remove(self.target)
 
     def _is_begun(self) -> bool:
         with contextlib.suppress(layout.LostHeaderError):
@@ -127,18 +141,23 @@ class Builder:
             state_file.unlink(missing_ok=True)
             return
         first, checksum = self._packed(state_file, packer)
+        self.packed.reach(first)
         packed = self.contents.token_chunks(packer, first)
         for start in range(first, array.count, PACKED_AT_ONCE):
             chunks: list[Chunk] = []
             for index, ids in itertools.islice(packed, PACKED_AT_ONCE):
                 self.model.check_ids(ids)
                 chunks.append(partial(iter, [(array, index, ids)]))
+                self.packed.reach(0)  # the build goes on
                 self.report("tokens", index * self.step + len(ids))
             self._publish(chunks)
             last = start + len(chunks)
             checksum = crc32c(self.written["tokens"][start:last].astype("<u4").tobytes(), checksum)
             state = {"store": self.written.key, "chunks": last, "tokens": checksum, **packer.state()}
             publish(state_file, json.dumps(sealed(state)).encode())
+            if start == first:
+                self._refuse_unknown(last)  # before anything is computed on them
+            self.packed.reach(last)
         state_file.unlink(missing_ok=True)
 
     def _packed(self, state_file: Place, packer: Packer) -> tuple[int, int]:
@@ -179,12 +198,11 @@ class Builder:
         finally:
             self.written.flush()
 
-    def _refuse_unknown(self) -> None:
-        """Raise CorpusError if the tokenizer does not know the text: by a sample of the chunks of tokens."""
+    def _refuse_unknown(self, count: int) -> None:
+        """Raise CorpusError if the tokenizer does not know the text: by a sample of the first chunks of tokens."""
         unknown = self.model.tokenizer.unk_token_id
         if unknown in (None, self.model.bos_id):  # which stands before each document
             return
-        count = self.specs["tokens"].count
         tokens = torch.cat([self.tokens(index) for index in range(0, count, -(-count // SAMPLED_CHUNKS))])
         share = float((tokens == unknown).double().mean())
         if share > MOST_UNKNOWN:
@@ -231,7 +249,9 @@ class Builder:
                 yield self.contents.compute(index, missing, tokens, partial(self.report, "activations")).arrays
 
     def _tokens_if_packed(self, index: int) -> Tensor | None:
-        """Chunk `index` of the tokens; None if worker 0 has not packed it yet."""
+        """Chunk `index` of the tokens; None if worker 0, which waits for it itself, has not packed it yet."""
+        if not self.share.rank:
+            self.packed.wait(index + 1)
         unknown = self.share.rank and self.written["tokens"][index] < 0
         if unknown and not self._finished() and self.written["tokens"][index] < 0:
             return None
@@ -250,6 +270,7 @@ class Builder:
 
     def finish(self) -> None:
         """Note this worker's share of the checksums; worker 0 then writes statistics, lists and, last, `complete`."""
+        self.packed.wait(self.specs["tokens"].count + 1)
         if (tally := self._tally()) is not None:
             counts, checks = tally
             update = {

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -272,6 +273,31 @@ def test_too_little_text_is_said_before_activations_are_computed(tmp_path):
     ):
         build([spec(rows=90_000, corpus=CorpusConfig(corpus="python-docs", last_document=2))], tmp_path)
     assert not list(tmp_path.glob("*.zarr"))
+
+
+@pytest.mark.parametrize("is_enough", [True, False])
+def test_the_model_computes_while_text_is_still_packed(tmp_path, monkeypatch, is_enough):
+    computed, arrays = threading.Event(), ComputedChunk.arrays
+    monkeypatch.setattr(ComputedChunk, "arrays", lambda self: computed.set() or arrays(self))
+    ids = [[number % 700 + 5] * (97 if number < 6 else 500) for number in range(12 if is_enough else 7)]
+
+    def documents(waits):
+        for number, document in enumerate(ids):
+            if waits and number == 6:
+                assert computed.wait(60)
+            yield document
+
+    if not is_enough:
+        monkeypatch.setattr("hsae.cache.building.builder.PACKED_AT_ONCE", 1)
+        with pytest.raises(CorpusError, match="rows of 21 tokens; 143 were asked for"):
+            build([spec(rows=143)], tmp_path, text=TokenisedText(documents(True)))
+        assert computed.is_set() and not list(tmp_path.glob("*.zarr"))
+        return
+    (before,) = build([spec(rows=143)], tmp_path / "before", text=TokenisedText(documents(False)))
+    computed.clear()
+    monkeypatch.setattr("hsae.cache.building.builder.PACKED_AT_ONCE", 1)
+    (ahead,) = build([spec(rows=143)], tmp_path / "ahead", text=TokenisedText(documents(True)))
+    assert contents(ahead) == contents(before)
 
 
 def test_sizes_that_differ_between_layers_are_estimated():

@@ -49,9 +49,10 @@ def test_prefix_and_suffix_are_bit_equal_to_the_whole_tiny_gemma_2(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
 def test_compiled_layers_agree_and_the_suffix_goes_on_to_the_logits_of_the_same_layers():
     model = LanguageModel.load(ModelConfig(id=str(GOLDEN_MODEL), dtype="float32"))
-    tokens, hooks, last = tokens_for(model), ["blocks.1.hook_resid_pre", "blocks.3.hook_resid_post"], None
+    tokens, hooks = tokens_for(model), ["blocks.1.hook_resid_pre", "blocks.3.hook_resid_post"]
     logits = model.logits(tokens)
     model.check_compiled(hooks, B, T)
     with torch.inference_mode():
