@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from stores import HOOK, contents, spec
 from transformers import AutoConfig
 
+import hsae.cache.format.bfloat16  # noqa: F401  for zarr
 from hsae.cache.building.build import build
 from hsae.cache.building.contents import ComputedChunk, StoreContents, TokenisedText
 from hsae.cache.building.estimate import _seconds as estimated_seconds
