@@ -151,7 +151,7 @@ def pattern_of(code_BF: Tensor) -> Pattern | None:
 
 def weighted_sums(matrix_MI: Tensor, weights_N: Tensor, at: Segments) -> Tensor:
     """[S, I] the weighted sum of each segment's rows of a matrix; without gradient."""
-    if matrix_MI.is_cuda:
+    if uses_kernels(matrix_MI.device):
         sums_SI: Tensor = sparse_kernels().weighted_sums(matrix_MI.to(at.dtype), weights_N, at.rows, at.starts)
         return sums_SI
     return embedding_bag(
@@ -166,7 +166,7 @@ def weighted_sums(matrix_MI: Tensor, weights_N: Tensor, at: Segments) -> Tensor:
 
 def dots(vectors_SI: Tensor, matrix_MI: Tensor, at: Segments) -> Tensor:
     """[N] each segment's vector times its rows of a matrix; without gradient."""
-    if matrix_MI.is_cuda:
+    if uses_kernels(matrix_MI.device):
         vectors_SI, matrix_MI = vectors_SI.to(at.dtype), matrix_MI.to(at.dtype)
         products_N: Tensor = sparse_kernels().dots(vectors_SI, matrix_MI, at.rows, at.starts)
         return products_N
@@ -174,6 +174,11 @@ def dots(vectors_SI: Tensor, matrix_MI: Tensor, at: Segments) -> Tensor:
     pattern = torch.sparse_csr_tensor(at.starts, at.rows, zeros, shape, check_invariants=False)
     products_N = torch.sparse.sampled_addmm(pattern, vectors_SI, matrix_MI.T).values()
     return products_N
+
+
+def uses_kernels(device: torch.device) -> bool:
+    """Whether Triton multiplies here, and not torch."""
+    return device.type == "cuda"
 
 
 def sparse_kernels() -> Any:

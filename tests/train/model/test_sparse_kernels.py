@@ -5,7 +5,10 @@ interpreter runs them (conftest.py).
 import pytest
 import torch
 
+from hsae.train.config.run_config import RunConfig
+from hsae.train.model import sparse_products
 from hsae.train.model.sparse_products import Pattern
+from hsae.train.model.trainable_sae import TRAINABLE
 
 pytest.importorskip("triton", reason="triton is not installed (it comes with torch for CUDA)")
 from hsae.train.model import sparse_kernels
@@ -50,3 +53,22 @@ def test_a_segment_of_many_tiles_is_summed_whole():
     torch.testing.assert_close(
         sparse_kernels.weighted_sums(matrix, weights, rows, starts), expected, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compares with the processor, on it")
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_pass_through_the_kernels_is_that_of_the_processor(rounds, monkeypatch):
+    run = RunConfig(number=0, name="r", structure="additive", widths=(37, 17), l0=(3, 2), selection="joint")
+    gradients = []
+    for by_kernels in (False, True):
+        monkeypatch.setattr(sparse_products, "uses_kernels", lambda device, answer=by_kernels: answer)
+        model = TRAINABLE["additive"](run, 13).train()
+        for number in (1, 2):
+            model.level(number).sparse = True
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounds):
+            output = model(vectors(B, 13).cpu())
+        sum(part.square().sum() for part in output.reconstructions.values()).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    near = {"rtol": 0.03, "atol": 0.03} if rounds else {"rtol": 1e-4, "atol": 1e-5}  # rows are read in bfloat16
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name, **near)
