@@ -18,6 +18,7 @@ import torch
 import zarr
 from typer.testing import CliRunner
 
+import hsae.cache.format.bfloat16  # noqa: F401  which makes the type known to zarr
 from hsae.cache.building.verification import verify
 from hsae.cache.errors import RemoteError, StoreError
 from hsae.cache.format.arrays import ArraySpec
