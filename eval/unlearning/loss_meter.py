@@ -25,7 +25,8 @@ from hsae.eval.unlearning.config import SIDES, Side, UnlearningConfig
 from hsae.eval.unlearning.intervention import Intervention, changed
 from hsae.eval.unlearning.rows import BATCH_ROWS, Rows, split_rows
 
-UNEMBEDDED_BYTES = 64 << 20  # of float32 logits at a time
+UNEMBEDDED_BYTES = 256 << 20  # of float32 logits at a time: the head's weights are read for each slice
+KEPT_BYTES = 1 << 30  # of clean logits; if there are more they are computed again for each intervention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,7 @@ class LossMeter:
         self.mask_RT = self.rows.mask(self.tokens_RT)
         self.positions = [self._draw_positions(place) for place in range(len(self.rows.numbers))]
         self.targets = [tokens_T[places + 1] for tokens_T, places in zip(self.tokens_RT, self.positions, strict=True)]
+        self._places = torch.split(torch.arange(sum(self.counts)), self.counts)  # of each row's positions among all
 
     def _draw_positions(self, place: int) -> Tensor:
         """The row's positions, in order: not special, with a next token."""
@@ -101,19 +103,37 @@ class LossMeter:
         loss_N, _ = self._losses(torch.cat(self.clean_finals), torch.cat(self.targets), None)
         return list(torch.split(loss_N, self.counts))
 
-    def _losses(self, final_ND: Tensor, targets_N: Tensor, clean_ND: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Next-token loss and, given clean final vectors, KL(clean || modified), [N] float32, from log-softmax."""
+    @cached_property
+    def _clean_logits(self) -> Tensor | None:
+        """Logits [all positions, V] of the model as it is, where it computes; None if they are too many to keep."""
+        size = sum(self.counts) * self.model.vocab_size * self.model.dtype.itemsize
+        if size > KEPT_BYTES or size == 0:
+            return None
+        final_ND = torch.cat(self.clean_finals)
+        parts = token_losses.slices(len(final_ND), self.model.vocab_size * 4, UNEMBEDDED_BYTES)
+        return torch.cat([self.model.unembed(final_ND[part]) for part in parts])
+
+    def _clean(self, which_N: Tensor) -> Tensor:
+        """Logits of the model as it is, of some of all positions."""
+        if self._clean_logits is None:
+            return self.model.unembed(torch.cat(self.clean_finals)[which_N])
+        return self._clean_logits[which_N.to(self._clean_logits.device)]
+
+    def _losses(self, final_ND: Tensor, targets_N: Tensor, which_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Next-token loss [N] float32 from log-softmax and, if it is said which of all positions these are, KL(clean ||
+        modified).
+        """
         self.passes.unembedded += len(final_ND)
         loss_N = torch.empty(len(final_ND))
-        kl_N = torch.empty(len(final_ND)) if clean_ND is not None else None
+        kl_N = torch.empty(len(final_ND)) if which_N is not None else None
         if len(final_ND) == 0:
             return loss_N, kl_N
         for part in token_losses.slices(len(final_ND), self.model.vocab_size * 4, UNEMBEDDED_BYTES):
             log_probs_NV = self.model.unembed(final_ND[part]).float().log_softmax(-1)
             targets = targets_N[part].to(log_probs_NV.device)
             loss_N[part] = -log_probs_NV.gather(-1, targets[:, None])[:, 0].cpu()
-            if clean_ND is not None and kl_N is not None:
-                clean_NV = self.model.unembed(clean_ND[part]).float().log_softmax(-1)
+            if which_N is not None and kl_N is not None:
+                clean_NV = self._clean(which_N[part]).float().log_softmax(-1)
                 kl_N[part] = (clean_NV.exp() * clean_NV.sub_(log_probs_NV)).sum(-1).cpu()
         return loss_N, kl_N
 
@@ -141,8 +161,8 @@ class LossMeter:
                 for final_TD, (row, is_later) in zip(final_BTD, later, strict=True)
             ]
             targets_N = torch.cat([self.targets[row][is_later] for row, is_later in later])
-            clean_ND = torch.cat([self.clean_finals[row][is_later] for row, is_later in later]) if kl else None
-            loss_N, kl_N = self._losses(torch.cat(finals), targets_N, clean_ND)
+            which_N = torch.cat([self._places[row][is_later] for row, is_later in later]) if kl else None
+            loss_N, kl_N = self._losses(torch.cat(finals), targets_N, which_N)
             sizes = [len(final) for final in finals]
             for (row, is_later), part in zip(later, torch.split(loss_N, sizes), strict=True):
                 loss_R[row] = (part.double() - clean_losses[row][is_later].double()).sum().item()

@@ -25,7 +25,7 @@ from hsae.eval.harness.evaluation import evaluate_targets
 from hsae.eval.harness.listener import Listener
 from hsae.eval.harness.result_files import read_result, write_result
 from hsae.eval.harness.targets import RunTarget
-from hsae.eval.unlearning import arms, pareto, qa, selection
+from hsae.eval.unlearning import arms, loss_meter, pareto, qa, selection
 from hsae.eval.unlearning.config import UnlearningConfig
 from hsae.eval.unlearning.intervention import Dictionary, Intervention, changed, of_means, of_model
 from hsae.eval.unlearning.loss_meter import LossMeter, Texts
@@ -200,7 +200,7 @@ def test_a_row_holds_one_document_and_splits_hold_whole_ones(plan):
 
 @pytest.mark.parametrize("structure", ["flat", "additive", "stacked"])
 @pytest.mark.parametrize("rate", [None, 0.3])
-def test_losses_and_kl_agree_with_whole_forward_passes_through_hooks(plan, language, structure, rate):
+def test_losses_and_kl_agree_with_whole_forward_passes_through_hooks(plan, language, structure, rate, monkeypatch):
     """The oracle runs the whole model on the tokens and changes the layer's output in a hook, by latent and token."""
     dictionary = of_model(a_model(structure), "cpu")
     rows = texts_of(plan, language).rows["forget"]["test"]
@@ -216,6 +216,9 @@ def test_losses_and_kl_agree_with_whole_forward_passes_through_hooks(plan, langu
     clamp = Intervention(latents=latents, values=values, rate=cut)
     meter = LossMeter(model=language, rows=rows, positions_per_row=11, seed=0)
     change = meter.measure(clamp, acts, dictionary.directions_FD, kl=True)
+    monkeypatch.setattr(loss_meter, "KEPT_BYTES", 0)  # clean logits are computed again
+    again = LossMeter(model=language, rows=rows, positions_per_row=11, seed=0)
+    assert again.measure(clamp, acts, dictionary.directions_FD, kl=True).kl_R == pytest.approx(change.kl_R, abs=1e-5)
 
     tokens = rows.tokens()
     clean = language.logits(tokens).log_softmax(-1)
