@@ -16,6 +16,7 @@ RESAMPLES = 1000
 SEED = 0
 LEVEL = 0.95
 MOST_INDICES = 1 << 22  # of resampled units at a time
+COUNTED_AT_ONCE = 1 << 16  # rows drawn and counted at a time: their counts stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Resampler:
         generator = torch.Generator().manual_seed(seed)
         resamples = RESAMPLES if resamples is None else resamples
         counts_SR = torch.ones(1 + resamples, rows, dtype=torch.uint8)
-        step = max(1, MOST_INDICES // max(1, rows))
+        step = max(1, COUNTED_AT_ONCE // max(1, rows))
         for some_SR in torch.split(counts_SR[1:], step):
             drawn_SR = torch.randint(rows, some_SR.shape, generator=generator)
             drawn_SR += torch.arange(len(some_SR))[:, None] * rows  # one count for all of them
