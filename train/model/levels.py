@@ -6,7 +6,6 @@ the classes; what an activation is, is in its class.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -18,7 +17,6 @@ from hsae.train.model.activations import (
     batch_top_k,
     batch_top_k_entries,
     jump_relu,
-    keep_only,
     step_count,
     top_k,
     top_k_entries,
@@ -44,11 +42,16 @@ class LevelOutput:
     """The level's code, [B, F], or its active entries if it was computed sparsely."""
     decoded: Tensor
     """[B, I] decoder output, without bias."""
+    _dense: Tensor | None = None
 
-    @cached_property
+    @property
     def acts(self) -> Tensor:
         """[B, F] the level's code."""
-        return sparse_products.dense(self.code)
+        if isinstance(self.code, Tensor):
+            return self.code
+        if self._dense is None:
+            self._dense = sparse_products.dense(self.code)
+        return self._dense
 
     def detached(self) -> "LevelOutput":
         """The same without gradients."""
@@ -73,10 +76,14 @@ class Level(nn.Module):
     """Whether the code is the pre-activation where it is not 0, so that gradients are needed at active latents only."""
     revives_dead: ClassVar[bool] = True
     """Whether the auxiliary loss can revive dead latents."""
+    has_begun: bool = True
+    """Whether nothing is left to be set from the first batch."""
     own_weights: ClassVar[tuple[str, ...]] = ()
     """Names of the activation's own parameters, [F] each, which begin at 0."""
     threshold: Tensor
     """Scalar: smallest pre-activation that counts at inference, an average over batches; NaN before the first."""
+    smallest: Tensor
+    """Scalar: the smallest value the last batch kept; 0 before the first."""
 
     def __init__(
         self,
@@ -102,8 +109,8 @@ class Level(nn.Module):
         for name in self.own_weights:
             self.register_parameter(name, nn.Parameter(torch.zeros(len(rows))))
         self.sparse = False
-        self.smallest: Tensor | None = None
         self.register_buffer("threshold", torch.tensor(math.nan))
+        self.register_buffer("smallest", torch.tensor(0.0), persistent=False)
 
     def activate(self, pre_BF: Tensor) -> Tensor:
         """The code [B, F]."""
@@ -150,10 +157,6 @@ class Level(nn.Module):
         at = sparse_products.pattern_of(acts_BF) if self.is_sparse else None
         return acts_BF if at is None else at
 
-    def selected(self, pre_BF: Tensor, entries_N: Tensor) -> Tensor | sparse_products.Pattern:
-        """What `select` gives for a code that is the pre-activation at these positions, and 0 elsewhere."""
-        return sparse_products.Pattern(entries_N, pre_BF) if self.is_sparse else keep_only(pre_BF, entries_N)
-
     def decoded(
         self, read_BI: Tensor, bias_I: Tensor, pre_BF: Tensor, selected: Tensor | sparse_products.Pattern
     ) -> LevelOutput:
@@ -167,14 +170,14 @@ class Level(nn.Module):
             selected = pre_BF * (selected > 0)
         return LevelOutput(read_BI, pre_BF, selected, self.latents.sum(selected @ self.W_dec))
 
-    def likely_bound(self) -> Tensor | None:
-        """A value likely below the smallest that the next batch keeps; None where it saves nothing."""
-        return BOUND_SHARE * self.smallest if self.smallest is not None and self.smallest > 0 else None
+    def likely_bound(self) -> Tensor:
+        """A scalar likely below the smallest value that the next batch keeps; 0 before the first."""
+        return BOUND_SHARE * self.smallest
 
     @torch.no_grad()
     def track_threshold(self, smallest: Tensor) -> None:
         """Move the inference threshold towards the smallest value a batch kept."""
-        self.smallest = smallest
+        self.smallest.copy_(smallest)
         moved = self.threshold * THRESHOLD_DECAY + smallest * (1 - THRESHOLD_DECAY)
         self.threshold.copy_(torch.where(torch.isnan(self.threshold), smallest, moved))
 
@@ -224,7 +227,9 @@ class TopKLevel(Level):
 
     def select(self, pre_BF: Tensor) -> Tensor | sparse_products.Pattern:
         """The code [B, F]; or, in a sparse pass, where it is active."""
-        return self.selected(pre_BF, top_k_entries(pre_BF, int(self.l0), self.latents))
+        if not self.is_sparse:
+            return self.activate(pre_BF)
+        return sparse_products.Pattern(top_k_entries(pre_BF, int(self.l0), self.latents), pre_BF)
 
 
 class BatchTopKLevel(Level):
@@ -242,12 +247,12 @@ class BatchTopKLevel(Level):
 
     def select(self, pre_BF: Tensor) -> Tensor | sparse_products.Pattern:
         """The code [B, F]; or, in a sparse pass, where it is active."""
-        if not self.training:
+        if not (self.training and self.is_sparse):
             return super().select(pre_BF)
         bound = self.likely_bound()
         (entries_N,), smallest = batch_top_k_entries([pre_BF], self.l0, bound, self.workers, self.latents)
         self.track_threshold(smallest)
-        return self.selected(pre_BF, entries_N)
+        return sparse_products.Pattern(entries_N, pre_BF)
 
     def folded(self, scale: float) -> dict[str, Tensor]:
         """Encoder bias and threshold."""
@@ -259,6 +264,7 @@ class JumpReLULevel(Level):
 
     architecture, is_controlled, own_weights = "jumprelu", True, ("log_threshold",)
     log_threshold: nn.Parameter
+    has_begun = False
 
     def activate(self, pre_BF: Tensor) -> Tensor:
         """The code [B, F]."""
@@ -270,7 +276,8 @@ class JumpReLULevel(Level):
 
     def thresholds(self, pre_BF: Tensor) -> Tensor:
         """[F]; they begin, all equal, where the first batch has the level's L0."""
-        if self.training and torch.isnan(self.threshold):
+        if self.training and not self.has_begun:
+            self.has_begun = True
             with torch.no_grad():
                 self.track_threshold(batch_top_k(pre_BF, self.l0, workers=self.workers, latents=self.latents)[1])
                 self.log_threshold.copy_(self.threshold.clamp_min(1e-3).log().expand_as(self.log_threshold))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hsae.registry import ACTIVATIONS, resolve
 from hsae.train.config.run_config import RunConfig
-from hsae.train.model.activations import batch_top_k_entries
+from hsae.train.model.activations import batch_top_k_entries, batch_top_k_masks, masked
 from hsae.train.model.hierarchical_sae import STRUCTURES
 from hsae.train.model.levels import Level, LevelOutput
 from hsae.train.model.sparse_products import DENSEST, Pattern, pays_off
@@ -128,11 +128,14 @@ class TrainableSAE(nn.Module):
         l0 = sum(self.level(number).l0 for number in pres)
         coarsest = self.level(max(pres))
         bound, workers = coarsest.likely_bound(), coarsest.workers
-        entries, smallest = batch_top_k_entries(list(pres.values()), l0, bound, workers, self.latents)
+        is_sparse = all(self.level(number).is_sparse for number in pres)
+        choose = batch_top_k_entries if is_sparse else batch_top_k_masks
+        kept, smallest = choose(list(pres.values()), l0, bound, workers, self.latents)
         for number in pres:
             self.level(number).track_threshold(smallest)
         return {
-            number: self.level(number).selected(pres[number], kept) for number, kept in zip(pres, entries, strict=True)
+            number: Pattern(where, pres[number]) if is_sparse else masked(pres[number], where)
+            for number, where in zip(pres, kept, strict=True)
         }
 
 

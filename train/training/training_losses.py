@@ -5,6 +5,7 @@ Every reconstruction loss is a fraction of variance unexplained: mean squared er
 that levels and models of any scale weigh alike.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,15 +43,20 @@ class Dead(NamedTuple):
     """The dead latents of a level."""
 
     own_N: Tensor
-    """[N] indices of this worker's."""
-    total: int
-    """How many all workers have: known on the host, so that without any nothing has to be computed."""
+    """[N] indices of this worker's; the first `number` are dead, the others fill up."""
+    number: Tensor
+    """Scalar."""
+    is_any: bool
+    """Whether any worker has some: known on the host, so that without any nothing has to be computed."""
 
     @classmethod
-    def of(cls, mask_F: Tensor, latents: Latents = UNDIVIDED) -> "Dead":
-        """Those of a mask; waits for the device."""
-        own_N = mask_F.nonzero().squeeze(1)
-        return cls(own_N, int(latents.workers.total(torch.tensor(len(own_N)))))
+    def of(cls, mask_F: Tensor, latents: Latents = UNDIVIDED, *, filled: bool = False) -> "Dead":
+        """Those of a mask; `filled` up to a power of two, so that few lengths occur. Waits for the device."""
+        dead_N = mask_F.nonzero().squeeze(1)
+        count = len(dead_N)
+        own_N = dead_N.new_zeros(1 << (count - 1).bit_length() if filled and count else count)
+        own_N[:count] = dead_N
+        return cls(own_N, torch.full((), count, device=own_N.device), latents.workers.any(count > 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,25 +127,36 @@ def auxiliary(step: LevelStep) -> Tensor | None:
     level, config = step.level, step.config
     if not config.aux_weight or not level.revives_dead:
         return None
-    indices, dead = step.dead
-    if dead == 0:
+    indices, number, is_any = step.dead
+    if not is_any:
         return config.aux_weight * torch.zeros((), device=step.target_BI.device)
     residual_BI = widened(step.target_BI - step.decoded_BI).detach()
     pre = (step.output.read - step.bias_I) @ level.W_enc[:, indices] + level.b_enc[indices]
-    acts = top_k(pre, min(config.aux_latents, max(1, step.target_BI.shape[1] // 2), dead), level.latents)
+    pre = torch.where(torch.arange(len(indices), device=pre.device) < number, pre, 0)
+    k = min(config.aux_latents, max(1, step.target_BI.shape[1] // 2))
+    acts = top_k(pre, k, level.latents)
     variance = level.workers.mean(residual_BI.square().sum(-1).mean()).clamp_min(1e-12)
     loss = fraction_unexplained(residual_BI, level.latents.sum(acts @ level.W_dec[indices]), variance)
     return config.aux_weight * loss
 
 
-def level_losses(step: LevelStep) -> dict[str, Tensor]:
-    """The losses that apply to a level, named as in metrics.jsonl: those of every run, and those with a weight."""
-    losses = {}
-    for name, entry in LOSSES.items():
-        weight = step.config.losses.get(name, 1.0 if entry.is_standard else 0.0)
-        if weight and (loss := resolve(entry.function)(step)) is not None:
-            losses[f"{name}{step.number}"] = loss if weight == 1 else weight * loss
-    return losses
+Weighted = tuple[str, float, Callable[[LevelStep], Tensor | None]]
+"""Name, weight and function of a loss."""
+
+
+def losses_of(config: RunConfig) -> list[Weighted]:
+    """The losses of a run's levels: those of every run, and those with a weight."""
+    weights = {name: config.losses.get(name, 1.0 if entry.is_standard else 0.0) for name, entry in LOSSES.items()}
+    return [(name, weight, resolve(LOSSES[name].function)) for name, weight in weights.items() if weight]
+
+
+def level_losses(step: LevelStep, losses: Sequence[Weighted]) -> dict[str, Tensor]:
+    """Those of the losses that apply to a level, named as in metrics.jsonl."""
+    parts = {}
+    for name, weight, function in losses:
+        if (loss := function(step)) is not None:
+            parts[f"{name}{step.number}"] = loss if weight == 1 else weight * loss
+    return parts
 
 
 class SparsityController:

@@ -3,12 +3,14 @@
 Shapes: B vectors of a batch, D residual width, F latents of a level. x is scaled so that E||x||^2 = D.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hsae.cache.device import can_compile
 from hsae.cache.language_model.matmul import bfloat16_is_slow
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.activations import widened
@@ -28,7 +30,11 @@ from hsae.train.training.training_losses import (
     SparsityController,
     explained_variance,
     level_losses,
+    losses_of,
 )
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DEAD_STEPS = 16
 """Steps after which AuxK's lists of dead latents are made anew; only then a step waits for the device."""
@@ -38,7 +44,8 @@ MAPS_JUDGED = 0.7  # share of the run after which a map W that is no good is com
 class TrainingRun:
     """A run between its first and last step. Same configuration, stream, machine and number of workers: same bits.
 
-    `workers` are those who share its batches, `latents` says how others share its latents.
+    `workers` are those who share its batches, `latents` says how others share its latents. `compiled` says whether
+    forward pass and losses go through torch.compile; by default on a GPU, where no others share and levels are dense.
     """
 
     def __init__(
@@ -51,11 +58,13 @@ class TrainingRun:
         device: str,
         workers: Workers = ALONE,
         latents: Latents = UNDIVIDED,
+        compiled: bool | None = None,
     ) -> None:
         self.config, self.scaling, self.steps, self.seed, self.device = config, scaling, steps, seed, device
         self.workers, self.latents = workers, latents
         slow = bfloat16_is_slow(torch.device(device).type)
         self.rounds = config.precision == "bfloat16" or (config.precision == "auto" and not slow)
+        self.losses = losses_of(config)
         self.step_number = 0
         self.failure: str | None = None
         d_in = len(scaling.median)
@@ -69,6 +78,11 @@ class TrainingRun:
         self.model.to(device).train()
         self.model.use_sparse()
         self.compositions.to(device)
+        if compiled is None:
+            is_dense = not any(self.model.level(number).sparse for number in range(1, config.levels + 1))
+            compiled = is_dense and workers.world * latents.world == 1 and can_compile(device)
+        self.compiled = compiled
+        self.forward = compile_whole(self._forward) if compiled else self._forward
         self.curriculum = Curriculum(config, steps)
         self.optimiser = make_optimiser(self.model, self.compositions, config)
         owned = [latents.own(width) for width in config.widths]
@@ -95,16 +109,23 @@ class TrainingRun:
         if step % DEAD_STEPS == 0:
             self.dead = [self._dead(number) for number in range(1, config.levels + 1)]
         base_rate = set_rates(self.optimiser, config, moment, step, self.steps)
+        active = [self.model.level(number) for number in moment.stage.levels]
+        learning = tuple(number for number in moment.stage.levels if moment.stage.rates.get(number, 1.0) > 0)
+        strength = config.composition.weight * moment.composition
+        forward = self.forward if all(level.has_begun for level in active) else self._forward
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.rounds):
-            output = self.model(x_BD, moment.stage.levels)
-            parts = self._losses(x_BD, output, moment)
+            output, parts = forward(
+                x_BD,
+                tuple(moment.stage.levels),
+                learning,
+                torch.full((), strength, device=self.device) if strength > 0 else None,
+            )
         loss = torch.stack([part.float() for part in parts.values()]).sum()
         self.optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
         self.workers.average_gradients(parameters)
         self.latents.sum_gradients(self.model.biases)
-        active = [self.model.level(number) for number in moment.stage.levels]
         for level in active:
             level.remove_parallel_gradient()
         self.optimiser.grad_scale = self.latents.gradient_scale(parameters, self.model.biases, config.gradient_clip)
@@ -127,14 +148,26 @@ class TrainingRun:
             self._resample(x_BD)
         return self.workers.means({"loss": loss, **parts})
 
-    def _losses(self, x_BD: Tensor, output: Output, moment: Moment) -> dict[str, Tensor]:
-        config, parts = self.config, dict[str, Tensor]()
+    def _forward(
+        self, x_BD: Tensor, active: tuple[int, ...], learning: tuple[int, ...], strength: Tensor | None
+    ) -> tuple[Output, dict[str, Tensor]]:
+        """Forward pass and losses of the `active` levels, of which some learn; `strength` of composition, if it is on.
+
+        It sees of the run only what rarely changes, and tensors: that is what it is compiled for.
+        """
+        output = self.model(x_BD, active)
+        return output, self._losses(x_BD, output, learning, strength)
+
+    def _losses(
+        self, x_BD: Tensor, output: Output, learning: tuple[int, ...], strength: Tensor | None
+    ) -> dict[str, Tensor]:
+        parts: dict[str, Tensor] = {}
         for number, level in output.levels.items():
-            if moment.stage.rates.get(number, 1.0) == 0.0 and not self.model.is_nested:
+            if number not in learning and not self.model.is_nested:
                 continue  # a frozen stacked level has nothing of its own to learn
             target, decoded = self.model.target(number, x_BD, output)
             step = LevelStep(
-                config=config,
+                config=self.config,
                 number=number,
                 level=self.model.level(number),
                 output=level,
@@ -147,12 +180,11 @@ class TrainingRun:
                 dead=self.dead[number - 1],
                 coefficient=self.controllers[number - 1].coefficient,
             )
-            parts |= level_losses(step)
+            parts |= level_losses(step, self.losses)
         for number in self._mapped(output):
             module, fine, coarse = self.composition(number), output.levels[number - 1], output.levels[number]
             module.track(fine.code, coarse.code)
-            if moment.composition > 0:
-                strength = config.composition.weight * moment.composition
+            if strength is not None:
                 parts[f"composition{number}"] = strength * module.loss(fine.code, coarse.acts)
         return parts
 
@@ -229,7 +261,7 @@ class TrainingRun:
         return self.tokens_since_fired[number - 1] >= self.config.dead_after_tokens
 
     def _dead(self, number: int) -> Dead:
-        return Dead.of(self._is_dead(number), self.latents)
+        return Dead.of(self._is_dead(number), self.latents, filled=self.compiled)
 
     def complaints(self, metrics: dict[str, Any]) -> list[str]:
         """What is wrong with the step of `metrics`, each said once: dead levels, and maps W that went bad, by name."""
@@ -273,7 +305,8 @@ class TrainingRun:
         tensors |= {f"composition.{name}": tensor for name, tensor in self.compositions.state_dict().items()}
         tensors |= {f"fired.{index}": counter for index, counter in enumerate(self.tokens_since_fired)}
         for index, (dead, counter) in enumerate(zip(self.dead, self.tokens_since_fired, strict=True)):
-            tensors[f"dead.{index}"] = torch.zeros_like(counter, dtype=torch.bool).index_fill_(0, dead.own_N, True)
+            own_N = dead.own_N[: int(dead.number)]
+            tensors[f"dead.{index}"] = torch.zeros_like(counter, dtype=torch.bool).index_fill_(0, own_N, True)
         adam = rename_state(self.optimiser, self._names()) if moments else {}
         tensors |= {f"adam/{name}": tensor for name, tensor in adam.items()}
         rest = {
@@ -301,7 +334,10 @@ class TrainingRun:
             counter.copy_(tensors[f"fired.{index}"])
         for index in range(len(self.dead)):
             mask = tensors.get(f"dead.{index}")  # older checkpoints have none
-            self.dead[index] = Dead.of(self._is_dead(index + 1) if mask is None else mask.to(self.device), self.latents)
+            mask = self._is_dead(index + 1) if mask is None else mask.to(self.device)
+            self.dead[index] = Dead.of(mask, self.latents, filled=self.compiled)
+        for level in map(self.model.level, range(1, self.config.levels + 1)):
+            level.has_begun |= not torch.isnan(level.threshold)
         restore_state(self.optimiser, self._names(), below("adam/"))
         self.step_number = int(rest["step"])
         for controller, state in zip(self.controllers, rest["controllers"], strict=True):
@@ -335,6 +371,15 @@ class TrainingRun:
         if step >= 0:
             self.failure = f"the loss became {loss} at step {step:.0f}"
         return self.failure is None
+
+
+def compile_whole(function: Callable[P, R]) -> Callable[P, R]:
+    """The function compiled as one graph for each shape; a run has several, one a stage and number of dead latents."""
+    import torch._dynamo  # takes as long as importing torch, and is needed here only
+
+    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.accumulated_recompile_limit = max(4096, torch._dynamo.config.accumulated_recompile_limit)
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def map_failures(number: int, health: dict[str, float]) -> dict[str, str]:

@@ -35,7 +35,7 @@ def test_batch_top_k_keeps_the_batchs_largest_and_says_the_smallest():
 
 def test_the_first_of_equal_values_are_kept_whatever_the_bound():
     pre = torch.tensor([[2.0, 1.0, 1.0], [1.0, 3.0, 1.0]])
-    for bound in (None, torch.tensor(0.5), torch.tensor(1.5)):
+    for bound in (torch.tensor(0.0), torch.tensor(0.5), torch.tensor(1.5)):
         (entries,), smallest = batch_top_k_entries([pre], 2, bound)
         assert entries.tolist() == [0, 1, 2, 4] and smallest == 1
     first, second = batch_top_k_entries([pre, pre], 2.5)[0]

@@ -30,6 +30,7 @@ from hsae.train.parallel.latent_sharding import Latents
 from hsae.train.parallel.workers import ALONE
 from hsae.train.runs.metrics_log import read_metrics
 from hsae.train.runs.planned_runs import check, train_runs
+from hsae.train.training import training_run
 from hsae.train.training.scaling import Scaling
 from hsae.train.training.training_run import TrainingRun
 
@@ -63,6 +64,11 @@ def test_selection_among_divided_latents_is_that_among_all(world, own, k, seed, 
         assert coarse or torch.equal(code, whole[index])
         assert torch.equal(code.flatten().sort().values, whole[index].flatten().sort().values)
     assert torch.equal(torch.cat([part[0] for part in parts], 1).sort(1).values, whole[0].sort(1).values)
+
+
+@pytest.fixture(autouse=True)
+def _dead_latents_are_looked_for_at_every_step(monkeypatch):
+    monkeypatch.setattr(training_run, "DEAD_STEPS", 1)
 
 
 def configured(**changes):

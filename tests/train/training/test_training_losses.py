@@ -1,6 +1,8 @@
 """Every loss against a naive computation and float64 autograd, on pairwise different sizes (B=11, D=7, F1=13, F2=5)."""
 
+import functools
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -394,3 +396,45 @@ def test_health_is_what_it_says():
     assert health["nonzero"] == pytest.approx((W != 0).float().mean().item())
     ratios = sorted(float(W[i].sum() ** 2 / W[i].square().sum()) for i in range(1, F2))
     assert health["participation"] == pytest.approx(ratios[(len(ratios) - 1) // 2], rel=1e-5)
+
+
+# --- compiled against eager ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own parts
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        ("inductor", {"composition": {"mode": "normalised"}}),
+        *(("aot_eager", {"activation": activation}) for activation in ("relu", "topk", "jumprelu")),
+        ("aot_eager", {"structure": "flat", "widths": (F1,), "l0": (3,), "activation": "gated"}),
+        ("aot_eager", {"structure": "stacked", "stop_gradient": False, "precision": "bfloat16"}),
+        ("aot_eager", {"selection": "joint", "curriculum": "fine-first", "composition": {"mode": "literal"}}),
+        ("aot_eager", {"child_gate": True, "composition": {"mode": "normalised"}}),
+    ],
+)
+def test_a_compiled_run_is_the_eager_one(backend, changes, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    settings = config(warmup_steps=1, dead_after_tokens=2 * B, aux_latents=3, **{"precision": "float32", **changes})
+    scaling = Scaling(scale=1.0, median=torch.zeros(D), variance=float(D))
+    eager, compiled = (
+        TrainingRun(settings, scaling, steps=40, seed=0, device="cpu", compiled=choice) for choice in (False, True)
+    )
+    with torch.no_grad():
+        for run in (eager, compiled):  # some latents die, and AuxK has something to do
+            run.model.level(1).b_enc[::3] = -20.0
+    rounds_otherwise = backend == "inductor" or eager.rounds  # which choices between latents magnify, step by step
+    for number in range(3 if rounds_otherwise else 20):
+        x = vectors(B, D, seed=number).float()
+        one, other = eager.step(x), compiled.step(x)
+        assert one.keys() == other.keys()
+        for name in one:
+            tolerance = 5e-3 if rounds_otherwise else 1e-4
+            torch.testing.assert_close(other[name], one[name], rtol=tolerance, atol=1e-6)
+    if rounds_otherwise:
+        return
+    if eager.model.level(1).revives_dead:
+        assert one["auxiliary1"] > 0
+    for one, other in zip(eager.tokens_since_fired, compiled.tokens_since_fired, strict=True):
+        assert torch.equal(one, other)
