@@ -3,9 +3,8 @@
 Shapes: B vectors of a batch, D residual width, F latents of a level. x is scaled so that E||x||^2 = D.
 """
 
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from hsae.cache.language_model.matmul import bfloat16_is_slow
 from hsae.train.config.run_config import RunConfig
 from hsae.train.model.activations import widened
 from hsae.train.model.composition_map import Composition
+from hsae.train.model.fused import Compiled
 from hsae.train.model.levels import LevelOutput
 from hsae.train.model.sparse_products import fired, mean_l0
 from hsae.train.model.trainable_sae import TRAINABLE, Output, seed_of
@@ -33,9 +33,8 @@ from hsae.train.training.training_losses import (
     losses_of,
 )
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
+COMPILED_STEPS = 2000
+"""Steps of the shortest run that is compiled: that takes some ten seconds for each stage of a curriculum."""
 DEAD_STEPS = 16
 """Steps after which AuxK's lists of dead latents are made anew; only then a step waits for the device."""
 MAPS_JUDGED = 0.7  # share of the run after which a map W that is no good is complained of
@@ -45,7 +44,8 @@ class TrainingRun:
     """A run between its first and last step. Same configuration, stream, machine and number of workers: same bits.
 
     `workers` are those who share its batches, `latents` says how others share its latents. `compiled` says whether
-    forward pass and losses go through torch.compile; by default on a GPU, where no others share and levels are dense.
+    forward pass and losses go through torch.compile; by default on a GPU, where no others share, levels are dense, and
+    the run is long enough.
     """
 
     def __init__(
@@ -80,9 +80,10 @@ class TrainingRun:
         self.compositions.to(device)
         if compiled is None:
             is_dense = not any(self.model.level(number).sparse for number in range(1, config.levels + 1))
-            compiled = is_dense and workers.world * latents.world == 1 and can_compile(device)
+            is_long = steps >= COMPILED_STEPS and workers.world * latents.world == 1
+            compiled = is_dense and is_long and can_compile(device)
         self.compiled = compiled
-        self.forward = compile_whole(self._forward) if compiled else self._forward
+        self.forward = Compiled(self._forward) if compiled else self._forward
         self.curriculum = Curriculum(config, steps)
         self.optimiser = make_optimiser(self.model, self.compositions, config)
         owned = [latents.own(width) for width in config.widths]
@@ -371,15 +372,6 @@ class TrainingRun:
         if step >= 0:
             self.failure = f"the loss became {loss} at step {step:.0f}"
         return self.failure is None
-
-
-def compile_whole(function: Callable[P, R]) -> Callable[P, R]:
-    """The function compiled as one graph for each shape; a run has several, one a stage and number of dead latents."""
-    import torch._dynamo  # takes as long as importing torch, and is needed here only
-
-    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.accumulated_recompile_limit = max(4096, torch._dynamo.config.accumulated_recompile_limit)
-    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def map_failures(number: int, health: dict[str, float]) -> dict[str, str]:
