@@ -135,7 +135,7 @@ class Level(nn.Module):
         if self.is_sparse:
             with torch.no_grad():
                 return torch.addmm(self.b_enc, read_BI - fixed, self.W_enc)
-        pre_BF = (read_BI - fixed) @ self.W_enc + self.b_enc
+        pre_BF = torch.addmm(self.b_enc, read_BI - fixed, self.W_enc)  # where it rounds, so is the sum
         if bias_I.requires_grad and torch.is_grad_enabled():
             # zero, but brings the bias its gradient without a product of B rows
             pre_BF = pre_BF + (fixed - bias_I) @ self.W_enc
