@@ -234,7 +234,8 @@ def resolves(parts):
                 rest = parts[count:]
                 return (
                     not rest
-                    or re.search(rf"^(?:def|class|async def)? ?{rest[0]}\b", file.read_text(), re.M) is not None
+                    or re.search(rf"^(?:def|class|async def)? ?{rest[0]}\b| as {rest[0]}$", file.read_text(), re.M)
+                    is not None
                 )
     return False
 

@@ -12,7 +12,7 @@ from places import GOLDEN_MODEL as GOLDEN
 from safetensors.torch import load_file, save_file
 
 from hsae.cache.building.build import build
-from hsae.cache.building.builder import Builder
+from hsae.cache.building.contents import StoreContents
 from hsae.cache.building.estimate import estimate
 from hsae.cache.config import CorpusConfig, ModelConfig
 from hsae.cache.errors import CorpusError, ModelError
@@ -182,7 +182,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused_before_compu
     tokenizer.add_tokens(["Python", "the "])
     tokenizer.save_pretrained(folder)
     (tmp_path / "text.txt").write_text("Python is the word\n\n" * 200)
-    monkeypatch.setattr(Builder, "write_activations", None)
+    monkeypatch.setattr(StoreContents, "compute", None)
     with pytest.raises(ModelError, match=r"gives id 80[01], and the model's embedding ends at 799"):
         build([spec(folder, tmp_path / "text.txt")], tmp_path / "stores")
 
