@@ -14,7 +14,8 @@ OF_EXTRAS = {
     "hsae.cache.storage.http": "aiohttp",
     "hsae.cache.storage.connections": "uvicorn",
     "hsae.cache.storage.s3": "aiobotocore",
-}  # modules that cannot be imported without the package of an extra
+    "hsae.train.model.sparse_kernels": "triton",
+}  # modules that cannot be imported without the package of an extra, or of torch for CUDA
 
 assert "site-packages" in hsae.cache.__file__, hsae.cache.__file__
 count = 0
