@@ -67,8 +67,9 @@ def test_selection_among_divided_latents_is_that_among_all(world, own, k, seed, 
 
 
 @pytest.fixture(autouse=True)
-def _dead_latents_are_looked_for_at_every_step(monkeypatch):
-    monkeypatch.setattr(training_run, "DEAD_STEPS", 1)
+def _dead_latents_are_looked_for_at_every_step(request, monkeypatch):
+    if request.node.get_closest_marker("slow") is None:  # whose workers are processes of their own
+        monkeypatch.setattr(training_run, "DEAD_STEPS", 1)
 
 
 def configured(**changes):
