@@ -174,6 +174,7 @@ def stand_in(*modules: str) -> None:
     for name in modules:
         if name not in sys.modules and not _is_installed(name):
             sys.modules[name] = module = ModuleType(name)
+            module.__file__ = None  # or whoever looks through the modules gets a class for it
             module.__dict__["__getattr__"] = lambda attribute: type(attribute, (), {})
 
 
