@@ -17,10 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from hsae.cache.format.spec import gpu_rows
 from hsae.cache.reading.store import ActivationStore
 
-GROUP_TOKENS = {"cpu": 0, "cuda": 1 << 13}
-"""Tokens that are computed together at most, but at least one batch: a processor gains nothing from more."""
 READ_AHEAD = 2
 
 BatchesT = TypeVar("BatchesT", bound="Batches")
@@ -93,13 +92,19 @@ class CleanBatches(Batches):
     kl_ablation_BT: Tensor
 
 
+def rows_together(store: ActivationStore, device: torch.device) -> int:
+    """Rows that are computed together: on a GPU those of a harvest's pass; a processor gains nothing from more."""
+    rows = store.spec.batch_rows
+    return (gpu_rows(store.context, rows) or rows) if device.type == "cuda" else rows
+
+
 class BatchReader:
     """Reads the batches of an evaluation store for one hook."""
 
     def __init__(self, store: ActivationStore, hook: str, device: str) -> None:
         self.store, self.hook, self.device = store, hook, torch.device(device)
         self.batch_rows = store.spec.batch_rows
-        self._group_rows = self.batch_rows * max(1, GROUP_TOKENS[self.device.type] // (self.batch_rows * store.context))
+        self._group_rows = rows_together(store, self.device)
 
     def count(self, first: int, last: int) -> int:
         """Number of batches of rows `first` to `last`."""

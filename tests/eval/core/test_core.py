@@ -189,7 +189,7 @@ def test_several_saes_at_once_equal_each_alone_bit_for_bit(made, saes, evaluated
 
 def test_batches_computed_together_leave_the_numbers(made, evaluated, saes, monkeypatch):
     store, model = made("bfloat16")
-    monkeypatch.setitem(batches.GROUP_TOKENS, "cpu", 5 * store.spec.batch_rows * store.context)
+    monkeypatch.setattr(batches, "rows_together", lambda store, device: 5 * store.spec.batch_rows)
     for result in evaluate(saes, store, model, hook=HOOK):
         alone = evaluated("bfloat16", "exclude_special")[result.name]
         assert result.metrics == alone.metrics and result.details == alone.details
