@@ -132,13 +132,11 @@ class Level(nn.Module):
     def pre(self, read_BI: Tensor, bias_I: Tensor) -> Tensor:
         """Pre-activations [B, F]; in a sparse pass without gradient, which the active ones alone will get."""
         fixed = bias_I.detach()
-        if self.is_sparse:
-            with torch.no_grad():
-                return torch.addmm(self.b_enc, read_BI - fixed, self.W_enc)
-        pre_BF = torch.addmm(self.b_enc, read_BI - fixed, self.W_enc)  # where it rounds, so is the sum
-        if bias_I.requires_grad and torch.is_grad_enabled():
-            # zero, but brings the bias its gradient without a product of B rows
-            pre_BF = pre_BF + (fixed - bias_I) @ self.W_enc
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.sparse):
+            pre_BF = torch.addmm(self.b_enc, read_BI - fixed, self.W_enc)  # where it rounds, so is the sum
+            if bias_I.requires_grad and torch.is_grad_enabled():
+                # zero, but brings the bias its gradient without a product of B rows
+                pre_BF = pre_BF + (fixed - bias_I) @ self.W_enc
         return pre_BF
 
     def forward(self, read_BI: Tensor, bias_I: Tensor) -> LevelOutput:
